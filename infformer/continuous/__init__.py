@@ -1,0 +1,1 @@
+"""Continuous signals over radial basis functions: plain functions on tensors, no learned parameters."""

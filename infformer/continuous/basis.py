@@ -1,0 +1,53 @@
+"""Gaussian radial basis functions on [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GaussianBasis(NamedTuple):
+    """N functions ψ_j(t) = 𝒩(t; c_j, w_j²), each of integral one over the real line."""
+
+    centres: Tensor
+    """c_j, shape [N]."""
+    widths: Tensor
+    """w_j, shape [N], in the unit of the centres (the whole signal is one unit long)."""
+
+    @classmethod
+    def even_grid(cls, count: int, widths: Sequence[float], dtype: torch.dtype = torch.float64) -> GaussianBasis:
+        """Every centre of an even grid on [0, 1], ends included, with each of the widths.
+
+        The functions of one centre are neighbours: (c_1, w_1), (c_1, w_2), (c_2, w_1), …
+
+        Raises:
+            ValueError: if `count` is not a multiple of the number of widths.
+        """
+        if not widths or count % len(widths) != 0:
+            raise ValueError(
+                f"{count} basis functions cannot be shared evenly by {len(widths)} widths {list(widths)}: "
+                "take a multiple of the number of widths"
+            )
+        centres = torch.linspace(0, 1, count // len(widths), dtype=dtype)
+        return cls(
+            centres.repeat_interleave(len(widths)),
+            torch.tensor(list(widths), dtype=dtype).repeat(len(centres)),
+        )
+
+    def evaluate(self, positions: Tensor) -> Tensor:
+        """ψ_j at positions of any shape [...]: shape [..., N]."""
+        return gaussian(positions.unsqueeze(-1), self.centres, self.widths.square())
+
+
+def gaussian(positions: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """𝒩(positions; mean, variance), the arguments broadcast against each other."""
+    return torch.exp(-0.5 * (positions - mean).square() / variance) * torch.rsqrt(2 * math.pi * variance)
+
+
+def standard_normal_cumulative(z: Tensor) -> Tensor:
+    """Φ(z), the cumulative distribution function of 𝒩(0, 1)."""
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2)))

@@ -1,0 +1,114 @@
+"""Where a query looks: densities on the line, and what they see of a basis.
+
+Each class answers the same two questions: `expectation(basis)`, the weights r_j = E_p[ψ_j] [..., N] with which a query
+reads the N coefficients, and `cumulative(positions, basis)`, the mass to the left of P positions [..., P].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infformer.continuous.basis import GaussianBasis, gaussian, standard_normal_cumulative
+
+
+class Gaussian(NamedTuple):
+    """Continuous softmax: p(t) = 𝒩(t; mean, variance)."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def expectation(self, basis: GaussianBasis) -> Tensor:
+        """E_p[ψ_j] = 𝒩(mean; c_j, variance + w_j²), shape [..., N]."""
+        return gaussian(self.mean.unsqueeze(-1), basis.centres, self.variance.unsqueeze(-1) + basis.widths.square())
+
+    def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
+        """Mass to the left of positions [P], shape [..., P]."""
+        return standard_normal_cumulative((positions - self.mean.unsqueeze(-1)) * self.variance.rsqrt().unsqueeze(-1))
+
+
+class TruncatedParabola(NamedTuple):
+    """Continuous sparsemax: p(t) = [a² − (t − mean)²]₊ / (2 variance), support radius a = (3 variance / 2)^{1/3}.
+
+    `variance` is the parameter σ² of the quadratic score −(t − μ)²/(2σ²), not the second moment of the density
+    (Martins et al., Sparse and Continuous Attention Mechanisms, NeurIPS 2020).
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def radius(self) -> Tensor:
+        """Half the length of the support, the shape of the mean."""
+        return (1.5 * self.variance).pow(1 / 3)
+
+    def expectation(self, basis: GaussianBasis) -> Tensor:
+        """E_p[ψ_j], shape [..., N].
+
+        With z = (t − c)/w, δ = c − μ and z₁, z₂ the ends of the support, the integral of (a² − (δ + wz)²) φ(z) is
+        (a² − δ² − w²)[Φ]₁² − 2δw(φ(z₁) − φ(z₂)) − w²(z₁φ(z₁) − z₂φ(z₂)), from ∫zφ = −φ and ∫z²φ = Φ − zφ.
+        """
+        centres, widths = basis
+        radius = self.radius.unsqueeze(-1)
+        offset = centres - self.mean.unsqueeze(-1)
+        left, right = (-radius - offset) / widths, (radius - offset) / widths
+        left_height, right_height = _standard_normal(left), _standard_normal(right)
+        mass = standard_normal_cumulative(right) - standard_normal_cumulative(left)
+        integral = (
+            (radius.square() - offset.square() - widths.square()) * mass
+            - 2 * offset * widths * (left_height - right_height)
+            - widths.square() * (left * left_height - right * right_height)
+        )
+        return integral / (2 * self.variance.unsqueeze(-1))
+
+    def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
+        """Mass to the left of positions [P], shape [..., P]: ½ + (3x − x³)/4 at x = (t − μ)/a in [−1, 1]."""
+        x = ((positions - self.mean.unsqueeze(-1)) / self.radius.unsqueeze(-1)).clamp(-1, 1)
+        return 0.5 + (3 * x - x.pow(3)) / 4
+
+
+class Slots(NamedTuple):
+    """Attention over the basis functions themselves: the mixture Σ_j α_j 𝒩(c_j, w_j²).
+
+    The coefficients are read with the weights α as they are; the mixture says where on [0, 1] that is.
+    """
+
+    weights: Tensor
+    """α, shape [..., N], non-negative, of sum one."""
+
+    def expectation(self, basis: GaussianBasis) -> Tensor:
+        """α_j times the height of ψ_j, shape [..., N].
+
+        A coefficient times the height of its function is what it adds to the signal at its own centre: of the size of
+        the signal, where a coefficient alone is smaller by a factor of the width.
+        """
+        return self.weights / (math.sqrt(2 * math.pi) * basis.widths)
+
+    def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
+        """Mass to the left of positions [P], shape [..., P]."""
+        z = (positions.unsqueeze(-2) - basis.centres.unsqueeze(-1)) / basis.widths.unsqueeze(-1)
+        return self.weights @ standard_normal_cumulative(z)
+
+
+Density = Gaussian | TruncatedParabola | Slots
+
+
+def match_moments(weights: Tensor, basis: GaussianBasis) -> tuple[Tensor, Tensor]:
+    """Mean and variance [...] of the mixture Σ_j α_j 𝒩(c_j, w_j²) with weights α [..., N]."""
+    mean = weights @ basis.centres
+    # Centred at the mean: Σ α (c² + w²) − μ² loses its digits, and its sign, in float32.
+    spread = (basis.centres - mean.unsqueeze(-1)).square() + basis.widths.square()
+    return mean, (weights * spread).sum(-1)
+
+
+def variance_divergence(variance: Tensor, prior_variance: float) -> Tensor:
+    """KL(𝒩(m, variance) ‖ 𝒩(m, prior_variance)) = ½(ρ − ln ρ − 1), ρ = variance / prior_variance; same shape."""
+    ratio = variance / prior_variance
+    return 0.5 * (ratio - torch.log(ratio) - 1)
+
+
+def _standard_normal(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)

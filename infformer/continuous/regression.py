@@ -1,0 +1,81 @@
+"""Ridge regression of samples onto a basis.
+
+The coefficients that fit samples X [P, d] at positions t [P] are B = Gᵀ X with an operator G [P, N] that depends on the
+positions alone. Beside the data, zeros are fitted at as many positions again outside [0, 1], as in the published code:
+they hold the signal down at its two ends. Only the rows of G that belong to data are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infformer.continuous.basis import GaussianBasis
+
+
+def ridge_operator(design: Tensor, ridge: float) -> Tensor:
+    """G = Ψ (ΨᵀΨ + ridge·I)⁻¹ for a design matrix Ψ_ij = ψ_j(t_i).
+
+    Args:
+        design: Ψ, shape [..., P, N]; float64 keeps the normal equations accurate.
+        ridge: λ > 0.
+
+    Returns:
+        G, shape [..., P, N].
+    """
+    identity = torch.eye(design.shape[-1], dtype=design.dtype, device=design.device)
+    factor = torch.linalg.cholesky(design.mT @ design + ridge * identity)
+    return torch.cholesky_solve(design.mT, factor).mT
+
+
+def first_operator(basis: GaussianBasis, length: int, ridge: float) -> Tensor:
+    """Operator [length, N] for a first segment, its tokens in the middle of `length` equal parts of [0, 1]."""
+    half_step = 1 / (2 * length)
+    positions = _even_positions(2 * length, half_step, basis)
+    return ridge_operator(basis.evaluate(positions), ridge)[_inside(positions)]
+
+
+def next_operators(
+    basis: GaussianBasis, length: int, samples: int, contraction: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Operators for a later segment, fitted together with samples of the contracted past.
+
+    The past is sampled at `samples` points placed at τ·m/samples, m = 1…samples; token i = 1…length of the new segment
+    stands at τ + (1 − τ)·i/length.
+
+    Args:
+        contraction: τ in (0, 1), shape [...]: the part of [0, 1] that the past keeps.
+
+    Returns:
+        The operator of the past [..., samples, N] and that of the new segment [..., length, N].
+    """
+    contraction = contraction.to(basis.centres).unsqueeze(-1)
+    past = even_steps(samples).to(basis.centres)
+    new = even_steps(length).to(basis.centres)
+    padding = _even_positions(2 * (samples + length), 1 / (2 * length + samples), basis)
+    padding = padding[~_inside(padding)]
+    positions = torch.cat(
+        [
+            contraction * past,
+            contraction + (1 - contraction) * new,
+            padding.expand(*contraction.shape[:-1], -1),
+        ],
+        dim=-1,
+    )
+    operator = ridge_operator(basis.evaluate(positions), ridge)
+    return operator[..., :samples, :], operator[..., samples : samples + length, :]
+
+
+def even_steps(count: int) -> Tensor:
+    """m/count for m = 1…count, float64: where the past is sampled when nothing says otherwise."""
+    return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+def _even_positions(count: int, margin: float, basis: GaussianBasis) -> Tensor:
+    """`count` positions spread evenly over [−½, 3/2], `margin` away from its ends."""
+    centres = basis.centres
+    return torch.linspace(-0.5 + margin, 1.5 - margin, count, dtype=centres.dtype, device=centres.device)
+
+
+def _inside(positions: Tensor) -> Tensor:
+    return (positions >= 0) & (positions <= 1)

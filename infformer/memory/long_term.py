@@ -1,0 +1,336 @@
+"""∞-former's long-term memory (Martins, Marinho & Martins, ACL 2022, arXiv 2109.00301) of one layer.
+
+The past is a continuous signal X̄(t) = Bᵀψ(t) on [0, 1]. Writing a segment contracts the old signal to the front part of
+[0, 1], puts the new one behind it and fits N coefficients to both. Reading gives every query a density p on the signal and
+returns its expectation. The cost of both does not depend on how much has been written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.density import (
+    Density,
+    Gaussian,
+    Slots,
+    TruncatedParabola,
+    match_moments,
+    variance_divergence,
+)
+from infformer.continuous.regression import even_steps, first_operator, next_operators
+from infformer.memory.state import MemoryState
+from infformer.memory.sticky import attention_histogram, warped_positions
+
+MINIMAL_VARIANCE = 1e-4
+"""Floor of the affine read's variance, as in the published code."""
+
+
+@dataclass
+class LongTermMemoryConfig:
+    """What one long-term memory is; the defaults are the published GPT-2 constants, without stickiness and input gate."""
+
+    segment_length: int = 512
+    """T, tokens of a segment. Only whole segments are written."""
+    basis_functions: int = 512
+    """N, the size of the memory: N vectors of the model's width, whatever has been read."""
+    widths: list[float] = field(default_factory=lambda: [0.005, 0.01])
+    """Widths of the basis functions, as parts of the whole memory; each centre has one function of each width."""
+    past_samples: int = 512
+    """M, at how many points the old signal is sampled when a segment is written."""
+    contraction: str = "constant"
+    """`constant`: the past shrinks to `contraction_rate` at every write and fades geometrically. `uniform`: to n/(n+1) at
+    write n, so that all segments keep equal room."""
+    contraction_rate: float = 0.5
+    """τ, the part of the memory that the past keeps, for the constant contraction."""
+    ridge: float = 0.5
+    """λ, the penalty of the regression."""
+    read: str = "affine"
+    """`affine`: mean and variance of a query's density are affine in its scores. `moments`: they are those of the softmax
+    of the scores over the basis. `slots`: that softmax reads the coefficients themselves."""
+    density: str = "gaussian"
+    """`gaussian` or `truncated_parabola`, for the affine and the moments read."""
+    sticky: bool = False
+    """Resample the past where it was attended to."""
+    sticky_bins: int = 128
+    """Resolution of the histogram of attention on [0, 1]."""
+    input_gate: bool = False
+    """Multiply what is written by sigmoid(Conv1d(kernel 3)) of it."""
+    divergence_weight: float = 1e-6
+    """Weight of the divergence of the densities' variance from `prior_standard_deviation`²."""
+    prior_standard_deviation: float = 0.05
+    """σ₀ of that divergence."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "contraction": ("constant", "uniform"),
+            "read": ("affine", "moments", "slots"),
+            "density": ("gaussian", "truncated_parabola"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.memory.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        for name in ("segment_length", "basis_functions", "past_samples", "sticky_bins"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("ridge", "prior_standard_deviation"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be positive")
+        if not 0 < self.contraction_rate < 1:
+            raise ValueError(f"model.memory.contraction_rate={self.contraction_rate}: must lie between 0 and 1")
+        if not self.widths or min(self.widths) <= 0:
+            raise ValueError(f"model.memory.widths={list(self.widths)}: give at least one width, all of them positive")
+        if self.basis_functions % len(self.widths) != 0 or self.basis_functions < 2 * len(self.widths):
+            raise ValueError(
+                f"model.memory.basis_functions={self.basis_functions} cannot be divided among the {len(self.widths)} widths "
+                f"{list(self.widths)}: take a multiple of {len(self.widths)}, at least {2 * len(self.widths)}"
+            )
+
+
+@dataclass(frozen=True)
+class LongTermState(MemoryState):
+    """A layer's signal between two segments."""
+
+    coefficients: Tensor
+    """B, float32, shape [batch, N, hidden]."""
+    segments: Tensor
+    """How many segments each row has written; int64, shape [batch]; 0 is an empty memory."""
+
+
+class WriteOperators(NamedTuple):
+    """Regression operators of one write; rows differ where their number of segments does."""
+
+    past: Tensor
+    """From samples of the old signal to coefficients, shape [batch or 1, M, N]."""
+    new: Tensor
+    """From the tokens of a segment to coefficients, shape [batch, T, N]."""
+
+
+class Reading(NamedTuple):
+    """What a segment read."""
+
+    context: Tensor
+    """To be added to the output of self-attention, float32, shape [batch, queries, hidden]."""
+    attention: Density
+    """Where each head of each query looked, shape [batch, heads, queries]."""
+
+
+class ContinuousSignal(nn.Module):
+    """The fixed part of a long-term memory, one for all layers: the basis and the regression operators.
+
+    They follow from the configuration alone, so they are buffers that no checkpoint stores. They are computed in float64
+    and kept in float32, also where the model is cast to a shorter type.
+    """
+
+    centres: Tensor
+    widths: Tensor
+    first: Tensor
+    past: Tensor
+    new: Tensor
+
+    def __init__(self, config: LongTermMemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, tensor in self._buffers_in(torch.device("cpu"), torch.float32).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def basis(self) -> GaussianBasis:
+        return GaussianBasis(self.centres, self.widths)
+
+    def operators(self, segments: Tensor) -> WriteOperators:
+        """Operators for rows that have written `segments` (int64, [batch]) segments so far."""
+        config = self.config
+        past, new = self.past, self.new
+        if config.contraction == "uniform":
+            contraction = segments.clamp(min=1) / (segments.clamp(min=1) + 1)
+            basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
+            basis = GaussianBasis(basis.centres.to(segments.device), basis.widths.to(segments.device))
+            past, new = (
+                operator.to(self.new.dtype)
+                for operator in next_operators(
+                    basis, config.segment_length, config.past_samples, contraction, config.ridge
+                )
+            )
+        return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
+
+    def reset_parameters(self) -> None:
+        """Compute the buffers anew where they are: after a loader has materialised them with arbitrary contents."""
+        for name, tensor in self._buffers_in(self.centres.device, self.centres.dtype).items():
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContinuousSignal:
+        """Move with the model, but stay at least float32: operators rounded to bfloat16 would not fit anything."""
+        super()._apply(fn, recurse)
+        if self.centres.is_floating_point() and self.centres.dtype.itemsize < 4:
+            for name, tensor in self._buffers_in(self.centres.device, torch.float32).items():
+                setattr(self, name, tensor)
+        return self
+
+    def _buffers_in(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        config = self.config
+        with torch.device("cpu"):  # also where a loader builds the model on the meta device
+            basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
+            rate = torch.tensor(config.contraction_rate, dtype=torch.float64)
+            past, new = next_operators(basis, config.segment_length, config.past_samples, rate, config.ridge)
+            buffers = {
+                "centres": basis.centres,
+                "widths": basis.widths,
+                "first": first_operator(basis, config.segment_length, config.ridge).unsqueeze(0),
+                "past": past.unsqueeze(0),
+                "new": new.unsqueeze(0),
+            }
+        return {name: tensor.to(device, dtype) for name, tensor in buffers.items()}
+
+
+class LongTermMemory(nn.Module):
+    """The learned part of one layer's long-term memory.
+
+    Computes in float32, whatever the type of its input, of its weights, and of autocast.
+
+    Args:
+        config: what the memory is.
+        hidden_size: width of the model.
+        heads: attention heads; must divide the width.
+        signal: basis and operators, shared between layers.
+    """
+
+    def __init__(self, config: LongTermMemoryConfig, hidden_size: int, heads: int, signal: ContinuousSignal) -> None:
+        super().__init__()
+        if hidden_size % heads != 0:
+            raise ValueError(f"{heads} heads do not divide a width of {hidden_size}")
+        self.config = config
+        self.heads = heads
+        self.signal = signal
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        if config.read == "affine":
+            # w_μ and w_σ: two linear functions of the N scores of a query.
+            self.placement = nn.Linear(config.basis_functions, 2, bias=False)
+        if config.input_gate:
+            self.gate = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small random projections; an output of zero, so that a new memory changes nothing until it is trained."""
+        for projection in (self.query, self.key, self.value):
+            nn.init.normal_(projection.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+        if self.config.read == "affine":
+            bound = 1 / math.sqrt(self.config.basis_functions)
+            nn.init.uniform_(self.placement.weight, -bound, bound)
+        if self.config.input_gate:
+            nn.init.normal_(self.gate.weight, std=0.02)
+            nn.init.zeros_(self.gate.bias)
+
+    def initial_state(self, batch: int) -> LongTermState:
+        """An empty memory for `batch` rows."""
+        signal = self.signal.centres
+        return LongTermState(
+            signal.new_zeros(batch, self.config.basis_functions, self.query.in_features),
+            torch.zeros(batch, dtype=torch.int64, device=signal.device),
+        )
+
+    def read(self, hidden: Tensor, state: LongTermState) -> Reading:
+        """What every token of a segment sees of the past segments; exactly zero where the memory is empty.
+
+        z_h = rᵀ B W_V^h with r_j = E_p[ψ_j]; context = [z_1 … z_H] W_O.
+
+        Args:
+            hidden: [batch, queries, hidden], any floating type.
+            state: the memory before this segment.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(state.coefficients.dtype)
+            attention = self._attention(hidden, state.coefficients)
+            values = self._split_heads(_project(self.value, state.coefficients))
+            expected = attention.expectation(self.signal.basis) @ values
+            return Reading(_project(self.output, expected.transpose(1, 2).flatten(2)), attention)
+
+    def write(
+        self,
+        hidden: Tensor,
+        state: LongTermState,
+        operators: WriteOperators,
+        attention: Density,
+        offsets: Tensor | None = None,
+        whole: Tensor | None = None,
+    ) -> LongTermState:
+        """The memory after a segment: B' = G_pastᵀ Ψ(t) B + G_newᵀ X.
+
+        Args:
+            hidden: X, the segment, [batch, T, hidden].
+            state: the memory before it.
+            operators: `signal.operators(state.segments)`; the same for all layers of a model.
+            attention: where the segment looked when it read `state`; sticky memories sample the past there.
+            offsets: random offsets of those samples in [0, 1), [batch, M]; deterministic if not given.
+            whole: rows to write, bool [batch]; the others stay as they are. All if not given.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            basis = self.signal.basis
+            hidden = hidden.to(state.coefficients.dtype)
+            if self.config.input_gate:
+                convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), self.gate.bias.to(hidden), padding=1)
+                hidden = hidden * torch.sigmoid(convolved.mT)
+            if self.config.sticky:
+                with torch.no_grad():
+                    histogram = attention_histogram(attention, basis, self.config.sticky_bins)
+                    positions = warped_positions(histogram, self.config.past_samples, offsets)
+            else:
+                positions = even_steps(self.config.past_samples).to(hidden)
+            samples = basis.evaluate(positions) @ state.coefficients
+            coefficients = operators.past.mT @ samples + operators.new.mT @ hidden
+        segments = state.segments + 1
+        if whole is not None:
+            coefficients = torch.where(whole.view(-1, 1, 1), coefficients, state.coefficients)
+            segments = torch.where(whole, segments, state.segments)
+        return LongTermState(coefficients, segments)
+
+    def divergence(self, attention: Density) -> Tensor:
+        """How far the densities' variance is from the prior's, mean over heads, shape [batch, queries]; 0 for slots."""
+        if isinstance(attention, Slots):
+            return attention.weights.new_zeros(()).expand(attention.weights.shape[0], attention.weights.shape[2])
+        return variance_divergence(attention.variance, self.config.prior_standard_deviation**2).mean(dim=1)
+
+    def _attention(self, hidden: Tensor, coefficients: Tensor) -> Density:
+        if self.config.read == "affine":
+            mean, variance = self._affine_placement(hidden, coefficients)
+        else:
+            keys = self._split_heads(_project(self.key, coefficients))
+            queries = self._split_heads(_project(self.query, hidden))
+            weights = torch.softmax(queries @ keys.mT / math.sqrt(queries.shape[-1]), dim=-1)
+            if self.config.read == "slots":
+                return Slots(weights)
+            mean, variance = match_moments(weights, self.signal.basis)
+        return Gaussian(mean, variance) if self.config.density == "gaussian" else TruncatedParabola(mean, variance)
+
+    def _affine_placement(self, hidden: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """μ = sigmoid(w_μ·s) and σ² = softplus(w_σ·s), [batch, heads, queries], without the scores s.
+
+        s = K_h q_h/√d_h enters through w·s = (wᵀB) W_K^h q_h/√d_h alone. So two mixtures of the coefficients stand for the
+        N keys, and pushed through the heads' query projections they are two directions a head in the space of x.
+        """
+        mixtures = self.placement.weight.to(hidden) @ coefficients  # [batch, 2, hidden]
+        keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
+        query_weight = self.query.weight.to(hidden).unflatten(0, (self.heads, -1))  # [heads, head, hidden]
+        directions = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
+        logits = torch.einsum("bkhd,bld->bkhl", directions, hidden)
+        return torch.sigmoid(logits[:, 0]), F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
+
+    def _split_heads(self, tensor: Tensor) -> Tensor:
+        """[batch, length, hidden] to [batch, heads, length, head]."""
+        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _project(linear: nn.Linear, tensor: Tensor) -> Tensor:
+    """The linear map in the type of the tensor, not in that of the weights."""
+    return F.linear(tensor, linear.weight.to(tensor))

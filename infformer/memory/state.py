@@ -1,0 +1,91 @@
+"""Frozen states: what a memory is between two segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """A value whose fields are tensors, or tuples of other states; the first axis of every tensor is the row.
+
+    A row is one stream of text. Rows never mix. A row that is zero throughout is an empty memory.
+    """
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state of the same shape with `function` applied to every tensor."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            return value.map_tensors(function) if isinstance(value, MemoryState) else tuple(map(apply, value))
+
+        return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
+
+    def detach(self) -> Self:
+        """The same values, without the graph that made them."""
+        return self.map_tensors(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same values on another device."""
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+    def reset_rows(self, rows: Tensor) -> Self:
+        """Empty the rows where `rows` (bool, [batch]) is true."""
+
+        def empty(tensor: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *(1,) * (tensor.dim() - 1)), torch.zeros_like(tensor), tensor)
+
+        return self.map_tensors(empty)
+
+    def select_rows(self, index: Tensor) -> Self:
+        """The rows that `index` (int64, [k], with repetitions if wished) names, in its order."""
+        return self.map_tensors(lambda tensor: tensor.index_select(0, index))
+
+    def named_tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Every tensor by its path, such as `layers.0.coefficients`: what a checkpoint stores."""
+        named: dict[str, Tensor] = {}
+
+        def collect(name: str, value: Any) -> None:
+            if isinstance(value, Tensor):
+                named[name] = value
+            elif isinstance(value, MemoryState):
+                named.update(value.named_tensors(f"{name}."))
+            else:
+                for position, element in enumerate(value):
+                    collect(f"{name}.{position}", element)
+
+        for field in fields(self):
+            collect(prefix + field.name, getattr(self, field.name))
+        return named
+
+    def with_tensors(self, named: Mapping[str, Tensor]) -> Self:
+        """A state of this structure with the tensors of `named_tensors()`.
+
+        Raises:
+            ValueError: if a name or a shape past the first axis does not fit.
+        """
+        own = self.named_tensors()
+        if own.keys() != named.keys():
+            raise ValueError(
+                f"these memories have different parts: {sorted(own.keys() ^ named.keys())} are in one of them only"
+            )
+        for name, tensor in own.items():
+            if tensor.shape[1:] != named[name].shape[1:]:
+                raise ValueError(
+                    f"{name} of the stored memory is {list(named[name].shape)}, this model's is {list(tensor.shape)}"
+                )
+        names = iter(own)
+        return self.map_tensors(lambda tensor: named[next(names)].to(tensor))
+
+
+@dataclass(frozen=True)
+class LayerMemories(MemoryState):
+    """The memories of a model: one state a layer that has one."""
+
+    layers: tuple[MemoryState, ...]

@@ -1,0 +1,47 @@
+"""Sticky memories: the past that was attended to is given more room when it is resampled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.density import Density
+
+
+def attention_histogram(attention: Density, basis: GaussianBasis, bins: int) -> Tensor:
+    """How the attention of one segment is spread over [0, 1].
+
+    Args:
+        attention: densities of shape [batch, heads, queries].
+
+    Returns:
+        Mass per equal bin, averaged over heads and queries and normalised on [0, 1]: shape [batch, bins].
+    """
+    edges = torch.linspace(0, 1, bins + 1).to(basis.centres)
+    mass = attention.cumulative(edges, basis).mean(dim=(1, 2)).diff(dim=-1)
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = None) -> Tensor:
+    """Where to sample the past: the inverse of the histogram's cumulative function on a stratified grid.
+
+    Sample m = 1…samples is taken at cdf⁻¹((m − v_m)/samples): one draw from each of `samples` parts of equal mass. It has
+    the law of independent draws from the histogram with far less noise; with v_m = ½ it is the deterministic time warp.
+
+    Args:
+        histogram: mass per bin, shape [batch, bins], sum one.
+        offsets: v in [0, 1), shape [batch, samples]; ½ everywhere if not given.
+
+    Returns:
+        Ascending positions in [0, 1], shape [batch, samples].
+    """
+    rows, bins = histogram.shape
+    strata = torch.arange(1, samples + 1, device=histogram.device, dtype=histogram.dtype).expand(rows, -1)
+    targets = (strata - (0.5 if offsets is None else offsets.to(histogram))) / samples
+    cumulative = histogram.cumsum(-1)
+    index = torch.searchsorted(cumulative, targets).clamp(max=bins - 1)
+    mass = histogram.gather(-1, index)
+    before = cumulative.gather(-1, index) - mass
+    within = ((targets - before) / mass.clamp(min=torch.finfo(mass.dtype).tiny)).clamp(0, 1)
+    return (index + within) / bins

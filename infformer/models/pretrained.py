@@ -1,0 +1,289 @@
+"""Any Hugging Face causal language model with a long-term memory beside its attentions.
+
+The backbone stays the stock class with its stock parameter names. A forward hook on each chosen attention module adds what
+the memory returns to what the attention returns; the memory itself travels through the call as a keyword argument, so
+that a recomputed layer (gradient checkpointing) reads the memory it read the first time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTermMemoryConfig, LongTermState, WriteOperators
+from infformer.memory.state import LayerMemories
+from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
+from infformer.models.outputs import MemoryModelOutput
+
+ATTENTION_PATHS = {
+    "gpt2": ("transformer.h", "attn"),
+    "llama": ("model.layers", "self_attn"),
+}
+"""Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its layers
+hand keyword arguments on to their attention."""
+
+
+class InfformerConfig(PreTrainedConfig):
+    """Configuration of `InfformerForCausalLM`.
+
+    Args:
+        backbone: the stock model's configuration.
+        memory: what each memory is; None for a model without memory.
+        memory_layers: indices of the layers that have one, from 0; None for all.
+    """
+
+    model_type = "infformer"
+    sub_configs = {"backbone": AutoConfig}
+
+    def __init__(
+        self,
+        backbone: PreTrainedConfig | dict[str, Any] | None = None,
+        memory: LongTermMemoryConfig | dict[str, Any] | None = None,
+        memory_layers: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(backbone, dict):
+            backbone = AutoConfig.for_model(**backbone)
+        self.backbone = backbone if backbone is not None else AutoConfig.for_model("gpt2")
+        self.memory = asdict(memory) if isinstance(memory, LongTermMemoryConfig) else memory
+        self.memory_layers = memory_layers
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(token, getattr(self.backbone, token, None))
+        kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    @property
+    def memory_config(self) -> LongTermMemoryConfig | None:
+        """The memory's configuration as its own type; an unknown option in a stored one is an error."""
+        try:
+            return None if self.memory is None else LongTermMemoryConfig(**self.memory)
+        except TypeError as error:
+            raise ValueError(f"the memory in this model's config.json is not one that this version knows: {error}") from error
+
+
+@dataclass
+class _MemoryCall:
+    """One forward pass's memory on its way through the layers."""
+
+    memory: LayerMemories
+    operators: WriteOperators
+    """For writing; all layers write at the same time, so they share them."""
+    whole: Tensor | None
+    """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
+    offsets: Tensor | None
+    written: dict[int, LongTermState] = field(default_factory=dict)
+    divergences: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _attend_to_memory(
+    index: int, layer: LongTermMemory, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Forward hook of an attention module: add the memory's context to its output, and write the segment.
+
+    A recomputation stores the same results a second time in a call that nobody reads any more.
+    """
+    call: _MemoryCall | None = kwargs.get("memory_call")
+    if call is None:  # the backbone used on its own
+        return output
+    hidden = args[0] if args else kwargs["hidden_states"]
+    state = call.memory.layers[index]
+    reading = layer.read(hidden, state)
+    call.divergences[index] = layer.divergence(reading.attention)
+    call.written[index] = (
+        state
+        if call.whole is None
+        else layer.write(hidden, state, call.operators, reading.attention, call.offsets, call.whole)
+    )
+    attended, *others = output
+    return (attended + reading.context.to(attended.dtype), *others)
+
+
+class InfformerForCausalLM(PreTrainedModel):
+    """A causal language model that reads a document segment by segment and remembers what it has read.
+
+    `backbone` is the stock model, `memories` the learned parts of the memories, one for each layer that has one.
+    """
+
+    config_class = InfformerConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: InfformerConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone) if backbone is None else backbone
+        attentions = _attention_modules(self.backbone)
+        layers = range(len(attentions)) if config.memory_layers is None else config.memory_layers
+        if unknown := [layer for layer in layers if not 0 <= layer < len(attentions)]:
+            raise ValueError(f"model.memory_layers={unknown}: this backbone has layers 0 to {len(attentions) - 1}")
+        memory = config.memory_config
+        self.memories = nn.ModuleList()
+        self.segment_length: int | None = None
+        if memory is not None:
+            positions = getattr(config.backbone, "max_position_embeddings", memory.segment_length)
+            if memory.segment_length > positions:
+                raise ValueError(
+                    f"model.memory.segment_length={memory.segment_length} is longer than the {positions} positions of the "
+                    "model: choose a segment that fits"
+                )
+            self.segment_length = memory.segment_length
+            self.signal = ContinuousSignal(memory)
+            for index, layer in enumerate(layers):
+                self.memories.append(
+                    LongTermMemory(memory, config.backbone.hidden_size, config.backbone.num_attention_heads, self.signal)
+                )
+                hook = partial(_attend_to_memory, index, self.memories[index])
+                attentions[layer].register_forward_hook(hook, with_kwargs=True)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel | str | os.PathLike[str],
+        memory: LongTermMemoryConfig | None = None,
+        memory_layers: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Put memories beside the attentions of a pretrained model; until trained, they change nothing.
+
+        Args:
+            backbone: a model, a folder, or the name of a model on the hub.
+            memory: what each memory is; None wraps the model without any.
+            memory_layers: layers that get one; all if not given.
+            kwargs: for the backbone's `from_pretrained`.
+        """
+        if not isinstance(backbone, PreTrainedModel):
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        # What is loaded must not be initialised again by the composite model.
+        for module in backbone.modules():
+            module._is_hf_initialized = True
+        attention = backbone.config._attn_implementation
+        config = InfformerConfig(backbone.config, memory, memory_layers, attn_implementation=attention)
+        model = cls(config, backbone)
+        model.memories.to(backbone.device)
+        if memory is not None:
+            model.signal.to(backbone.device)
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        memory: LayerMemories | None = None,
+        reset: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        lengths: Tensor | None = None,
+        sticky_offsets: Tensor | None = None,
+        return_logits: bool | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> MemoryModelOutput:
+        """Read one segment of each row.
+
+        Args:
+            input_ids: [batch, length], at most a segment. Segments of exactly `segment_length` tokens are written to memory.
+            labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
+            memory: what `memory` was after the row's last segment; empty if not given.
+            reset: rows that begin a new document with this segment, bool [batch].
+            shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
+                label is lost between two segments. Instead of `labels`.
+            lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
+            sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, past_samples]; deterministic without.
+            return_logits: by default only where there are no labels.
+            past_key_values, use_cache: the backbone's cache, to generate within a segment.
+        """
+        batch, length = input_ids.shape
+        if memory is None:
+            memory = self.initial_memory(batch)
+        if reset is not None:
+            memory = memory.reset_rows(reset)
+        call = self._begin(memory, length, lengths, sticky_offsets)
+        read = self.backbone.base_model(
+            input_ids, past_key_values=past_key_values, use_cache=use_cache, memory_call=call
+        )
+        output = MemoryModelOutput(past_key_values=read.past_key_values if use_cache else None)
+        output.memory = LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
+        output.auxiliary_losses = self._auxiliary_losses(call, lengths, length)
+
+        head = self.backbone.get_output_embeddings()
+        if labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=NOT_SCORED)
+        if shift_labels is not None:
+            output.token_losses = chunked_token_losses(read.last_hidden_state, head, shift_labels)
+            scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
+            output.loss = output.token_losses.sum() / scored + sum(output.auxiliary_losses.values())
+        if return_logits or (return_logits is None and shift_labels is None):
+            output.logits = head(read.last_hidden_state)
+        return output
+
+    def initial_memory(self, batch: int) -> LayerMemories:
+        """Empty memories for `batch` rows."""
+        return LayerMemories(tuple(layer.initial_state(batch) for layer in self.memories))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def _begin(
+        self, memory: LayerMemories, length: int, lengths: Tensor | None, offsets: Tensor | None
+    ) -> _MemoryCall | None:
+        if not self.memories:
+            return None
+        if length > self.segment_length:
+            raise ValueError(
+                f"{length} tokens are more than the memory's segment of {self.segment_length}: cut the text into segments"
+            )
+        segments = memory.layers[0].segments
+        whole = None
+        if length == self.segment_length:
+            whole = torch.ones_like(segments, dtype=torch.bool) if lengths is None else lengths == length
+        return _MemoryCall(memory, self.signal.operators(segments), whole, offsets)
+
+    def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None, length: int) -> dict[str, Tensor]:
+        """The divergence of the densities' variance, mean over real tokens of rows with a memory, summed over layers."""
+        if call is None:
+            return {}
+        divergence = torch.stack([call.divergences[index] for index in range(len(self.memories))]).sum(0)
+        counted = (call.memory.layers[0].segments > 0).unsqueeze(-1).expand_as(divergence)
+        if lengths is not None:
+            counted = counted & (torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1))
+        weight = self.memories[0].config.divergence_weight
+        return {"divergence": weight * (divergence * counted).sum() / counted.sum().clamp(min=1)}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The backbone initialises itself; see transformers' `initialize_weights`."""
+        if isinstance(module, LongTermMemory | ContinuousSignal):
+            module.reset_parameters()
+
+
+def _attention_modules(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The self-attention of each layer, from the first."""
+    kind = backbone.config.model_type
+    if kind not in ATTENTION_PATHS:
+        raise ValueError(
+            f"no memory can be put beside the attention of a {kind!r} yet, only of {', '.join(sorted(ATTENTION_PATHS))}: add "
+            "where it keeps its attention to ATTENTION_PATHS in infformer/models/pretrained.py"
+        )
+    layers, attention = ATTENTION_PATHS[kind]
+    return [layer.get_submodule(attention) for layer in backbone.get_submodule(layers)]
+
+
+AutoConfig.register(InfformerConfig.model_type, InfformerConfig)
+AutoModelForCausalLM.register(InfformerConfig, InfformerForCausalLM)
