@@ -30,8 +30,7 @@ def ridge_operator(design: Tensor, ridge: float) -> Tensor:
 
 def first_operator(basis: GaussianBasis, length: int, ridge: float) -> Tensor:
     """Operator [length, N] for a first segment, its tokens in the middle of `length` equal parts of [0, 1]."""
-    half_step = 1 / (2 * length)
-    positions = _even_positions(2 * length, half_step, basis)
+    positions = (torch.arange(2 * length).to(basis.centres) - length // 2 + 0.5) / length
     return ridge_operator(basis.evaluate(positions), ridge)[_inside(positions)]
 
 

@@ -150,7 +150,7 @@ class ContinuousSignal(nn.Module):
         config = self.config
         past, new = self.past, self.new
         if config.contraction == "uniform":
-            contraction = segments.clamp(min=1) / (segments.clamp(min=1) + 1)
+            contraction = segments.clamp(min=1).double() / (segments.clamp(min=1) + 1)
             basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
             basis = GaussianBasis(basis.centres.to(segments.device), basis.widths.to(segments.device))
             past, new = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -46,6 +46,20 @@ class MemoryState:
     def select_rows(self, index: Tensor) -> Self:
         """The rows that `index` (int64, [k], with repetitions if wished) names, in its order."""
         return self.map_tensors(lambda tensor: tensor.index_select(0, index))
+
+    def split(self, parts: int) -> list[Self]:
+        """`parts` states of equally many rows, in order."""
+        return [
+            self.map_tensors(lambda tensor, part=part: tensor.chunk(parts)[part])  # type: ignore[misc]
+            for part in range(parts)
+        ]
+
+    @classmethod
+    def concatenate(cls, states: Sequence[Self]) -> Self:
+        """The rows of several states of the same structure, one after the other."""
+        named = [state.named_tensors() for state in states]
+        rows = {name: torch.cat([tensors[name] for tensors in named]) for name in named[0]}
+        return states[0].with_tensors(rows)
 
     def named_tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Every tensor by its path, such as `layers.0.coefficients`: what a checkpoint stores."""

@@ -231,6 +231,11 @@ class InfformerForCausalLM(PreTrainedModel):
             output.logits = head(read.last_hidden_state)
         return output
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions the backbone has; None if it has no such limit."""
+        return getattr(self.config.backbone, "max_position_embeddings", None)
+
     def initial_memory(self, batch: int) -> LayerMemories:
         """Empty memories for `batch` rows."""
         return LayerMemories(tuple(layer.initial_state(batch) for layer in self.memories))

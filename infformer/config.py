@@ -1,0 +1,242 @@
+"""The map of a run: everything that can be set, with its type and its default.
+
+`conf/` holds the values that differ between runs, in Hydra's groups; this tree is what they are checked against, before
+any work. An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from infformer.data.options import DataConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option}={value}: choose one of {', '.join(choices)}")
+
+
+def _check_at_least(option: str, value: float | None, minimum: float) -> None:
+    if value is not None and value < minimum:
+        raise ValueError(f"{option}={value}: must be at least {minimum}")
+
+
+@dataclass
+class ModelConfig:
+    """Which language model, and which memory beside its attention."""
+
+    pretrained: str | None = None
+    """A folder, or the name of a model on the hub. Null: a new model of `architecture`."""
+    architecture: dict[str, Any] | None = None
+    """For a model from scratch: the fields of a Hugging Face configuration, `model_type` among them."""
+    tokenizer: str | None = None
+    """A folder or a name on the hub. Null: the pretrained model's."""
+    memory: LongTermMemoryConfig | None = None
+    """Null: the model alone."""
+    memory_layers: list[int] | None = None
+    """Layers that get a memory, from 0. Null: all."""
+    attention: str | None = None
+    """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
+
+    def __post_init__(self) -> None:
+        if (self.pretrained is None) == (self.architecture is None):
+            raise ValueError(
+                "give one of model.pretrained= (a folder or a hub name) and model.architecture= (a model from scratch)"
+            )
+        if self.pretrained is None and self.tokenizer is None:
+            raise ValueError("model.tokenizer=null: a model from scratch needs a tokenizer, a folder or a hub name")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    max_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 8
+    """Lanes: streams of text read side by side, all processes and accumulated parts together."""
+    segment_length: int = 512
+    """Tokens that each lane reads at a time; the memory's segment as well."""
+    bptt_segments: int = 1
+    """Segments of each lane in one step. With more than one, gradients flow through the memory from the last to the first."""
+    gradient_accumulation: int = 1
+    """Parts into which each process's lanes are cut, one after the other in memory; the step is the same."""
+    gradient_clipping: float | None = 1.0
+    """Largest norm of the gradient. Null: no limit."""
+    precision: str = "float32"
+    """`float32`, `bfloat16` or `float16` for autocast; weights and memory stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them."""
+    compile: bool = False
+    """`torch.compile` the model."""
+    freeze_backbone: bool = False
+    """Train the memory alone."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    evaluate_every: int | None = 200
+    """Steps between two evaluations on the validation documents. Null: only at the end."""
+    checkpoint_every: int | None = 200
+    """Steps between two checkpoints. Null: only at the end."""
+    keep_checkpoints: int = 2
+    """How many of the last checkpoints stay, beside the best."""
+    sample_every: int | None = None
+    """Steps between two samples of text. Null: none."""
+    sample_tokens: int = 64
+    """Length of a sample."""
+
+    def __post_init__(self) -> None:
+        _check_choice("training.precision", self.precision, ("float32", "bfloat16", "float16"))
+        for name in ("max_steps", "batch_size", "bptt_segments", "gradient_accumulation", "log_every", "sample_tokens"):
+            _check_at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "sample_every"):
+            _check_at_least(f"training.{name}", getattr(self, name), 1)
+        _check_at_least("training.segment_length", self.segment_length, 2)
+        if self.gradient_clipping is not None and self.gradient_clipping <= 0:
+            raise ValueError(f"training.gradient_clipping={self.gradient_clipping}: must be positive, or null for no limit")
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam, with a group of its own for the memory."""
+
+    name: str = "adamw"
+    """`adamw`, or `adam` (weight decay as an L2 penalty)."""
+    learning_rate: float = 5e-5
+    """The backbone's."""
+    memory_learning_rate: float = 2.5e-4
+    """The memory's: its parameters start from nothing, the backbone's do not."""
+    weight_decay: float = 0.01
+    """Not for norms, biases and gates."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_choice("optimizer.name", self.name, ("adamw", "adam"))
+        for name in ("learning_rate", "memory_learning_rate", "weight_decay"):
+            _check_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)}: give two numbers in [0, 1)")
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rates change over the run, all by the same factor."""
+
+    name: str = "cosine"
+    """`cosine`, `linear`, `constant` or `inverse_sqrt`."""
+    warmup_steps: int = 0
+    """Steps of linear growth from zero."""
+    final_ratio: float = 0.0
+    """For `cosine`: where it ends, as a part of the highest rate."""
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule.name", self.name, ("cosine", "linear", "constant", "inverse_sqrt"))
+        _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.final_ratio <= 1:
+            raise ValueError(f"schedule.final_ratio={self.final_ratio}: must lie between 0 and 1")
+
+
+@dataclass
+class EvaluationConfig:
+    """How a model is measured."""
+
+    batch_size: int = 8
+    """Documents read side by side; the figures do not depend on it."""
+    before: bool = True
+    """Measure the test documents before training too."""
+    controls: bool = True
+    """In the final evaluation, measure again without the memory and with the memory of another document."""
+    max_validation_tokens: int | None = None
+    """In evaluations during training, read at most this much of the beginnings of the documents. Null: all."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("evaluation.batch_size", self.batch_size, 1)
+        _check_at_least("evaluation.max_validation_tokens", self.max_validation_tokens, 1)
+
+
+@dataclass
+class EngineConfig:
+    """How several processes work together."""
+
+    name: str = "auto"
+    """`auto`: one process, or data parallel when the launcher started several."""
+
+    def __post_init__(self) -> None:
+        _check_choice("engine.name", self.name, ("auto",))
+
+
+@dataclass
+class TrackerConfig:
+    """Where the metrics are shown, beside `metrics.jsonl`. All but `name` concern wandb alone."""
+
+    name: str = "none"
+    """`none`, `wandb` or `tensorboard`."""
+    project: str = "infformer"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str | None = None
+    """`online` or `offline`. Null leaves the choice to WANDB_MODE and wandb's own settings, which default to online."""
+
+    def __post_init__(self) -> None:
+        _check_choice("tracker.name", self.name, ("none", "wandb", "tensorboard"))
+        if self.mode is not None:
+            _check_choice("tracker.mode", self.mode, ("online", "offline"))
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    name: str = "run"
+    """The run's folder is `outputs/<name>`, unless `output_dir` says otherwise."""
+    output_dir: str = "outputs/${name}"
+    seed: int = 0
+    resume: str | None = None
+    """`auto`: go on from the newest whole checkpoint of `output_dir`, if there is one. A path: from that checkpoint.
+    Null: start; an `output_dir` that already holds a run is an error."""
+
+    def __post_init__(self) -> None:
+        if self.model.memory is not None:
+            if self.model.memory.segment_length != self.training.segment_length:
+                raise ValueError(
+                    f"model.memory.segment_length={self.model.memory.segment_length} is not "
+                    f"training.segment_length={self.training.segment_length}: set the latter alone, the former follows it"
+                )
+        elif self.training.freeze_backbone:
+            raise ValueError("training.freeze_backbone=true with model/memory=none leaves nothing to train: give it a memory")
+
+
+@dataclass
+class EvaluationRunConfig:
+    """One evaluation, by `eval.py`."""
+
+    checkpoint: str
+    """A checkpoint of a run, a model folder, or the name of a causal language model on the hub."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    split: str = "test"
+    """`train`, `validation` or `test`."""
+    segment_length: int | None = None
+    """Tokens of a segment. Null: the memory's, or for a model without one all its positions."""
+    precision: str = "float32"
+    tokenizer: str | None = None
+    """A folder or a hub name. Null: the model's."""
+    output_dir: str | None = None
+    """Where `results.json` and the plots go. Null: a folder beside the checkpoint, or `outputs/evaluation`."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("split", self.split, ("train", "validation", "test"))
+        _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        _check_at_least("segment_length", self.segment_length, 2)

@@ -1,0 +1,195 @@
+"""Local files, one by one: what is in them, whatever their format and compression."""
+
+import glob
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from infformer.data.errors import DataError
+
+TEXT = (".txt", ".text", ".md", ".tokens", ".raw")
+JSON_LINES = (".jsonl", ".json")
+PARQUET = (".parquet",)
+COMPRESSED = (".gz", ".zst")
+
+_ROWS_AT_A_TIME = 16  # of a table: a row may be a whole book
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record as it was found, before anything is asked of its fields."""
+
+    place: str
+    """Where it is, in words for an error: the file, and the line or row in it."""
+
+    name: str
+    """What to call it when no field does: `<file>:<row>`, or `<file>` where a file is one record."""
+
+    fields: Mapping[str, Any]
+
+
+def find_files(patterns: Sequence[str], option: str) -> list[Path]:
+    """The files and saved datasets that paths and globs name, in sorted order, each once.
+
+    Args:
+        patterns: paths and globs; `~` is the home folder, `**` any folders.
+        option: the option they were given by, such as `data.train`, for the errors.
+
+    Raises:
+        DataError: a pattern names nothing, or something of a kind that is not known.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        whole = os.path.expanduser(pattern)
+        paths = [whole] if os.path.exists(whole) else glob.glob(whole, recursive=True)
+        # A glob meets folders on its way; only a saved dataset is one to be read.
+        matches = [
+            Path(path).absolute() for path in paths if path == whole or not os.path.isdir(path) or _is_saved(Path(path))
+        ]
+        if not matches:
+            raise DataError(f"{option}={pattern}: no such file; give a path or a glob (seen from {os.getcwd()}).")
+        for match in matches:
+            _check_kind(match, option)
+        found.update(matches)
+    return sorted(found)
+
+
+def name_files(paths: Sequence[Path]) -> list[str]:
+    """Short names that tell files apart: their paths from the folder they share, without endings."""
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [(path if path.is_dir() else _plain(path).with_suffix("")).relative_to(shared).as_posix() for path in paths]
+
+
+def file_stamps(path: Path) -> list[tuple[str, int, int]]:
+    """The path, size in bytes and time of change in ns of a file, or of each file in a folder that is not hidden."""
+    members = sorted(member for member in path.rglob("[!.]*") if member.is_file()) if path.is_dir() else [path]
+    return [(str(member.absolute()), member.stat().st_size, member.stat().st_mtime_ns) for member in members]
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is plain text, which has lines but no fields."""
+    return _kind(path) in TEXT
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, maybe compressed, with their ends as they are; a byte order mark is left out.
+
+    Raises:
+        DataError: the file is empty, is cut short, does not decompress, or is not UTF-8.
+    """
+    offset, blank = 0, True
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream, io.BufferedReader(stream) as lines:
+            for line in lines:
+                text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+                offset += len(line)
+                blank = blank and not text.strip()
+                yield text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 at byte {offset + error.start} ({error.reason}); save the file as UTF-8, for example "
+            "with iconv -f <its encoding> -t utf-8."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read to its end ({error}); get or compress the file anew.") from error
+    if blank:
+        raise _empty(path)
+
+
+def read_rows(path: Path, name: str, text_field: str) -> Iterator[Row]:
+    """The records of one file or saved dataset, in its order.
+
+    A plain text file is one record, whose only field is `text_field`.
+
+    Args:
+        path: the file, or the folder that `Dataset.save_to_disk` wrote.
+        name: what its records are called after.
+        text_field: the field for the text of a plain text file.
+
+    Raises:
+        DataError: the file is empty, is damaged, or has a line that is no JSON object.
+    """
+    if is_text(path):
+        yield Row(str(path), name, {text_field: "".join(read_lines(path))})
+    elif _kind(path) in JSON_LINES:
+        yield from _json_rows(path, name)
+    else:
+        number = 0
+        for number, fields in enumerate(_saved_rows(path) if path.is_dir() else _parquet_rows(path), start=1):
+            yield Row(f"{path}, row {number}", f"{name}:{number}", fields)
+        if number == 0:
+            raise _empty(path)
+
+
+def _json_rows(path: Path, name: str) -> Iterator[Row]:
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        remedy = 'each line must be one whole JSON object, such as {"id": "...", "text": "..."}'
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); {remedy}.") from error
+        if not isinstance(fields, dict):
+            raise DataError(f"{place}: JSON, but a {type(fields).__name__} and not an object; {remedy}.")
+        yield Row(place, f"{name}:{number}", fields)
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=_ROWS_AT_A_TIME):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}); get or write the file anew.") from error
+
+
+def _saved_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        # The library cannot open what it saves of a dataset without rows.
+        if json.loads((path / "state.json").read_text())["_data_files"]:
+            yield from datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a whole saved dataset ({error}); save it anew with save_to_disk.") from error
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path}: the file is empty; remove it, or leave it out of the option that names it.")
+
+
+def _check_kind(path: Path, option: str) -> None:
+    if not path.is_dir():
+        if _kind(path) not in TEXT + JSON_LINES + PARQUET:
+            known = " ".join(TEXT + JSON_LINES)
+            raise DataError(
+                f"{option}: {path} is of no kind that can be read; known are {known} (each also with "
+                f"{' or '.join(COMPRESSED)}), {' '.join(PARQUET)} and folders written by save_to_disk; rename or "
+                "convert it."
+            )
+    elif (path / "dataset_dict.json").exists():
+        raise DataError(f"{option}: {path} holds several splits; name one of them, such as {option}={path}/train.")
+    elif not _is_saved(path):
+        raise DataError(f"{option}: {path} is a folder; name the files in it, such as '{option}={path}/**/*.txt'.")
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
+    return (path / "state.json").exists() and (path / "dataset_info.json").exists()
+
+
+def _plain(path: Path) -> Path:
+    """The path without the ending of its compression."""
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
+
+def _kind(path: Path) -> str:
+    return "" if path.is_dir() else _plain(path).suffix

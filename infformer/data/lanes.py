@@ -1,0 +1,339 @@
+"""Contiguous streams of tokens, one for each row of the batch.
+
+The global batch is a fixed set of lanes. A lane reads one *visit* after another, segment by segment: a document, or a
+stretch of one. Where every lane stands is known to every process, as a handful of integers; tokens are loaded only for
+the lanes a process has itself (its *share*). So what is read, and in which order, does not depend on the number of
+processes.
+
+A document of n tokens has n - 1 inputs (all but its last token), and the target of each is the token that follows it,
+also where that is the first one of the next segment: no target is lost.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infformer.data.errors import DataError
+from infformer.data.tokenization import TokenizedDocuments
+
+IGNORED = -100
+"""The label of a place where there is no token to predict."""
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The next stretch of every lane of a share."""
+
+    input_ids: Tensor
+    """int64 [lanes, segment_length]; 0 after the last token."""
+
+    shift_labels: Tensor
+    """int64 [lanes, segment_length]; the token that follows each input, -100 after the last."""
+
+    lengths: Tensor
+    """int64 [lanes]; how many inputs there are; 0: the lane is idle."""
+
+    reset: Tensor
+    """bool [lanes]; a visit begins here: the memory must be empty."""
+
+    documents: Tensor
+    """int64 [lanes]; which of the documents; -1: the lane is idle."""
+
+    starts: Tensor
+    """int64 [lanes]; where in its document the first input is."""
+
+    reads: Tensor
+    """int64 [lanes]; how many segments the lane has read before this one, ever."""
+
+    lanes: Tensor
+    """int64 [lanes]; the share: the numbers of these lanes in the global batch."""
+
+    global_tokens: int
+    """How many tokens are predicted in this segment of all lanes, also those of other processes."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same segment on another device."""
+        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors()})
+
+    def rows(self, rows: slice) -> Self:
+        """Some of the lanes."""
+        return replace(self, **{name: value[rows] for name, value in self._tensors()})
+
+    def pin_memory(self) -> Self:
+        """The same segment in memory from which a GPU can fetch it while other work goes on."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors()})
+
+    def _tensors(self) -> list[tuple[str, Any]]:
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+
+class Lanes(Iterator[Segment]):
+    """The segments of training, without end.
+
+    The visits of an epoch are put in a queue, in a seeded order; a lane that has come to the end of its visit takes the
+    next one, and when the queue is empty the next epoch's is begun, without a gap. Several lanes that end together take
+    in the order of their numbers. Each epoch predicts every token of every document (but its first) exactly once.
+
+    With `segments_per_visit`, a document is cut into visits of that many segments. Where the first cut is, is drawn
+    anew for each document and epoch; it makes the first visit shorter.
+
+    Args:
+        documents: what to read.
+        lanes: lanes of the global batch.
+        segment_length: inputs of a segment.
+        seed: decides on the order and the cuts.
+        shuffle: False: the documents in their order, cut from their start, each epoch alike.
+        segments_per_visit: segments after which a lane leaves a document; None: it stays to the end.
+        share: the lanes for which to load tokens; None: all.
+
+    Raises:
+        DataError: there are fewer visits than lanes.
+    """
+
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        lanes: int,
+        segment_length: int,
+        seed: int,
+        shuffle: bool = True,
+        segments_per_visit: int | None = None,
+        share: Sequence[int] | slice | None = None,
+    ) -> None:
+        self._documents = documents
+        self._visits = _Visits(
+            documents.token_counts - 1, seed, shuffle, segments_per_visit and segments_per_visit * segment_length
+        )
+        if self._visits.at_least < lanes:
+            raise DataError(
+                f"training.batch_size={lanes}: each of these lanes needs a stretch of text of its own, and the "
+                f"{len(documents)} documents make only {self._visits.at_least} with data.segments_per_visit="
+                f"{_spell(segments_per_visit)}; use a smaller batch, a smaller data.segments_per_visit (or one at all) "
+                "or more documents."
+            )
+        self._lanes = _Places(lanes)
+        self._share = _share(share, lanes)
+        self._segment_length = segment_length
+        # What a saved state must agree with, by the option that says it.
+        self._identity: dict[str, Any] = {
+            "training.batch_size": lanes,
+            "training.segment_length": segment_length,
+            "seed": seed,
+            "data.shuffle": shuffle,
+            "data.segments_per_visit": segments_per_visit,
+            "the documents (data.*, tokenizer)": documents.fingerprint,
+        }
+
+    @property
+    def epoch(self) -> int:
+        """The epoch from which the last visit was taken, from 0."""
+        return self._visits.epoch
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """How many tokens an epoch predicts."""
+        return int((self._documents.token_counts - 1).sum())
+
+    def __next__(self) -> Segment:
+        self._lanes.refill(self._visits.take(self._lanes.finished.size))
+        segment = _load(self._documents, self._lanes, self._segment_length, self._share)
+        self._lanes.advance(self._segment_length)
+        return segment
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reading stands, as JSON; it is the same whatever the share, and fits every share."""
+        return {
+            "identity": dict(self._identity),
+            "epoch": self._visits.epoch,
+            "queue_position": self._visits.position,
+            "lanes": self._lanes.to_lists(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the state was taken.
+
+        Raises:
+            DataError: the state was taken with other documents or options.
+        """
+        for option, now in self._identity.items():
+            then = state["identity"].get(option)
+            if then != now:
+                raise DataError(
+                    f"{option}: the run to be resumed had {_spell(then)}, this one has {_spell(now)}; its place in the "
+                    "documents means nothing here. Set it back, or begin a new run."
+                )
+        self._visits.go_to(state["epoch"], state["queue_position"])
+        self._lanes = _Places.from_lists(state["lanes"])
+
+
+def read_once(
+    documents: TokenizedDocuments,
+    lanes: int,
+    segment_length: int,
+    order: Sequence[int] | None = None,
+    share: Sequence[int] | slice | None = None,
+) -> Iterator[Segment]:
+    """Each document once, whole, from its start; for evaluation.
+
+    A lane for which no document is left is idle. Every share yields the same number of segments, until all lanes of the
+    global batch are idle; so processes that evaluate together stay together.
+
+    Args:
+        documents: what to read.
+        lanes: lanes of the global batch; there may be more of them than documents.
+        segment_length: inputs of a segment.
+        order: documents in the order in which they are taken; None: the longest first, so that the lanes end together.
+        share: the lanes for which to load tokens; None: all.
+
+    Raises:
+        DataError: the order names a document twice, or one that there is not.
+    """
+    inputs = documents.token_counts - 1
+    queue = np.argsort(-inputs, kind="stable") if order is None else np.asarray(order, dtype=np.int64)
+    if len(np.unique(queue)) != len(queue) or not np.isin(queue, np.arange(len(documents))).all():
+        raise DataError(f"order: each of the documents 0 to {len(documents) - 1} at most once, not {queue.tolist()}.")
+    places, taken, chosen = _Places(lanes), 0, _share(share, lanes)
+    while True:
+        visits = queue[taken : taken + places.finished.size]
+        taken += len(visits)
+        places.refill(np.stack([visits, np.zeros_like(visits), inputs[visits]]))
+        if places.finished.size == lanes:
+            return
+        yield _load(documents, places, segment_length, chosen)
+        places.advance(segment_length)
+
+
+class _Visits:
+    """The queue of training: visits [3, n] of (document, first input, end), epoch after epoch."""
+
+    def __init__(self, inputs: Integers, seed: int, shuffle: bool, longest: int | None) -> None:
+        self._inputs = inputs
+        self._seed = seed
+        self._shuffle = shuffle
+        self._longest = longest
+        # However the cuts fall, there are never fewer visits than with cuts from the start.
+        self.at_least = len(inputs) if longest is None else int((-(-inputs // longest)).sum())
+        self.go_to(0, 0)
+
+    def go_to(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self._queue = self._visits_of(epoch)
+
+    def take(self, count: int) -> Integers:
+        parts = []
+        while count > 0:
+            if self.position == self._queue.shape[1]:
+                self.go_to(self.epoch + 1, 0)
+            parts.append(self._queue[:, self.position : self.position + count])
+            self.position += parts[-1].shape[1]
+            count -= parts[-1].shape[1]
+        return np.concatenate(parts, axis=1) if parts else np.empty((3, 0), dtype=np.int64)
+
+    def _visits_of(self, epoch: int) -> Integers:
+        random = np.random.default_rng(np.random.SeedSequence([self._seed, epoch]))
+        if self._longest is None:
+            visits = np.stack([np.arange(len(self._inputs)), np.zeros_like(self._inputs), self._inputs])
+        else:
+            whole = np.full_like(self._inputs, self._longest)
+            first_cuts = random.integers(1, self._longest, size=len(whole), endpoint=True) if self._shuffle else whole
+            visits = _cut(self._inputs, first_cuts, self._longest)
+        return visits[:, random.permutation(visits.shape[1])] if self._shuffle else visits
+
+
+def _cut(inputs: Integers, first_cuts: Integers, longest: int) -> Integers:
+    """Cut documents into visits: after `first_cuts` inputs, then every `longest`."""
+    counts = 1 + np.maximum(0, -(-(inputs - first_cuts) // longest))
+    documents = np.repeat(np.arange(len(inputs)), counts)
+    number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = first_cuts[documents] + number * longest
+    return np.stack([documents, np.maximum(0, ends - longest), np.minimum(ends, inputs[documents])])
+
+
+class _Places:
+    """Where every lane of the global batch stands; a lane that has read its visit to the end is finished."""
+
+    def __init__(self, lanes: int) -> None:
+        self.documents = np.full(lanes, -1, dtype=np.int64)
+        self.positions = np.zeros(lanes, dtype=np.int64)  # the next input
+        self.ends = np.zeros(lanes, dtype=np.int64)  # of the visits, in inputs
+        self.reads = np.zeros(lanes, dtype=np.int64)
+        self.reset = np.zeros(lanes, dtype=np.bool_)
+
+    @property
+    def finished(self) -> Integers:
+        return np.flatnonzero(self.positions == self.ends)
+
+    def refill(self, visits: Integers) -> None:
+        """Give visits [3, n] to the first n finished lanes; the others become idle."""
+        empty = self.finished
+        taking = empty[: visits.shape[1]]
+        self.documents[empty] = -1
+        self.positions[empty] = self.ends[empty] = 0
+        self.documents[taking], self.positions[taking], self.ends[taking] = visits
+        self.reset[:] = False
+        self.reset[taking] = True
+
+    def lengths(self, segment_length: int) -> Integers:
+        lengths: Integers = np.minimum(self.ends - self.positions, segment_length)
+        return lengths
+
+    def advance(self, segment_length: int) -> None:
+        lengths = self.lengths(segment_length)
+        self.positions += lengths
+        self.reads += lengths > 0
+
+    def to_lists(self) -> dict[str, list[int]]:
+        return {name: getattr(self, name).tolist() for name in ("documents", "positions", "ends", "reads")}
+
+    @classmethod
+    def from_lists(cls, lists: dict[str, list[int]]) -> Self:
+        places = cls(len(lists["documents"]))
+        for name, values in lists.items():
+            setattr(places, name, np.array(values, dtype=np.int64))
+        return places
+
+
+def _share(share: Sequence[int] | slice | None, lanes: int) -> Integers:
+    if isinstance(share, slice) or share is None:
+        return np.arange(lanes)[share or slice(None)]
+    chosen = np.array(share, dtype=np.int64)
+    if not np.isin(chosen, np.arange(lanes)).all():
+        raise DataError(f"share: lanes {chosen.tolist()}, of which not all are in 0 to {lanes - 1}.")
+    return chosen
+
+
+def _load(documents: TokenizedDocuments, places: _Places, segment_length: int, share: Integers) -> Segment:
+    """The next segment of the lanes of a share."""
+    lengths = places.lengths(segment_length)
+    input_ids = np.zeros((len(share), segment_length), dtype=np.int64)
+    labels = np.full((len(share), segment_length), IGNORED, dtype=np.int64)
+    for row, lane in enumerate(share):
+        length = lengths[lane]
+        if length:
+            start = places.positions[lane]
+            tokens = documents.tokens(places.documents[lane], start, start + length + 1)
+            input_ids[row, :length] = tokens[:-1]
+            labels[row, :length] = tokens[1:]
+    return Segment(
+        input_ids=torch.from_numpy(input_ids),
+        shift_labels=torch.from_numpy(labels),
+        lengths=torch.from_numpy(lengths[share]),
+        reset=torch.from_numpy(places.reset[share]),
+        documents=torch.from_numpy(places.documents[share]),
+        starts=torch.from_numpy(places.positions[share]),
+        reads=torch.from_numpy(places.reads[share]),
+        lanes=torch.from_numpy(share.copy()),
+        global_tokens=int(lengths.sum()),
+    )
+
+
+def _spell(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,122 @@
+"""What a run says about its documents."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infformer.data.errors import DataError
+
+SOURCES = ("sample", "hub", "files")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class DataConfig:
+    """Where the documents come from and how they are cut up; every option is typed as `data.<field>=<value>`.
+
+    Raises:
+        ValueError: a value that no run can use. The message names the option as it is typed.
+    """
+
+    source: str = "sample"
+    """`sample`: the few novels that come with the package; `hub`: a dataset of the Hugging Face hub; `files`: your
+    own."""
+
+    repository: str | None = None
+    """For `source=hub`: the dataset's name on the hub, or a local folder laid out like one (it needs no network)."""
+
+    subset: str | None = None
+    """For `source=hub`: the dataset's configuration, such as `wikitext-103-raw-v1`; null where there is but one."""
+
+    train: Any = "train"
+    """Documents to learn from. `hub`: a split, such as `train` or `train[:10%]`; `files`: a path, a glob (`**` goes
+    into folders) or a list of them; null: none."""
+
+    validation: Any = "validation"
+    """Documents held out, to be measured during training. Written like `train`."""
+
+    test: Any = "test"
+    """Documents held out for the final figures. Written like `train`."""
+
+    text_field: str = "text"
+    """The field of a JSON object, or the column of a table, that holds the text."""
+
+    id_field: str | None = None
+    """The field that names a document. Null: `id` where there is one, else the file's name and the row."""
+
+    articles: bool = False
+    """The text is WikiText's: join its lines and cut them into articles at their headings."""
+
+    shuffle: bool = True
+    """Train on the documents in a seeded order, another one each epoch. False: in their own order, each from its
+    start."""
+
+    max_documents: int | None = None
+    """Keep only this many documents of each split, the first ones. Null: all."""
+
+    max_document_characters: int | None = None
+    """Keep only the beginning of each document: at most this many characters, cut between two words so that the
+    counts of words and bytes stay exact. Null: all of it."""
+
+    beginning_of_document: bool = True
+    """Begin each document with the tokenizer's beginning-of-sequence token (or, if it has none, its end-of-sequence
+    token), so that the first word is predicted too."""
+
+    skip_short_documents: bool = False
+    """Leave out documents of fewer than 2 tokens, in which there is nothing to predict. False: they are an error."""
+
+    segments_per_visit: int | None = None
+    """Training only: leave a document after this many segments, for another place of the documents with an empty
+    memory; what is left is read in the same epoch, at another time. Null: read every document from its start to its
+    end."""
+
+    cache_dir: str | None = None
+    """Where tokenised documents are kept. Null: `$INFFORMER_CACHE`, else `~/.cache/infformer`."""
+
+    workers: int = 1
+    """Processes that tokenise. A fast tokenizer uses every core in one process; more help a slow tokenizer."""
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"data.source={self.source}: there is no such source; choose one of {', '.join(SOURCES)}.")
+        if self.source == "hub" and not self.repository:
+            raise ValueError(
+                "data.repository=null: data.source=hub needs the dataset's name on the hub, such as "
+                "data.repository=Salesforce/wikitext, or a local folder laid out like one."
+            )
+        if not self.text_field:
+            raise ValueError("data.text_field=: name the field that holds the text, such as data.text_field=text.")
+        for option in ("max_documents", "max_document_characters", "segments_per_visit"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{option}={value}: give a number of at least 1, or null for no limit.")
+        if self.workers < 1:
+            raise ValueError(f"data.workers={self.workers}: at least one process must tokenise; set data.workers=1.")
+
+    def places(self, split: str) -> list[str]:
+        """What the option of a split names: the splits of a hub dataset (one), the paths and globs of files.
+
+        Raises:
+            DataError: the split is null, is empty or is something other than text or a list of text.
+            ValueError: `split` is not one of train, validation and test.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"{split!r} is no split; there are {', '.join(SPLITS)}.")
+        value = getattr(self, split)
+        remedy = f"set data.{split}= to " + ("a path or a glob" if self.source == "files" else "the name of a split")
+        if value is None or value == "":
+            raise DataError(f"data.{split}=null: this run needs {split} documents and has none; {remedy}.")
+        places = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+        if not places or not all(isinstance(place, str) and place for place in places):
+            raise DataError(f"data.{split}={value}: this names no documents; {remedy}.")
+        if self.source != "files" and len(places) > 1:
+            raise DataError(f"data.{split}={value}: only data.source=files takes a list; {remedy} (a+b joins two).")
+        return places
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenised documents are kept, as an absolute path that need not exist yet."""
+        chosen = self.cache_dir or os.environ.get("INFFORMER_CACHE") or "~/.cache/infformer"
+        return Path(chosen).expanduser().absolute()

@@ -1,0 +1,158 @@
+"""Hub datasets, local files and the bundled sample, all as one thing: an iterable of documents."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from infformer.data import hub
+from infformer.data.errors import DataError
+from infformer.data.files import Row, file_stamps, find_files, is_text, name_files, read_lines, read_rows
+from infformer.data.options import SPLITS, DataConfig
+from infformer.data.wikitext import articles
+
+_SAMPLE = Path(__file__).parent / "sample"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text to be read from its start to its end."""
+
+    id: str
+    text: str
+
+
+def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
+    """The documents of one split, one at a time, in a fixed order.
+
+    Args:
+        config: where they are.
+        split: `train`, `validation` or `test`.
+
+    Raises:
+        DataError: as soon as something is found amiss; the message names the option, or the file and the line.
+    """
+    seen: dict[str, str] = {}
+    for place, document in islice(_documents(config, split), config.max_documents):
+        if document.id in seen:
+            raise DataError(
+                f"two documents are called {document.id!r}: {seen[document.id]} and {place}; give each an id of its "
+                "own, or set data.id_field= to a field that tells them apart."
+            )
+        seen[document.id] = place
+        text = _beginning(document.text, config.max_document_characters)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
+        yield Document(document.id, text)
+
+
+def describe_source(config: DataConfig, split: str) -> list[Any]:
+    """What the documents of a split are read from, as JSON: it changes whenever a file or the dataset does.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+    if config.source == "hub":
+        return ["hub", hub.describe_split(*_hub_names(config, split))]
+    return [stamp for path, _ in _files(config, split) for stamp in file_stamps(path)]
+
+
+def _documents(config: DataConfig, split: str) -> Iterator[tuple[str, Document]]:
+    """Each document, after the place where it was found."""
+    if config.articles:
+        source = f"data.{split}={', '.join(config.places(split))}"
+        for title, text in articles(_lines(config, split), source):
+            yield f"{source}, article {title!r}", Document(title, text)
+    else:
+        for row in _rows(config, split):
+            yield row.place, Document(_id(row, config), _text(row, config))
+
+
+def _lines(config: DataConfig, split: str) -> Iterator[str]:
+    """All the lines of a split, one file after another: an article may begin in one file and end in the next."""
+    if config.source == "hub":
+        yield from (_text(row, config) for row in _hub_rows(config, split))
+        return
+    for path, name in _files(config, split):
+        if is_text(path):
+            yield from read_lines(path)
+        else:
+            yield from (_text(row, config) for row in read_rows(path, name, config.text_field))
+
+
+def _rows(config: DataConfig, split: str) -> Iterator[Row]:
+    if config.source == "hub":
+        yield from _hub_rows(config, split)
+        return
+    for path, name in _files(config, split):
+        yield from read_rows(path, name, config.text_field)
+
+
+def _hub_rows(config: DataConfig, split: str) -> Iterator[Row]:
+    repository, subset, place = _hub_names(config, split)
+    dataset = hub.load_split(repository, subset, place)
+    source = f"{repository}, split {place}"
+    wanted = {config.text_field, config.id_field or "id"} & set(dataset.column_names)
+    if config.text_field not in wanted:
+        raise _no_field(source, "text_field", config.text_field, dataset.column_names)
+    for number, fields in enumerate(dataset.select_columns(sorted(wanted)), start=1):
+        yield Row(f"{source}, row {number}", f"{place}:{number}", fields)
+
+
+def _hub_names(config: DataConfig, split: str) -> tuple[str, str | None, str]:
+    (place,) = config.places(split)
+    assert config.repository is not None  # DataConfig has seen to it
+    return config.repository, config.subset, place
+
+
+def _files(config: DataConfig, split: str) -> list[tuple[Path, str]]:
+    """The files of a split, each with the name its records are called after."""
+    places = config.places(split)
+    if config.source == "sample":
+        paths = [_SAMPLE / f"{place}.jsonl.gz" for place in places]
+        if not paths[0].exists():
+            raise DataError(f"data.{split}={places[0]}: the sample has the splits {', '.join(SPLITS)}; choose one.")
+    else:
+        paths = find_files(places, f"data.{split}")
+    return list(zip(paths, name_files(paths), strict=True))
+
+
+def _text(row: Row, config: DataConfig) -> str:
+    if config.text_field not in row.fields:
+        raise _no_field(row.place, "text_field", config.text_field, row.fields)
+    text = row.fields[config.text_field]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{row.place}: {config.text_field!r} is a {type(text).__name__}, not text; mend or remove the record, or "
+            "set data.text_field= to another field."
+        )
+    return text
+
+
+def _id(row: Row, config: DataConfig) -> str:
+    field = config.id_field or "id"
+    if row.fields.get(field) is not None:
+        return str(row.fields[field])
+    if config.id_field is None:
+        return row.name
+    raise _no_field(row.place, "id_field", config.id_field, row.fields)
+
+
+def _no_field(place: str, option: str, field: str, fields: Iterable[str]) -> DataError:
+    return DataError(
+        f"{place}: data.{option}={field}, and there is no such field (or nothing in it); there are "
+        f"{', '.join(fields) or 'none'}; set data.{option}= to one of them."
+    )
+
+
+def _beginning(text: str, limit: int | None) -> str:
+    """At most `limit` characters of a text, without half a word at the end (unless the first word is longer)."""
+    if limit is None or len(text) <= limit:
+        return text
+    end = limit
+    while end > 0 and not text[end].isspace() and not text[end - 1].isspace():
+        end -= 1
+    return text[: end or limit]

@@ -1,0 +1,291 @@
+"""Documents become token arrays, once; afterwards they are read from disk without being loaded."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from infformer.data.errors import DataError
+from infformer.data.options import DataConfig
+from infformer.data.sources import describe_source, read_documents
+
+_LAYOUT = 1  # of a folder of tokenised documents; raised when an older one can no longer be read
+_SUMMARY = "summary.json"
+_DOCUMENTS_AT_A_TIME = 16  # a document may be a whole book
+
+log = logging.getLogger(__name__)
+
+
+def tokenize_documents(
+    config: DataConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    main_process_first: AbstractContextManager[None] | None = None,
+) -> "TokenizedDocuments":
+    """The documents of one split as tokens, from the cache or made now.
+
+    What is in the cache is used only if the files (or the revision on the hub), the options that matter and the
+    tokenizer are the same. Several processes may call this at the same time: a folder of the cache appears whole or not
+    at all.
+
+    Args:
+        config: where the documents are and how they are cut.
+        split: `train`, `validation` or `test`.
+        tokenizer: turns text into tokens.
+        main_process_first: held during the work, such as `accelerator.main_process_first()`, so that one process does
+            it and the others find it done.
+
+    Raises:
+        DataError: the documents cannot be read, or one is too short to be learnt from.
+    """
+    with main_process_first or nullcontext():
+        folder = config.cache_folder / f"{split}-{_key(config, split, tokenizer)}"
+        if not folder.exists():
+            _make(folder, config, split, tokenizer)
+        return TokenizedDocuments.open(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDocuments:
+    """Documents as tokens, kept in memory-mapped files; `len()` is how many there are."""
+
+    ids: list[str]
+    """[documents]"""
+
+    token_counts: NDArray[np.int64]
+    """[documents]; with the token that begins a document, if there is one."""
+
+    word_counts: NDArray[np.int64]
+    """[documents]; words of the text, separated by white space."""
+
+    byte_counts: NDArray[np.int64]
+    """[documents]; bytes of the text in UTF-8."""
+
+    fingerprint: str
+    """Changes with the ids, the order and the tokens of the documents, and with nothing else."""
+
+    largest_token: int
+    """The largest token that occurs."""
+
+    _chunks: list[NDArray[Any]]
+    """The tokens of some documents each, one after another: views of the files."""
+
+    _chunk_of: NDArray[np.int64]
+    """[documents]; the chunk a document is in."""
+
+    _start_in_chunk: NDArray[np.int64]
+    """[documents]; where in its chunk a document begins."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The documents that were written into a folder of the cache."""
+        table = datasets.load_from_disk(str(folder)).data
+        summary = json.loads((folder / _SUMMARY).read_text())
+        lists = [chunk for chunk in table.column("tokens").chunks if len(chunk)]
+        offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in lists]
+        return cls(
+            ids=table.column("id").to_pylist(),
+            token_counts=np.concatenate([np.diff(offset) for offset in offsets]),
+            word_counts=table.column("words").to_numpy(),
+            byte_counts=table.column("bytes").to_numpy(),
+            fingerprint=summary["fingerprint"],
+            largest_token=summary["largest_token"],
+            _chunks=[chunk.values.to_numpy(zero_copy_only=True) for chunk in lists],
+            _chunk_of=np.repeat(np.arange(len(lists)), [len(chunk) for chunk in lists]),
+            _start_in_chunk=np.concatenate([offset[:-1] for offset in offsets]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens `start` to `stop` (not included) of a document: [stop - start].
+
+        Raises:
+            IndexError: the document does not have these tokens.
+        """
+        if not 0 <= start <= stop <= self.token_counts[document]:
+            raise IndexError(f"document {document} has {self.token_counts[document]} tokens, not {start} to {stop}")
+        begin = self._start_in_chunk[document]
+        tokens: NDArray[np.int64] = self._chunks[self._chunk_of[document]][begin + start : begin + stop].astype(
+            np.int64
+        )
+        return tokens
+
+    def beginnings(self, tokens: int) -> Self:
+        """At most this many tokens in all: the beginning of each document, all equally long where they can be.
+
+        Their words and bytes are not counted anew, so only figures per token mean anything.
+        """
+        counts = self.token_counts
+        # The largest limit that keeps the sum within bounds: fill the shortest documents first.
+        ascending = np.sort(counts)
+        taken = np.concatenate([[0], np.cumsum(ascending)[:-1]])
+        limits = (tokens - taken) // np.arange(len(counts), 0, -1)
+        limit = max(2, int(limits[np.argmax(ascending >= limits)])) if counts.sum() > tokens else int(counts.max())
+        return replace(self, token_counts=np.minimum(counts, limit))
+
+    def check_vocabulary(self, size: int) -> None:
+        """Make sure that a model with a vocabulary of this size knows every token.
+
+        Raises:
+            DataError: it does not.
+        """
+        if self.largest_token >= size:
+            raise DataError(
+                f"the documents hold token {self.largest_token}, and the model knows tokens 0 to {size - 1} only: the "
+                "tokenizer is not the model's; choose the tokenizer that belongs to it."
+            )
+
+
+def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names what would be made; other documents, other options or another tokenizer give another name."""
+    parts = {
+        "layout": _LAYOUT,
+        "source": describe_source(config, split),
+        "options": {
+            option: getattr(config, option)
+            for option in (
+                "text_field",
+                "id_field",
+                "articles",
+                "max_documents",
+                "max_document_characters",
+                "beginning_of_document",
+                "skip_short_documents",
+            )
+        },
+        "tokenizer": _describe_tokenizer(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything that decides which tokens a text becomes, as JSON."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    # Truncation and padding are left behind by earlier calls, and are not used here.
+    content = json.loads(fast.to_str()) | {"truncation": None, "padding": None} if fast else tokenizer.get_vocab()
+    return {
+        "class": type(tokenizer).__name__,
+        "first": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "content": content,
+    }
+
+
+def _make(folder: Path, config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenise under a temporary name; take the final one when whole, unless another process was faster."""
+    first = _first_token(tokenizer) if config.beginning_of_document else None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        texts = Path(temporary, "texts.arrow")
+        found = _write_texts(texts, tqdm(read_documents(config, split), f"reading {split}", unit=" documents"))
+        if not found:
+            raise DataError(
+                f"data.{split}={', '.join(config.places(split))}: there is no document in it; name another."
+            )
+        tokens = np.dtype(np.uint16) if len(tokenizer) <= 2**16 else np.dtype(np.int32)
+        documents = datasets.Dataset.from_file(str(texts)).map(
+            partial(_tokenize, encode=tokenizer, first=first, skip_short=config.skip_short_documents),
+            batched=True,
+            batch_size=_DOCUMENTS_AT_A_TIME,
+            writer_batch_size=_DOCUMENTS_AT_A_TIME,
+            num_proc=config.workers if config.workers > 1 else None,
+            remove_columns=["text"],
+            features=datasets.Features(
+                id=datasets.Value("string"),
+                tokens=datasets.List(datasets.Value(tokens.name)),
+                words=datasets.Value("int64"),
+                bytes=datasets.Value("int64"),
+            ),
+            cache_file_name=str(Path(temporary, "tokens.arrow")),
+            load_from_cache_file=False,
+            new_fingerprint=folder.name,
+            desc=f"tokenising {split}",
+        )
+        skipped = found - len(documents)
+        if skipped == found:
+            raise DataError(f"data.{split}: all {found} documents have fewer than 2 tokens; name longer ones.")
+        if skipped:
+            log.warning("%d of %d documents of %s have fewer than 2 tokens and are left out", skipped, found, split)
+        whole = Path(temporary, "whole")
+        documents.save_to_disk(str(whole))
+        (whole / _SUMMARY).write_text(json.dumps(_summarize(documents)))
+        try:
+            whole.rename(folder)
+        except OSError:
+            # Another process has just put the same documents there.
+            if not folder.exists():
+                raise
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise DataError(
+        "data.beginning_of_document=true: the tokenizer has neither a beginning-of-sequence nor an end-of-sequence "
+        "token to put before a document; set data.beginning_of_document=false, or give the tokenizer a bos_token."
+    )
+
+
+def _write_texts(path: Path, documents: Any) -> int:
+    """Put documents into a file that processes can share, a few at a time; returns how many there were."""
+    schema = pa.schema([("id", pa.string()), ("text", pa.large_string())])
+    count = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        for document in documents:
+            stream.write_batch(pa.record_batch([[document.id], [document.text]], schema=schema))
+            count += 1
+    return count
+
+
+def _tokenize(
+    batch: dict[str, list[str]], encode: Callable[..., Any], first: int | None, skip_short: bool
+) -> dict[str, list[Any]]:
+    # Not verbose: it would warn that a book is longer than the model's context.
+    encoded = encode(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    start = [] if first is None else [first]
+    result: dict[str, list[Any]] = {"id": [], "tokens": [], "words": [], "bytes": []}
+    for name, text, following in zip(batch["id"], batch["text"], encoded, strict=True):
+        tokens = start + following
+        if len(tokens) < 2:
+            if skip_short:
+                continue
+            raise DataError(
+                f"document {name!r} has {len(tokens)} token(s), and it takes 2 for one to be predicted; remove it, or "
+                "set data.skip_short_documents=true."
+            )
+        result["id"].append(name)
+        result["tokens"].append(tokens)
+        result["words"].append(len(text.split()))
+        result["bytes"].append(len(text.encode()))
+    return result
+
+
+def _summarize(documents: Any) -> dict[str, Any]:
+    content = hashlib.sha256()
+    largest = 0
+    for name, tokens in _rows(documents):
+        # The lengths keep one document's end apart from the next one's beginning.
+        content.update(f"{len(name)} {name} {len(tokens)} ".encode())
+        content.update(tokens.astype("<i4").tobytes())
+        largest = max(largest, int(tokens.max()))
+    return {"fingerprint": content.hexdigest(), "largest_token": largest}
+
+
+def _rows(documents: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+    for row in documents.with_format("numpy", columns=["id", "tokens"]):
+        yield str(row["id"]), row["tokens"]

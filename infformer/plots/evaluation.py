@@ -1,0 +1,104 @@
+"""What an evaluation found: `results.json` to figures beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
+
+# As the keys of `results.json`: name, colour, marker.
+CONTROLS = {
+    "memory_off": ("memory off", GREY, "s"),
+    "memory_of_another_document": ("memory of another document", ORANGE, "^"),
+}
+# Up to so many documents are named along the axis; more would be illegible.
+NAMED_DOCUMENTS = 40
+
+
+def plot_results(results_json: Path) -> list[Path]:
+    """Draw the results of an evaluation: loss by position in the document and, with controls, what each document gains.
+
+    Returns:
+        The figures written, in `plots/` beside the results file.
+    """
+    results = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    directory = Path(results_json).parent / "plots"
+    figures = []
+    if results.get("by_position"):
+        figures.append(_plot_positions(results, directory / "loss_by_position.png"))
+    if results.get("controls") and results.get("per_document"):
+        figures.append(_plot_documents(results, directory / "gain_by_document.png"))
+    return figures
+
+
+def _plot_positions(results: dict[str, Any], path: Path) -> Path:
+    figure = new_figure(7.2, 4.4)
+    axes = figure.add_subplot()
+    controls = results.get("controls", {})
+    lines = [(results, "memory", BLUE, "o")]
+    lines += [(controls[key], *style) for key, style in CONTROLS.items() if key in controls]
+    for result, name, colour, marker in lines:
+        bins = [entry for entry in result["by_position"] if entry["tokens"]]
+        axes.plot(
+            # The geometric middle of the interval, in tokens counted from 1, as the axis is logarithmic.
+            [math.sqrt((entry["from"] + 1) * entry["to"]) for entry in bins],
+            [entry["nll"] / entry["tokens"] for entry in bins],
+            color=colour,
+            marker=marker,
+            markersize=4.5,
+            linewidth=1.5,
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.legend(frameon=False)
+    label(axes, "Loss by position", "distance from the document's start (tokens)", "nats per token")
+    return save(figure, path)
+
+
+def _plot_documents(results: dict[str, Any], path: Path) -> Path:
+    """By how much each document's perplexity rises when its own memory is taken away: above 0, that memory helped."""
+    with_memory = _losses(results)
+    gains = {
+        key: {
+            identifier: 100 * math.expm1(loss - with_memory[identifier])
+            for identifier, loss in _losses(results["controls"][key]).items()
+        }
+        for key in CONTROLS
+        if key in results["controls"]
+    }
+    # Sorted by the first control, so that a second one shows where it disagrees.
+    first = next(iter(gains.values()))
+    identifiers = sorted(first, key=lambda identifier: first[identifier])
+    ranks = range(1, len(identifiers) + 1)
+    named = len(identifiers) <= NAMED_DOCUMENTS
+
+    figure = new_figure(7.2, max(3.2, 1.6 + 0.24 * len(identifiers)) if named else 6.0)
+    axes = figure.add_subplot()
+    axes.axvline(0, color="black", linewidth=0.8)
+    for key, gain in gains.items():
+        name, colour, marker = CONTROLS[key]
+        values = [gain.get(identifier, math.nan) for identifier in identifiers]
+        size = 5.5 if named else 3
+        axes.plot(values, ranks, linestyle="", marker=marker, markersize=size, color=colour, label=name)
+    figure.legend(loc="outside lower center", ncols=len(gains), frameon=False)
+    label(
+        axes,
+        "What each document gains by its memory",
+        "rise of perplexity under the control (%)",
+        "" if named else "documents, in the order of their gain",
+    )
+    if named:
+        axes.set_yticks(ranks, [_shorten(str(identifier)) for identifier in identifiers], fontsize=8)
+    return save(figure, path)
+
+
+def _losses(result: dict[str, Any]) -> dict[str, float]:
+    """Nats per token of each document in which anything was scored."""
+    return {entry["id"]: entry["nll"] / entry["tokens"] for entry in result["per_document"] if entry["tokens"]}
+
+
+def _shorten(name: str, length: int = 32) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -1,0 +1,1 @@
+"""How a model is trained: runtime, optimisation, loop, checkpoints, metrics and trackers."""

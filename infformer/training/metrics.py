@@ -1,0 +1,74 @@
+"""A run's own record of its numbers: `metrics.jsonl`, one JSON object a line.
+
+Every line holds `step`, `tokens` (read so far) and flat keys such as `train/loss`. The file is strict JSON, which has
+no NaN and no infinity: both are written as `null`, and `null` is read back as NaN. So any JSON reader opens the file of
+a run that diverged, and a plot of it breaks the line there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends to a metrics file. A line is handed to the system before `write` returns: a killed run keeps it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def write(self, step: int, tokens: int, **values: float) -> None:
+        """Append one line; names with a slash are passed as `**{"train/loss": loss}`."""
+        record = {"step": step, "tokens": tokens, **{name: _strict(value) for name, value in values.items()}}
+        line = json.dumps(record, allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what lies beyond `step`, and a last line that was half written.
+
+        For a run resumed from its checkpoint at `step`: it does the later steps again, and writes their lines again.
+        The old file is replaced at once or not at all.
+        """
+        if not self.path.exists():
+            return
+        temporary = self.path.with_name(self.path.name + ".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            for line, record in _whole_lines(self.path):
+                if record["step"] <= step:
+                    file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All records of a metrics file, in order, without a half-written last line. `null` becomes NaN."""
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for _, record in _whole_lines(Path(path))
+    ]
+
+
+def _strict(value: float) -> float | None:
+    if isinstance(value, int):
+        return value
+    number = float(value)  # a tensor or a NumPy scalar becomes what JSON can hold
+    return number if math.isfinite(number) else None
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with what they hold. The newline is written last, so a line without one was cut off."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error

@@ -1,0 +1,298 @@
+"""A whole run: from its configuration to its table of results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from infformer.config import RunConfig
+from infformer.data.lanes import Lanes
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.evaluation.perplexity import Reader, evaluate, evaluate_controls
+from infformer.evaluation.report import format_table, write_results
+from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_model
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.plots.evaluation import plot_results
+from infformer.plots.run import plot_run
+from infformer.training.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    what_is_wrong,
+)
+from infformer.training.loop import Loop
+from infformer.training.metrics import MetricsLog
+from infformer.training.optimization import make_optimizer, make_schedule
+from infformer.training.runtime import Accelerator, seed_everything, share_of_lanes, start_processes, waiting_for_main
+from infformer.training.tracking import open_tracker, NoTracker
+
+logger = logging.getLogger(__name__)
+
+FREE_TO_CHANGE = (
+    "name", "output_dir", "resume", "tracker", "engine", "evaluation", "data.cache_dir", "data.workers",
+    "data.validation", "data.test", "training.max_steps", "training.log_every", "training.evaluate_every",
+    "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.sample_tokens",
+    "training.compile", "training.gradient_checkpointing", "model.attention",
+)  # fmt: skip
+"""Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned."""
+
+
+class RunError(ValueError):
+    """A run that cannot start as asked."""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train, measure on the test documents, and write everything to the run's folder.
+
+    Returns:
+        What `results.json` holds; empty without test documents.
+    """
+    disable_progress_bar()
+    accelerator = start_processes(config.engine, config.training.precision)
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    seed_everything(config.seed)
+    folder = Path(config.output_dir)
+    checkpoint = _where_to_start(config, folder)
+    share = _share(config, accelerator)
+
+    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.pretrained))
+    model = build_model(config, tokenizer)
+    documents = {
+        split: _tokenize(config, split, tokenizer, model, accelerator)
+        for split in ("train", "validation", "test")
+        if split == "train" or getattr(config.data, split) is not None
+    }
+    lanes = Lanes(
+        documents["train"],
+        config.training.batch_size,
+        config.training.segment_length,
+        config.seed,
+        shuffle=config.data.shuffle,
+        segments_per_visit=config.data.segments_per_visit,
+        share=share,
+    )
+    optimizer = make_optimizer(model, config.optimizer)
+    schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
+    if config.training.compile:
+        model.compile()
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    memories = model.initial_memory(len(share)).split(config.training.gradient_accumulation)
+    state = TrainingState(model, optimizer, schedule, lanes, memories)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, state, accelerator, share)
+        logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
+    if accelerator.is_main_process:
+        _describe(config, folder, model, documents["train"])
+        MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
+    tracker = NoTracker()
+    if accelerator.is_main_process:
+        tracker = open_tracker(config.tracker, config.name, folder, OmegaConf.to_container(OmegaConf.structured(config)))
+    reader = _reader(config, accelerator, model)
+
+    if config.evaluation.before and "test" in documents and not state.results_before:
+        state.results_before = evaluate(reader, documents["test"], "test, before training")
+    validation = documents.get("validation")
+    if validation is not None and config.evaluation.max_validation_tokens is not None:
+        validation = validation.beginnings(config.evaluation.max_validation_tokens)
+    Loop(
+        config, accelerator, prepared, state, share, reader, documents["train"], validation, tokenizer, folder, tracker
+    ).run()
+    results: dict[str, Any] = {}
+    if "test" in documents:
+        best = folder / "checkpoints" / "best"
+        if best.exists() and state.best_step != state.step:
+            load_weights(best, model)
+        results = evaluate(reader, documents["test"], "test")
+        if config.evaluation.controls:
+            results["controls"] = evaluate_controls(reader, documents["test"])
+        results["before"] = state.results_before or None
+        results["protocol"] = {
+            "segment": config.training.segment_length,
+            "stride": config.training.segment_length,
+            "reset": "each document begins with an empty memory",
+            "dtype": config.training.precision,
+            "checkpoint": str(best.resolve() if best.exists() else folder),
+        }
+    if accelerator.is_main_process:
+        figures = plot_run(folder)
+        if results:
+            write_results(folder / "results.json", results)
+            print(format_table(results), flush=True)
+            figures += plot_results(folder / "results.json")
+        for figure in figures:
+            tracker.log_figure(figure.stem, figure, state.step)
+    tracker.finish()
+    return results
+
+
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InfformerForCausalLM:
+    """The model that a run trains.
+
+    Raises:
+        ModelError, ValueError: it cannot be loaded or does not fit the tokenizer or the segment.
+    """
+    chosen = config.model
+    if chosen.pretrained is not None:
+        kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
+        model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, **kernel)
+    else:
+        assert chosen.architecture is not None
+        model = new_model(chosen.architecture, tokenizer, chosen.memory, chosen.memory_layers, chosen.attention)
+    check_fit(model, tokenizer)
+    positions = model.positions
+    if positions is not None and config.training.segment_length > positions:
+        raise RunError(
+            f"training.segment_length={config.training.segment_length} is longer than the {positions} positions of the "
+            f"model: set it to {positions} at most"
+        )
+    if config.training.freeze_backbone:
+        model.backbone.requires_grad_(False)
+    if config.training.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration in a run's folder, as nested dictionaries."""
+    container = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
+
+
+def _where_to_start(config: RunConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        RunError: the folder holds another run, or the checkpoint is not one of a run like this.
+    """
+    newest = newest_checkpoint(folder / "checkpoints")
+    if config.resume is None:
+        if (folder / "metrics.jsonl").exists() or newest is not None:
+            raise RunError(
+                f"output_dir={folder} already holds a run: go on with it by resume=auto, choose another name= or output_dir=, "
+                "or remove the folder"
+            )
+        return None
+    if config.resume == "auto":
+        checkpoint = newest
+        if checkpoint is None:
+            logger.info("resume=auto: no checkpoint in %s, the run begins", folder)
+            return None
+    else:
+        checkpoint = Path(config.resume).resolve()
+        problem = what_is_wrong(checkpoint)
+        if problem is not None:
+            raise RunError(f"resume={config.resume}: this checkpoint cannot be gone on from: {problem}")
+    then = _flatten(saved_config(checkpoint.parents[1]))
+    now = _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+    changed = [
+        f"{option} was {then.get(option)}, is {now.get(option)}"
+        for option in sorted(then.keys() | now.keys())
+        if then.get(option) != now.get(option)
+        and not any(option == free or option.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise RunError(
+            f"resume={config.resume}: the run of {checkpoint} was configured otherwise: {'; '.join(changed)}. Set these back, "
+            "or begin a new run under another name="
+        )
+    return checkpoint
+
+
+def _share(config: RunConfig, accelerator: Accelerator) -> range:
+    """The lanes of this process.
+
+    Raises:
+        RunError: the lanes cannot be divided.
+    """
+    lanes, processes = config.training.batch_size, accelerator.num_processes
+    parts = processes * config.training.gradient_accumulation
+    if lanes % parts:
+        raise RunError(
+            f"training.batch_size={lanes} cannot be divided among {processes} processes with "
+            f"training.gradient_accumulation={config.training.gradient_accumulation}: take a multiple of {parts}"
+        )
+    return share_of_lanes(accelerator, lanes)
+
+
+def _tokenize(
+    config: RunConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: InfformerForCausalLM,
+    accelerator: Accelerator,
+) -> TokenizedDocuments:
+    documents = tokenize_documents(config.data, split, tokenizer, waiting_for_main(accelerator))
+    documents.check_vocabulary(model.get_input_embeddings().num_embeddings)
+    return documents
+
+
+def _reader(config: RunConfig, accelerator: Accelerator, model: InfformerForCausalLM) -> Reader:
+    lanes = config.evaluation.batch_size
+    lanes += -lanes % accelerator.num_processes  # the figures do not depend on it
+    return Reader(
+        model,
+        config.training.segment_length,
+        lanes,
+        getattr(torch, config.training.precision),
+        share_of_lanes(accelerator, lanes),
+        lambda sums: accelerator.reduce(sums, reduction="sum"),
+        accelerator.is_main_process,
+    )
+
+
+def _describe(config: RunConfig, folder: Path, model: nn.Module, documents: TokenizedDocuments) -> None:
+    """Write down what is run, by which versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    packages = ("infformer", "torch", "transformers", "accelerate", "datasets", "hydra-core")
+    versions = {"python": platform.python_version(), "git_revision": _git_revision()}
+    versions |= {package: _version(package) for package in packages}
+    (folder / "versions.json").write_text(json.dumps(versions, indent=1))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    in_memory = sum(parameter.numel() for parameter in model.memories.parameters())
+    logger.info(
+        "%s: %s documents, %s tokens to learn from; %s parameters trained, %s of them the memory's",
+        config.name, f"{len(documents):,}", f"{int(documents.token_counts.sum()):,}", f"{trained:,}", f"{in_memory:,}",
+    )  # fmt: skip
+
+
+def _flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(nested, dict) or not nested:
+        return {prefix: nested}
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the source, with a mark if it was changed; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,203 @@
+"""Experiment trackers: where a run's numbers are shown while it trains. The only file that imports wandb.
+
+A tracker is a view. What a run must keep is in its own folder (`metrics.jsonl`, `results.json`), so a tracker that
+fails in the middle of a run costs a warning and nothing else. One that cannot start is an error, before any work.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import textwrap
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from matplotlib.image import imread
+
+from infformer.config import TrackerConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What the training loop needs of a tracker."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Report numbers by name."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Report a text, shown as it is."""
+
+    def log_figure(self, name: str, path: Path, step: int) -> None:
+        """Report a figure that was saved as a PNG file."""
+
+    def finish(self) -> None:
+        """Send what is still on its way, and close."""
+
+
+def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, config: dict[str, Any]) -> Tracker:
+    """Open the tracker of a run, on the main process only.
+
+    Args:
+        options: which tracker, and its settings.
+        run_name: the name under which the run is listed.
+        run_directory: the run's folder; what the tracker stores locally goes below it. Opening a tracker again on the
+            same folder continues the same run.
+        config: the run's resolved configuration, nested as it is.
+
+    Raises:
+        ImportError: the tracker's package is not installed.
+        RuntimeError: wandb would report online, and nobody is logged in.
+    """
+    if options.name == "none":
+        return NoTracker()
+    run_directory.mkdir(parents=True, exist_ok=True)
+    if options.name == "wandb":
+        return _ForgivingTracker(_WandbTracker(options, run_name, run_directory, config))
+    return _ForgivingTracker(_TensorBoardTracker(run_directory, config))
+
+
+class NoTracker:
+    """Reports nothing."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        pass
+
+    def log_figure(self, name: str, path: Path, step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _ForgivingTracker:
+    """Passes everything on to a tracker until that fails; then warns once and goes on without it."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._attempt(self._tracker.log, metrics, step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self._attempt(self._tracker.log_text, name, text, step)
+
+    def log_figure(self, name: str, path: Path, step: int) -> None:
+        self._attempt(self._tracker.log_figure, name, path, step)
+
+    def finish(self) -> None:
+        self._attempt(self._tracker.finish)
+
+    def _attempt(self, report: Callable[..., None], *arguments: Any) -> None:
+        try:
+            report(*arguments)
+        except Exception:
+            logger.warning("The tracker failed; the run goes on without it.", exc_info=True)
+            self._tracker = NoTracker()
+
+
+class _WandbTracker:
+    """Weights & Biases."""
+
+    def __init__(self, options: TrackerConfig, run_name: str, run_directory: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing_package("wandb") from error
+
+        # Asked of wandb itself, as there are many places to log in from: the environment, netrc, settings files.
+        mode: Any = options.mode or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+        if mode == "online" and not wandb.login(prompt=False):
+            raise RuntimeError(
+                "tracker.name=wandb, but nobody is logged in to wandb. Run `wandb login`, or record on this machine "
+                "alone with tracker.mode=offline (or WANDB_MODE=offline), or choose another tracker."
+            )
+        # The id lives in the run's folder, so that a resumed run continues its own curves.
+        id_file = run_directory / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
+        self._run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            name=run_name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            tags=list(options.tags),
+            mode=mode,
+            dir=run_directory,
+            config=config,
+        )
+        id_file.write_text(run_id + "\n")
+        # A metric of its own instead of wandb's step, which may only grow: a run resumed from a checkpoint does some
+        # steps again, and wandb would drop them.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log({**metrics, "step": step})
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": step})
+
+    def log_figure(self, name: str, path: Path, step: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(path)), "step": step})
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoardTracker:
+    """TensorBoard event files under `tensorboard/` in the run's folder."""
+
+    def __init__(self, run_directory: Path, config: dict[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing_package("tensorboard") from error
+
+        self._writer = SummaryWriter(log_dir=str(run_directory / "tensorboard"))
+        self._writer.add_hparams(flatten(config), {}, run_name=".")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        # TensorBoard reads Markdown; an indented block is shown as it is.
+        self._writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+
+    def log_figure(self, name: str, path: Path, step: int) -> None:
+        self._writer.add_image(name, imread(path), step, dataformats="HWC")
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Flatten a nested configuration to dotted names and plain values, the only ones TensorBoard accepts.
+
+    >>> flatten({"model": {"width": 8, "layers": [1, 2], "name": None}})
+    {'model.width': 8, 'model.layers': '[1, 2]', 'model.name': 'None'}
+    """
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def _missing_package(name: str) -> ImportError:
+    return ImportError(
+        f"tracker.name={name} needs the package {name}, which is not installed. Install it with "
+        f"pip install 'infformer[{name}]' (in a checkout: pip install -e '.[{name}]')."
+    )

@@ -1,0 +1,419 @@
+import gzip
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import zstandard
+from datasets import Dataset, DatasetDict
+
+from infformer.data import DataConfig, DataError, hub, read_documents
+from infformer.data.sources import describe_source
+
+ROWS = [{"id": "one", "text": "The first.\nÄ line."}, {"id": "two", "text": "The second."}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+PAIRS = [("one", "The first.\nÄ line."), ("two", "The second.")]
+
+
+def read(place: object, **options: object) -> list[tuple[str, str]]:
+    config = DataConfig(source="files", train=place, **options)
+    return [(document.id, document.text) for document in read_documents(config, "train")]
+
+
+def refused(place: object, **options: object) -> str:
+    """What a reader is told about a bad input, on one line."""
+    with pytest.raises(DataError) as error:
+        read(place, **options)
+    return str(error.value)
+
+
+# --- files: every format ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_lines(tmp_path: Path, name: str, ending: str) -> None:
+    path = tmp_path / (name + ending)
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
+    path.write_bytes(compress(LINES[:30]) + compress(LINES[30:]))  # compressed files may be put one after another
+    assert read(str(path)) == PAIRS
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_text(tmp_path: Path, ending: str) -> None:
+    text = "Ein Übel,\r\n\r\nzwei Übel.\n no end"
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
+    path = tmp_path / f"novel.txt{ending}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + text.encode()))
+    assert read(str(path), text_field="body") == [("novel", text)]
+
+
+def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert read(str(tmp_path / "rows.parquet")) == PAIRS
+    assert read(str(tmp_path / "saved")) == PAIRS
+    assert read(str(tmp_path / "s*ved")) == PAIRS
+
+
+def test_lists_globs_and_folders_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/1.txt", "a/2.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    found = read([f"{tmp_path}/c.jsonl", f"{tmp_path}/**/*.txt", f"{tmp_path}/*/2.*"])
+    assert found == [("a/2", "a/2.md"), ("b/1", "b/1.txt"), ("b/2", "b/2.txt"), ("c:1", "x"), ("c:3", "y")]
+
+
+def test_paths_from_here_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("a.txt") == read("~/a.txt") == read(["a.txt", "~/a.txt"]) == [("a", "x")]
+
+
+def test_fields_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 7, "url": "u7", "body": "x"}\n{"id": 8, "url": "u8", "body": "y"}\n')
+    path = str(tmp_path / "a.jsonl")
+    assert read(path, text_field="body") == [("7", "x"), ("8", "y")]
+    assert read(path, text_field="body", id_field="url") == [("u7", "x"), ("u8", "y")]
+
+
+def test_limits(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("one two three", "uninterrupted", "ab"))
+    )
+    path = str(tmp_path / "a.jsonl")
+    texts = [[text for _, text in read(path, max_document_characters=n)] for n in (2, 3, 4, 5, 7, 8, 100)]
+    assert [text[0] for text in texts] == ["on", "one", "one ", "one ", "one two", "one two ", "one two three"]
+    assert texts[4][1:] == ["uninter", "ab"]
+    assert len(read(path, max_documents=2)) == 2
+
+
+def test_documents_come_one_at_a_time(tmp_path: Path) -> None:
+    """The first document is there before the second, which is bad, is looked at."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ')
+    documents = read_documents(DataConfig(source="files", train=str(tmp_path / "a.jsonl")), "train")
+    assert next(documents).text == "x"
+    with pytest.raises(DataError):
+        next(documents)
+
+
+# --- files: every bad input ------------------------------------------------------------------------------------------
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    assert f"data.train={tmp_path}/b*.txt: no such file" in refused([f"{tmp_path}/a.txt", f"{tmp_path}/b*.txt"])
+    assert f"data.train={tmp_path}/b.txt: no such file" in refused(f"{tmp_path}/b.txt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_empty_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert f"{name}: the file is empty; remove it" in refused(f"{tmp_path}/{name}")
+
+
+def test_empty_tables(tmp_path: Path) -> None:
+    empty = Dataset.from_dict({"text": []})
+    empty.to_parquet(tmp_path / "a.parquet")
+    empty.save_to_disk(str(tmp_path / "saved"))
+    for name in ("a.parquet", "saved"):
+        assert f"{name}: the file is empty" in refused(f"{tmp_path}/{name}")
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("eins\nzwei Übel".encode("latin-1"))
+    assert f"{tmp_path}/a.txt: not UTF-8 at byte 10" in refused(f"{tmp_path}/a.txt")
+    (tmp_path / "b.txt").write_text("eins", encoding="utf-16")
+    assert "not UTF-8 at byte 0" in refused(f"{tmp_path}/b.txt")
+
+
+def test_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ab\\ud800"}\n')
+    assert "a.jsonl, line 1: the text holds half a character at 2" in refused(f"{tmp_path}/a.jsonl")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_cut_and_false_compression(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.txt{ending}"
+    noise = os.urandom(30_000).hex().encode()
+    whole = gzip.compress(noise) if ending == ".gz" else zstandard.ZstdCompressor().compress(noise)
+    for content in (whole[: len(whole) // 2], b"not compressed at all"):
+        path.write_bytes(content)
+        assert f"{path}: cannot be read to its end" in refused(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "cut in ha', "not JSON (Unterminated string starting at at column 10)"),
+        ('["text"]', "JSON, but a list and not an object"),
+        ('"text"', "JSON, but a str and not an object"),
+    ],
+)
+def test_bad_json(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line)
+    message = refused(f"{tmp_path}/a.jsonl")
+    assert f"{tmp_path}/a.jsonl, line 3: {words}" in message
+    assert "each line must be one whole JSON object" in message
+
+
+def test_missing_fields(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x", "url": "u"}\n{"body": "y", "url": null}\n')
+    assert f"{path}, line 2: data.text_field=text, and there is no such field" in refused(str(path))
+    assert "there are body, url; set data.text_field= to one of them" in refused(str(path))
+    path.write_text('{"text": "x", "url": null}\n')
+    assert f"{path}, line 1: data.id_field=url" in refused(str(path), id_field="url")
+    path.write_text('{"text": ["x"]}\n')
+    assert "line 1: 'text' is a list, not text" in refused(str(path))
+    Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    assert "a.parquet, row 1: data.text_field=text" in refused(f"{tmp_path}/a.parquet")
+
+
+def test_two_documents_of_one_name(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"id": "x", "text": "y"}\n')
+    message = refused(f"{tmp_path}/*.jsonl")
+    assert f"two documents are called 'x': {tmp_path}/a.jsonl, line 1 and {tmp_path}/b.jsonl, line 1" in message
+
+
+def test_unknown_kinds(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("x")
+    assert "a.pdf is of no kind that can be read; known are .txt" in refused(f"{tmp_path}/*")
+    (tmp_path / "b.xz").write_text("x")
+    assert "b.xz is of no kind" in refused(f"{tmp_path}/b.xz")
+    assert "is a folder; name the files in it" in refused(str(tmp_path))
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "all"))
+    assert f"holds several splits; name one of them, such as data.train={tmp_path}/all/train" in refused(
+        f"{tmp_path}/all"
+    )
+    assert read(f"{tmp_path}/all/train") == PAIRS
+
+
+def test_damaged_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    assert "a.parquet: not a whole Parquet file" in refused(f"{tmp_path}/a.parquet")
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    next((tmp_path / "saved").glob("*.arrow")).unlink()
+    assert "saved: not a whole saved dataset" in refused(f"{tmp_path}/saved")
+
+
+@pytest.mark.parametrize("source", ["files", "hub", "sample"])
+def test_a_split_that_is_not_given(source: str) -> None:
+    config = DataConfig(source=source, repository="some/where", validation=None)
+    with pytest.raises(DataError, match=r"data.validation=null: this run needs validation documents .* set data.valid"):
+        next(read_documents(config, "validation"))
+    with pytest.raises(ValueError, match="'dev' is no split"):
+        next(read_documents(config, "dev"))
+
+
+@pytest.mark.parametrize("value", [3, [], ["a", 3], {"a": 1}])
+def test_a_split_that_is_no_path(value: object) -> None:
+    with pytest.raises(DataError, match=r"data.train="):
+        read(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "web"}, "data.source=web: there is no such source; choose one of sample, hub, files"),
+        ({"source": "hub"}, "data.repository=null: data.source=hub needs"),
+        ({"max_documents": 0}, "data.max_documents=0: give a number of at least 1"),
+        ({"max_document_characters": -1}, "data.max_document_characters=-1"),
+        ({"segments_per_visit": 0}, "data.segments_per_visit=0"),
+        ({"workers": 0}, "data.workers=0"),
+        ({"text_field": ""}, "data.text_field="),
+    ],
+)
+def test_options_that_no_run_can_use(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
+# --- the sample ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sample() -> None:
+    names = {split: {d.id for d in read_documents(DataConfig(), split)} for split in ("train", "validation", "test")}
+    assert {split: len(ids) for split, ids in names.items()} == {"train": 17, "validation": 2, "test": 4}
+    assert len(set.union(*names.values())) == 23  # no book is in two splits
+    folder = Path(hub.__file__).parent / "sample"
+    assert sum(path.stat().st_size for path in folder.glob("*.gz")) <= 2.95e6
+    sources = (folder / "SOURCES.md").read_text()
+    for split, ids in names.items():
+        assert all(any(f"| {split} |" in line and f"| {n} |" in line for line in sources.splitlines()) for n in ids)
+
+
+def test_the_sample_has_its_own_splits() -> None:
+    with pytest.raises(DataError, match=r"data.train=dev: the sample has the splits train, validation, test"):
+        next(read_documents(DataConfig(train="dev"), "train"))
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def read_hub(repository: str, split: str = "train", **options: object) -> list[tuple[str, str]]:
+    config = DataConfig(source="hub", repository=repository, **options)
+    return [(document.id, document.text) for document in read_documents(config, split)]
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path) -> Path:
+    """A folder as the hub has them, with two subsets."""
+    folder = tmp_path / "owner" / "books"
+    card = "---\nconfigs:\n"
+    for subset, splits in {"plain": {"train": ROWS, "test": ROWS[1:]}, "other": {"train": ROWS[:1]}}.items():
+        (folder / subset).mkdir(parents=True)
+        card += f"- config_name: {subset}\n  data_files:\n"
+        for split, rows in splits.items():
+            Dataset.from_list(rows).to_parquet(folder / subset / f"{split}-00000-of-00001.parquet")
+            card += f"  - {{split: {split}, path: {subset}/{split}-*}}\n"
+    (folder / "README.md").write_text(card + "---\n")
+    return folder
+
+
+def test_a_local_folder_laid_out_like_the_hub(hub_folder: Path) -> None:
+    assert read_hub(str(hub_folder), subset="plain") == PAIRS
+    assert read_hub(str(hub_folder), subset="plain", split="test") == PAIRS[1:]
+    assert read_hub(str(hub_folder), subset="other") == PAIRS[:1]
+    assert read_hub(str(hub_folder), subset="plain", train="train[1:]", id_field="text") == [("The second.",) * 2]
+
+
+def test_a_folder_without_a_card(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    assert read_hub(str(tmp_path), text_field="body") == [("train:1", "x"), ("train:2", "y")]
+    with pytest.raises(DataError, match=r"split train: data.text_field=text.* there are body"):
+        read_hub(str(tmp_path))
+
+
+def test_subsets_and_splits_that_there_are_not(hub_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"data.repository=.*books data.subset=plane.*plain"):
+        read_hub(str(hub_folder), subset="plane")
+    with pytest.raises(DataError, match=r"data.repository=.*books data.subset=other, split validation"):
+        read_hub(str(hub_folder), subset="other", split="validation")
+    with pytest.raises(DataError, match="there is no such folder"):
+        read_hub(str(hub_folder) + "s")
+    with pytest.raises(DataError, match="only data.source=files takes a list"):
+        read_hub(str(hub_folder), train=["train", "test"])
+
+
+def test_what_is_read_is_described_anew_when_it_changes(hub_folder: Path) -> None:
+    config = DataConfig(source="hub", repository=str(hub_folder), subset="other")
+    before = describe_source(config, "train")
+    assert describe_source(config, "train") == before
+    Dataset.from_list(ROWS).to_parquet(hub_folder / "other" / "train-00000-of-00001.parquet")
+    assert describe_source(config, "train") != before
+    assert read_hub(str(hub_folder), subset="other") == PAIRS
+
+
+@pytest.fixture
+def no_answers_kept() -> Iterator[None]:
+    hub._problem_with_the_hub.cache_clear()
+    yield
+    hub._problem_with_the_hub.cache_clear()
+
+
+@pytest.fixture
+def closed_port(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    return endpoint
+
+
+def test_a_hub_that_cannot_be_reached(closed_port: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(DataError) as error:
+        read_hub("owner/books")
+    assert time.monotonic() - begun < 5
+    assert f"data.repository=owner/books data.subset=null: {closed_port} cannot be reached" in str(error.value)
+    for remedy in ("data.repository= to a local folder", "HF_HUB_OFFLINE=1", "HF_ENDPOINT"):
+        assert remedy in str(error.value)
+
+
+def test_what_was_downloaded_before_needs_no_network(hub_folder: Path, closed_port: str) -> None:
+    # What a download leaves behind, under the name that the hub's datasets have there.
+    assert read_hub(str(hub_folder), subset="plain") == PAIRS
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    (made,) = (path for path in cache.glob("local_folders/*/books/plain*/*/*") if path.is_dir())
+    kept = cache / "owner___books" / "plain" / made.parent.name / made.name
+    shutil.copytree(made, kept)
+    assert read_hub("owner/books", subset="plain") == PAIRS
+    assert read_hub("owner/books", subset="plain", split="test") == PAIRS[1:]
+    with pytest.raises(DataError, match="cannot be reached"):
+        read_hub("owner/books", subset="other")
+
+
+def test_a_hub_that_never_answers() -> None:
+    """As a user sees it: the endpoint is read from the environment when the libraries are imported."""
+    script = (
+        "import time; from infformer.data import DataConfig, DataError, read_documents\n"
+        "begun = time.monotonic()\n"
+        "try: next(read_documents(DataConfig(source='hub', repository='owner/books'), 'train'))\n"
+        "except DataError as error: print(round(time.monotonic() - begun), error)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE}
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True, timeout=60
+        )
+    seconds, message = done.stdout.split(" ", 1)
+    assert int(seconds) <= 15
+    assert "to a local folder" in message
+    assert endpoint in message
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """A hub that knows no dataset but one, which it gives to nobody."""
+
+    def do_GET(self) -> None:
+        code, error = (403, "GatedRepo") if "gated" in self.path else (404, "RepoNotFound")
+        self.send_response(code)
+        self.send_header("X-Error-Code", error)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def a_hub(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        yield endpoint
+        server.shutdown()
+
+
+def test_a_dataset_that_the_hub_does_not_have(a_hub: str) -> None:
+    with pytest.raises(DataError, match=rf"data.repository=owner/boks: {a_hub} has no such dataset"):
+        read_hub("owner/boks")
+
+
+def test_a_dataset_that_must_be_asked_for(a_hub: str) -> None:
+    with pytest.raises(DataError, match=r"data.repository=owner/gated: .* only to those who asked for it"):
+        read_hub("owner/gated")
+
+
+def test_offline_by_wish(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids the network, and no earlier download"):
+        read_hub("owner/books")

@@ -1,0 +1,514 @@
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from infformer.continuous import naive
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.density import Slots
+from infformer.memory.long_term import (
+    ContinuousSignal,
+    LongTermMemory,
+    LongTermMemoryConfig,
+    LongTermState,
+    Reading,
+)
+from infformer.memory.sticky import attention_histogram
+
+READS = {
+    "affine-gaussian": {"read": "affine", "density": "gaussian"},
+    "affine-parabola": {"read": "affine", "density": "truncated_parabola"},
+    "moments-gaussian": {"read": "moments", "density": "gaussian"},
+    "moments-parabola": {"read": "moments", "density": "truncated_parabola"},
+    "slots": {"read": "slots"},
+}
+WRITES = {
+    "constant": {},
+    "constant-sticky": {"sticky": True},
+    "constant-gate": {"input_gate": True},
+    "uniform": {"contraction": "uniform"},
+    "uniform-sticky": {"contraction": "uniform", "sticky": True},
+    "uniform-gate": {"contraction": "uniform", "input_gate": True},
+}
+every_read = pytest.mark.parametrize("read", READS.values(), ids=READS)
+every_write = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+
+
+class Passage(NamedTuple):
+    """What a memory made of a sequence of segments."""
+
+    contexts: list[Tensor]
+    divergences: list[Tensor]
+    coefficients: Tensor
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def used_state(memory: LongTermMemory, segments: list[int], seed: int = 7) -> LongTermState:
+    """A memory whose rows have read something, except where 0 segments were written."""
+    empty = memory.initial_state(len(segments))
+    filled = random(*empty.coefficients.shape, seed=seed).to(empty.coefficients) * 0.3
+    written = torch.tensor(segments)
+    return LongTermState(filled, written).reset_rows(written == 0)
+
+
+def step(
+    memory: LongTermMemory, hidden: Tensor, state: LongTermState, **options: Tensor
+) -> tuple[Reading, LongTermState]:
+    """Read a segment, then write it."""
+    reading = memory.read(hidden, state)
+    operators = memory.signal.operators(state.segments)
+    return reading, memory.write(hidden, state, operators, reading.attention, **options)
+
+
+def fast_passage(memory: LongTermMemory, segments: list[Tensor], state: LongTermState) -> Passage:
+    contexts, divergences = [], []
+    for hidden in segments:
+        reading, state = step(memory, hidden, state)
+        contexts.append(reading.context)
+        divergences.append(memory.divergence(reading.attention))
+    return Passage(contexts, divergences, state.coefficients)
+
+
+def naive_passage(memory: LongTermMemory, segments: list[Tensor], state: LongTermState) -> Passage:
+    """The same, row by row, from the literal equations."""
+    rows = [
+        _naive_row(memory, [hidden[row : row + 1] for hidden in segments], state.coefficients[row : row + 1], count)
+        for row, count in enumerate(state.segments.tolist())
+    ]
+    contexts = [torch.cat([row.contexts[k] for row in rows]) for k in range(len(segments))]
+    divergences = [torch.cat([row.divergences[k] for row in rows]) for k in range(len(segments))]
+    return Passage(contexts, divergences, torch.cat([row.coefficients for row in rows]))
+
+
+def _naive_row(memory: LongTermMemory, segments: list[Tensor], coefficients: Tensor, count: int) -> Passage:
+    config = memory.config
+    grid = torch.linspace(0, 1, config.basis_functions // len(config.widths), dtype=torch.float64)
+    basis = torch.tensor([(c, w) for c in grid for w in config.widths], dtype=torch.float64).unbind(dim=1)
+    weights = naive.Weights(*(getattr(memory, name).weight for name in naive.Weights._fields))
+    contexts, divergences = [], []
+    for hidden in segments:
+        context, divergence, cumulative = _naive_read(memory, hidden, coefficients, weights, basis)
+        contexts.append(context)
+        divergences.append(divergence)
+        data = naive.gate(hidden, memory.gate.weight, memory.gate.bias) if config.input_gate else hidden
+        if count == 0:
+            operator = naive.first_operator(config.segment_length, basis, config.ridge)
+            coefficients = naive.write(None, data, operator, basis)
+        else:
+            contraction = count / (count + 1) if config.contraction == "uniform" else config.contraction_rate
+            operator = naive.next_operator(config.segment_length, config.past_samples, contraction, basis, config.ridge)
+            positions = None
+            if config.sticky:
+                mass = naive.histogram(cumulative, config.sticky_bins).detach()
+                positions = naive.resample(mass, config.past_samples)
+            coefficients = naive.write(coefficients, data, operator, basis, positions)
+        count += 1
+    return Passage(contexts, divergences, coefficients)
+
+
+def _naive_read(
+    memory: LongTermMemory, hidden: Tensor, coefficients: Tensor, weights: naive.Weights, basis: naive.Basis
+) -> tuple[Tensor, Tensor, naive.Cumulative]:
+    config, heads = memory.config, memory.heads
+    if config.read == "slots":
+        context, alpha = naive.slots_read(hidden, coefficients, weights, heads, basis)
+        return context, hidden.new_zeros(1, hidden.shape[1]), naive.slots_cumulative(alpha, basis)
+    expectation, cumulative = {
+        "gaussian": (naive.gaussian_expectation, naive.gaussian_cumulative),
+        "truncated_parabola": (naive.truncated_parabola_expectation, naive.truncated_parabola_cumulative),
+    }[config.density]
+    if config.read == "affine":
+        context, mean, variance = naive.affine_read(
+            hidden, coefficients, weights, *memory.placement.weight, heads, basis, expectation
+        )
+    else:
+        context, mean, variance = naive.moments_read(hidden, coefficients, weights, heads, basis, expectation)
+    divergence = naive.variance_divergence(variance, config.prior_standard_deviation).mean(1)
+    return context, divergence, cumulative(mean, variance)
+
+
+def scalar(passage: Passage) -> Tensor:
+    """One number that depends on all of a passage, to differentiate."""
+    results = [*passage.contexts, *passage.divergences, passage.coefficients]
+    return sum((result * random(*result.shape, seed=seed)).sum() for seed, result in enumerate(results))
+
+
+def gradients(passage: Passage, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(scalar(passage), inputs, materialize_grads=True)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+class TestAgainstTheLiteralEquations:
+    @every_read
+    @every_write
+    def test_outputs_and_gradients(self, build_memory, read, write):
+        """Three segments, chained; of the rows one is new, and the others have had 1 and 4 segments."""
+        memory = build_memory(**read, **write)
+        segments = [random(3, 12, 6, seed=seed).requires_grad_() for seed in range(3)]
+        state = used_state(memory, [0, 1, 4])
+        state.coefficients.requires_grad_()
+        inputs = [*segments, state.coefficients, *memory.parameters()]
+
+        fast, literal = fast_passage(memory, segments, state), naive_passage(memory, segments, state)
+        assert all(context.abs().max() > 1e-3 for context in fast.contexts)
+        for k in range(3):
+            assert_close(fast.contexts[k], literal.contexts[k])
+            assert_close(fast.divergences[k], literal.divergences[k])
+        assert_close(fast.coefficients, literal.coefficients)
+        for tensor, one, other in zip(inputs, gradients(fast, inputs), gradients(literal, inputs), strict=True):
+            # The literal form has no coefficients of a new row to differentiate by.
+            rows = slice(1, None) if tensor is state.coefficients else slice(None)
+            assert_close(one[rows], other[rows])
+
+    @every_read
+    def test_every_weight_has_a_gradient(self, build_memory, read):
+        """What the test above compares is not zero throughout."""
+        memory = build_memory(**read, input_gate=True)
+        passage = fast_passage(memory, [random(2, 12, 6, seed=seed) for seed in range(2)], used_state(memory, [1, 2]))
+        for name, gradient in zip(
+            dict(memory.named_parameters()), gradients(passage, list(memory.parameters())), strict=True
+        ):
+            assert gradient.abs().max() > 1e-6, name
+
+    @every_read
+    def test_read_gradients_numerically(self, build_memory, read):
+        memory = build_memory(**read, segment_length=3, basis_functions=4, hidden_size=4, heads=2)
+        names = list(dict(memory.named_parameters()))
+        written = torch.tensor([1, 2])
+
+        def read_with(hidden: Tensor, coefficients: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+            reading = torch.func.functional_call(
+                _Read(memory),
+                {f"memory.{name}": weight for name, weight in zip(names, weights, strict=True)},
+                (hidden, LongTermState(coefficients, written)),
+            )
+            return reading.context, memory.divergence(reading.attention)
+
+        inputs = [random(2, 3, 4), random(2, 4, 4, seed=1), *(p.detach().clone() for p in memory.parameters())]
+        assert torch.autograd.gradcheck(read_with, [tensor.requires_grad_() for tensor in inputs])
+
+    @pytest.mark.parametrize("write", [{}, {"contraction": "uniform"}, {"input_gate": True}])
+    def test_write_gradients_numerically(self, build_memory, write):
+        memory = build_memory(**write, segment_length=4, basis_functions=4, past_samples=5, hidden_size=3, heads=1)
+        written = torch.tensor([0, 2])
+        state = LongTermState(memory.initial_state(2).coefficients, written)
+        attention = memory.read(random(2, 4, 3), state).attention
+
+        def write_with(hidden: Tensor, coefficients: Tensor) -> Tensor:
+            state = LongTermState(coefficients, written)
+            return memory.write(hidden, state, memory.signal.operators(written), attention).coefficients
+
+        inputs = [random(2, 4, 3).requires_grad_(), random(2, 4, 3, seed=1).requires_grad_()]
+        assert torch.autograd.gradcheck(write_with, inputs)
+
+    @every_read
+    def test_random_offsets_reach_the_resampling(self, build_memory, read):
+        memory = build_memory(**read, sticky=True)
+        hidden, state = random(1, 12, 6), used_state(memory, [2])
+        offsets = random(1, 20, seed=3).sigmoid()
+        reading, after = step(memory, hidden, state, offsets=offsets)
+        basis = memory.signal.basis
+        positions = naive.resample(attention_histogram(reading.attention, basis, 32), 20, offsets)
+        operator = naive.next_operator(12, 20, 0.5, basis, 0.5)
+        expected = naive.write(state.coefficients, hidden, operator, basis, positions)
+        assert_close(after.coefficients, expected)
+        assert not torch.equal(after.coefficients, step(memory, hidden, state)[1].coefficients)
+
+
+class _Read(torch.nn.Module):
+    """A memory's read as a module's call."""
+
+    def __init__(self, memory: LongTermMemory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def forward(self, hidden: Tensor, state: LongTermState) -> Reading:
+        return self.memory.read(hidden, state)
+
+
+class TestRows:
+    @every_read
+    def test_empty_memory_contributes_exactly_nothing(self, build_memory, read):
+        memory = build_memory(**read)
+        reading = memory.read(random(3, 12, 6), used_state(memory, [0, 2, 0]))
+        assert torch.equal(reading.context[[0, 2]], torch.zeros(2, 12, 6, dtype=torch.float64))
+        assert reading.context[1].abs().max() > 1e-3
+
+    @every_read
+    @every_write
+    def test_gradients_of_an_empty_memory_are_finite(self, build_memory, read, write):
+        memory = build_memory(**read, **write)
+        segments = [random(2, 12, 6, seed=seed).requires_grad_() for seed in range(2)]
+        state = memory.initial_state(2)
+        state.coefficients.requires_grad_()
+        for passage in (fast_passage(memory, segments[:1], state), fast_passage(memory, segments, state)):
+            for gradient in gradients(passage, [*segments, state.coefficients, *memory.parameters()]):
+                assert gradient.isfinite().all()
+
+    @every_read
+    @every_write
+    def test_rows_never_mix(self, build_memory, read, write):
+        """Another text and another past in one row, of another length: the others stay the same to the last bit."""
+        memory = build_memory(torch.float32, **read, **write)
+        hidden, other_hidden = random(3, 12, 6, dtype=torch.float32), random(3, 12, 6, dtype=torch.float32)
+        other_hidden[1] = 100
+        ours = step(memory, hidden, used_state(memory, [0, 1, 3]))
+        state = used_state(memory, [0, 5, 3])
+        state.coefficients[1] *= -3
+        theirs = step(memory, other_hidden, state)
+        for (reading, after), same in zip((ours, theirs), (theirs, ours), strict=True):
+            assert torch.equal(reading.context[[0, 2]], same[0].context[[0, 2]])
+            assert torch.equal(after.coefficients[[0, 2]], same[1].coefficients[[0, 2]])
+            assert not torch.equal(after.coefficients[1], same[1].coefficients[1])
+
+    @every_read
+    @every_write
+    def test_a_reset_row_is_a_new_row(self, build_memory, read, write):
+        memory = build_memory(torch.float32, **read, **write)
+        segments = [random(2, 12, 6, seed=seed, dtype=torch.float32) for seed in range(3)]
+        state = used_state(memory, [3, 2])
+        state.coefficients[0] = torch.inf  # whatever was there
+        states = {"reset": state.reset_rows(torch.tensor([True, False])), "new": used_state(memory, [0, 2])}
+        for hidden in segments:
+            results = {name: step(memory, hidden, state) for name, state in states.items()}
+            assert torch.equal(results["reset"][0].context, results["new"][0].context)
+            states = {name: after for name, (_, after) in results.items()}
+            assert torch.equal(states["reset"].coefficients, states["new"].coefficients)
+            assert torch.equal(states["reset"].segments, states["new"].segments)
+        assert states["reset"].segments.tolist() == [3, 5]
+
+    @every_write
+    def test_selected_rows_go_on_as_they_would_have(self, build_memory, write):
+        memory = build_memory(**write)
+        hidden, state, index = random(3, 12, 6), used_state(memory, [0, 1, 3]), torch.tensor([2, 0, 2, 1])
+        reading, after = step(memory, hidden, state)
+        selected, selected_after = step(memory, hidden[index], state.select_rows(index))
+        assert_close(selected.context, reading.context[index], 1e-12)
+        assert_close(selected_after.coefficients, after.coefficients[index], 1e-12)
+        assert selected_after.segments.tolist() == [4, 1, 4, 2]
+
+    @every_write
+    def test_rows_that_are_not_whole_keep_their_state(self, build_memory, write):
+        memory = build_memory(**write)
+        hidden, state = random(3, 12, 6), used_state(memory, [0, 1, 3])
+        _, every = step(memory, hidden, state)
+        _, some = step(memory, hidden, state, whole=torch.tensor([False, True, False]))
+        assert torch.equal(some.coefficients[[0, 2]], state.coefficients[[0, 2]])
+        assert torch.equal(some.coefficients[1], every.coefficients[1])
+        assert some.segments.tolist() == [0, 2, 3]
+        assert every.segments.tolist() == [1, 2, 4]
+
+
+class TestPrecision:
+    @every_read
+    @every_write
+    def test_autocast_changes_nothing_inside(self, build_memory, read, write):
+        memory = build_memory(torch.float32, **read, **write)
+        hidden, state = random(2, 12, 6, dtype=torch.float32), used_state(memory, [1, 3])
+        reading, after = step(memory, hidden, state)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast_reading, cast_after = step(memory, hidden, state)
+        assert cast_reading.context.dtype == cast_after.coefficients.dtype == torch.float32
+        assert torch.equal(cast_reading.context, reading.context)
+        assert torch.equal(cast_after.coefficients, after.coefficients)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @every_read
+    @every_write
+    def test_a_model_in_half_precision(self, build_memory, read, write, dtype):
+        """Weights and hidden states are rounded; the memory and what is done with it are not."""
+        memory = build_memory(torch.float32, **read, **write)
+        operators = {name: buffer.clone() for name, buffer in memory.signal.named_buffers()}
+        memory.to(dtype)
+        hidden, state = random(2, 12, 6).to(dtype), used_state(memory, [1, 3])
+        for name, buffer in memory.signal.named_buffers():
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, operators[name])
+        reading, after = step(memory, hidden, state)
+        exact = build_memory(torch.float32, **read, **write)
+        exact.load_state_dict(memory.state_dict())
+        exact_reading, exact_after = step(exact, hidden.float(), state)
+        assert memory.query.weight.dtype == dtype
+        assert reading.context.dtype == after.coefficients.dtype == torch.float32
+        assert torch.equal(reading.context, exact_reading.context)
+        assert torch.equal(after.coefficients, exact_after.coefficients)
+
+    def test_operators_survive_half_precision_and_back(self, small_config):
+        signal = ContinuousSignal(small_config())
+        before = {name: buffer.clone() for name, buffer in signal.named_buffers()}
+        signal.to(torch.bfloat16).to(torch.float32)
+        for name, buffer in signal.named_buffers():
+            assert torch.equal(buffer, before[name])
+
+    def test_operators_are_computed_in_float64(self, small_config):
+        """Far from what float32 makes of these normal equations."""
+        config = small_config(ridge=1e-4)
+        signal = ContinuousSignal(config)
+        basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
+        exact = naive.next_operator(12, 20, 0.5, basis, config.ridge)
+        assert (torch.cat([signal.past[0], signal.new[0]]) - exact).norm() < 1e-6 * exact.norm()
+
+    def test_built_on_the_meta_device_and_filled_by_reset_parameters(self, small_config):
+        with torch.device("meta"):
+            signal = ContinuousSignal(small_config())
+        signal.to_empty(device="cpu").reset_parameters()
+        for name, buffer in ContinuousSignal(small_config()).named_buffers():
+            assert torch.equal(signal.get_buffer(name), buffer)
+
+
+class TestContraction:
+    def write_indicators(self, memory: LongTermMemory, segments: int) -> Tensor:
+        """Segment k is the k-th unit vector at every token; the signal's values at 400 positions, [400, segments]."""
+        state = memory.initial_state(1)
+        for k in range(segments):
+            hidden = torch.eye(segments, dtype=torch.float64)[k].expand(1, memory.config.segment_length, -1)
+            _, state = step(memory, hidden, state)
+        positions = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+        return memory.signal.basis.evaluate(positions) @ state.coefficients[0]
+
+    @pytest.fixture
+    def fine_memory(self, build_memory) -> Callable[..., LongTermMemory]:
+        def build(segments: int, **options) -> LongTermMemory:
+            return build_memory(
+                hidden_size=segments,
+                heads=1,
+                segment_length=100,
+                past_samples=400,
+                basis_functions=100,
+                widths=[0.01],
+                ridge=0.01,
+                **options,
+            )
+
+        return build
+
+    @pytest.mark.parametrize("segments", [1, 2, 3, 5])
+    def test_uniform_gives_every_segment_equal_room(self, fine_memory, segments):
+        signal = self.write_indicators(fine_memory(segments, contraction="uniform"), segments)
+        share = 400 // segments
+        assert (signal.sum(0) / 400 - 1 / segments).abs().max() < 0.01
+        for k in range(segments):
+            inside = signal[round(k * 400 / segments) + 10 : round((k + 1) * 400 / segments) - 10]
+            assert len(inside) > share / 2
+            assert (inside[:, k] - 1).abs().max() < 0.1
+            assert inside.sum(1).sub(inside[:, k]).abs().max() < 0.1
+
+    @pytest.mark.parametrize("rate", [0.5, 0.75])
+    def test_constant_fades_geometrically(self, fine_memory, rate):
+        signal = self.write_indicators(fine_memory(5, contraction_rate=rate), 5)
+        room = signal.sum(0) / 400
+        expected = torch.tensor([rate**4] + [(1 - rate) * rate ** (4 - k) for k in range(1, 5)])
+        assert (room - expected).abs().max() < 0.01
+
+    @pytest.mark.parametrize("contraction", ["constant", "uniform"])
+    def test_no_more_vectors_than_coefficients(self, build_memory, contraction):
+        """R² of white noise, summed over all tokens of the past, is at most N; and the memory is of some use.
+
+        A linear memory of N numbers a channel, whatever reads it: the best linear reconstruction from the coefficients
+        of all tokens explains as many token's worth of variance as the map from tokens to coefficients has rank.
+        """
+        T, N, segments = 64, 32, 4
+        memory = build_memory(
+            hidden_size=T * segments,
+            heads=1,
+            segment_length=T,
+            basis_functions=N,
+            past_samples=128,
+            widths=[0.01, 0.03],
+            ridge=0.1,
+            contraction=contraction,
+        )
+        tokens = torch.eye(T * segments, dtype=torch.float64)  # its coefficients are the linear map itself
+        state = memory.initial_state(1)
+        for hidden in tokens.split(T):
+            _, state = step(memory, hidden.unsqueeze(0), state)
+        ends = torch.zeros(segments + 1, dtype=torch.float64)
+        for k in range(segments):  # where each segment now lies
+            n = k + 1
+            rate = (n - 1) / n if contraction == "uniform" else 0.5 * (k > 0)
+            ends[: n + 1] = torch.cat([ends[:n] / ends[:n].max().clamp(min=1) * rate, torch.ones(1)])
+        places = torch.cat(
+            [a + (b - a) * torch.arange(1, T + 1) / T for a, b in itertools.pairwise(ends.tolist())]
+        ).double()
+        reconstructed = (
+            memory.signal.basis.evaluate(places) @ state.coefficients[0]
+        )  # [token, its weight on each token]
+        r_squared = 1 - (reconstructed - tokens).square().sum(1)  # of white noise, per token, in expectation
+        assert r_squared.sum() <= N
+        assert r_squared.sum() > 0.3 * N
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("contraction", "linear"),
+            ("read", "dot"),
+            ("density", "laplace"),
+            ("segment_length", 0),
+            ("basis_functions", 0),
+            ("basis_functions", 17),
+            ("basis_functions", 2),
+            ("past_samples", -1),
+            ("sticky_bins", 0),
+            ("ridge", 0.0),
+            ("prior_standard_deviation", -0.05),
+            ("contraction_rate", 0.0),
+            ("contraction_rate", 1.0),
+            ("widths", []),
+            ("widths", [0.1, 0.0]),
+        ],
+    )
+    def test_an_error_names_the_option_and_the_value(self, small_config, option, value):
+        with pytest.raises(ValueError, match=f"^model.memory.{option}=") as error:
+            small_config(**{option: value})
+        assert str(value) in str(error.value)
+
+    def test_heads_that_do_not_divide_the_width(self, small_config):
+        config = small_config()
+        with pytest.raises(ValueError, match="4 heads do not divide a width of 6"):
+            LongTermMemory(config, 6, 4, ContinuousSignal(config))
+
+    @pytest.mark.parametrize("segment_length", [1, 2, 7, 8, 511, 512])
+    def test_every_segment_length_can_be_written(self, build_memory, segment_length):
+        memory = build_memory(segment_length=segment_length)
+        state = memory.initial_state(2)
+        for seed in range(2):
+            _, state = step(memory, random(2, segment_length, 6, seed=seed), state)
+        assert state.coefficients.shape == (2, 16, 6)
+
+    def test_the_defaults_are_the_published_ones(self):
+        config = LongTermMemoryConfig()
+        assert (config.segment_length, config.basis_functions, config.past_samples) == (512, 512, 512)
+        assert (config.contraction_rate, config.ridge, config.divergence_weight) == (0.5, 0.5, 1e-6)
+
+
+class TestNewMemory:
+    @every_read
+    def test_reads_exactly_nothing_until_trained(self, small_config, read):
+        config = small_config(**read)
+        memory = LongTermMemory(config, 6, 3, ContinuousSignal(config))
+        reading = memory.read(random(2, 12, 6), used_state(memory, [1, 2]))
+        assert torch.equal(reading.context, torch.zeros(2, 12, 6))
+
+    def test_slots_have_no_divergence(self, build_memory):
+        memory = build_memory(read="slots")
+        attention = memory.read(random(2, 5, 6), used_state(memory, [1, 2])).attention
+        assert isinstance(attention, Slots)
+        assert torch.equal(memory.divergence(attention), torch.zeros(2, 5, dtype=torch.float64))
+
+    def test_checkpoints_hold_the_weights_alone(self, build_memory):
+        names = set(build_memory(input_gate=True).state_dict())
+        assert names == {
+            *(f"{name}.weight" for name in ("query", "key", "value", "output", "placement", "gate")),
+            "gate.bias",
+        }

@@ -1,0 +1,81 @@
+"""The run's metrics file: strict JSON, survives a kill, and is cut back to a checkpoint at resume."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from infformer.training.metrics import MetricsLog, read_metrics
+
+
+def fail_on_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log.write(1, 512, **{"train/loss": 3.25, "train/segments": 4})
+    log.write(step=2, tokens=1024, **{"train/loss": torch.tensor(3.0)})
+    assert read_metrics(log.path) == [
+        {"step": 1, "tokens": 512, "train/loss": 3.25, "train/segments": 4},
+        {"step": 2, "tokens": 1024, "train/loss": 3.0},
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_diverged_run_still_writes_strict_json(tmp_path, value):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, 512, **{"train/loss": value})
+    strict = json.loads(log.path.read_text(), parse_constant=fail_on_constant)
+    assert strict["train/loss"] is None
+    assert math.isnan(read_metrics(log.path)[0]["train/loss"])
+
+
+def test_truncation_keeps_the_checkpoint_s_step_and_what_came_before(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        log.write(step, 512 * step, **{"train/loss": 1.0 / step})
+    log.write(3, 512 * 3, **{"validation/loss": 0.5})
+    before = log.path.read_text().splitlines()
+    log.truncate_after(3)
+    assert log.path.read_text().splitlines() == [*before[:3], before[5]]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_half_written_last_line_is_not_read_and_goes_at_resume(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, 512, **{"train/loss": 2.0})
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "tok')
+    assert [record["step"] for record in read_metrics(log.path)] == [1]
+    log.truncate_after(100)
+    log.write(2, 1024, **{"train/loss": 1.5})
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2]
+
+
+def test_a_failed_truncation_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, 512)
+    log.write(2, 1024)
+    before = log.path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        log.truncate_after(1)
+    assert log.path.read_bytes() == before
+
+
+def test_truncating_a_run_without_metrics_does_nothing(tmp_path):
+    MetricsLog(tmp_path / "metrics.jsonl").truncate_after(10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "tokens": 1}\n{"step": \n{"step": 3, "tokens": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(path)

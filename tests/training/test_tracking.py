@@ -1,0 +1,140 @@
+"""Trackers: each reports all that it is given, none can stop a run, and one that cannot start says why."""
+
+import builtins
+import logging
+
+import pytest
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from infformer.config import TrackerConfig
+from infformer.training.tracking import NoTracker, _ForgivingTracker, flatten, open_tracker
+
+CONFIG = {"seed": 1, "model": {"name": "gpt2_ltm", "layers": [0, 1], "memory": {"size": 512, "ridge": 0.5, "kl": None}}}
+
+
+@pytest.fixture
+def figure(tmp_path):
+    path = tmp_path / "figure.png"
+    drawing = Figure(figsize=(1, 1))
+    drawing.add_subplot().plot([1, 2])
+    drawing.savefig(path)
+    return path
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """wandb as on a machine where nobody has configured it or logged in."""
+    package = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "wandb"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    package.teardown()
+    yield package
+    package.teardown()
+
+
+def report_everything(tracker, figure):
+    tracker.log({"train/loss": 3.5, "train/learning_rate": 5e-5}, step=1)
+    tracker.log_text("samples", "Call me <Ishmael>.\nSome years ago", step=1)
+    tracker.log_figure("plots/training", figure, step=1)
+    tracker.finish()
+
+
+def test_no_tracker_writes_nothing(tmp_path, figure):
+    report_everything(open_tracker(TrackerConfig(), "run", tmp_path / "run", CONFIG), figure)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_receives_everything(tmp_path, figure):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    report_everything(open_tracker(TrackerConfig("tensorboard"), "run", tmp_path / "run", CONFIG), figure)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 3.5)]
+    assert events.Images("plots/training")[0].width == 100
+    text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == "    Call me <Ishmael>.\n    Some years ago"
+    assert b"model.memory.ridge" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+
+
+def test_nested_configuration_becomes_flat_plain_values():
+    assert flatten(CONFIG) == {
+        "seed": 1,
+        "model.name": "gpt2_ltm",
+        "model.layers": "[0, 1]",
+        "model.memory.size": 512,
+        "model.memory.ridge": 0.5,
+        "model.memory.kl": "None",
+    }
+
+
+def test_wandb_offline_receives_everything_and_resumes_the_same_run(tmp_path, figure, wandb):
+    options = TrackerConfig("wandb", mode="offline", tags=["test"])
+    report_everything(open_tracker(options, "run", tmp_path / "run", CONFIG), figure)
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    recorded = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id.strip()}.wandb"))
+    assert len(recorded) == 1
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/plots/training_*.png"))
+
+    resumed = open_tracker(options, "run", tmp_path / "run", CONFIG)
+    assert wandb.run.id == run_id.strip()
+    resumed.finish()
+    assert (tmp_path / "run" / "wandb_id").read_text() == run_id
+
+
+def test_wandb_without_a_login_is_an_error_that_names_the_way_out(tmp_path, wandb):
+    with pytest.raises(RuntimeError, match=r"tracker\.mode=offline \(or WANDB_MODE=offline\)"):
+        open_tracker(TrackerConfig("wandb"), "run", tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run" / "wandb_id").exists()
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatch, name, module):
+    real_import = builtins.__import__
+
+    def refuse(imported, *arguments, **keywords):
+        if imported == module:
+            raise ModuleNotFoundError(f"No module named {module!r}")
+        return real_import(imported, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=rf"pip install 'infformer\[{name}\]'"):
+        open_tracker(TrackerConfig(name), "run", tmp_path, CONFIG)
+
+
+def test_a_tracker_that_fails_does_not_stop_the_run(figure, caplog):
+    class Broken(NoTracker):
+        calls = 0
+
+        def log(self, metrics, step):
+            Broken.calls += 1
+            raise ConnectionError("no route to host")
+
+    tracker = _ForgivingTracker(Broken())
+    with caplog.at_level(logging.WARNING):
+        report_everything(tracker, figure)
+        tracker.log({"train/loss": 3.0}, step=2)
+    assert Broken.calls == 1
+    assert len(caplog.records) == 1
+    assert "goes on without it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"name": "comet"}, r"tracker\.name=comet"), ({"mode": "later"}, r"tracker\.mode=later")]
+)
+def test_impossible_options_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrackerConfig(**values)
+
+
+@pytest.mark.parametrize("name", ["none", "wandb", "tensorboard"])
+def test_the_published_options_fit_their_type(name, request):
+    path = request.config.rootpath / "conf" / "tracker" / f"{name}.yaml"
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackerConfig), OmegaConf.load(path)))
+    assert isinstance(options, TrackerConfig)
+    assert options.name == name

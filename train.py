@@ -1,0 +1,42 @@
+"""Train a language model with a memory: `accelerate launch train.py model=gpt2_ltm data=wikitext103`.
+
+Options are Hydra's: `conf/` holds their groups, `infformer/config.py` is their map, `python train.py --help` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from infformer.config import RunConfig
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(composed: DictConfig) -> None:
+    """Compose the configuration, check it, run it."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
+    except (OmegaConfBaseException, ValueError) as error:
+        sys.exit(f"error: {error}")
+    assert isinstance(config, RunConfig)
+
+    from infformer.training.loop import TrainingFailed, TrainingStopped  # torch and the libraries load in seconds
+    from infformer.training.run import run
+
+    try:
+        run(config)
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except (TrainingFailed, ValueError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
