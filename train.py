@@ -1,6 +1,6 @@
 """Train a language model with a memory: `accelerate launch train.py model=gpt2_ltm data=wikitext103`.
 
-Options are Hydra's: `conf/` holds their groups, `infformer/config.py` is their map, `python train.py --help` lists them.
+Options are Hydra's: `conf/` holds their groups, `infformer/config.py` is their map, `--help` lists them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from infformer.config import RunConfig
+from infformer.errors import UserError
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
@@ -26,7 +27,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"error: {error}")
     assert isinstance(config, RunConfig)
 
-    from infformer.training.loop import TrainingFailed, TrainingStopped  # torch and the libraries load in seconds
+    from infformer.training.loop import TrainingStopped  # what follows loads for seconds
     from infformer.training.run import run
 
     try:
@@ -34,7 +35,7 @@ def main(composed: DictConfig) -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
-    except (TrainingFailed, ValueError, ImportError, RuntimeError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -60,7 +60,7 @@ class TrainingConfig:
     segment_length: int = 512
     """Tokens that each lane reads at a time; the memory's segment as well."""
     bptt_segments: int = 1
-    """Segments of each lane in one step. With more than one, gradients flow through the memory from the last to the first."""
+    """Segments of each lane in one step. With more than one, gradients flow through the memory between them."""
     gradient_accumulation: int = 1
     """Parts into which each process's lanes are cut, one after the other in memory; the step is the same."""
     gradient_clipping: float | None = 1.0
@@ -94,7 +94,9 @@ class TrainingConfig:
             _check_at_least(f"training.{name}", getattr(self, name), 1)
         _check_at_least("training.segment_length", self.segment_length, 2)
         if self.gradient_clipping is not None and self.gradient_clipping <= 0:
-            raise ValueError(f"training.gradient_clipping={self.gradient_clipping}: must be positive, or null for no limit")
+            raise ValueError(
+                f"training.gradient_clipping={self.gradient_clipping}: must be positive, or null for no limit"
+            )
 
 
 @dataclass
@@ -210,10 +212,12 @@ class RunConfig:
             if self.model.memory.segment_length != self.training.segment_length:
                 raise ValueError(
                     f"model.memory.segment_length={self.model.memory.segment_length} is not "
-                    f"training.segment_length={self.training.segment_length}: set the latter alone, the former follows it"
+                    f"training.segment_length={self.training.segment_length}: set the latter, the former follows it"
                 )
         elif self.training.freeze_backbone:
-            raise ValueError("training.freeze_backbone=true with model/memory=none leaves nothing to train: give it a memory")
+            raise ValueError(
+                "training.freeze_backbone=true with model/memory=none leaves nothing to train: give it a memory"
+            )
 
 
 @dataclass
@@ -223,20 +227,23 @@ class EvaluationRunConfig:
     checkpoint: str
     """A checkpoint of a run, a model folder, or the name of a causal language model on the hub."""
     data: DataConfig = field(default_factory=DataConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     split: str = "test"
     """`train`, `validation` or `test`."""
     segment_length: int | None = None
     """Tokens of a segment. Null: the memory's, or for a model without one all its positions."""
     precision: str = "float32"
+    batch_size: int = 8
+    """Documents read side by side; the figures do not depend on it."""
+    controls: bool = True
+    """Measure again without the memory and with the memory of another document."""
     tokenizer: str | None = None
     """A folder or a hub name. Null: the model's."""
-    output_dir: str | None = None
-    """Where `results.json` and the plots go. Null: a folder beside the checkpoint, or `outputs/evaluation`."""
-    seed: int = 0
+    output_dir: str = "outputs/evaluation"
+    """Where `results.json` and the plots go."""
 
     def __post_init__(self) -> None:
         _check_choice("split", self.split, ("train", "validation", "test"))
         _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
         _check_at_least("segment_length", self.segment_length, 2)
+        _check_at_least("batch_size", self.batch_size, 1)

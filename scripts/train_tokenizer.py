@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer, in GPT-2's manner, on the training documents of a data set.
 
-    python scripts/train_tokenizer.py FOLDER --vocabulary 4096 data.source=files data.train=books.jsonl.gz
+python scripts/train_tokenizer.py FOLDER --vocabulary 4096 data.source=files data.train=books.jsonl.gz
 """
 
 from __future__ import annotations

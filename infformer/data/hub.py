@@ -2,20 +2,15 @@
 
 import hashlib
 import json
-import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.packaged_modules.cache.cache import Cache
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from infformer.data.errors import DataError
 from infformer.data.files import file_stamps
-
-_PATIENCE = 10.0  # seconds in which the hub must have said that it knows the dataset
+from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 
 
 def load_split(repository: str, subset: str | None, split: str) -> Any:
@@ -25,7 +20,8 @@ def load_split(repository: str, subset: str | None, split: str) -> Any:
     was downloaded before is used.
 
     Raises:
-        DataError: no such dataset, subset or split; or the hub cannot be reached and nothing was downloaded before.
+        DataError: no such subset or split; or the hub cannot be reached and nothing was downloaded before.
+        HubError: no such dataset.
     """
     asked = f"data.repository={repository} data.subset={subset or 'null'}"
     folder = Path(repository).expanduser()
@@ -35,7 +31,7 @@ def load_split(repository: str, subset: str | None, split: str) -> Any:
         return _load(str(folder), subset, split, asked, cache_dir=str(own))
     if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") > 1:
         raise DataError(f"data.repository={repository}: there is no such folder (seen from {Path.cwd()}).")
-    problem = _problem_with_the_hub(repository)
+    problem = problem_with_the_hub("dataset", repository, "data.repository")
     if problem is None:
         return _load(repository, subset, split, asked)
     try:
@@ -44,8 +40,7 @@ def load_split(repository: str, subset: str | None, split: str) -> Any:
         raise DataError(
             f"{asked}: {problem}, and no earlier download of it is in {datasets.config.HF_DATASETS_CACHE} "
             f"({' '.join(str(error).split())}). To work without a network set data.repository= to a local folder laid "
-            "out like the dataset, or fill the cache on a machine that has one, copy it (HF_HOME names its place) and "
-            "set HF_HUB_OFFLINE=1; HF_ENDPOINT=https://... names a mirror of the hub."
+            f"out like the dataset, {WITHOUT_A_NETWORK}"
         ) from error
 
 
@@ -76,43 +71,3 @@ def _cached(repository: str, subset: str | None) -> Any:
     return Cache(
         dataset_name=repository.split("/")[-1], repo_id=repository, config_name=subset, version="auto", hash="auto"
     )
-
-
-@cache
-def _problem_with_the_hub(repository: str) -> str | None:
-    """What keeps a dataset from being downloaded, in words; None if the hub answers that it has it.
-
-    Raises:
-        DataError: the hub answers that there is no such dataset, or that it is not for everyone.
-    """
-    answers: list[BaseException | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(repository, timeout=_PATIENCE)
-            answers.append(None)
-        except Exception as error:
-            answers.append(error)
-
-    # In a thread that may be left behind: looking up a name can hang for longer than any timeout of a connection.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    if not answers:
-        return f"{constants.ENDPOINT} does not answer within {_PATIENCE:.0f} s"
-    answer = answers[0]
-    if answer is None:
-        return None
-    if isinstance(answer, GatedRepoError):
-        raise DataError(
-            f"data.repository={repository}: the hub gives this dataset only to those who asked for it; ask on its "
-            "page, then log in with hf auth login or set HF_TOKEN."
-        ) from answer
-    if isinstance(answer, RepositoryNotFoundError):
-        raise DataError(
-            f"data.repository={repository}: {constants.ENDPOINT} has no such dataset (or it is private: log in with "
-            "hf auth login); check the name, which is <owner>/<name>."
-        ) from answer
-    if isinstance(answer, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids the network"
-    return f"{constants.ENDPOINT} cannot be reached ({type(answer).__name__}: {answer})"

@@ -17,7 +17,7 @@ class DataConfig:
     """Where the documents come from and how they are cut up; every option is typed as `data.<field>=<value>`.
 
     Raises:
-        ValueError: a value that no run can use. The message names the option as it is typed.
+        DataError: a value that no run can use. The message names the option as it is typed.
     """
 
     source: str = "sample"
@@ -80,20 +80,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise ValueError(f"data.source={self.source}: there is no such source; choose one of {', '.join(SOURCES)}.")
+            raise DataError(f"data.source={self.source}: there is no such source; choose one of {', '.join(SOURCES)}.")
         if self.source == "hub" and not self.repository:
-            raise ValueError(
+            raise DataError(
                 "data.repository=null: data.source=hub needs the dataset's name on the hub, such as "
                 "data.repository=Salesforce/wikitext, or a local folder laid out like one."
             )
         if not self.text_field:
-            raise ValueError("data.text_field=: name the field that holds the text, such as data.text_field=text.")
+            raise DataError("data.text_field=: name the field that holds the text, such as data.text_field=text.")
         for option in ("max_documents", "max_document_characters", "segments_per_visit"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise ValueError(f"data.{option}={value}: give a number of at least 1, or null for no limit.")
+                raise DataError(f"data.{option}={value}: give a number of at least 1, or null for no limit.")
         if self.workers < 1:
-            raise ValueError(f"data.workers={self.workers}: at least one process must tokenise; set data.workers=1.")
+            raise DataError(f"data.workers={self.workers}: at least one process must tokenise; set data.workers=1.")
 
     def places(self, split: str) -> list[str]:
         """What the option of a split names: the splits of a hub dataset (one), the paths and globs of files.

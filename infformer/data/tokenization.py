@@ -217,7 +217,7 @@ def _make(folder: Path, config: DataConfig, split: str, tokenizer: PreTrainedTok
         )
         skipped = found - len(documents)
         if skipped == found:
-            raise DataError(f"data.{split}: all {found} documents have fewer than 2 tokens; name longer ones.")
+            raise DataError(f"data.{split}: every one of its {found} document(s) has fewer than 2 tokens; name others.")
         if skipped:
             log.warning("%d of %d documents of %s have fewer than 2 tokens and are left out", skipped, found, split)
         whole = Path(temporary, "whole")

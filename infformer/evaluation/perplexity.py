@@ -1,8 +1,8 @@
 """Perplexity of documents, each read from its beginning to its end with its memory.
 
-Every token of a document but the first is scored exactly once, in disjoint segments; the target of a segment's last token is
-the first token of the next one. Words (runs of non-blanks) and bytes (UTF-8) are counted on the original text, so figures
-per word and per byte can be compared between tokenizers.
+Every token of a document but the first is scored exactly once, in disjoint segments; the target of a segment's last
+token is the first token of the next one. Words (runs of non-blanks) and bytes (UTF-8) are counted on the original text,
+so figures per word and per byte can be compared between tokenizers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from infformer.data.lanes import Segment, read_once
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.memory.state import LayerMemories
+from infformer.memory.state import MemoryState
 from infformer.models.pretrained import InfformerForCausalLM
 
-Read = Callable[[Segment, "LayerMemories | None"], "tuple[Tensor, LayerMemories]"]
+Read = Callable[[Segment, "MemoryState | None"], "tuple[Tensor, MemoryState]"]
 """How one segment is read: the segment and the memory so far to the token losses and the memory after."""
 
 
@@ -50,6 +50,25 @@ class Reader:
     progress: bool = True
 
 
+def measure(reader: Reader, documents: TokenizedDocuments, controls: bool, checkpoint: str) -> dict[str, Any]:
+    """All that `results.json` says of a model: the figures, those of the controls if wished, and the protocol.
+
+    Args:
+        checkpoint: where the model comes from, for the record.
+    """
+    return {
+        **evaluate(reader, documents, "test"),
+        "controls": evaluate_controls(reader, documents) if controls else {},
+        "protocol": {
+            "segment": reader.segment_length,
+            "stride": reader.segment_length,
+            "reset": "each document begins with an empty memory",
+            "dtype": str(reader.precision).removeprefix("torch."),
+            "checkpoint": checkpoint,
+        },
+    }
+
+
 def evaluate(reader: Reader, documents: TokenizedDocuments, title: str = "reading") -> dict[str, Any]:
     """Perplexity of the documents. The model is left in evaluation mode.
 
@@ -63,9 +82,9 @@ def evaluate(reader: Reader, documents: TokenizedDocuments, title: str = "readin
 def evaluate_controls(reader: Reader, documents: TokenizedDocuments) -> dict[str, Any]:
     """The same figures of the same model in two situations in which its memory cannot help.
 
-    `memory_off`: every segment is read with an empty memory. `memory_of_another_document`: each document is read with the
-    memory that the next document of the list (after the last, the first) had at the same distance from its beginning, so
-    the memory is as full, and of text, but of the wrong one. That control needs two documents; with one it is left out.
+    `memory_off`: every segment is read with an empty memory. `memory_of_another_document`: each document is read with
+    the memory that the next document of the list (after the last, the first) had at the same distance from its
+    beginning: as full, and of text, but of the wrong one. That control needs two documents; with one it is left out.
     """
     if not reader.model.memories:
         return {}
@@ -77,7 +96,7 @@ def evaluate_controls(reader: Reader, documents: TokenizedDocuments) -> dict[str
 
 
 def _read_with_memory(reader: Reader) -> Read:
-    def read(segment: Segment, memory: LayerMemories | None) -> tuple[Tensor, LayerMemories]:
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState]:
         output = reader.model(
             segment.input_ids,
             memory=memory,
@@ -91,7 +110,7 @@ def _read_with_memory(reader: Reader) -> Read:
 
 
 def _read_without_memory(reader: Reader) -> Read:
-    def read(segment: Segment, memory: LayerMemories | None) -> tuple[Tensor, LayerMemories]:
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState]:
         empty = reader.model.initial_memory(len(segment.lengths))
         output = reader.model(
             segment.input_ids, memory=empty, shift_labels=segment.shift_labels, lengths=segment.lengths
@@ -105,7 +124,7 @@ def _read_with_memory_of_next(reader: Reader, documents: TokenizedDocuments) -> 
     """Beside each document its neighbour is read; only that is written to memory."""
     inputs = documents.token_counts - 1
 
-    def read(segment: Segment, memory: LayerMemories | None) -> tuple[Tensor, LayerMemories]:
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState]:
         output = reader.model(
             segment.input_ids,
             memory=memory,
@@ -140,7 +159,7 @@ def _measure(reader: Reader, documents: TokenizedDocuments, read: Read, title: s
     edges = position_edges(int(documents.token_counts.max()) - 1)
     sums = _Sums(len(documents), edges)
     model.eval()
-    memory: LayerMemories | None = None
+    memory: MemoryState | None = None
     with torch.autocast(device.type, reader.precision, enabled=reader.precision != torch.float32):
         for segment in _with_progress(reader, documents, title):
             losses, memory = read(segment.to(device, non_blocking=True), memory)

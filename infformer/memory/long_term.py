@@ -1,8 +1,8 @@
 """∞-former's long-term memory (Martins, Marinho & Martins, ACL 2022, arXiv 2109.00301) of one layer.
 
-The past is a continuous signal X̄(t) = Bᵀψ(t) on [0, 1]. Writing a segment contracts the old signal to the front part of
-[0, 1], puts the new one behind it and fits N coefficients to both. Reading gives every query a density p on the signal and
-returns its expectation. The cost of both does not depend on how much has been written.
+The past is a continuous signal X̄(t) = Bᵀψ(t) on [0, 1]. Writing a segment contracts the old signal to the front part
+of [0, 1], puts the new one behind it and fits N coefficients to both. Reading gives every query a density p on the
+signal and returns its expectation. The cost of both does not depend on how much has been written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ MINIMAL_VARIANCE = 1e-4
 
 @dataclass
 class LongTermMemoryConfig:
-    """What one long-term memory is; the defaults are the published GPT-2 constants, without stickiness and input gate."""
+    """What one long-term memory is; the defaults are the published GPT-2 constants, without stickiness and gate."""
 
     segment_length: int = 512
     """T, tokens of a segment. Only whole segments are written."""
@@ -46,15 +46,15 @@ class LongTermMemoryConfig:
     past_samples: int = 512
     """M, at how many points the old signal is sampled when a segment is written."""
     contraction: str = "constant"
-    """`constant`: the past shrinks to `contraction_rate` at every write and fades geometrically. `uniform`: to n/(n+1) at
-    write n, so that all segments keep equal room."""
+    """`constant`: the past shrinks to `contraction_rate` at every write and fades geometrically. `uniform`: to n/(n+1)
+    at write n, so that all segments keep equal room."""
     contraction_rate: float = 0.5
     """τ, the part of the memory that the past keeps, for the constant contraction."""
     ridge: float = 0.5
     """λ, the penalty of the regression."""
     read: str = "affine"
-    """`affine`: mean and variance of a query's density are affine in its scores. `moments`: they are those of the softmax
-    of the scores over the basis. `slots`: that softmax reads the coefficients themselves."""
+    """`affine`: mean and variance of a query's density are affine in its scores. `moments`: they are those of the
+    softmax of the scores over the basis. `slots`: that softmax reads the coefficients themselves."""
     density: str = "gaussian"
     """`gaussian` or `truncated_parabola`, for the affine and the moments read."""
     sticky: bool = False
@@ -89,8 +89,8 @@ class LongTermMemoryConfig:
             raise ValueError(f"model.memory.widths={list(self.widths)}: give at least one width, all of them positive")
         if self.basis_functions % len(self.widths) != 0 or self.basis_functions < 2 * len(self.widths):
             raise ValueError(
-                f"model.memory.basis_functions={self.basis_functions} cannot be divided among the {len(self.widths)} widths "
-                f"{list(self.widths)}: take a multiple of {len(self.widths)}, at least {2 * len(self.widths)}"
+                f"model.memory.basis_functions={self.basis_functions} cannot be divided among the {len(self.widths)} "
+                f"widths {list(self.widths)}: take a multiple of {len(self.widths)}, at least {2 * len(self.widths)}"
             )
 
 
@@ -125,8 +125,8 @@ class Reading(NamedTuple):
 class ContinuousSignal(nn.Module):
     """The fixed part of a long-term memory, one for all layers: the basis and the regression operators.
 
-    They follow from the configuration alone, so they are buffers that no checkpoint stores. They are computed in float64
-    and kept in float32, also where the model is cast to a shorter type.
+    They follow from the configuration alone, so they are buffers that no checkpoint stores. They are computed in
+    float64 and kept in float32, also where the model is cast to a shorter type.
     """
 
     centres: Tensor
@@ -230,7 +230,7 @@ class LongTermMemory(nn.Module):
             nn.init.uniform_(self.placement.weight, -bound, bound)
         if self.config.input_gate:
             nn.init.normal_(self.gate.weight, std=0.02)
-            nn.init.zeros_(self.gate.bias)
+            nn.init.zeros_(cast(Tensor, self.gate.bias))
 
     def initial_state(self, batch: int) -> LongTermState:
         """An empty memory for `batch` rows."""
@@ -279,7 +279,8 @@ class LongTermMemory(nn.Module):
             basis = self.signal.basis
             hidden = hidden.to(state.coefficients.dtype)
             if self.config.input_gate:
-                convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), self.gate.bias.to(hidden), padding=1)
+                bias = cast(Tensor, self.gate.bias).to(hidden)
+                convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), bias, padding=1)
                 hidden = hidden * torch.sigmoid(convolved.mT)
             if self.config.sticky:
                 with torch.no_grad():
@@ -316,8 +317,8 @@ class LongTermMemory(nn.Module):
     def _affine_placement(self, hidden: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """μ = sigmoid(w_μ·s) and σ² = softplus(w_σ·s), [batch, heads, queries], without the scores s.
 
-        s = K_h q_h/√d_h enters through w·s = (wᵀB) W_K^h q_h/√d_h alone. So two mixtures of the coefficients stand for the
-        N keys, and pushed through the heads' query projections they are two directions a head in the space of x.
+        s = K_h q_h/√d_h enters through w·s = (wᵀB) W_K^h q_h/√d_h alone. So two mixtures of the coefficients stand for
+        the N keys, and pushed through the heads' query projections they are two directions a head in the space of x.
         """
         mixtures = self.placement.weight.to(hidden) @ coefficients  # [batch, 2, hidden]
         keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class MemoryState:
     def split(self, parts: int) -> list[Self]:
         """`parts` states of equally many rows, in order."""
         return [
-            self.map_tensors(lambda tensor, part=part: tensor.chunk(parts)[part])  # type: ignore[misc]
+            self.map_tensors(lambda tensor, part=part: tensor.unflatten(0, (parts, -1))[part])  # type: ignore[misc]
             for part in range(parts)
         ]
 
@@ -98,8 +98,11 @@ class MemoryState:
         return self.map_tensors(lambda tensor: named[next(names)].to(tensor))
 
 
-@dataclass(frozen=True)
-class LayerMemories(MemoryState):
-    """The memories of a model: one state a layer that has one."""
+StateT = TypeVar("StateT", bound=MemoryState, covariant=True)
 
-    layers: tuple[MemoryState, ...]
+
+@dataclass(frozen=True)
+class LayerMemories(MemoryState, Generic[StateT]):
+    """The memories of a model: one state for each layer that has one."""
+
+    layers: tuple[StateT, ...]

@@ -18,7 +18,7 @@ def attention_histogram(attention: Density, basis: GaussianBasis, bins: int) -> 
     Returns:
         Mass per equal bin, averaged over heads and queries and normalised on [0, 1]: shape [batch, bins].
     """
-    edges = torch.linspace(0, 1, bins + 1).to(basis.centres)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64).to(basis.centres)
     mass = attention.cumulative(edges, basis).mean(dim=(1, 2)).diff(dim=-1)
     return mass / mass.sum(-1, keepdim=True)
 
@@ -26,8 +26,9 @@ def attention_histogram(attention: Density, basis: GaussianBasis, bins: int) -> 
 def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = None) -> Tensor:
     """Where to sample the past: the inverse of the histogram's cumulative function on a stratified grid.
 
-    Sample m = 1…samples is taken at cdf⁻¹((m − v_m)/samples): one draw from each of `samples` parts of equal mass. It has
-    the law of independent draws from the histogram with far less noise; with v_m = ½ it is the deterministic time warp.
+    Sample m = 1…samples is taken at cdf⁻¹((m − v_m)/samples): one draw from each of `samples` parts of equal mass. It
+    has the law of independent draws from the histogram with far less noise; with v_m = ½ it is the deterministic time
+    warp.
 
     Args:
         histogram: mass per bin, shape [batch, bins], sum one.
@@ -40,7 +41,7 @@ def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = N
     strata = torch.arange(1, samples + 1, device=histogram.device, dtype=histogram.dtype).expand(rows, -1)
     targets = (strata - (0.5 if offsets is None else offsets.to(histogram))) / samples
     cumulative = histogram.cumsum(-1)
-    index = torch.searchsorted(cumulative, targets).clamp(max=bins - 1)
+    index = torch.searchsorted(cumulative, targets.minimum(cumulative[:, -1:]))  # the sum may be rounded below one
     mass = histogram.gather(-1, index)
     before = cumulative.gather(-1, index) - mass
     within = ((targets - before) / mass.clamp(min=torch.finfo(mass.dtype).tiny)).clamp(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infformer.memory.state import LayerMemories
+from infformer.memory.state import MemoryState
 from infformer.models.pretrained import InfformerForCausalLM
 
 
@@ -33,7 +33,7 @@ def continue_text(
     Returns:
         The sampled tokens, [tokens].
     """
-    memory: LayerMemories | None = None
+    memory: MemoryState | None = None
     segment = prompt.to(model.device).unsqueeze(0)
     while segment.shape[1] > segment_length:
         memory = model(segment[:, :segment_length], memory=memory, return_logits=False).memory

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
-
-
-class ModelError(ValueError):
-    """A model or tokenizer that cannot be loaded, or does not fit."""
+from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM, ModelError
 
 
 def load_pretrained(
@@ -34,8 +31,8 @@ def load_pretrained(
     config = _load(AutoConfig, name, "model.pretrained")
     if isinstance(config, InfformerConfig):
         raise ModelError(
-            f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its backbone "
-            "alone export that first: python scripts/export_backbone.py CHECKPOINT FOLDER"
+            f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
+            "backbone alone export that first: python scripts/export_backbone.py CHECKPOINT FOLDER"
         )
     backbone = _load(AutoModelForCausalLM, name, "model.pretrained", dtype=torch.float32, **kwargs)
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
@@ -54,7 +51,9 @@ def load_trained(name: str, segment_length: int | None = None) -> InfformerForCa
     folder = model_folder(name)
     config = _load(AutoConfig, folder, "checkpoint")
     if not isinstance(config, InfformerConfig):
-        return InfformerForCausalLM.from_backbone(_load(AutoModelForCausalLM, folder, "checkpoint", dtype=torch.float32))
+        return InfformerForCausalLM.from_backbone(
+            _load(AutoModelForCausalLM, folder, "checkpoint", dtype=torch.float32)
+        )
     if config.memory is not None and segment_length is not None:
         config.memory = {**config.memory, "segment_length": segment_length}
     return _load(InfformerForCausalLM, folder, "checkpoint", config=config, dtype=torch.float32)
@@ -86,21 +85,22 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
     """The tokenizer of a folder or of a model on the hub."""
     tokenizer = _load(AutoTokenizer, model_folder(name), option)
     if len(tokenizer) < 2:
-        raise ModelError(f"{option}={name}: the tokenizer there is empty; give a folder with tokenizer.json or vocab.json")
+        raise ModelError(
+            f"{option}={name}: the tokenizer there is empty; give a folder with tokenizer.json or vocab.json"
+        )
     return tokenizer
 
 
 def check_fit(model: InfformerForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that the model has an embedding for every token of the tokenizer.
+    """Make sure that the model has an embedding for every token.
 
     Raises:
-        ModelError: it has fewer.
+        ModelError: it has not.
     """
-    size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
+    if len(tokenizer) > model.vocabulary_size:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model knows {size}: they do not belong together; set "
-            "model.tokenizer= to the tokenizer that the model was trained with"
+            f"the tokenizer has {len(tokenizer)} tokens and the model knows {model.vocabulary_size}: they do not "
+            "belong together; set model.tokenizer= to the tokenizer that the model was trained with"
         )
 
 
@@ -112,24 +112,22 @@ def model_folder(name: str) -> str:
 
 def _load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
     path = Path(name).expanduser()
+    problem = None
     if path.is_dir():
         name = str(path)
         if kind is not AutoTokenizer and not (path / "config.json").is_file():
             raise ModelError(f"{option}={name}: this folder is no model, it has no config.json")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"{option}={name}: there is no such folder (seen from {Path.cwd()})")
     else:
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise ModelError(f"{option}={name}: there is no such folder (seen from {Path.cwd()})")
-        problem = None
-        if problem is not None:
-            kwargs["local_files_only"] = True
+        problem = problem_with_the_hub("model", name, option)
     try:
-        return kind.from_pretrained(name, **kwargs)
+        return kind.from_pretrained(name, local_files_only=problem is not None, **kwargs)
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        reason = " ".join(str(error).split())
-        if not path.is_dir() and problem is not None:
+        if problem is not None:
             raise ModelError(
                 f"{option}={name}: {problem}, and no earlier download of it was found. To work without a network set "
-                f"{option}= to a local folder, or fill the cache on a machine that has one, copy it (HF_HOME names its "
-                "place) and set HF_HUB_OFFLINE=1; HF_ENDPOINT=https://... names a mirror of the hub."
+                f"{option}= to a local folder, {WITHOUT_A_NETWORK}"
             ) from error
+        reason = " ".join(str(error).split())
         raise ModelError(f"{option}={name}: no {kind.__name__} could be loaded from there: {reason}") from error

@@ -22,7 +22,8 @@ class MemoryModelOutput(ModelOutput):
     memory: MemoryState | None = None
     """The memory after this segment, to be handed to the next one."""
     token_losses: Tensor | None = None
-    """Negative log-likelihood of each label in nats, float32, 0 where nothing is scored; [batch, length]. With labels only."""
+    """Negative log-likelihood of each label in nats, [batch, length], float32; 0 where nothing is scored. With labels
+    only."""
     auxiliary_losses: dict[str, Tensor] | None = None
     """Scalars by name, already weighted."""
     past_key_values: Any = None

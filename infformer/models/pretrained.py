@@ -1,16 +1,17 @@
 """Any Hugging Face causal language model with a long-term memory beside its attentions.
 
-The backbone stays the stock class with its stock parameter names. A forward hook on each chosen attention module adds what
-the memory returns to what the attention returns; the memory itself travels through the call as a keyword argument, so
-that a recomputed layer (gradient checkpointing) reads the memory it read the first time.
+The backbone stays the stock class with its stock parameter names. A forward hook on each chosen attention module adds
+what the memory returns to what the attention returns; the memory itself travels through the call as a keyword argument,
+so that a recomputed layer (gradient checkpointing) reads the memory it read the first time.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTermMemoryConfig, LongTermState, WriteOperators
+from infformer.errors import UserError
+from infformer.memory.long_term import (
+    ContinuousSignal,
+    LongTermMemory,
+    LongTermMemoryConfig,
+    LongTermState,
+    WriteOperators,
+)
 from infformer.memory.state import LayerMemories
 from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
 from infformer.models.outputs import MemoryModelOutput
+
+LongTermMemories = LayerMemories[LongTermState]
 
 ATTENTION_PATHS = {
     "gpt2": ("transformer.h", "attn"),
@@ -33,6 +43,10 @@ ATTENTION_PATHS = {
 }
 """Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its layers
 hand keyword arguments on to their attention."""
+
+
+class ModelError(UserError, ValueError):
+    """A model or tokenizer that cannot be loaded, or does not fit."""
 
 
 class InfformerConfig(PreTrainedConfig):
@@ -45,7 +59,7 @@ class InfformerConfig(PreTrainedConfig):
     """
 
     model_type = "infformer"
-    sub_configs = {"backbone": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
 
     def __init__(
         self,
@@ -70,14 +84,16 @@ class InfformerConfig(PreTrainedConfig):
         try:
             return None if self.memory is None else LongTermMemoryConfig(**self.memory)
         except TypeError as error:
-            raise ValueError(f"the memory in this model's config.json is not one that this version knows: {error}") from error
+            raise ModelError(
+                f"the memory in this model's config.json is not one that this version knows: {error}"
+            ) from error
 
 
 @dataclass
 class _MemoryCall:
     """One forward pass's memory on its way through the layers."""
 
-    memory: LayerMemories
+    memory: LongTermMemories
     operators: WriteOperators
     """For writing; all layers write at the same time, so they share them."""
     whole: Tensor | None
@@ -129,24 +145,19 @@ class InfformerForCausalLM(PreTrainedModel):
         attentions = _attention_modules(self.backbone)
         layers = range(len(attentions)) if config.memory_layers is None else config.memory_layers
         if unknown := [layer for layer in layers if not 0 <= layer < len(attentions)]:
-            raise ValueError(f"model.memory_layers={unknown}: this backbone has layers 0 to {len(attentions) - 1}")
+            raise ModelError(f"model.memory_layers={unknown}: this backbone has layers 0 to {len(attentions) - 1}")
         memory = config.memory_config
         self.memories = nn.ModuleList()
         self.segment_length: int | None = None
         if memory is not None:
-            positions = getattr(config.backbone, "max_position_embeddings", memory.segment_length)
-            if memory.segment_length > positions:
-                raise ValueError(
-                    f"model.memory.segment_length={memory.segment_length} is longer than the {positions} positions of the "
-                    "model: choose a segment that fits"
-                )
+            self.check_segment_length(memory.segment_length)
             self.segment_length = memory.segment_length
             self.signal = ContinuousSignal(memory)
+            width, heads = config.backbone.hidden_size, config.backbone.num_attention_heads
             for index, layer in enumerate(layers):
-                self.memories.append(
-                    LongTermMemory(memory, config.backbone.hidden_size, config.backbone.num_attention_heads, self.signal)
-                )
-                hook = partial(_attend_to_memory, index, self.memories[index])
+                long_term = LongTermMemory(memory, width, heads, self.signal)
+                self.memories.append(long_term)
+                hook = partial(_attend_to_memory, index, long_term)
                 attentions[layer].register_forward_hook(hook, with_kwargs=True)
         self.post_init()
 
@@ -170,7 +181,7 @@ class InfformerForCausalLM(PreTrainedModel):
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
         # What is loaded must not be initialised again by the composite model.
         for module in backbone.modules():
-            module._is_hf_initialized = True
+            setattr(module, "_is_hf_initialized", True)  # noqa: B010, transformers' own mark
         attention = backbone.config._attn_implementation
         config = InfformerConfig(backbone.config, memory, memory_layers, attn_implementation=attention)
         model = cls(config, backbone)
@@ -183,7 +194,7 @@ class InfformerForCausalLM(PreTrainedModel):
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
-        memory: LayerMemories | None = None,
+        memory: LongTermMemories | None = None,
         reset: Tensor | None = None,
         *,
         shift_labels: Tensor | None = None,
@@ -196,12 +207,12 @@ class InfformerForCausalLM(PreTrainedModel):
         """Read one segment of each row.
 
         Args:
-            input_ids: [batch, length], at most a segment. Segments of exactly `segment_length` tokens are written to memory.
+            input_ids: [batch, length], at most a segment. Only segments of exactly `segment_length` tokens are written.
             labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
             memory: what `memory` was after the row's last segment; empty if not given.
             reset: rows that begin a new document with this segment, bool [batch].
-            shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
-                label is lost between two segments. Instead of `labels`.
+            shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them
+                no label is lost between two segments. Instead of `labels`.
             lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
             sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, past_samples]; deterministic without.
             return_logits: by default only where there are no labels.
@@ -217,7 +228,9 @@ class InfformerForCausalLM(PreTrainedModel):
             input_ids, past_key_values=past_key_values, use_cache=use_cache, memory_call=call
         )
         output = MemoryModelOutput(past_key_values=read.past_key_values if use_cache else None)
-        output.memory = LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
+        output.memory = (
+            LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
+        )
         output.auxiliary_losses = self._auxiliary_losses(call, lengths, length)
 
         head = self.backbone.get_output_embeddings()
@@ -236,9 +249,26 @@ class InfformerForCausalLM(PreTrainedModel):
         """How many positions the backbone has; None if it has no such limit."""
         return getattr(self.config.backbone, "max_position_embeddings", None)
 
-    def initial_memory(self, batch: int) -> LayerMemories:
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the backbone knows."""
+        return cast(nn.Embedding, self.get_input_embeddings()).weight.shape[0]
+
+    def check_segment_length(self, length: int) -> None:
+        """Make sure that the backbone has a position for every place in a segment.
+
+        Raises:
+            ModelError: it has not.
+        """
+        if self.positions is not None and length > self.positions:
+            raise ModelError(
+                f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
+                f"{self.positions} at most"
+            )
+
+    def initial_memory(self, batch: int) -> LongTermMemories:
         """Empty memories for `batch` rows."""
-        return LayerMemories(tuple(layer.initial_state(batch) for layer in self.memories))
+        return LayerMemories(tuple(layer.initial_state(batch) for layer in self._long_term_memories()))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -246,14 +276,17 @@ class InfformerForCausalLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
+    def _long_term_memories(self) -> Iterator[LongTermMemory]:
+        return cast(Iterator[LongTermMemory], iter(self.memories))
+
     def _begin(
-        self, memory: LayerMemories, length: int, lengths: Tensor | None, offsets: Tensor | None
+        self, memory: LongTermMemories, length: int, lengths: Tensor | None, offsets: Tensor | None
     ) -> _MemoryCall | None:
-        if not self.memories:
+        if self.segment_length is None:
             return None
         if length > self.segment_length:
-            raise ValueError(
-                f"{length} tokens are more than the memory's segment of {self.segment_length}: cut the text into segments"
+            raise ModelError(
+                f"{length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
             )
         segments = memory.layers[0].segments
         whole = None
@@ -262,14 +295,14 @@ class InfformerForCausalLM(PreTrainedModel):
         return _MemoryCall(memory, self.signal.operators(segments), whole, offsets)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None, length: int) -> dict[str, Tensor]:
-        """The divergence of the densities' variance, mean over real tokens of rows with a memory, summed over layers."""
+        """The divergence of the densities' variance, mean over the tokens of rows with a memory, sum over layers."""
         if call is None:
             return {}
         divergence = torch.stack([call.divergences[index] for index in range(len(self.memories))]).sum(0)
         counted = (call.memory.layers[0].segments > 0).unsqueeze(-1).expand_as(divergence)
         if lengths is not None:
             counted = counted & (torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1))
-        weight = self.memories[0].config.divergence_weight
+        weight = next(self._long_term_memories()).config.divergence_weight
         return {"divergence": weight * (divergence * counted).sum() / counted.sum().clamp(min=1)}
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -282,12 +315,13 @@ def _attention_modules(backbone: PreTrainedModel) -> list[nn.Module]:
     """The self-attention of each layer, from the first."""
     kind = backbone.config.model_type
     if kind not in ATTENTION_PATHS:
-        raise ValueError(
-            f"no memory can be put beside the attention of a {kind!r} yet, only of {', '.join(sorted(ATTENTION_PATHS))}: add "
-            "where it keeps its attention to ATTENTION_PATHS in infformer/models/pretrained.py"
+        raise ModelError(
+            f"no memory can be put beside the attention of a {kind!r} yet, only of "
+            f"{', '.join(sorted(ATTENTION_PATHS))}: add where it keeps its attention to ATTENTION_PATHS in "
+            "infformer/models/pretrained.py"
         )
     layers, attention = ATTENTION_PATHS[kind]
-    return [layer.get_submodule(attention) for layer in backbone.get_submodule(layers)]
+    return [layer.get_submodule(attention) for layer in backbone.get_submodule(layers).children()]
 
 
 AutoConfig.register(InfformerConfig.model_type, InfformerConfig)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,7 +30,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.lanes import Lanes
-from infformer.memory.state import LayerMemories
+from infformer.errors import UserError
+from infformer.memory.state import MemoryState
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.runtime import Accelerator
 
@@ -39,7 +41,7 @@ FORMAT = 1
 """Raised when a checkpoint of before can no longer be read."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, read, or gone on from."""
 
 
@@ -52,10 +54,12 @@ class TrainingState:
     optimizer: Optimizer
     schedule: LRScheduler
     lanes: Lanes
-    memories: list[LayerMemories]
+    memories: list[MemoryState]
     """Of the lanes of this process, part by part."""
     step: int = 0
     tokens: int = 0
+    measured: bool = True
+    """False: the run was stopped in the middle of the evaluation that is due after this step."""
     best_loss: float | None = None
     """Lowest validation loss so far, nats per token."""
     best_step: int | None = None
@@ -73,35 +77,39 @@ def save_checkpoint(
     """
     folder = root / f"step-{state.step:08d}"
     partial = root / f"{folder.name}.partial"
-    error = None
-    try:
+
+    def begin() -> None:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+
+    def write() -> None:
         _write_process(partial, state, accelerator, share)
         if accelerator.is_main_process:
             _write_shared(partial, state, tokenizer, accelerator)
-    except (OSError, RuntimeError) as caught:  # safetensors raises its own kind on a full disk
-        error = caught
-    failures = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), reduction="sum")
-    if failures.item() > 0:
+
+    def finish() -> None:
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {state.step} could not be written to {root}: {error or 'another process failed'}. "
-            "Earlier checkpoints are untouched; make room, or set output_dir= to another place."
-        ) from error
-    if accelerator.is_main_process:
-        sizes = {
-            str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
-        }
-        (partial / "manifest.json").write_text(json.dumps(sizes, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        if state.best_step == state.step:
-            _point_to(root / "best", folder)
-    accelerator.wait_for_everyone()
+            _rename_when_whole(partial, folder)
+            if state.best_step == state.step:
+                _point_to(root / "best", folder)
+
+    for work in (begin, write, finish):
+        error = None
+        try:
+            work()
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        # All processes wait here for each other, and give up together.
+        failed = torch.tensor(float(error is not None), device=accelerator.device)
+        if accelerator.reduce(failed, reduction="sum").item() > 0:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} could not be written to {root}: "
+                f"{error or 'another process failed'}. Earlier checkpoints are untouched; make room, or set output_dir= "
+                "to another place."
+            ) from error
     return folder
 
 
@@ -110,12 +118,12 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
     saved = json.loads((folder / "state.json").read_text())
     state.model.load_state_dict(_load_model_tensors(folder, state.model), strict=True)
     _load_optimizer(folder, state.optimizer, saved["parameter_groups"])
-    state.schedule.load_state_dict(saved["schedule"])
+    state.schedule.load_state_dict(saved["schedule"] | {"lr_lambdas": []})  # they are the configuration's
     if accelerator.scaler is not None and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
     state.lanes.load_state_dict(saved["lanes"])
     _load_process(folder, state, accelerator, share)
-    for name in ("step", "tokens", "best_loss", "best_step", "results_before"):
+    for name in ("step", "tokens", "measured", "best_loss", "best_step", "results_before"):
         setattr(state, name, saved[name])
 
 
@@ -143,10 +151,16 @@ def what_is_wrong(folder: Path) -> str | None:
     return None if version == FORMAT else f"its format is {version}, this version reads {FORMAT}"
 
 
+def best_checkpoint(root: Path) -> Path | None:
+    """The checkpoint of the lowest validation loss, if there is one and it is whole."""
+    best = (root / "best").resolve()
+    return best if what_is_wrong(best) is None else None
+
+
 def remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Keep the last `keep` checkpoints and the best; leave nothing half written behind."""
-    best = (root / "best").resolve() if (root / "best").exists() else None
-    for folder in sorted(root.glob("step-????????"))[:-keep]:
+    """Keep the last `keep` whole checkpoints and the best; leave nothing half written behind."""
+    best = best_checkpoint(root)
+    for folder in [folder for folder in sorted(root.glob("step-????????")) if what_is_wrong(folder) is None][:-keep]:
         if folder.resolve() != best:
             shutil.rmtree(folder, ignore_errors=True)
     for partial in root.glob("*.partial"):
@@ -176,6 +190,7 @@ def _write_shared(
                 "format": FORMAT,
                 "step": state.step,
                 "tokens": state.tokens,
+                "measured": state.measured,
                 "best_loss": state.best_loss,
                 "best_step": state.best_step,
                 "lanes": state.lanes.state_dict(),
@@ -191,11 +206,20 @@ def _write_shared(
     )
 
 
+def _rename_when_whole(partial: Path, folder: Path) -> None:
+    sizes = {
+        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+    }
+    (partial / "manifest.json").write_text(json.dumps(sizes, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
 def _write_process(partial: Path, state: TrainingState, accelerator: Accelerator, share: range) -> None:
     tensors = {"lanes": torch.tensor(share), "random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    memory = LayerMemories.concatenate(state.memories)
+    memory = MemoryState.concatenate(state.memories)
     tensors |= {f"memory.{name}": tensor.cpu().contiguous() for name, tensor in memory.named_tensors().items()}
     save_file(tensors, partial / f"process-{accelerator.process_index:05d}.safetensors")
 
@@ -205,7 +229,7 @@ def _load_process(folder: Path, state: TrainingState, accelerator: Accelerator, 
     files = [load_file(path) for path in sorted(folder.glob("process-*.safetensors"))]
     lanes = torch.cat([file["lanes"] for file in files])
     rows = torch.stack([(lanes == lane).nonzero()[0, 0] for lane in share])
-    template = LayerMemories.concatenate(state.memories)
+    template = MemoryState.concatenate(state.memories)
     stored = {name: torch.cat([file[f"memory.{name}"] for file in files]) for name in template.named_tensors()}
     memory = template.with_tensors(stored).select_rows(rows.to(accelerator.device))
     state.memories = memory.split(len(state.memories))

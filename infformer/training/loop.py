@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from infformer.config import RunConfig
 from infformer.data.lanes import Segment
 from infformer.data.tokenization import TokenizedDocuments
+from infformer.errors import UserError
 from infformer.evaluation.perplexity import Reader, evaluate
 from infformer.models.generation import continue_text
 from infformer.training.checkpoint import (
@@ -40,7 +41,7 @@ from infformer.training.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 
-class TrainingStopped(Exception):
+class TrainingStopped(Exception):  # noqa: N818, it is no error
     """The run was asked to stop, and can be gone on with.
 
     Args:
@@ -53,7 +54,7 @@ class TrainingStopped(Exception):
         self.number = number
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailedError(UserError, RuntimeError):
     """The run cannot go on; the message says why, and what is left."""
 
 
@@ -87,22 +88,24 @@ class Loop:
 
         Raises:
             TrainingStopped: a signal came; a checkpoint was written.
-            TrainingFailed: a loss that is not finite, or a last checkpoint that could not be written.
+            TrainingFailedError: a loss that is not finite, or a last checkpoint that could not be written.
         """
         training, state = self.config.training, self.state
         with StopSignals() as signals, self._progress_bar() as bar:
             window = _Window()
-            while state.step < training.max_steps:
-                window.add(*self._timed_step())
-                bar.update()
-                last = state.step == training.max_steps
-                if last or _due(state.step, training.log_every):
-                    self._report(window, bar)
-                    window = _Window()
+            while state.step < training.max_steps or not state.measured:
+                if state.measured:
+                    window.add(*self._timed_step())
+                    bar.update()
+                    if state.step == training.max_steps or _due(state.step, training.log_every):
+                        self._report(window, bar)
+                        window = _Window()
+                last, state.measured = state.step == training.max_steps, False
                 # Several processes have to leave an evaluation together, so they finish it.
                 with suppress(StopRequested), signals.interruptible(self.accelerator.num_processes == 1):
                     if last or _due(state.step, training.evaluate_every):
                         self._validate()
+                    state.measured = True
                     if _due(state.step, training.sample_every):
                         self._sample()
                 stop = self._agreed_signal(signals)
@@ -133,7 +136,7 @@ class Loop:
                 [[self._sticky_offsets(segment) for segment in part] for part in parts],
             )
         except NonFiniteError as error:
-            raise TrainingFailed(self._explain(error, segments)) from error
+            raise TrainingFailedError(self._explain(error, segments)) from error
         state.schedule.step()
         state.step += 1
         state.tokens += result.tokens
@@ -179,8 +182,10 @@ class Loop:
         stop = min(2 * length, int(documents.token_counts[0]))
         prompt = torch.from_numpy(documents.tokens(0, 0, stop))
         generator = torch.Generator().manual_seed(self.state.step)
-        tokens = continue_text(self.state.model.eval(), prompt, self.config.training.sample_tokens, length, generator=generator)
-        text = self.tokenizer.decode(prompt[-32:]) + " ⟶ " + self.tokenizer.decode(tokens)
+        tokens = continue_text(
+            self.state.model.eval(), prompt, self.config.training.sample_tokens, length, generator=generator
+        )
+        text = f"{self.tokenizer.decode(prompt[-32:])} ⟶ {self.tokenizer.decode(tokens)}"
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.state.step, "text": text}, ensure_ascii=False) + "\n")
         self.tracker.log_text("sample", text, self.state.step)
@@ -196,7 +201,7 @@ class Loop:
             saved = save_checkpoint(root, self.state, self.tokenizer, self.accelerator, self.share)
         except CheckpointError as error:
             if must_succeed:
-                raise TrainingFailed(str(error)) from error
+                raise TrainingFailedError(str(error)) from error
             logger.error("%s The run goes on.", error)
             return root
         if self.accelerator.is_main_process:
@@ -222,8 +227,8 @@ class Loop:
         newest = newest_checkpoint(self.folder / "checkpoints")
         return (
             f"step {self.state.step + 1}: {error}. The weights are as they were before it. This process was reading "
-            f"{'; '.join(lanes)}. The last good checkpoint is {newest or 'none yet'}. A lower optimizer.learning_rate or "
-            "memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."
+            f"{'; '.join(lanes)}. The last good checkpoint is {newest or 'none yet'}. A lower optimizer.learning_rate "
+            "or memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."
         )
 
     def _progress_bar(self) -> tqdm[None]:

@@ -8,25 +8,27 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import RunConfig
 from infformer.data.lanes import Lanes
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
-from infformer.evaluation.perplexity import Reader, evaluate, evaluate_controls
+from infformer.errors import UserError
+from infformer.evaluation.perplexity import Reader, evaluate, measure
 from infformer.evaluation.report import format_table, write_results
+from infformer.memory.state import MemoryState
 from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_model
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.plots.evaluation import plot_results
 from infformer.plots.run import plot_run
 from infformer.training.checkpoint import (
     TrainingState,
+    best_checkpoint,
     load_checkpoint,
     load_weights,
     newest_checkpoint,
@@ -36,7 +38,7 @@ from infformer.training.loop import Loop
 from infformer.training.metrics import MetricsLog
 from infformer.training.optimization import make_optimizer, make_schedule
 from infformer.training.runtime import Accelerator, seed_everything, share_of_lanes, start_processes, waiting_for_main
-from infformer.training.tracking import open_tracker, NoTracker
+from infformer.training.tracking import NoTracker, Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ FREE_TO_CHANGE = (
 """Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned."""
 
 
-class RunError(ValueError):
+class RunError(UserError, ValueError):
     """A run that cannot start as asked."""
 
 
@@ -89,7 +91,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     if config.training.compile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    memories = model.initial_memory(len(share)).split(config.training.gradient_accumulation)
+    memories: list[MemoryState] = [*model.initial_memory(len(share)).split(config.training.gradient_accumulation)]
     state = TrainingState(model, optimizer, schedule, lanes, memories)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator, share)
@@ -97,12 +99,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         _describe(config, folder, model, documents["train"])
         MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
-    tracker = NoTracker()
+    tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
-        tracker = open_tracker(config.tracker, config.name, folder, OmegaConf.to_container(OmegaConf.structured(config)))
-    reader = _reader(config, accelerator, model)
+        tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))
+    training = config.training
+    reader = make_reader(accelerator, model, training.segment_length, training.precision, config.evaluation.batch_size)
 
-    if config.evaluation.before and "test" in documents and not state.results_before:
+    if config.evaluation.before and "test" in documents and state.step == 0:
         state.results_before = evaluate(reader, documents["test"], "test, before training")
     validation = documents.get("validation")
     if validation is not None and config.evaluation.max_validation_tokens is not None:
@@ -112,20 +115,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     ).run()
     results: dict[str, Any] = {}
     if "test" in documents:
-        best = folder / "checkpoints" / "best"
-        if best.exists() and state.best_step != state.step:
+        best = best_checkpoint(folder / "checkpoints")
+        if best is not None and state.best_step != state.step:
             load_weights(best, model)
-        results = evaluate(reader, documents["test"], "test")
-        if config.evaluation.controls:
-            results["controls"] = evaluate_controls(reader, documents["test"])
+        measured = best or folder / "checkpoints" / f"step-{state.step:08d}"
+        results = measure(reader, documents["test"], config.evaluation.controls, str(measured))
         results["before"] = state.results_before or None
-        results["protocol"] = {
-            "segment": config.training.segment_length,
-            "stride": config.training.segment_length,
-            "reset": "each document begins with an empty memory",
-            "dtype": config.training.precision,
-            "checkpoint": str(best.resolve() if best.exists() else folder),
-        }
     if accelerator.is_main_process:
         figures = plot_run(folder)
         if results:
@@ -152,12 +147,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Inffor
         assert chosen.architecture is not None
         model = new_model(chosen.architecture, tokenizer, chosen.memory, chosen.memory_layers, chosen.attention)
     check_fit(model, tokenizer)
-    positions = model.positions
-    if positions is not None and config.training.segment_length > positions:
-        raise RunError(
-            f"training.segment_length={config.training.segment_length} is longer than the {positions} positions of the "
-            f"model: set it to {positions} at most"
-        )
+    model.check_segment_length(config.training.segment_length)
     if config.training.freeze_backbone:
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:
@@ -165,11 +155,29 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Inffor
     return model
 
 
+def make_reader(
+    accelerator: Accelerator,
+    model: InfformerForCausalLM,
+    segment_length: int,
+    precision: str,
+    documents: int,
+) -> Reader:
+    """A reader of that many documents side by side, or a few more, shared out evenly among the processes."""
+    lanes = documents + -documents % accelerator.num_processes
+    return Reader(
+        model,
+        segment_length,
+        lanes,
+        getattr(torch, precision),
+        share_of_lanes(accelerator, lanes),
+        lambda sums: accelerator.reduce(sums, reduction="sum"),
+        accelerator.is_main_process,
+    )
+
+
 def saved_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration in a run's folder, as nested dictionaries."""
-    container = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(container, dict)
-    return {str(name): value for name, value in container.items()}
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
 
 
 def _where_to_start(config: RunConfig, folder: Path) -> Path | None:
@@ -182,8 +190,8 @@ def _where_to_start(config: RunConfig, folder: Path) -> Path | None:
     if config.resume is None:
         if (folder / "metrics.jsonl").exists() or newest is not None:
             raise RunError(
-                f"output_dir={folder} already holds a run: go on with it by resume=auto, choose another name= or output_dir=, "
-                "or remove the folder"
+                f"output_dir={folder} already holds a run: go on with it by resume=auto, choose another name= or "
+                "output_dir=, or remove the folder"
             )
         return None
     if config.resume == "auto":
@@ -196,8 +204,19 @@ def _where_to_start(config: RunConfig, folder: Path) -> Path | None:
         problem = what_is_wrong(checkpoint)
         if problem is not None:
             raise RunError(f"resume={config.resume}: this checkpoint cannot be gone on from: {problem}")
-    then = _flatten(saved_config(checkpoint.parents[1]))
-    now = _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+        if newest is not None and newest.resolve() != checkpoint:
+            raise RunError(
+                f"resume={config.resume}: output_dir={folder} holds another checkpoint already, {newest.name}: go on with "
+                "that by resume=auto, or choose another name= or output_dir="
+            )
+    try:
+        then = _flatten(saved_config(checkpoint.parents[1]))
+    except OSError as error:
+        raise RunError(
+            f"resume={config.resume}: the configuration of its run cannot be read ({error}); go on from a checkpoint where "
+            "it lies, in checkpoints/ of the folder of its run"
+        ) from error
+    now = _flatten(_as_dictionary(config))
     changed = [
         f"{option} was {then.get(option)}, is {now.get(option)}"
         for option in sorted(then.keys() | now.keys())
@@ -206,8 +225,8 @@ def _where_to_start(config: RunConfig, folder: Path) -> Path | None:
     ]
     if changed:
         raise RunError(
-            f"resume={config.resume}: the run of {checkpoint} was configured otherwise: {'; '.join(changed)}. Set these back, "
-            "or begin a new run under another name="
+            f"resume={config.resume}: the run of {checkpoint} was configured otherwise: {'; '.join(changed)}. Set "
+            "these back, or begin a new run under another name="
         )
     return checkpoint
 
@@ -236,25 +255,11 @@ def _tokenize(
     accelerator: Accelerator,
 ) -> TokenizedDocuments:
     documents = tokenize_documents(config.data, split, tokenizer, waiting_for_main(accelerator))
-    documents.check_vocabulary(model.get_input_embeddings().num_embeddings)
+    documents.check_vocabulary(model.vocabulary_size)
     return documents
 
 
-def _reader(config: RunConfig, accelerator: Accelerator, model: InfformerForCausalLM) -> Reader:
-    lanes = config.evaluation.batch_size
-    lanes += -lanes % accelerator.num_processes  # the figures do not depend on it
-    return Reader(
-        model,
-        config.training.segment_length,
-        lanes,
-        getattr(torch, config.training.precision),
-        share_of_lanes(accelerator, lanes),
-        lambda sums: accelerator.reduce(sums, reduction="sum"),
-        accelerator.is_main_process,
-    )
-
-
-def _describe(config: RunConfig, folder: Path, model: nn.Module, documents: TokenizedDocuments) -> None:
+def _describe(config: RunConfig, folder: Path, model: InfformerForCausalLM, documents: TokenizedDocuments) -> None:
     """Write down what is run, by which versions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -268,6 +273,10 @@ def _describe(config: RunConfig, folder: Path, model: nn.Module, documents: Toke
         "%s: %s documents, %s tokens to learn from; %s parameters trained, %s of them the memory's",
         config.name, f"{len(documents):,}", f"{int(documents.token_counts.sum()):,}", f"{trained:,}", f"{in_memory:,}",
     )  # fmt: skip
+
+
+def _as_dictionary(config: RunConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def _flatten(nested: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 
-class StopRequested(Exception):
+class StopRequested(Exception):  # noqa: N818, it is no error
     """Raised within `StopSignals.interruptible()`."""
 
 
@@ -29,7 +29,9 @@ class StopSignals:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

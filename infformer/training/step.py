@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from infformer.data.lanes import Segment
-from infformer.memory.state import LayerMemories
+from infformer.memory.state import MemoryState
 from infformer.models.outputs import MemoryModelOutput
 from infformer.training.runtime import Accelerator
 
@@ -41,14 +41,14 @@ def train_step(
     model: nn.Module,
     optimizer: Optimizer,
     parts: Sequence[Sequence[Segment]],
-    memories: Sequence[LayerMemories],
+    memories: Sequence[MemoryState],
     gradient_clipping: float | None,
     sticky_offsets: Sequence[Sequence[Tensor | None]],
-) -> tuple[list[LayerMemories], StepResult]:
+) -> tuple[list[MemoryState], StepResult]:
     """Forward, backward and update.
 
-    The loss is the mean over all tokens of the global batch: it does not depend on how lanes are spread over processes and
-    parts, although padding differs from lane to lane.
+    The loss is the mean over all tokens of the global batch: it does not depend on how lanes are spread over processes
+    and parts, although padding differs from lane to lane.
 
     Args:
         model: the prepared model.
@@ -80,6 +80,9 @@ def train_step(
                     lengths=segment.lengths,
                     sticky_offsets=offset,
                 )
+                assert output.memory is not None
+                assert output.token_losses is not None
+                assert output.auxiliary_losses is not None
                 memory = output.memory
                 nats = output.token_losses.sum()
                 share = segment.lengths.sum() / total
@@ -109,8 +112,8 @@ def train_step(
 def draw_sticky_offsets(segment: Segment, samples: int, seed: int) -> Tensor:
     """Random offsets for the sticky memories of a segment, in [0, 1), float32, [lanes, samples].
 
-    A counter-based generator keyed by the lane, with the lane's number of segments as counter: the draw belongs to the lane
-    and to its place in its stream, whatever the process; a resumed run draws the same.
+    A counter-based generator keyed by the lane, with the lane's number of segments as counter: the draw belongs to the
+    lane and to its place in its stream, whatever the process; a resumed run draws the same.
     """
     draws = [
         np.random.Generator(np.random.Philox(key=[seed, lane], counter=[0, 0, 0, read])).random(samples, np.float32)

@@ -18,8 +18,13 @@ from typing import Any, Protocol
 from matplotlib.image import imread
 
 from infformer.config import TrackerConfig
+from infformer.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+class TrackerError(UserError, RuntimeError):
+    """A tracker that cannot start."""
 
 
 class Tracker(Protocol):
@@ -49,8 +54,7 @@ def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, con
         config: the run's resolved configuration, nested as it is.
 
     Raises:
-        ImportError: the tracker's package is not installed.
-        RuntimeError: wandb would report online, and nobody is logged in.
+        TrackerError: the tracker's package is not installed, or wandb would report online and nobody is logged in.
     """
     if options.name == "none":
         return NoTracker()
@@ -114,7 +118,7 @@ class _WandbTracker:
         # Asked of wandb itself, as there are many places to log in from: the environment, netrc, settings files.
         mode: Any = options.mode or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
         if mode == "online" and not wandb.login(prompt=False):
-            raise RuntimeError(
+            raise TrackerError(
                 "tracker.name=wandb, but nobody is logged in to wandb. Run `wandb login`, or record on this machine "
                 "alone with tracker.mode=offline (or WANDB_MODE=offline), or choose another tracker."
             )
@@ -196,8 +200,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int
     return flat
 
 
-def _missing_package(name: str) -> ImportError:
-    return ImportError(
+def _missing_package(name: str) -> TrackerError:
+    return TrackerError(
         f"tracker.name={name} needs the package {name}, which is not installed. Install it with "
         f"pip install 'infformer[{name}]' (in a checkout: pip install -e '.[{name}]')."
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from infformer.data import TokenizedDocuments
@@ -32,7 +32,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """A tokenizer with a token for each byte (5 + the byte), or for each word if words are given."""
+    """A tokenizer with a token for each byte, or for each of some words; `<unk>` is 0, the special tokens follow it."""
 
     def make(words: Sequence[str] = (), **special: str) -> PreTrainedTokenizerFast:
         first = ["<unk>", *special.values()]
@@ -43,6 +43,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
             letters = sorted(pre_tokenizers.ByteLevel.alphabet())
             tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*first, *letters])}, []))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
     return make

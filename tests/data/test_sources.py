@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict
 
 from infformer.data import DataConfig, DataError, hub, read_documents
 from infformer.data.sources import describe_source
+from infformer.hub import problem_with_the_hub
 
 ROWS = [{"id": "one", "text": "The first.\nÄ line."}, {"id": "two", "text": "The second."}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -239,7 +240,7 @@ def test_a_split_that_is_no_path(value: object) -> None:
     ],
 )
 def test_options_that_no_run_can_use(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         DataConfig(**options)
 
 
@@ -306,7 +307,7 @@ def test_subsets_and_splits_that_there_are_not(hub_folder: Path) -> None:
         read_hub(str(hub_folder), subset="other", split="validation")
     with pytest.raises(DataError, match="there is no such folder"):
         read_hub(str(hub_folder) + "s")
-    with pytest.raises(DataError, match="only data.source=files takes a list"):
+    with pytest.raises(DataError, match=r"only data\.source=files takes a list"):
         read_hub(str(hub_folder), train=["train", "test"])
 
 
@@ -321,9 +322,9 @@ def test_what_is_read_is_described_anew_when_it_changes(hub_folder: Path) -> Non
 
 @pytest.fixture
 def no_answers_kept() -> Iterator[None]:
-    hub._problem_with_the_hub.cache_clear()
+    problem_with_the_hub.cache_clear()
     yield
-    hub._problem_with_the_hub.cache_clear()
+    problem_with_the_hub.cache_clear()
 
 
 @pytest.fixture
@@ -379,6 +380,18 @@ def test_a_hub_that_never_answers() -> None:
     assert endpoint in message
 
 
+def test_a_name_that_is_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> None:
+    """The timeout of a connection does not count before there is an address to connect to."""
+    end = threading.Event()
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: end.wait(20))
+    monkeypatch.setattr("infformer.hub.PATIENCE", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match="does not answer within"):
+        read_hub("owner/books")
+    assert time.monotonic() - begun < 5
+    end.set()
+
+
 class _Answers(BaseHTTPRequestHandler):
     """A hub that knows no dataset but one, which it gives to nobody."""
 
@@ -404,12 +417,12 @@ def a_hub(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> Iterator[st
 
 
 def test_a_dataset_that_the_hub_does_not_have(a_hub: str) -> None:
-    with pytest.raises(DataError, match=rf"data.repository=owner/boks: {a_hub} has no such dataset"):
+    with pytest.raises(HubError, match=rf"data.repository=owner/boks: {a_hub} has no such dataset"):
         read_hub("owner/boks")
 
 
 def test_a_dataset_that_must_be_asked_for(a_hub: str) -> None:
-    with pytest.raises(DataError, match=r"data.repository=owner/gated: .* only to those who asked for it"):
+    with pytest.raises(HubError, match=r"data.repository=owner/gated: .* only to those who asked for it"):
         read_hub("owner/gated")
 
 

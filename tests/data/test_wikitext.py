@@ -9,7 +9,8 @@ from infformer.data.wikitext import articles
 
 FILE = (
     " \n = First = \n \n A sentence with k \n = 1 henry and C = \n 1 farad . \n \n = = Section = = \n \n Text . \n"
-    " = No heading = \n \n \n = Second = \n \n Note \n \n = not one either \n \n = First = \n \n Again . \n"
+    " = No heading = \n \n = Nor this = \n Text . \n \n"
+    " = Second = \n \n Note \n \n = not one either \n \n = First = \n \n Again . \n"
 )
 
 

@@ -1,0 +1,59 @@
+"""Measure a language model on documents: `python eval.py checkpoint=outputs/tiny/checkpoints/best data=sample`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from infformer.config import EvaluationRunConfig
+from infformer.data.tokenization import tokenize_documents
+from infformer.errors import UserError
+from infformer.evaluation.perplexity import measure
+from infformer.evaluation.report import format_table, write_results
+from infformer.models.loading import check_fit, load_tokenizer, load_trained
+from infformer.plots.evaluation import plot_results
+from infformer.training.run import make_reader
+from infformer.training.runtime import start_processes, waiting_for_main
+
+ConfigStore.instance().store(name="evaluation_schema", node=EvaluationRunConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(composed: DictConfig) -> None:
+    """Compose the configuration, check it, measure, report."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluationRunConfig), composed))
+        assert isinstance(config, EvaluationRunConfig)
+        run(config)
+    except (OmegaConfBaseException, UserError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(config: EvaluationRunConfig) -> None:
+    """Read the documents; print the table; write `results.json` and the plots."""
+    accelerator = start_processes(config.engine, config.precision)
+    model = load_trained(config.checkpoint, config.segment_length)
+    tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, "tokenizer")
+    check_fit(model, tokenizer)
+    segment_length = config.segment_length or model.segment_length or model.positions
+    if segment_length is None:
+        raise UserError("segment_length=null: this model has no limit of positions; say how long a segment is")
+    model.check_segment_length(segment_length)
+    documents = tokenize_documents(config.data, config.split, tokenizer, waiting_for_main(accelerator))
+    reader = make_reader(accelerator, model.to(accelerator.device), segment_length, config.precision, config.batch_size)
+    results = measure(reader, documents, config.controls, config.checkpoint)
+    if accelerator.is_main_process:
+        print(format_table(results))
+        folder = Path(config.output_dir)
+        write_results(folder / "results.json", results)
+        plot_results(folder / "results.json")
+        print(f"written to {folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

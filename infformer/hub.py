@@ -1,0 +1,66 @@
+"""Whether the Hugging Face hub has something, asked briefly: its libraries would try a dead network for minutes."""
+
+import threading
+from functools import cache
+from typing import Literal
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from infformer.errors import UserError
+
+PATIENCE = 10.0
+"""Seconds in which the hub must have answered."""
+
+WITHOUT_A_NETWORK = (
+    "or fill the cache on a machine that has a network, copy it (HF_HOME names its place) and set HF_HUB_OFFLINE=1; "
+    "HF_ENDPOINT=https://... names a mirror of the hub."
+)
+"""What else can be done, after a local folder."""
+
+
+class HubError(UserError, ValueError):
+    """The hub answers that it has no such thing, or not for everyone."""
+
+
+@cache
+def problem_with_the_hub(kind: Literal["dataset", "model"], name: str, option: str) -> str | None:
+    """What keeps a dataset or a model from being downloaded, in words; None if the hub answers that it has it.
+
+    Args:
+        option: where the name was given, for the message.
+
+    Raises:
+        HubError: the hub answers that there is no such thing, or that it is not for everyone.
+    """
+    answers: list[BaseException | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE)
+            answers.append(None)
+        except Exception as error:
+            answers.append(error)
+
+    # In a thread that may be left behind: looking up a name can hang for longer than any timeout of a connection.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if not answers:
+        return f"{constants.ENDPOINT} does not answer within {PATIENCE:.0f} s"
+    answer = answers[0]
+    if answer is None:
+        return None
+    if isinstance(answer, GatedRepoError):
+        raise HubError(
+            f"{option}={name}: the hub gives this {kind} only to those who asked for it; ask on its page, then log in "
+            "with hf auth login or set HF_TOKEN."
+        ) from answer
+    if isinstance(answer, RepositoryNotFoundError):
+        raise HubError(
+            f"{option}={name}: {constants.ENDPOINT} has no such {kind} (or it is private: log in with hf auth login); "
+            "check the name, which is <owner>/<name>."
+        ) from answer
+    if isinstance(answer, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids the network"
+    return f"{constants.ENDPOINT} cannot be reached ({type(answer).__name__}: {answer})"

@@ -1,0 +1,152 @@
+"""A model of a few thousand weights and a few short documents: enough for everything to happen, in a blink."""
+
+import os
+
+# Before the libraries are imported: nothing here may reach for the network.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from infformer.config import RunConfig
+from infformer.training import run
+
+WORDS = "the whale sea ship captain white deep wind harpoon night and of to a in under over was went saw".split()
+MEMORY = {
+    "segment_length": "${training.segment_length}",
+    "basis_functions": 8,
+    "widths": [0.05, 0.1],
+    "past_samples": 16,
+    "sticky": True,
+    "sticky_bins": 16,
+}
+Train = Callable[[RunConfig], dict[str, Any]]
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, and one that begins a document."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_ = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["<s>", *letters])}, []))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def backbone(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """A stock GPT-2 of two layers, with the usual dropout; not to be changed."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    backbone: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The backbone and its tokenizer, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("model")
+    backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train.jsonl`, `validation.jsonl` and `test.jsonl`: documents of very different lengths."""
+    folder = tmp_path_factory.mktemp("texts")
+    random = np.random.default_rng(0)
+    for split, lengths in {"train": (60, 5, 33, 90, 17, 48), "validation": (20, 11), "test": (24, 3, 37, 9)}.items():
+        documents = [" ".join(random.choice(WORDS, size=length)) for length in lengths]
+        lines = [f'{{"id": "{split} {number}", "text": "{text}"}}\n' for number, text in enumerate(documents)]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the documents are kept as tokens."""
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture(scope="session")
+def base_config(model_folder: Path, texts: Path, token_cache: Path) -> dict[str, Any]:
+    """A run in which everything that has to survive a stop is at work: dropout, sticky memory, visits, accumulation."""
+    return {
+        "model": {"pretrained": str(model_folder), "memory": MEMORY},
+        "data": {
+            "source": "files",
+            **{split: str(texts / f"{split}.jsonl") for split in ("train", "validation", "test")},
+            "segments_per_visit": 3,
+            "cache_dir": str(token_cache),
+        },
+        "training": {
+            "max_steps": 8,
+            "batch_size": 4,
+            "segment_length": 16,
+            "bptt_segments": 2,
+            "gradient_accumulation": 2,
+            "log_every": 1,
+            "evaluate_every": 3,
+            "checkpoint_every": 2,
+        },
+        "optimizer": {"learning_rate": 3e-3, "memory_learning_rate": 1e-2},
+        "schedule": {"warmup_steps": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def configure(base_config: dict[str, Any]) -> Configure:
+    """The configuration of a small run, some options changed: `configure(folder, {"training.max_steps": 3})`."""
+
+    def make(folder: Path, changes: dict[str, Any] | None = None) -> RunConfig:
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), base_config, {"output_dir": str(folder)})
+        for option, value in (changes or {}).items():
+            OmegaConf.update(config, option, value)
+        return OmegaConf.to_object(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train() -> Train:
+    """A whole run as in a new process, but without the plots, which take longer than all the rest."""
+
+    def start(config: RunConfig) -> dict[str, Any]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "plot_run", lambda folder: [])
+            patch.setattr(run, "plot_results", lambda results: [])
+            return run.run(config)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def options_of() -> Callable[[RunConfig], list[str]]:
+    """A configuration as it is typed on the command line of `train.py`."""
+
+    def spell(value: Any, option: str) -> list[str]:
+        if isinstance(value, dict):
+            return [
+                typed for name, inner in value.items() for typed in spell(inner, f"{option}.{name}" if option else name)
+            ]
+        return [f"{option}={json.dumps(value)}"]
+
+    return lambda config: spell(OmegaConf.to_container(OmegaConf.structured(config)), "")

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+from scipy import integrate, special, stats
+
+from infformer.continuous import naive
+from infformer.continuous.basis import GaussianBasis, gaussian, standard_normal_cumulative
+
+
+def test_every_centre_with_every_width():
+    basis = GaussianBasis.even_grid(6, [0.1, 0.02])
+    assert basis.centres.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert basis.widths.tolist() == [0.1, 0.02] * 3
+
+
+@pytest.mark.parametrize(("count", "widths"), [(8, [0.1]), (512, [0.005, 0.01]), (9, [0.1, 0.2, 0.3])])
+def test_the_grid_is_even_and_holds_its_ends(count, widths):
+    centres = GaussianBasis.even_grid(count, widths).centres[:: len(widths)]
+    assert len(centres) == count // len(widths)
+    assert centres[0] == 0
+    assert centres[-1] == 1
+    torch.testing.assert_close(centres.diff(), torch.full((len(centres) - 1,), 1 / (len(centres) - 1)).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_type(dtype):
+    basis = GaussianBasis.even_grid(4, [0.1], dtype)
+    assert basis.centres.dtype == basis.widths.dtype == basis.evaluate(torch.zeros(2, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(("count", "widths"), [(7, [0.1, 0.2]), (4, []), (4, [0.1, 0.2, 0.3])])
+def test_widths_that_cannot_be_shared_evenly(count, widths):
+    with pytest.raises(ValueError, match=f"{count} basis functions .* {len(widths)} widths"):
+        GaussianBasis.even_grid(count, widths)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 5)])
+def test_evaluate(shape):
+    basis = GaussianBasis.even_grid(6, [0.1, 0.02])
+    positions = torch.linspace(-0.3, 1.2, math.prod(shape), dtype=torch.float64).view(shape)
+    values = basis.evaluate(positions)
+    expected = stats.norm.pdf(positions.unsqueeze(-1), basis.centres, basis.widths)
+    torch.testing.assert_close(values, torch.as_tensor(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(values, naive.evaluate(positions, basis), rtol=1e-12, atol=1e-12)
+
+
+def test_every_function_has_integral_one():
+    basis = GaussianBasis.even_grid(6, [0.1, 0.02])
+    for j in range(6):
+        centre, width = float(basis.centres[j]), float(basis.widths[j])
+        integral, _ = integrate.quad(
+            lambda t, j=j: float(basis.evaluate(torch.tensor(t, dtype=torch.float64))[j]),
+            centre - 10 * width,
+            centre + 10 * width,
+        )
+        assert integral == pytest.approx(1, abs=1e-10)
+
+
+def test_gaussian_broadcasts():
+    positions, mean, variance = torch.rand(4, 1, 1).double(), torch.rand(3, 1).double(), torch.rand(2).double() + 0.1
+    expected = stats.norm.pdf(positions, mean, variance.sqrt())
+    torch.testing.assert_close(gaussian(positions, mean, variance), torch.as_tensor(expected), rtol=1e-12, atol=0)
+
+
+def test_standard_normal_cumulative():
+    z = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    torch.testing.assert_close(
+        standard_normal_cumulative(z), torch.as_tensor(special.ndtr(z.numpy())), rtol=0, atol=1e-15
+    )

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from torch import Tensor
+
+from infformer.continuous import naive
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.regression import even_steps, first_operator, next_operators, ridge_operator
+
+BASIS = GaussianBasis.even_grid(8, [0.05, 0.1])
+RIDGES = [1e-3, 0.5, 20.0]
+
+
+def samples(count: int, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+
+
+def least_squares(positions: Tensor, values: Tensor, ridge: float) -> Tensor:
+    """argmin ‖ΨB − X‖² + λ‖B‖², as the plain least squares of [Ψ; √λ·I] B = [X; 0]."""
+    size = len(BASIS.centres)
+    design = torch.cat([BASIS.evaluate(positions), ridge**0.5 * torch.eye(size, dtype=torch.float64)])
+    target = torch.cat([values, values.new_zeros(size, values.shape[1])])
+    return torch.linalg.lstsq(design, target, driver="gelsd").solution
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_solves_the_ridge_problem(ridge, count):
+    positions, values = samples(count, 1)[:, 0].sigmoid(), samples(count)
+    operator = ridge_operator(BASIS.evaluate(positions), ridge)
+    assert operator.shape == (count, 8)
+    assert_close(operator.T @ values, least_squares(positions, values, ridge))
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 33])
+def test_first_segment_beside_zeros(ridge, length):
+    """Tokens in the middles of equal parts of [0, 1], zeros in as many middles of the same parts outside."""
+    values = samples(length)
+    middles = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    before = middles[length - length // 2 :] - 1
+    after = middles[: length - length // 2] + 1
+    expected = least_squares(
+        torch.cat([before, middles, after]),
+        torch.cat([torch.zeros(len(before), 3), values, torch.zeros(len(after), 3)]),
+        ridge,
+    )
+    operator = first_operator(BASIS, length, ridge)
+    assert operator.shape == (length, 8)
+    assert_close(operator.T @ values, expected)
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+@pytest.mark.parametrize("contraction", [0.5, 0.9])
+@pytest.mark.parametrize(("length", "count"), [(12, 20), (7, 9), (1, 1)])
+def test_next_segment_beside_its_past_and_zeros(ridge, contraction, length, count):
+    past, new = samples(count), samples(length)
+    margin = 1 / (2 * length + count)
+    padding = torch.linspace(-0.5 + margin, 1.5 - margin, 2 * (count + length), dtype=torch.float64)
+    padding = padding[(padding < 0) | (padding > 1)]
+    positions = torch.cat(
+        [
+            contraction * torch.arange(1, count + 1, dtype=torch.float64) / count,
+            contraction + (1 - contraction) * torch.arange(1, length + 1, dtype=torch.float64) / length,
+            padding,
+        ]
+    )
+    expected = least_squares(positions, torch.cat([past, new, torch.zeros(len(padding), 3)]), ridge)
+    operators = next_operators(BASIS, length, count, torch.tensor(contraction, dtype=torch.float64), ridge)
+    assert [operator.shape for operator in operators] == [(count, 8), (length, 8)]
+    assert_close(operators[0].T @ past + operators[1].T @ new, expected)
+
+
+@pytest.mark.parametrize("length", [*range(1, 20), 63, 64, 65, 511])
+def test_every_length_against_the_literal_one(length):
+    """Odd ones too, whose parts are not the same seen from 0 and from the middle."""
+    assert_close(first_operator(BASIS, length, 0.5), naive.first_operator(length, BASIS, 0.5))
+    literal = naive.next_operator(length, 20, 0.6, BASIS, 0.5)
+    assert_close(torch.cat(next_operators(BASIS, length, 20, torch.tensor(0.6, dtype=torch.float64), 0.5)), literal)
+
+
+def test_contractions_at_once_are_each_on_its_own():
+    contractions = torch.tensor([[0.5, 2 / 3, 0.75], [0.8, 0.1, 0.5]], dtype=torch.float64)
+    past, new = next_operators(BASIS, 12, 20, contractions, 0.5)
+    assert past.shape == (2, 3, 20, 8)
+    assert new.shape == (2, 3, 12, 8)
+    for row in range(2):
+        for column in range(3):
+            one_past, one_new = next_operators(BASIS, 12, 20, contractions[row, column], 0.5)
+            assert_close(past[row, column], one_past)
+            assert_close(new[row, column], one_new)
+
+
+class TestLimits:
+    def test_no_penalty_gives_back_a_signal_of_the_basis(self):
+        positions, coefficients = torch.linspace(0, 1, 60, dtype=torch.float64), samples(8)
+        design = BASIS.evaluate(positions)
+        fitted = ridge_operator(design, 1e-10).T @ (design @ coefficients)
+        torch.testing.assert_close(fitted, coefficients, rtol=1e-6, atol=1e-6)
+
+    def test_a_great_penalty_leaves_the_correlation_with_the_basis(self):
+        design = BASIS.evaluate(torch.linspace(0, 1, 60, dtype=torch.float64))
+        torch.testing.assert_close(ridge_operator(design, 1e9) * 1e9, design, rtol=1e-5, atol=1e-5)
+
+    def test_the_penalty_shrinks(self):
+        design, values = BASIS.evaluate(torch.linspace(0, 1, 60, dtype=torch.float64)), samples(60)
+        norms = [float((ridge_operator(design, ridge).T @ values).norm()) for ridge in (0.01, 0.1, 1, 10, 100)]
+        assert norms == sorted(norms, reverse=True)
+
+    def test_the_past_that_keeps_everything(self):
+        """τ → 1: the new segment stands all at the end, the past where it was."""
+        past, _ = next_operators(BASIS, 12, 400, torch.tensor(1 - 1e-9, dtype=torch.float64), 1e-6)
+        positions = even_steps(400)
+        signal = BASIS.evaluate(positions) @ samples(8)
+        signal = signal * torch.exp(-((positions - 0.5) ** 2) / 0.02).unsqueeze(1)  # nothing at the ends
+        middle = (positions > 0.2) & (positions < 0.8)
+        fitted = BASIS.evaluate(positions) @ (past.T @ signal)
+        direct = BASIS.evaluate(positions) @ least_squares(positions, signal, 1e-6)
+        assert (fitted - direct)[middle].norm() < 0.05 * direct[middle].norm()
+
+
+def test_even_steps():
+    assert even_steps(4).tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert even_steps(4).dtype == torch.float64

@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+from scipy import integrate
+from torch import Tensor
+
+from infformer.continuous import naive
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.density import Density, Gaussian, Slots, TruncatedParabola
+from infformer.memory.sticky import attention_histogram, warped_positions
+
+BASIS = GaussianBasis.even_grid(6, [0.05, 0.2])
+
+
+def densities(kind: str) -> Density:
+    """[2 rows, 2 heads, 3 queries], some of their mass outside [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "slots":
+        return Slots(torch.randn(2, 2, 3, 6, generator=generator, dtype=torch.float64).mul(2).softmax(-1))
+    mean = torch.rand(2, 2, 3, generator=generator, dtype=torch.float64)
+    variance = 10 ** (-4 + 4 * torch.rand(2, 2, 3, generator=generator, dtype=torch.float64))
+    return Gaussian(mean, variance) if kind == "gaussian" else TruncatedParabola(mean, variance)
+
+
+def literal_density(attention: Density, place: tuple[int, int, int], t: float) -> float:
+    if isinstance(attention, Slots):
+        heights = torch.exp(-((t - BASIS.centres) ** 2) / (2 * BASIS.widths**2)) / BASIS.widths / math.sqrt(2 * math.pi)
+        return float(attention.weights[place] @ heights)
+    mean, variance = float(attention.mean[place]), float(attention.variance[place])
+    if isinstance(attention, Gaussian):
+        return math.exp(-((t - mean) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+    threshold = -0.5 * (3 / (2 * math.sqrt(variance))) ** (2 / 3)
+    return max(0.0, -threshold - (t - mean) ** 2 / (2 * variance))
+
+
+every_density = pytest.mark.parametrize("kind", ["gaussian", "truncated_parabola", "slots"])
+
+
+class TestHistogram:
+    @every_density
+    @pytest.mark.parametrize("bins", [1, 5, 128])
+    def test_sums_to_one(self, kind, bins):
+        histogram = attention_histogram(densities(kind), BASIS, bins)
+        assert histogram.shape == (2, bins)
+        assert (histogram >= 0).all()
+        torch.testing.assert_close(histogram.sum(1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+    @every_density
+    def test_is_the_integral_of_the_densities(self, kind):
+        bins, attention = 5, densities(kind)
+        mass = torch.zeros(2, bins, dtype=torch.float64)
+        for row, head, query, place in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, bins))).tolist():
+            index = (row, head, query)
+            edges = [place / bins, (place + 1) / bins]
+            if kind == "slots":
+                inner = BASIS.centres.tolist()
+            else:  # where a narrow one is, and where a parabola ends
+                mean, reach = float(attention.mean[index]), float((1.5 * attention.variance[index]) ** (1 / 3))
+                inner = [mean, mean - reach, mean + reach]
+            breaks = sorted({t for t in inner if edges[0] < t < edges[1]})
+            mass[row, place] += integrate.quad(
+                lambda t, index=index: literal_density(attention, index, t), *edges, points=breaks or None, epsabs=1e-11
+            )[0]
+        expected = mass / mass.sum(1, keepdim=True)
+        torch.testing.assert_close(attention_histogram(attention, BASIS, bins), expected, rtol=0, atol=1e-9)
+
+    @every_density
+    def test_equals_the_literal_one(self, kind):
+        attention = densities(kind)
+        cumulative = {
+            "gaussian": naive.gaussian_cumulative,
+            "truncated_parabola": naive.truncated_parabola_cumulative,
+            "slots": lambda weights: naive.slots_cumulative(weights, BASIS),
+        }[kind](*attention)
+        expected = naive.histogram(cumulative, 32)
+        torch.testing.assert_close(attention_histogram(attention, BASIS, 32), expected, rtol=0, atol=1e-12)
+
+    def test_every_head_and_query_counts_the_same(self):
+        mean = torch.tensor([[[0.1, 0.1, 0.9], [0.1, 0.9, 0.9]]], dtype=torch.float64)
+        histogram = attention_histogram(Gaussian(mean, torch.full_like(mean, 1e-6)), BASIS, 2)
+        torch.testing.assert_close(histogram, torch.tensor([[0.5, 0.5]], dtype=torch.float64))
+
+
+def random_histogram(bins: int = 16, seed: int = 0) -> Tensor:
+    """Two rows, with heavy and with empty bins, also the first and the last."""
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(2, bins, generator=generator, dtype=torch.float64) ** 3
+    mass[0, [0, 5, 6, bins - 1]] = 0
+    mass[1, bins // 2 :] = 0
+    return mass / mass.sum(1, keepdim=True)
+
+
+def cumulative_function(histogram: Tensor, positions: Tensor) -> Tensor:
+    """The piecewise linear cdf of one row's histogram at positions [P]."""
+    bins = len(histogram)
+    filled = (positions.unsqueeze(-1) * bins - torch.arange(bins)).clamp(0, 1)
+    return filled @ histogram
+
+
+class TestWarp:
+    @pytest.mark.parametrize("samples", [1, 7, 64])
+    def test_a_uniform_histogram_gives_the_even_grid(self, samples):
+        histogram = torch.full((2, 10), 0.1, dtype=torch.float64)
+        expected = (torch.arange(1, samples + 1, dtype=torch.float64) - 0.5) / samples
+        torch.testing.assert_close(warped_positions(histogram, samples), expected.expand(2, -1), rtol=0, atol=1e-12)
+
+    def test_inverts_the_cumulative_function(self):
+        histogram, samples = random_histogram(), 200
+        positions = warped_positions(histogram, samples)
+        for row in range(2):
+            expected = (torch.arange(1, samples + 1, dtype=torch.float64) - 0.5) / samples
+            torch.testing.assert_close(
+                cumulative_function(histogram[row], positions[row]), expected, rtol=0, atol=1e-12
+            )
+
+    @pytest.mark.parametrize("offsets", [None, torch.rand(2, 50, generator=torch.Generator().manual_seed(1))])
+    def test_equals_the_literal_one(self, offsets):
+        histogram = random_histogram()
+        expected = naive.resample(histogram, 50, offsets)
+        torch.testing.assert_close(warped_positions(histogram, 50, offsets), expected, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_positions_ascend_inside_the_unit_interval(self, dtype, seed):
+        offsets = torch.rand(2, 300, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        positions = warped_positions(random_histogram(seed=seed).to(dtype), 300, offsets)
+        assert (positions.diff(dim=1) >= 0).all()
+        assert positions.min() >= 0
+        assert positions.max() <= 1
+
+    def test_deterministic_without_offsets(self):
+        assert torch.equal(warped_positions(random_histogram(), 50), warped_positions(random_histogram(), 50))
+        half = torch.full((2, 50), 0.5)
+        assert torch.equal(warped_positions(random_histogram(), 50), warped_positions(random_histogram(), 50, half))
+
+    def test_one_sample_has_the_law_of_the_histogram(self):
+        """Over random offsets, within 5 standard errors: the histogram for all m, the m-th part of it for one."""
+        histogram, draws, samples = random_histogram(), 4000, 5
+        offsets = torch.rand(draws, samples, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        for row in histogram:
+            positions = warped_positions(row.expand(draws, -1), samples, offsets)
+            counts = torch.histc(positions, 16, 0, 1) / positions.numel()
+            assert (counts - row).abs().max() < 5 * math.sqrt(0.25 / positions.numel())
+            uniform = cumulative_function(row, positions[:, 2])  # between 2/5 and 3/5, evenly
+            assert uniform.min() >= 0.4
+            assert uniform.max() <= 0.6
+            assert (torch.histc(uniform, 10, 0.4, 0.6) / draws - 0.1).abs().max() < 5 * math.sqrt(0.09 / draws)
+
+    def test_stratified_draws_are_less_noisy_than_independent_ones(self):
+        """The share of a bin differs from its mass by one sample at each of its edges at most."""
+        histogram, samples = random_histogram(), 100
+        offsets = torch.rand(2, samples, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        positions = warped_positions(histogram, samples, offsets)
+        for row in range(2):
+            counts = torch.histc(positions[row], 16, 0, 1)
+            assert (counts - samples * histogram[row]).abs().max() <= 2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("place", [0, 3, 127])
+    def test_all_of_the_mass_in_one_bin(self, dtype, place):
+        histogram = torch.zeros(1, 128, dtype=dtype)
+        histogram[0, place] = 1
+        positions = warped_positions(histogram, 64)[0]
+        expected = (place + (torch.arange(1, 65, dtype=dtype) - 0.5) / 64) / 128
+        torch.testing.assert_close(positions, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("offset", [0.0, 0.5, 1 - 2**-24])
+    @pytest.mark.parametrize("seed", range(20))
+    def test_empty_bins_are_not_sampled(self, dtype, offset, seed):
+        """Not at the ends of the interval of offsets either, where rounding leaves the sum of the masses below one."""
+        mass = torch.rand(1, 128, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        mass[0, :7] = mass[0, 40:60] = mass[0, 100:] = 0
+        mass /= mass.sum()
+        positions = warped_positions(mass, 512, torch.full((1, 512), offset, dtype=dtype))
+        edge = 1e-5
+        for start, end in ((0, 7 / 128), (40 / 128, 60 / 128), (100 / 128, 1)):
+            assert not ((positions > start + edge) & (positions < end - edge)).any()
+        assert positions.min() >= 7 / 128 - edge
+        assert positions.max() <= 100 / 128 + edge

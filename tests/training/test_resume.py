@@ -1,0 +1,486 @@
+"""A run that was stopped, however it was stopped, goes on as if it had not been."""
+
+import errno
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from infformer.data import DataError, tokenize_documents
+from infformer.evaluation.perplexity import Reader, evaluate
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.training import checkpoint, loop
+from infformer.training.checkpoint import TrainingState, newest_checkpoint, save_checkpoint, what_is_wrong
+from infformer.training.loop import TrainingFailedError, TrainingStopped
+from infformer.training.metrics import read_metrics
+from infformer.training.run import RunError
+
+ROOT = Path(__file__).parents[2]
+STEPS, LAST_CHECKPOINT = 8, 6
+"""Steps of a run here, and the step of the newest checkpoint of the run that was killed in the middle."""
+
+
+class Killed(BaseException):
+    """As if by SIGKILL: nothing in a run may catch it."""
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    """All that a run measured, except for how fast it was."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "train/tokens_per_second"} for line in lines]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What it found in the end."""
+    found = json.loads((folder / "results.json").read_text())
+    del found["protocol"]["checkpoint"]
+    return found
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: weights, moments, memories, random state."""
+    return {
+        f"{path.name}.{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert records(folder) == records(other)
+    assert results(folder) == results(other)
+    last = f"checkpoints/step-{STEPS:08d}"
+    one, another = tensors(folder / last), tensors(other / last)
+    assert one.keys() == another.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, another[name]), name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of all checkpoints; every one of them must be whole, and nothing else lie beside them."""
+    found = sorted(path for path in (folder / "checkpoints").iterdir() if path.name != "best")
+    assert [what_is_wrong(path) for path in found] == [None] * len(found)
+    return [int(path.name.removeprefix("step-")) for path in found]
+
+
+@contextmanager
+def interrupted(after: int, how: Callable[[], None]) -> Iterator[None]:
+    """Something happens when this many steps have been made, in the middle of the next one."""
+    made = 0
+
+    def step(*arguments: Any) -> Any:
+        nonlocal made
+        if made == after:
+            how()
+        made += 1
+        return train_step(*arguments)
+
+    train_step = loop.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        yield
+
+
+def die() -> None:
+    raise Killed
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def whole(configure, train, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(configure(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(configure, train, tmp_path_factory) -> Path:
+    """The folder of the same run, killed in its last but one step."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with interrupted(LAST_CHECKPOINT, die), pytest.raises(Killed):
+        train(configure(folder))
+    assert [record["step"] for record in records(folder)][-1] == LAST_CHECKPOINT
+    return folder
+
+
+@pytest.fixture
+def folder(killed, tmp_path) -> Path:
+    """A copy of the killed run's folder."""
+    return Path(shutil.copytree(killed, tmp_path / "run", symlinks=True))
+
+
+class TestGoesOnExactly:
+    @pytest.mark.parametrize("after", [1, 2, 5, 7])
+    def test_killed(self, configure, train, whole, tmp_path, after):
+        with interrupted(after, die), pytest.raises(Killed):
+            train(configure(tmp_path))
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+    def test_killed_again_and_again(self, configure, train, whole, tmp_path):
+        for made in (3, 1, 2, 1):
+            with interrupted(made, die), pytest.raises(Killed):
+                train(configure(tmp_path, {"resume": "auto"}))
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_asked_to_stop(self, configure, train, whole, tmp_path, number):
+        with interrupted(4, send(number)), pytest.raises(TrainingStopped, match="step-00000005") as stopped:
+            train(configure(tmp_path))
+        assert stopped.value.number == number
+        assert checkpoints(tmp_path)[-1] == 5
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+    @pytest.mark.parametrize("step", [3, STEPS])
+    def test_asked_to_stop_during_validation(self, configure, train, whole, tmp_path, monkeypatch, step):
+        def evaluate_and_stop(*arguments: Any) -> dict[str, Any]:
+            nonlocal times
+            times += 1
+            if times == {3: 1, STEPS: 3}[step]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*arguments)
+
+        times = 0
+        monkeypatch.setattr(loop, "evaluate", evaluate_and_stop)
+        with pytest.raises(TrainingStopped):
+            train(configure(tmp_path))
+        assert records(tmp_path)[-1].keys() >= {"train/loss"}
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+    def test_finished_runs_only_measure_again(self, configure, train, whole, tmp_path):
+        shutil.copytree(whole, tmp_path / "run", symlinks=True)
+        (tmp_path / "run" / "results.json").unlink()
+        train(configure(tmp_path / "run", {"resume": "auto"}))
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_from_a_path_into_another_folder(self, configure, train, whole, killed, tmp_path):
+        train(configure(tmp_path / "other", {"resume": str(killed / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}")}))
+        after = [record for record in records(whole) if record["step"] > LAST_CHECKPOINT]
+        assert records(tmp_path / "other") == after
+
+    def test_what_was_before_training_is_not_measured_after(self, configure, train, tmp_path):
+        without = {"evaluation.before": False}
+        with interrupted(3, die), pytest.raises(Killed):
+            train(configure(tmp_path, without))
+        assert train(configure(tmp_path, {"resume": "auto"}))["before"] is None
+
+    def test_under_another_gradient_checkpointing_and_longer(self, configure, train, whole, folder):
+        changes = {"training.gradient_checkpointing": True, "training.max_steps": 12, "training.log_every": 2}
+        train(configure(folder, {"resume": "auto", **changes}))
+        assert [record["step"] for record in records(folder) if "train/loss" in record] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
+        assert records(folder)[:8] == records(whole)[:8]
+
+
+class TestInAProcessOfItsOwn:
+    """The same from outside: the command, real signals, exit codes."""
+
+    CHANGES = {"training.max_steps": 24, "evaluation.before": False, "data.test": None}
+
+    @pytest.fixture(scope="class")
+    def longer(self, configure, train, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("longer") / "run"
+        train(configure(folder, self.CHANGES))
+        return folder
+
+    @pytest.fixture
+    def start(self, configure, options_of, tmp_path) -> Callable[..., subprocess.Popen]:
+        def start() -> subprocess.Popen:
+            options = options_of(configure(tmp_path / "run", {**self.CHANGES, "resume": "auto"}))
+            return subprocess.Popen(
+                [sys.executable, "train.py", *options],
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+
+        return start
+
+    def lines(self, folder: Path) -> int:
+        path = folder / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+    def test_stopped_by_a_signal(self, configure, train, start, longer, tmp_path, number, code):
+        with start() as process:
+            until = time.monotonic() + 120
+            while self.lines(tmp_path / "run") < 7 and time.monotonic() < until and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        assert "Traceback" not in errors
+        assert number == signal.SIGKILL or "resume=auto goes on from it" in errors
+        assert self.lines(tmp_path / "run") < self.lines(longer)  # it was not finished
+        train(configure(tmp_path / "run", {**self.CHANGES, "resume": "auto"}))
+        assert records(tmp_path / "run") == records(longer)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(3))
+    def test_killed_at_random_times_until_it_is_done(self, start, longer, tmp_path, seed):
+        delays = random.Random(seed)
+        for _ in range(40):
+            before = self.lines(tmp_path / "run")
+            with start() as process:
+                while self.lines(tmp_path / "run") <= before and process.poll() is None:
+                    time.sleep(0.005)
+                try:
+                    process.communicate(timeout=delays.uniform(0.05, 1))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -9
+            assert all(what_is_wrong(path) is None for path in (tmp_path / "run/checkpoints").glob("step-????????"))
+        assert process.returncode == 0
+        assert records(tmp_path / "run") == records(longer)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class TestDamagedCheckpoints:
+    @pytest.mark.parametrize("damage", [halve, Path.unlink])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model/model.safetensors",
+            "model/config.json",
+            "optimizer.safetensors",
+            "process-00000.safetensors",
+            "state.json",
+            "manifest.json",
+        ],
+    )
+    def test_passed_over_for_the_one_before(self, folder, caplog, name, damage):
+        newest = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}"
+        damage(newest / name)
+        assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000004"
+        assert f"{newest} is passed over" in caplog.text
+
+    @pytest.mark.parametrize("keep", [1, 2])
+    def test_the_run_goes_on_from_the_one_before(self, configure, train, whole, folder, keep):
+        """Also when no more checkpoints are kept than the damaged one, and when that one was the best."""
+        halve(folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "model" / "model.safetensors")
+        with interrupted(1, die), pytest.raises(Killed):
+            train(
+                configure(folder, {"resume": "auto", "training.keep_checkpoints": keep, "training.checkpoint_every": 1})
+            )
+        assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000005"
+        train(configure(folder, {"resume": "auto"}))
+        assert_same_run(folder, whole)
+
+    def test_none_is_left(self, configure, train, whole, folder, caplog):
+        for path in (folder / "checkpoints").glob("step-*"):
+            (path / "manifest.json").unlink()
+        train(configure(folder, {"resume": "auto"}))
+        assert_same_run(folder, whole)
+
+    def test_of_another_format(self, folder):
+        state = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "state.json"
+        state.write_text(state.read_text().replace('"format": 1', '"format": 9'))
+        assert "its format is 9, this version reads 1" in str(what_is_wrong(state.parent))
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("option", "value", "then"),
+        [
+            ("optimizer.learning_rate", 0.5, 0.003),
+            ("model.memory.ridge", 0.25, 0.5),
+            ("model.memory", None, None),
+            ("data.train", "/elsewhere.txt", "train.jsonl"),
+            ("data.segments_per_visit", None, 3),
+            ("training.bptt_segments", 1, 2),
+            ("seed", 7, 0),
+        ],
+    )
+    def test_another_configuration(self, configure, train, folder, option, value, then):
+        before = contents(folder)
+        with pytest.raises(RunError, match=rf"{option}[.\w]* was .*{then if then is not None else ''}.*, is {value}"):
+            train(configure(folder, {"resume": "auto", option: value}))
+        assert contents(folder) == before
+
+    def test_other_documents(self, configure, train, texts, tmp_path):
+        shutil.copy(texts / "train.jsonl", tmp_path / "mine.jsonl")
+        changes = {"data.train": str(tmp_path / "mine.jsonl"), "training.max_steps": 2}
+        train(configure(tmp_path / "run", changes))
+        with (tmp_path / "mine.jsonl").open("a") as file:
+            file.write('{"id": "one more", "text": "the sea the sea the sea"}\n')
+        before = contents(tmp_path / "run")
+        with pytest.raises(DataError, match="the documents .* the run to be resumed had"):
+            train(configure(tmp_path / "run", {**changes, "resume": "auto"}))
+        assert contents(tmp_path / "run") == before
+
+    def test_a_folder_that_holds_a_run(self, configure, train, folder):
+        before = contents(folder)
+        with pytest.raises(RunError, match=f"output_dir={folder} already holds a run.*resume=auto"):
+            train(configure(folder))
+        assert contents(folder) == before
+
+    @pytest.mark.parametrize("path", ["nowhere", "run", "run/checkpoints", "run/checkpoints/step-00000006"])
+    def test_a_path_that_is_no_whole_checkpoint(self, configure, train, folder, tmp_path, path):
+        (folder / "checkpoints" / "step-00000006" / "optimizer.safetensors").unlink()
+        with pytest.raises(RunError, match=f"resume={tmp_path / path}: this checkpoint cannot be gone on from"):
+            train(configure(tmp_path / "new", {"resume": str(tmp_path / path)}))
+        assert not (tmp_path / "new").exists()
+
+    def test_an_older_checkpoint_than_the_folder_holds(self, configure, train, folder):
+        before = contents(folder)
+        with pytest.raises(RunError, match=f"output_dir={folder} holds another checkpoint already, step-00000006"):
+            train(configure(folder, {"resume": str(folder / "checkpoints" / "step-00000004")}))
+        assert contents(folder) == before
+
+    def test_a_checkpoint_without_its_run(self, configure, train, folder, tmp_path):
+        lone = shutil.copytree(folder / "checkpoints" / "step-00000006", tmp_path / "lone")
+        with pytest.raises(RunError, match=r"config\.yaml"):
+            train(configure(tmp_path / "new", {"resume": str(lone)}))
+
+
+def no_space(*arguments: Any, **options: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_for_tensors(*arguments: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def no_space_for_the_manifest(path: Path, text: str, *arguments: Any, **options: Any) -> None:
+    if path.name == "manifest.json":
+        no_space()
+    path.write_bytes(text.encode())
+
+
+@contextmanager
+def no_space_at_all() -> Iterator[None]:
+    """The system itself writes no file beyond so many bytes, whoever asks."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+FULL_DISKS = {
+    "no space for the folder": partial(patch.object, Path, "mkdir", no_space),
+    "no space for a file": partial(patch.object, checkpoint, "save_file", no_space),
+    "no space for tensors": partial(patch.object, checkpoint, "save_file", no_space_for_tensors),
+    "no space for the manifest": partial(patch.object, Path, "write_text", no_space_for_the_manifest),
+    "no space for the last name": partial(patch.object, os, "replace", no_space),
+    "no space at all": no_space_at_all,
+}
+
+
+@pytest.mark.parametrize("full_disk", FULL_DISKS.values(), ids=FULL_DISKS)
+class TestFullDisk:
+    @staticmethod
+    def at(step: int, full_disk: Callable[[], AbstractContextManager], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The disk is full while the checkpoint of this step is written."""
+
+        def save(root: Path, state: TrainingState, *others: Any) -> Path:
+            with full_disk() if state.step == step else nullcontext():
+                return save_checkpoint(root, state, *others)
+
+        monkeypatch.setattr(loop, "save_checkpoint", save)
+
+    def test_in_the_middle_of_a_run(self, configure, train, whole, tmp_path, monkeypatch, caplog, full_disk):
+        self.at(6, full_disk, monkeypatch)
+        with interrupted(7, die), pytest.raises(Killed):
+            train(configure(tmp_path))
+        assert "the checkpoint of step 6 could not be written" in caplog.text
+        assert "The run goes on" in caplog.text
+        assert checkpoints(tmp_path) == [3, 4]
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+    def test_at_the_end(self, configure, train, whole, tmp_path, monkeypatch, full_disk):
+        with monkeypatch.context() as patched:
+            self.at(STEPS, full_disk, patched)
+            with pytest.raises(TrainingFailedError, match="the checkpoint of step 8 could not be written.*make room"):
+                train(configure(tmp_path))
+        assert checkpoints(tmp_path) == [4, 6]
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+
+class TestWhatIsKept:
+    def test_the_last_ones_and_the_best(self, configure, train, tmp_path, monkeypatch):
+        losses = iter([5.0, 4.0, 2.0, 6.0, 7.0, 3.0, 8.0, 9.0])
+        figures = {"tokens": 1, "perplexity": {"token": 1.0}}
+        monkeypatch.setattr(loop, "evaluate", lambda *arguments: {**figures, "nll": next(losses)})
+        every = {"training.evaluate_every": 1, "training.checkpoint_every": 1}
+        found = train(configure(tmp_path, every))
+        assert checkpoints(tmp_path) == [3, 7, 8]
+        assert (tmp_path / "checkpoints" / "best").resolve().name == "step-00000003"
+        assert found["protocol"]["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000003")
+
+    def test_without_validation_the_last_one_is_measured(self, configure, train, tmp_path):
+        found = train(configure(tmp_path, {"data.validation": None}))
+        assert checkpoints(tmp_path) == [6, 8]
+        assert not (tmp_path / "checkpoints" / "best").exists()
+        assert found["protocol"]["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000008")
+
+    def test_the_model_in_a_checkpoint_is_the_one_that_was_measured(self, configure, train, whole):
+        best = whole / "checkpoints" / "best" / "model"
+        model = AutoModelForCausalLM.from_pretrained(best)
+        assert isinstance(model, InfformerForCausalLM)
+        tokenizer = AutoTokenizer.from_pretrained(best)
+        assert tokenizer.decode(tokenizer("the white whale")["input_ids"]) == "the white whale"
+        documents = tokenize_documents(configure(whole).data, "test", tokenizer)
+        figures = evaluate(Reader(model, 16, progress=False), documents)
+        assert figures["nll"] == pytest.approx(results(whole)["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sticky", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run(configure, train, tmp_path, monkeypatch, sticky):
+    """The message says where, and what is left; from there the run can go on."""
+
+    def poisoned(accelerator: Any, model: Any, optimizer: Any, parts: Any, memories: list, *others: Any) -> Any:
+        if optimizer.state_dict()["state"] and int(optimizer.state_dict()["state"][0]["step"]) == 4:
+            memories = [memory.map_tensors(lambda tensor: tensor * math.nan) for memory in memories]
+        return train_step(accelerator, model, optimizer, parts, memories, *others)
+
+    train_step = loop.train_step
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", poisoned)
+        with pytest.raises(TrainingFailedError) as failed:
+            train(configure(tmp_path, {"model.memory.sticky": sticky}))
+    message = str(failed.value)
+    assert "step 5: the loss is nan" in message
+    assert all(f"lane {lane}: 'train " in message for lane in range(4))
+    assert str(tmp_path / "checkpoints" / "step-00000004") in message
+    assert "optimizer.learning_rate" in message
+    train(configure(tmp_path, {"model.memory.sticky": sticky, "resume": "auto"}))
+    assert [record["step"] for record in records(tmp_path) if "train/loss" in record] == list(range(1, STEPS + 1))
