@@ -41,8 +41,9 @@ class LongTermMemoryConfig:
     """T, tokens of a segment. Only whole segments are written."""
     basis_functions: int = 512
     """N, the size of the memory: N vectors of the model's width, whatever has been read."""
-    widths: list[float] = field(default_factory=lambda: [0.005, 0.01])
-    """Widths of the basis functions, as parts of the whole memory; each centre has one function of each width."""
+    widths: list[float] = field(default_factory=list)
+    """Widths of the basis functions, as parts of the whole memory; each centre has one function of each width. Empty: two,
+    1.275 and 2.55 times the distance between centres, which are the published 0.005 and 0.01 for 512 functions."""
     past_samples: int = 512
     """M, at how many points the old signal is sampled when a segment is written."""
     contraction: str = "constant"
@@ -85,12 +86,14 @@ class LongTermMemoryConfig:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be positive")
         if not 0 < self.contraction_rate < 1:
             raise ValueError(f"model.memory.contraction_rate={self.contraction_rate}: must lie between 0 and 1")
-        if not self.widths or min(self.widths) <= 0:
-            raise ValueError(f"model.memory.widths={list(self.widths)}: give at least one width, all of them positive")
-        if self.basis_functions % len(self.widths) != 0 or self.basis_functions < 2 * len(self.widths):
+        if not self.widths and self.basis_functions > 2:
+            self.widths = [round(factor / (self.basis_functions / 2 - 1), 6) for factor in (1.275, 2.55)]
+        if min(self.widths, default=1.0) <= 0:
+            raise ValueError(f"model.memory.widths={list(self.widths)}: they must all be positive")
+        if not self.widths or self.basis_functions % len(self.widths) or self.basis_functions < 2 * len(self.widths):
             raise ValueError(
                 f"model.memory.basis_functions={self.basis_functions} cannot be divided among the {len(self.widths)} "
-                f"widths {list(self.widths)}: take a multiple of {len(self.widths)}, at least {2 * len(self.widths)}"
+                f"widths {list(self.widths)}: take a multiple of their number, and two functions of each at least"
             )
 
 

@@ -400,6 +400,17 @@ class TestRows:
         memory = read(wrapped, document(1))[0].memory
         assert_same_memory(wrapped(tokens(length=7), memory=memory).memory, memory)
 
+    def test_random_offsets_matter_to_sticky_memories_alone(self, model):
+        offsets = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+        for wrapped in (model(sticky=True), model()):
+            memory = read(wrapped, document(2))[-1].memory
+            plain, again, random = (
+                wrapped(tokens(seed=3), memory=memory, sticky_offsets=chosen).memory.layers[0].coefficients
+                for chosen in (None, torch.full((2, 16), 0.5), offsets)
+            )
+            assert torch.equal(plain, again)
+            assert torch.equal(plain, random) != wrapped.config.memory_config.sticky
+
     def test_the_memory_of_a_call_is_not_changed_by_it(self, model):
         wrapped = model()
         memory = read(wrapped, document(1))[0].memory

@@ -1,0 +1,280 @@
+"""One step: the same update however the lanes are cut, gradients as far as they should flow, and none from a bad loss."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from infformer.data import Lanes, Segment, TokenizedDocuments
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.state import MemoryState
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.training.step import NonFiniteError, StepResult, draw_sticky_offsets, train_step
+
+SEGMENT, LANES = 16, 4
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """What one step did."""
+
+    memory: MemoryState
+    result: StepResult
+    gradients: Gradients
+    """As the optimiser saw them."""
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def model(backbone) -> Callable[..., InfformerForCausalLM]:
+    """Without dropout, with a memory in which every weight is random."""
+
+    def build(**options) -> InfformerForCausalLM:
+        torch.manual_seed(1)
+        config = copy.deepcopy(backbone.config)
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+        stock = type(backbone)(config)
+        sizes = {"segment_length": SEGMENT, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
+        model = InfformerForCausalLM.from_backbone(stock, LongTermMemoryConfig(**{**sizes, **options}))
+        for parameter in model.memories.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return model.train()
+
+    return build
+
+
+def ragged_documents(*lengths: int) -> TokenizedDocuments:
+    random = np.random.default_rng(0)
+    counts = np.array(lengths)
+    return TokenizedDocuments(
+        ids=[f"document {number}" for number in range(len(lengths))],
+        token_counts=counts,
+        word_counts=counts,
+        byte_counts=counts,
+        fingerprint="",
+        largest_token=255,
+        _chunks=[random.integers(0, 256, counts.sum()).astype(np.int32)],
+        _chunk_of=np.zeros_like(counts),
+        _start_in_chunk=np.cumsum(counts) - counts,
+    )
+
+
+@pytest.fixture
+def segments() -> list[Segment]:
+    """Three segments of four lanes; in each some lanes end, with 1 to 16 tokens, and new documents begin."""
+    lanes = Lanes(ragged_documents(33, 6, 41, 19, 70, 50, 24), LANES, SEGMENT, seed=0, shuffle=False)
+    segments = [next(lanes) for _ in range(3)]
+    assert [segment.lengths.tolist() for segment in segments] == [[16, 5, 16, 16], [16, 16, 16, 2], [16, 16, 8, 16]]
+    return segments
+
+
+def step(
+    accelerator: Accelerator,
+    model: InfformerForCausalLM,
+    segments: Sequence[Segment],
+    parts: int = 1,
+    memory: MemoryState | None = None,
+    gradient_clipping: float | None = None,
+    offsets: Callable[[Segment], Tensor | None] = lambda segment: None,
+) -> Step:
+    model = copy.deepcopy(model)
+    optimizer = SGD(model.parameters(), 0.5)
+    gradients: Gradients = {}
+
+    def remember(*arguments: object) -> None:
+        gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+
+    optimizer.register_step_pre_hook(remember)
+    rows = LANES // parts
+    cut = [[segment.rows(slice(first, first + rows)) for segment in segments] for first in range(0, LANES, rows)]
+    memories, result = train_step(
+        accelerator,
+        model,
+        optimizer,
+        cut,
+        (memory or model.initial_memory(LANES)).split(parts),
+        gradient_clipping,
+        [[offsets(segment) for segment in part] for part in cut],
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(tensor.requires_grad for memory in memories for tensor in memory.named_tensors().values())
+    return Step(MemoryState.concatenate(memories), result, gradients)
+
+
+def assert_close(one: Gradients, other: Gradients) -> None:
+    """Up to rounding, beside the largest gradient of the same parameter."""
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        error, scale = (gradient - other[name]).abs().max().item(), other[name].abs().max().item()
+        assert error <= 1e-5 * scale + 1e-8, name
+
+
+class TestHowTheLanesAreCutDoesNotMatter:
+    @pytest.mark.parametrize("parts", [2, 4])
+    @pytest.mark.parametrize("together", [1, 3])
+    def test_loss_gradients_and_memory(self, accelerator, model, segments, parts, together):
+        whole, cut = (step(accelerator, model(), segments[:together], count) for count in (1, parts))
+        assert cut.result.tokens == whole.result.tokens == sum(segment.global_tokens for segment in segments[:together])
+        assert cut.result.loss == pytest.approx(whole.result.loss, rel=1e-6)
+        assert cut.result.gradient_norm == pytest.approx(whole.result.gradient_norm, rel=1e-5)
+        assert_close(cut.gradients, whole.gradients)
+        for name, tensor in whole.memory.named_tensors().items():
+            torch.testing.assert_close(cut.memory.named_tensors()[name], tensor, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("parts", [2, 4])
+    def test_auxiliary_losses(self, accelerator, model, segments, parts):
+        """Rows that have no memory yet are not the same number in every part."""
+        some = model(divergence_weight=1.0)
+        whole, cut = (step(accelerator, some, segments, count) for count in (1, parts))
+        assert whole.result.auxiliary_losses["divergence"] > 0.01
+        assert cut.result.auxiliary_losses["divergence"] == pytest.approx(
+            whole.result.auxiliary_losses["divergence"], rel=1e-5
+        )
+        assert_close(cut.gradients, whole.gradients)
+
+    def test_the_loss_is_the_mean_over_tokens(self, accelerator, model, segments):
+        """Not the mean of the lanes' or the segments' means, which these ragged lengths would tell apart."""
+        some, segment = model(), segments[0]
+        nats = []
+        for lane, length in enumerate(segment.lengths.tolist()):
+            logits = some.backbone(segment.input_ids[lane : lane + 1, :length]).logits[0]
+            nats.append(F.cross_entropy(logits, segment.shift_labels[lane, :length], reduction="sum"))
+        mean = sum(nats) / segment.lengths.sum()
+        made = step(accelerator, some, [segment], 2)
+        assert made.result.loss == pytest.approx(mean.item(), rel=1e-6)
+        mean.backward()
+        expected = {name: parameter.grad for name, parameter in some.backbone.named_parameters()}
+        assert_close({name: made.gradients[f"backbone.{name}"] for name in expected}, expected)
+
+    def test_clipping_is_of_the_whole_gradient(self, accelerator, model, segments):
+        free, clipped = (step(accelerator, model(), segments, 2, gradient_clipping=limit) for limit in (None, 0.1))
+        assert clipped.result.gradient_norm == pytest.approx(free.result.gradient_norm, rel=1e-6)
+        assert free.result.gradient_norm > 0.2
+        norm = math.sqrt(sum((gradient**2).sum().item() for gradient in clipped.gradients.values()))
+        assert norm == pytest.approx(0.1, rel=1e-3)
+
+
+class TestGradientsThroughTheMemory:
+    def test_they_flow_from_segment_to_segment_within_a_step(self, accelerator, model, segments):
+        """As one literal computation of both segments gives them."""
+        some = model(divergence_weight=0.0)
+        memory, total, tokens = None, 0.0, 0
+        for segment in segments[:2]:
+            output = some(segment.input_ids, memory=memory, reset=segment.reset, lengths=segment.lengths)
+            memory = output.memory
+            real = segment.shift_labels >= 0
+            total = total + F.cross_entropy(output.logits[real], segment.shift_labels[real], reduction="sum")
+            tokens += int(real.sum())
+        (total / tokens).backward()
+        expected = {name: parameter.grad for name, parameter in some.named_parameters()}
+        made = step(accelerator, model(divergence_weight=0.0), segments[:2], 2)
+        assert made.result.loss == pytest.approx(total.item() / tokens, rel=1e-6)
+        assert_close(made.gradients, expected)
+
+    def test_they_stop_between_steps(self, accelerator, model, segments):
+        """The second segment moves the backbone that wrote the first one only if both are of one step."""
+        some = model(divergence_weight=0.0)
+        first = step(accelerator, some, segments[:1])
+        second = step(accelerator, some, segments[1:2], memory=first.memory)
+        together = step(accelerator, some, segments[:2])
+        weights = [segment.global_tokens for segment in segments[:2]]
+        detached = {
+            name: (weights[0] * first.gradients[name] + weights[1] * second.gradients[name]) / sum(weights)
+            for name in first.gradients
+        }
+        # Keys and values read what was written before, in either case; the last layer's output is nothing's past.
+        last = "backbone.transformer.ln_f.weight"
+        torch.testing.assert_close(together.gradients[last], detached[last], rtol=1e-4, atol=1e-7)
+        written = "backbone.transformer.wte.weight"
+        difference = (together.gradients[written] - detached[written]).abs().max()
+        assert difference > 1e-3 * together.gradients[written].abs().max()
+
+
+class TestALossThatIsNotFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_stops_before_the_weights_change(self, accelerator, model, segments, value):
+        some = model()
+        memory = some.initial_memory(LANES).map_tensors(
+            lambda tensor: torch.full_like(tensor, value) if tensor.is_floating_point() else tensor + 1
+        )
+        segment = copy.copy(segments[0])
+        object.__setattr__(segment, "reset", torch.zeros_like(segment.reset))
+        before = copy.deepcopy(some.state_dict())
+        optimizer = SGD(some.parameters(), 0.5, momentum=0.9)
+        with pytest.raises(NonFiniteError, match="the loss is nan"):
+            train_step(accelerator, some, optimizer, [[segment]], [memory], 1.0, [[None]])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
+        assert optimizer.state_dict()["state"] == {}
+        assert all(parameter.grad is None for parameter in some.parameters())
+
+    def test_so_does_a_gradient(self, accelerator, model, segments):
+        some = model()
+        some.backbone.transformer.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
+        before = copy.deepcopy(some.state_dict())
+        with pytest.raises(NonFiniteError, match="the gradient's norm nan"):
+            train_step(
+                accelerator,
+                some,
+                SGD(some.parameters(), 0.5),
+                [segments[:1]],
+                [some.initial_memory(LANES)],
+                None,
+                [[None]],
+            )
+        assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
+
+
+class TestStickyOffsets:
+    SAMPLES = 500
+
+    def test_are_spread_over_0_to_1(self, segments):
+        offsets = draw_sticky_offsets(segments[0], self.SAMPLES, seed=0)
+        assert offsets.shape == (LANES, self.SAMPLES)
+        assert offsets.dtype == torch.float32
+        assert offsets.min() >= 0
+        assert offsets.max() < 1
+        assert abs(offsets.mean() - 0.5) < 0.03
+        assert offsets.std() == pytest.approx(1 / math.sqrt(12), rel=0.05)
+
+    def test_belong_to_the_lane_wherever_it_is_read(self, segments):
+        whole = draw_sticky_offsets(segments[2], self.SAMPLES, seed=3)
+        for lane in range(LANES):
+            alone = draw_sticky_offsets(segments[2].rows(slice(lane, lane + 1)), self.SAMPLES, seed=3)
+            assert torch.equal(alone[0], whole[lane])
+
+    def test_differ_between_lanes_reads_and_seeds(self, segments):
+        draws = [
+            row
+            for seed in (0, 1, 2**40)
+            for segment in segments
+            for row in draw_sticky_offsets(segment, self.SAMPLES, seed)
+        ]
+        assert len(draws) == 3 * 3 * LANES
+        correlations = np.corrcoef(torch.stack(draws).numpy()) - np.eye(len(draws))
+        assert np.abs(correlations).max() < 0.25
+
+    def test_make_a_step_that_does_not_depend_on_how_lanes_are_cut(self, accelerator, model, segments):
+        def offsets(segment: Segment) -> Tensor:
+            return draw_sticky_offsets(segment, 16, seed=0)
+
+        sticky = model(sticky=True, sticky_bins=16)
+        whole, cut = (step(accelerator, sticky, segments, parts, offsets=offsets) for parts in (1, 4))
+        assert cut.result.loss == pytest.approx(whole.result.loss, rel=1e-6)
+        for name, tensor in whole.memory.named_tensors().items():
+            torch.testing.assert_close(cut.memory.named_tensors()[name], tensor, rtol=1e-4, atol=1e-5)
