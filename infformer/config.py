@@ -214,6 +214,11 @@ class RunConfig:
                     f"model.memory.segment_length={self.model.memory.segment_length} is not "
                     f"training.segment_length={self.training.segment_length}: set the latter, the former follows it"
                 )
+            if self.model.memory.input_gate and self.training.bptt_segments == 1:
+                raise ValueError(
+                    "model.memory.input_gate=true with training.bptt_segments=1: the gate shapes what later segments read, "
+                    "so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or more"
+                )
         elif self.training.freeze_backbone:
             raise ValueError(
                 "training.freeze_backbone=true with model/memory=none leaves nothing to train: give it a memory"

@@ -30,7 +30,7 @@ MEMORY = {
     "sticky": True,
     "sticky_bins": 16,
 }
-Train = Callable[[RunConfig], dict[str, Any]]
+Train = Callable[..., dict[str, Any]]
 Configure = Callable[..., RunConfig]
 
 
@@ -125,14 +125,15 @@ def configure(base_config: dict[str, Any]) -> Configure:
 
 @pytest.fixture(scope="session")
 def train() -> Train:
-    """A whole run as in a new process, but without the plots, which take longer than all the rest."""
+    """A whole run as in a new process; without the plots, unless asked for: they take longer than all the rest."""
 
-    def start(config: RunConfig) -> dict[str, Any]:
+    def start(config: RunConfig, plots: bool = False) -> dict[str, Any]:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "plot_run", lambda folder: [])
-            patch.setattr(run, "plot_results", lambda results: [])
+            if not plots:
+                patch.setattr(run, "plot_run", lambda folder: [])
+                patch.setattr(run, "plot_results", lambda results: [])
             return run.run(config)
 
     return start

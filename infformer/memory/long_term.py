@@ -219,6 +219,7 @@ class LongTermMemory(nn.Module):
         if config.read == "affine":
             # w_μ and w_σ: two linear functions of the N scores of a query.
             self.placement = nn.Linear(config.basis_functions, 2, bias=False)
+            self.placement_bias = nn.Parameter(torch.empty(2, heads))
         if config.input_gate:
             self.gate = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, padding=1)
         self.reset_parameters()
@@ -231,6 +232,7 @@ class LongTermMemory(nn.Module):
         if self.config.read == "affine":
             bound = 1 / math.sqrt(self.config.basis_functions)
             nn.init.uniform_(self.placement.weight, -bound, bound)
+            nn.init.zeros_(self.placement_bias)
         if self.config.input_gate:
             nn.init.normal_(self.gate.weight, std=0.02)
             nn.init.zeros_(cast(Tensor, self.gate.bias))
@@ -327,7 +329,7 @@ class LongTermMemory(nn.Module):
         keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
         query_weight = self.query.weight.to(hidden).unflatten(0, (self.heads, -1))  # [heads, head, hidden]
         directions = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
-        logits = torch.einsum("bkhd,bld->bkhl", directions, hidden)
+        logits = torch.einsum("bkhd,bld->bkhl", directions, hidden) + self.placement_bias.to(hidden).unsqueeze(-1)
         return torch.sigmoid(logits[:, 0]), F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
 
     def _split_heads(self, tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ ATTENTION_PATHS = {
     "llama": ("model.layers", "self_attn"),
 }
 """Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its layers
-hand keyword arguments on to their attention."""
+hand keyword arguments on to their attention, and its logits are its output embeddings times its last hidden states."""
 
 
 class ModelError(UserError, ValueError):
@@ -142,10 +142,6 @@ class InfformerForCausalLM(PreTrainedModel):
     def __init__(self, config: InfformerConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone) if backbone is None else backbone
-        attentions = _attention_modules(self.backbone)
-        layers = range(len(attentions)) if config.memory_layers is None else config.memory_layers
-        if unknown := [layer for layer in layers if not 0 <= layer < len(attentions)]:
-            raise ModelError(f"model.memory_layers={unknown}: this backbone has layers 0 to {len(attentions) - 1}")
         memory = config.memory_config
         self.memories = nn.ModuleList()
         self.segment_length: int | None = None
@@ -153,6 +149,10 @@ class InfformerForCausalLM(PreTrainedModel):
             self.check_segment_length(memory.segment_length)
             self.segment_length = memory.segment_length
             self.signal = ContinuousSignal(memory)
+            attentions = _attention_modules(self.backbone)
+            layers = range(len(attentions)) if config.memory_layers is None else config.memory_layers
+            if unknown := [layer for layer in layers if not 0 <= layer < len(attentions)]:
+                raise ModelError(f"model.memory_layers={unknown}: this backbone has layers 0 to {len(attentions) - 1}")
             width, heads = config.backbone.hidden_size, config.backbone.num_attention_heads
             for index, layer in enumerate(layers):
                 long_term = LongTermMemory(memory, width, heads, self.signal)
@@ -224,24 +224,27 @@ class InfformerForCausalLM(PreTrainedModel):
         if reset is not None:
             memory = memory.reset_rows(reset)
         call = self._begin(memory, length, lengths, sticky_offsets)
-        read = self.backbone.base_model(
-            input_ids, past_key_values=past_key_values, use_cache=use_cache, memory_call=call
-        )
+        cache = {"past_key_values": past_key_values, "use_cache": use_cache}
+        if self.config.backbone.model_type in ATTENTION_PATHS:
+            read = self.backbone.base_model(input_ids, memory_call=call, **cache)
+            hidden, head = read.last_hidden_state, self.backbone.get_output_embeddings()
+        else:  # without memory, and perhaps with more between hidden states and logits than a matrix
+            read = self.backbone(input_ids, **cache)
+            hidden, head = read.logits, nn.Identity()
         output = MemoryModelOutput(past_key_values=read.past_key_values if use_cache else None)
         output.memory = (
             LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
         )
         output.auxiliary_losses = self._auxiliary_losses(call, lengths, length)
 
-        head = self.backbone.get_output_embeddings()
         if labels is not None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=NOT_SCORED)
         if shift_labels is not None:
-            output.token_losses = chunked_token_losses(read.last_hidden_state, head, shift_labels)
+            output.token_losses = chunked_token_losses(hidden, head, shift_labels)
             scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
             output.loss = output.token_losses.sum() / scored + sum(output.auxiliary_losses.values())
         if return_logits or (return_logits is None and shift_labels is None):
-            output.logits = head(read.last_hidden_state)
+            output.logits = head(hidden)
         return output
 
     @property

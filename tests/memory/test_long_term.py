@@ -448,7 +448,6 @@ class TestConfig:
             ("prior_standard_deviation", -0.05),
             ("contraction_rate", 0.0),
             ("contraction_rate", 1.0),
-            ("widths", []),
             ("widths", [0.1, 0.0]),
         ],
     )
@@ -470,10 +469,22 @@ class TestConfig:
             _, state = step(memory, random(2, segment_length, 6, seed=seed), state)
         assert state.coefficients.shape == (2, 16, 6)
 
+    @pytest.mark.parametrize("functions", [4, 32, 512])
+    def test_widths_follow_the_distance_between_centres(self, functions):
+        widths = LongTermMemoryConfig(basis_functions=functions).widths
+        distance = float(GaussianBasis.even_grid(functions, widths).centres[2])
+        assert widths == pytest.approx([1.275 * distance, 2.55 * distance], rel=1e-3)
+
+    def test_functions_that_cannot_have_two_widths(self):
+        for functions in (1, 2, 33):
+            with pytest.raises(ValueError, match=f"^model.memory.basis_functions={functions} "):
+                LongTermMemoryConfig(basis_functions=functions)
+
     def test_the_defaults_are_the_published_ones(self):
         config = LongTermMemoryConfig()
         assert (config.segment_length, config.basis_functions, config.past_samples) == (512, 512, 512)
         assert (config.contraction_rate, config.ridge, config.divergence_weight) == (0.5, 0.5, 1e-6)
+        assert config.widths == [0.005, 0.01]
 
 
 class TestNewMemory:

@@ -132,6 +132,14 @@ class TestTheBackboneIsLeftAlone:
         for name, tensor in other.state_dict().items():
             assert torch.equal(tensor, before[name])
 
+    def test_layers_of_its_owner_are_not_initialised_again(self, stock, new_model):
+        """Such as embeddings for new tokens: transformers knows nothing of them."""
+        embeddings = nn.Embedding(VOCABULARY + 3, 24)
+        stock.set_input_embeddings(embeddings)
+        expected = embeddings.weight.clone()
+        wrapped = new_model()
+        assert torch.equal(wrapped.get_input_embeddings().weight, expected)
+
     def test_on_its_own_it_is_the_stock_model(self, stock, model):
         segment = tokens()
         expected = stock(segment).logits

@@ -1,0 +1,231 @@
+"""Whole runs: what they leave behind, and what their options change and do not change."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from infformer.training import run
+from infformer.training.metrics import read_metrics
+from infformer.training.run import RunError
+
+ROOT = Path(__file__).parents[2]
+FIGURES = {"tokens", "words", "bytes", "documents", "nll", "perplexity", "bits_per_byte", "by_position", "per_document"}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {int(line["step"]): line["train/loss"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(configure, train, tmp_path_factory) -> Path:
+    """The folder of a run with all that a run can write."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(configure(folder, {"training.sample_every": 4, "training.sample_tokens": 9}), plots=True)
+    return folder
+
+
+class TestTheFolder:
+    def test_holds_what_the_run_was(self, finished, configure):
+        config = OmegaConf.load(finished / "config.yaml")
+        assert config.training.segment_length == config.model.memory.segment_length == 16
+        assert config.output_dir == str(finished)
+        assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(run.RunConfig), config))
+        versions = json.loads((finished / "versions.json").read_text())
+        assert versions["torch"] == torch.__version__
+        assert versions.keys() >= {"python", "git_revision", "infformer", "transformers", "accelerate", "datasets"}
+
+    def test_metrics(self, finished):
+        lines = read_metrics(finished / "metrics.jsonl")
+        training = [line for line in lines if "train/loss" in line]
+        assert [line["step"] for line in training] == list(range(1, 9))
+        assert training[0].keys() == {
+            "step",
+            "tokens",
+            "train/loss",
+            "train/perplexity",
+            "train/divergence",
+            "train/gradient_norm",
+            "train/tokens_per_second",
+            "train/learning_rate",
+            "train/memory_learning_rate",
+        }
+        assert all(line["train/perplexity"] == pytest.approx(math.exp(line["train/loss"])) for line in training)
+        assert training[-1]["train/loss"] < training[0]["train/loss"]
+        validation = [line for line in lines if "validation/loss" in line]
+        assert [line["step"] for line in validation] == [3, 6, 8]
+        assert validation[0].keys() == {"step", "tokens", "validation/loss", "validation/perplexity"}
+        assert all(line["validation/perplexity"] == pytest.approx(math.exp(line["validation/loss"])) for line in validation)
+
+    def test_results(self, finished, texts):
+        results = json.loads((finished / "results.json").read_text())
+        assert results.keys() == FIGURES | {"controls", "protocol", "before"}
+        assert results["controls"].keys() == {"memory_off", "memory_of_another_document"}
+        for figures in (results, results["before"], *results["controls"].values()):
+            assert figures.keys() >= FIGURES
+            assert figures["perplexity"].keys() == {"token", "word"}
+            documents = [json.loads(line) for line in (texts / "test.jsonl").read_text().splitlines()]
+            assert [entry["id"] for entry in figures["per_document"]] == [document["id"] for document in documents]
+            assert figures["bytes"] == sum(len(document["text"]) for document in documents)
+        assert results["nll"] < results["before"]["nll"]
+        assert results["protocol"].keys() == {"segment", "stride", "reset", "dtype", "checkpoint"}
+        assert results["protocol"]["checkpoint"] == str((finished / "checkpoints" / "best").resolve())
+
+    def test_checkpoints_and_plots(self, finished):
+        assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-00000006", "step-00000008", "best"}
+        assert {path.name for path in (finished / "plots").iterdir()} == {
+            "training.png",
+            "loss_by_position.png",
+            "gain_by_document.png",
+        }
+
+    def test_samples(self, finished):
+        samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+        assert [sample["step"] for sample in samples] == [4, 8]
+        assert all("⟶" in sample["text"] for sample in samples)
+
+    def test_samples_do_not_change_what_is_learned(self, finished, configure, train, tmp_path):
+        train(configure(tmp_path, {"training.evaluate_every": None, "evaluation.before": False}))
+        assert losses(tmp_path) == losses(finished)
+
+
+@pytest.fixture(scope="module")
+def architecture(model_folder, tokenizer) -> dict[str, Any]:
+    """Changes for a model from scratch without dropout: its losses depend on nothing random."""
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return {
+        "model.pretrained": None,
+        "model.architecture": {"model_type": "gpt2", **sizes, **dropout},
+        "model.tokenizer": str(model_folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(configure, train, architecture, tmp_path_factory) -> Path:
+    """The folder of a run of that model."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    train(configure(folder, architecture))
+    return folder
+
+
+class TestTheSameLosses:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"training.gradient_accumulation": 1},
+            {"training.gradient_accumulation": 4},
+            {"training.gradient_checkpointing": True},
+            {"evaluation.batch_size": 1, "training.evaluate_every": 1},
+            pytest.param({"training.compile": True}, marks=pytest.mark.slow),
+        ],
+        ids=lambda changes: ", ".join(map(str, changes)),
+    )
+    def test_with(self, configure, train, architecture, reference, tmp_path, changes):
+        results = train(configure(tmp_path, {**architecture, **changes}))
+        assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-6)
+        assert results["nll"] == pytest.approx(json.loads((reference / "results.json").read_text())["nll"], rel=1e-6)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("bptt_segments", [1, 2])
+    def test_with_two_processes(self, configure, train, options_of, architecture, tmp_path, bptt_segments):
+        """Also when the run of the two is gone on with by one, and the other way round."""
+        changes = {**architecture, "training.bptt_segments": bptt_segments, "schedule.name": "constant"}
+        train(configure(tmp_path / "one", changes))
+        self.start_two(options_of(configure(tmp_path / "two", {**changes, "training.max_steps": 4})))
+        train(configure(tmp_path / "two", {**changes, "training.max_steps": 6, "resume": "auto"}))
+        self.start_two(options_of(configure(tmp_path / "two", {**changes, "resume": "auto"})))
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+        one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+        assert two["nll"] == pytest.approx(one["nll"], rel=1e-6)
+        for name, control in one["controls"].items():
+            assert two["controls"][name]["nll"] == pytest.approx(control["nll"], rel=1e-6)
+
+    def start_two(self, options: list[str]) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stderr
+
+
+class TestOptions:
+    def test_freeze_backbone_trains_the_memory_alone(self, configure, train, tmp_path, model_folder):
+        changes = {"training.freeze_backbone": True, "training.checkpoint_every": 1, "training.keep_checkpoints": 9}
+        train(configure(tmp_path, changes))
+        stock = load_file(model_folder / "model.safetensors")
+        first, last = (weights(tmp_path / "checkpoints" / f"step-0000000{step}") for step in (1, 8))
+        for name, tensor in stock.items():
+            assert torch.equal(last[f"backbone.{name}"], tensor), name
+        memory = [name for name in last if not name.startswith("backbone.")]
+        assert len(memory) >= 2 * 5
+        assert all(not torch.equal(first[name], last[name]) for name in memory)
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        assert "train/learning_rate" not in lines[0]
+        assert lines[0]["train/memory_learning_rate"] > 0
+
+    def test_no_memory(self, configure, train, tmp_path):
+        results = train(configure(tmp_path, {"model.memory": None}))
+        assert results["controls"] == {}
+        assert results["nll"] < results["before"]["nll"]
+        line = read_metrics(tmp_path / "metrics.jsonl")[0]
+        assert line.keys().isdisjoint({"train/divergence", "train/memory_learning_rate"})
+
+    def test_memory_in_one_layer(self, configure, train, tmp_path):
+        train(configure(tmp_path, {"model.memory_layers": [1]}))
+        assert {name.split(".")[1] for name in weights(tmp_path / "checkpoints" / "best") if "backbone" not in name} == {"0"}
+
+    def test_bfloat16(self, configure, train, architecture, reference, tmp_path):
+        results = train(configure(tmp_path, {**architecture, "training.precision": "bfloat16"}))
+        assert losses(tmp_path) != losses(reference)
+        assert losses(tmp_path) == pytest.approx(losses(reference), rel=0.01)
+        assert results["protocol"]["dtype"] == "bfloat16"
+        checkpoint = tmp_path / "checkpoints" / "best"
+        assert {tensor.dtype for tensor in weights(checkpoint).values()} == {torch.float32}
+        state = load_file(checkpoint / "process-00000.safetensors")
+        memories = [tensor for name, tensor in state.items() if name.startswith("memory.") and tensor.is_floating_point()]
+        assert memories
+        assert {tensor.dtype for tensor in memories} == {torch.float32}
+
+    def test_without_test_documents(self, configure, train, tmp_path):
+        assert train(configure(tmp_path, {"data.test": None})) == {}
+        assert not (tmp_path / "results.json").exists()
+        assert (tmp_path / "checkpoints" / "best").exists()
+
+    def test_lanes_that_cannot_be_cut_into_parts(self, configure, train, tmp_path):
+        with pytest.raises(RunError, match=r"training\.batch_size=4 .*training\.gradient_accumulation=3: take a multiple of 3"):
+            train(configure(tmp_path / "run", {"training.gradient_accumulation": 3}))
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("seed", [1, 2**31])
+    def test_another_seed_is_another_run(self, configure, train, finished, tmp_path, seed):
+        train(configure(tmp_path, {"seed": seed, "data.test": None, "training.max_steps": 2}))
+        assert losses(tmp_path)[1] != losses(finished)[1]
+
+
+def test_a_tracker_is_closed_also_when_the_run_fails(configure, train, tmp_path, monkeypatch):
+    """What it still held back is not lost."""
+    done: list[str] = []
+
+    class Tracker(run.NoTracker):
+        def finish(self) -> None:
+            done.append("finished")
+
+    def fail(loop: run.Loop) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "open_tracker", lambda *arguments: Tracker())
+    monkeypatch.setattr(run.Loop, "run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(tmp_path))
+    assert done == ["finished"]
+
