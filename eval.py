@@ -28,9 +28,12 @@ def main(composed: DictConfig) -> None:
     """Compose the configuration, check it, measure, report."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluationRunConfig), composed))
-        assert isinstance(config, EvaluationRunConfig)
+    except (OmegaConfBaseException, ValueError) as error:
+        sys.exit(f"error: {error}")
+    assert isinstance(config, EvaluationRunConfig)
+    try:
         run(config)
-    except (OmegaConfBaseException, UserError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from infformer.config import RunConfig
 from infformer.training import run
 
-WORDS = "the whale sea ship captain white deep wind harpoon night and of to a in under over was went saw".split()
+WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "harpoon", "of", "to", "a", "in", "under")
 MEMORY = {
     "segment_length": "${training.segment_length}",
     "basis_functions": 8,
@@ -115,10 +115,10 @@ def configure(base_config: dict[str, Any]) -> Configure:
     """The configuration of a small run, some options changed: `configure(folder, {"training.max_steps": 3})`."""
 
     def make(folder: Path, changes: dict[str, Any] | None = None) -> RunConfig:
-        config = OmegaConf.merge(OmegaConf.structured(RunConfig), base_config, {"output_dir": str(folder)})
+        config = OmegaConf.create({**base_config, "output_dir": str(folder)})
         for option, value in (changes or {}).items():
             OmegaConf.update(config, option, value)
-        return OmegaConf.to_object(config)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), config))
 
     return make
 
@@ -144,10 +144,10 @@ def options_of() -> Callable[[RunConfig], list[str]]:
     """A configuration as it is typed on the command line of `train.py`."""
 
     def spell(value: Any, option: str) -> list[str]:
+        if isinstance(value, dict) and option == "model.architecture":
+            return [f"{option}={{{', '.join(f'{name}: {json.dumps(inner)}' for name, inner in value.items())}}}"]
         if isinstance(value, dict):
-            return [
-                typed for name, inner in value.items() for typed in spell(inner, f"{option}.{name}" if option else name)
-            ]
+            return [typed for name, inner in value.items() for typed in spell(inner, f"{option}.{name}".lstrip("."))]
         return [f"{option}={json.dumps(value)}"]
 
     return lambda config: spell(OmegaConf.to_container(OmegaConf.structured(config)), "")

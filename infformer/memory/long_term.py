@@ -35,7 +35,7 @@ MINIMAL_VARIANCE = 1e-4
 
 @dataclass
 class LongTermMemoryConfig:
-    """What one long-term memory is; the defaults are the published GPT-2 constants, without stickiness and gate."""
+    """What one long-term memory is; the defaults are the published GPT-2 constants, without stickiness."""
 
     segment_length: int = 512
     """T, tokens of a segment. Only whole segments are written."""
@@ -219,7 +219,6 @@ class LongTermMemory(nn.Module):
         if config.read == "affine":
             # w_μ and w_σ: two linear functions of the N scores of a query.
             self.placement = nn.Linear(config.basis_functions, 2, bias=False)
-            self.placement_bias = nn.Parameter(torch.empty(2, heads))
         if config.input_gate:
             self.gate = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, padding=1)
         self.reset_parameters()
@@ -232,7 +231,6 @@ class LongTermMemory(nn.Module):
         if self.config.read == "affine":
             bound = 1 / math.sqrt(self.config.basis_functions)
             nn.init.uniform_(self.placement.weight, -bound, bound)
-            nn.init.zeros_(self.placement_bias)
         if self.config.input_gate:
             nn.init.normal_(self.gate.weight, std=0.02)
             nn.init.zeros_(cast(Tensor, self.gate.bias))
@@ -329,7 +327,7 @@ class LongTermMemory(nn.Module):
         keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
         query_weight = self.query.weight.to(hidden).unflatten(0, (self.heads, -1))  # [heads, head, hidden]
         directions = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
-        logits = torch.einsum("bkhd,bld->bkhl", directions, hidden) + self.placement_bias.to(hidden).unsqueeze(-1)
+        logits = torch.einsum("bkhd,bld->bkhl", directions, hidden)
         return torch.sigmoid(logits[:, 0]), F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
 
     def _split_heads(self, tensor: Tensor) -> Tensor:

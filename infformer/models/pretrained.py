@@ -8,7 +8,7 @@ so that a recomputed layer (gradient checkpointing) reads the memory it read the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Self, cast
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -93,6 +94,8 @@ class InfformerConfig(PreTrainedConfig):
 class _MemoryCall:
     """One forward pass's memory on its way through the layers."""
 
+    signal: ContinuousSignal
+    """The caller's, by which its layers know that the call is for them."""
     memory: LongTermMemories
     operators: WriteOperators
     """For writing; all layers write at the same time, so they share them."""
@@ -111,7 +114,7 @@ def _attend_to_memory(
     A recomputation stores the same results a second time in a call that nobody reads any more.
     """
     call: _MemoryCall | None = kwargs.get("memory_call")
-    if call is None:  # the backbone used on its own
+    if call is None or call.signal is not layer.signal:  # the backbone used on its own, or wrapped a second time
         return output
     hidden = args[0] if args else kwargs["hidden_states"]
     state = call.memory.layers[index]
@@ -135,6 +138,7 @@ class InfformerForCausalLM(PreTrainedModel):
     config_class = InfformerConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"memories"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -150,9 +154,12 @@ class InfformerForCausalLM(PreTrainedModel):
             self.segment_length = memory.segment_length
             self.signal = ContinuousSignal(memory)
             attentions = _attention_modules(self.backbone)
-            layers = range(len(attentions)) if config.memory_layers is None else config.memory_layers
-            if unknown := [layer for layer in layers if not 0 <= layer < len(attentions)]:
-                raise ModelError(f"model.memory_layers={unknown}: this backbone has layers 0 to {len(attentions) - 1}")
+            layers = list(range(len(attentions))) if config.memory_layers is None else config.memory_layers
+            if len(set(layers)) < len(layers) or not set(layers) <= set(range(len(attentions))):
+                raise ModelError(
+                    f"model.memory_layers={layers}: name each layer at most once; this backbone has layers 0 to "
+                    f"{len(attentions) - 1}"
+                )
             width, heads = config.backbone.hidden_size, config.backbone.num_attention_heads
             for index, layer in enumerate(layers):
                 long_term = LongTermMemory(memory, width, heads, self.signal)
@@ -219,11 +226,12 @@ class InfformerForCausalLM(PreTrainedModel):
             past_key_values, use_cache: the backbone's cache, to generate within a segment.
         """
         batch, length = input_ids.shape
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         if memory is None:
             memory = self.initial_memory(batch)
         if reset is not None:
             memory = memory.reset_rows(reset)
-        call = self._begin(memory, length, lengths, sticky_offsets)
+        call = self._begin(memory, cached, length, lengths, sticky_offsets)
         cache = {"past_key_values": past_key_values, "use_cache": use_cache}
         if self.config.backbone.model_type in ATTENTION_PATHS:
             read = self.backbone.base_model(input_ids, memory_call=call, **cache)
@@ -238,8 +246,9 @@ class InfformerForCausalLM(PreTrainedModel):
         output.auxiliary_losses = self._auxiliary_losses(call, lengths, length)
 
         if labels is not None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=NOT_SCORED)
+            shift_labels = F.pad(self._without_padding(labels, lengths)[:, 1:], (0, 1), value=NOT_SCORED)
         if shift_labels is not None:
+            shift_labels = self._without_padding(shift_labels, lengths)
             output.token_losses = chunked_token_losses(hidden, head, shift_labels)
             scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
             output.loss = output.token_losses.sum() / scored + sum(output.auxiliary_losses.values())
@@ -283,19 +292,36 @@ class InfformerForCausalLM(PreTrainedModel):
         return cast(Iterator[LongTermMemory], iter(self.memories))
 
     def _begin(
-        self, memory: LongTermMemories, length: int, lengths: Tensor | None, offsets: Tensor | None
+        self, memory: LongTermMemories, cached: int, length: int, lengths: Tensor | None, offsets: Tensor | None
     ) -> _MemoryCall | None:
-        if self.segment_length is None:
+        if self.segment_length is None or not self.memories:
             return None
-        if length > self.segment_length:
+        if cached + length > self.segment_length:
             raise ModelError(
-                f"{length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
+                f"{cached + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
             )
         segments = memory.layers[0].segments
         whole = None
         if length == self.segment_length:
             whole = torch.ones_like(segments, dtype=torch.bool) if lengths is None else lengths == length
-        return _MemoryCall(memory, self.signal.operators(segments), whole, offsets)
+        return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets)
+
+    @staticmethod
+    def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is None:
+            return labels
+        padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
+        return labels.masked_fill(padding, NOT_SCORED)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ModelError(
+                "use_reentrant=True: reentrant checkpointing runs the first forward pass without a graph, so nothing would "
+                "flow back through the memory; take {'use_reentrant': False}"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None, length: int) -> dict[str, Tensor]:
         """The divergence of the densities' variance, mean over the tokens of rows with a memory, sum over layers."""
@@ -309,8 +335,9 @@ class InfformerForCausalLM(PreTrainedModel):
         return {"divergence": weight * (divergence * counted).sum() / counted.sum().clamp(min=1)}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The backbone initialises itself; see transformers' `initialize_weights`."""
-        if isinstance(module, LongTermMemory | ContinuousSignal):
+        """The backbone initialises itself; a memory that was loaded stays as it is; buffers are never loaded."""
+        loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()]
+        if isinstance(module, ContinuousSignal) or (isinstance(module, LongTermMemory) and not all(loaded)):
             module.reset_parameters()
 
 

@@ -107,8 +107,8 @@ def save_checkpoint(
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {state.step} could not be written to {root}: "
-                f"{error or 'another process failed'}. Earlier checkpoints are untouched; make room, or set output_dir= "
-                "to another place."
+                f"{error or 'another process failed'}. Earlier checkpoints are untouched; make room, or set "
+                "output_dir= to another place."
             ) from error
     return folder
 

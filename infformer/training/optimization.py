@@ -68,6 +68,4 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 def _parameters_without_decay(model: InfformerForCausalLM) -> set[int]:
     """Norms and biases, which are not matrices, and the memory's input gates. Decay would pull a gate half open."""
-    gates = [module for layer in model.memories for name, module in layer.named_children() if name == "gate"]
-    gated = {id(parameter) for gate in gates for parameter in gate.parameters()}
-    return gated | {id(parameter) for parameter in model.parameters() if parameter.dim() < 2}
+    return {id(parameter) for name, parameter in model.named_parameters() if parameter.dim() < 2 or ".gate." in name}

@@ -102,34 +102,48 @@ def run(config: RunConfig) -> dict[str, Any]:
     tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
         tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))
-    training = config.training
-    reader = make_reader(accelerator, model, training.segment_length, training.precision, config.evaluation.batch_size)
+    try:
+        training = config.training
+        reader = make_reader(
+            accelerator, model, training.segment_length, training.precision, config.evaluation.batch_size
+        )
 
-    if config.evaluation.before and "test" in documents and state.step == 0:
-        state.results_before = evaluate(reader, documents["test"], "test, before training")
-    validation = documents.get("validation")
-    if validation is not None and config.evaluation.max_validation_tokens is not None:
-        validation = validation.beginnings(config.evaluation.max_validation_tokens)
-    Loop(
-        config, accelerator, prepared, state, share, reader, documents["train"], validation, tokenizer, folder, tracker
-    ).run()
-    results: dict[str, Any] = {}
-    if "test" in documents:
-        best = best_checkpoint(folder / "checkpoints")
-        if best is not None and state.best_step != state.step:
-            load_weights(best, model)
-        measured = best or folder / "checkpoints" / f"step-{state.step:08d}"
-        results = measure(reader, documents["test"], config.evaluation.controls, str(measured))
-        results["before"] = state.results_before or None
-    if accelerator.is_main_process:
-        figures = plot_run(folder)
-        if results:
-            write_results(folder / "results.json", results)
-            print(format_table(results), flush=True)
-            figures += plot_results(folder / "results.json")
-        for figure in figures:
-            tracker.log_figure(figure.stem, figure, state.step)
-    tracker.finish()
+        if config.evaluation.before and "test" in documents and state.step == 0:
+            state.results_before = evaluate(reader, documents["test"], "test, before training")
+        validation = documents.get("validation")
+        if validation is not None and config.evaluation.max_validation_tokens is not None:
+            validation = validation.beginnings(config.evaluation.max_validation_tokens)
+        Loop(
+            config,
+            accelerator,
+            prepared,
+            state,
+            share,
+            reader,
+            documents["train"],
+            validation,
+            tokenizer,
+            folder,
+            tracker,
+        ).run()
+        results: dict[str, Any] = {}
+        if "test" in documents:
+            best = best_checkpoint(folder / "checkpoints")
+            if best is not None and state.best_step != state.step:
+                load_weights(best, model)
+            measured = best or folder / "checkpoints" / f"step-{state.step:08d}"
+            results = measure(reader, documents["test"], config.evaluation.controls, str(measured))
+            results["before"] = state.results_before or None
+        if accelerator.is_main_process:
+            figures = plot_run(folder)
+            if results:
+                write_results(folder / "results.json", results)
+                print(format_table(results), flush=True)
+                figures += plot_results(folder / "results.json")
+            for figure in figures:
+                tracker.log_figure(figure.stem, figure, state.step)
+    finally:
+        tracker.finish()
     return results
 
 
@@ -151,7 +165,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Inffor
     if config.training.freeze_backbone:
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -206,15 +220,15 @@ def _where_to_start(config: RunConfig, folder: Path) -> Path | None:
             raise RunError(f"resume={config.resume}: this checkpoint cannot be gone on from: {problem}")
         if newest is not None and newest.resolve() != checkpoint:
             raise RunError(
-                f"resume={config.resume}: output_dir={folder} holds another checkpoint already, {newest.name}: go on with "
-                "that by resume=auto, or choose another name= or output_dir="
+                f"resume={config.resume}: output_dir={folder} holds another checkpoint already, {newest.name}: go on "
+                "with that by resume=auto, or choose another name= or output_dir="
             )
     try:
         then = _flatten(saved_config(checkpoint.parents[1]))
     except OSError as error:
         raise RunError(
-            f"resume={config.resume}: the configuration of its run cannot be read ({error}); go on from a checkpoint where "
-            "it lies, in checkpoints/ of the folder of its run"
+            f"resume={config.resume}: the configuration of its run cannot be read ({error}); go on from a checkpoint "
+            "where it lies, in checkpoints/ of the folder of its run"
         ) from error
     now = _flatten(_as_dictionary(config))
     changed = [

@@ -216,7 +216,9 @@ class TestFigures:
         assert 0 < sums[0][: len(documents)].count_nonzero() < len(documents)
         assert by_document(figures) == pytest.approx(by_document(whole), rel=1e-6)
         assert figures.keys() == whole.keys()
-        assert [entry["tokens"] for entry in figures["by_position"]] == [entry["tokens"] for entry in whole["by_position"]]
+        assert [entry["tokens"] for entry in figures["by_position"]] == [
+            entry["tokens"] for entry in whole["by_position"]
+        ]
 
     def test_of_beginnings(self, model, documents):
         losses = literally(model, documents, "own")
@@ -277,5 +279,3 @@ class TestReport:
         assert read["perplexity"]["token"] is None
         assert read["nll"] == results["nll"]
         format_table(results)
-
-

@@ -345,7 +345,7 @@ class TestRefused:
         with (tmp_path / "mine.jsonl").open("a") as file:
             file.write('{"id": "one more", "text": "the sea the sea the sea"}\n')
         before = contents(tmp_path / "run")
-        with pytest.raises(DataError, match="the documents .* the run to be resumed had"):
+        with pytest.raises(DataError, match=r"the documents .* the run to be resumed had"):
             train(configure(tmp_path / "run", {**changes, "resume": "auto"}))
         assert contents(tmp_path / "run") == before
 
@@ -434,7 +434,7 @@ class TestFullDisk:
     def test_at_the_end(self, configure, train, whole, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             self.at(STEPS, no_space_at_all, patched)
-            with pytest.raises(TrainingFailedError, match="the checkpoint of step 8 could not be written.*make room"):
+            with pytest.raises(TrainingFailedError, match=r"the checkpoint of step 8 could not be written.*make room"):
                 train(configure(tmp_path))
         assert checkpoints(tmp_path) == [4, 6]
         train(configure(tmp_path, {"resume": "auto"}))

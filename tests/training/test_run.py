@@ -21,7 +21,9 @@ FIGURES = {"tokens", "words", "bytes", "documents", "nll", "perplexity", "bits_p
 
 
 def losses(folder: Path) -> dict[int, float]:
-    return {int(line["step"]): line["train/loss"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line}
+    return {
+        int(line["step"]): line["train/loss"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line
+    }
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +68,9 @@ class TestTheFolder:
         validation = [line for line in lines if "validation/loss" in line]
         assert [line["step"] for line in validation] == [3, 6, 8]
         assert validation[0].keys() == {"step", "tokens", "validation/loss", "validation/perplexity"}
-        assert all(line["validation/perplexity"] == pytest.approx(math.exp(line["validation/loss"])) for line in validation)
+        assert all(
+            line["validation/perplexity"] == pytest.approx(math.exp(line["validation/loss"])) for line in validation
+        )
 
     def test_results(self, finished, texts):
         results = json.loads((finished / "results.json").read_text())
@@ -83,7 +87,11 @@ class TestTheFolder:
         assert results["protocol"]["checkpoint"] == str((finished / "checkpoints" / "best").resolve())
 
     def test_checkpoints_and_plots(self, finished):
-        assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-00000006", "step-00000008", "best"}
+        assert {path.name for path in (finished / "checkpoints").iterdir()} == {
+            "step-00000006",
+            "step-00000008",
+            "best",
+        }
         assert {path.name for path in (finished / "plots").iterdir()} == {
             "training.png",
             "loss_by_position.png",
@@ -182,7 +190,9 @@ class TestOptions:
 
     def test_memory_in_one_layer(self, configure, train, tmp_path):
         train(configure(tmp_path, {"model.memory_layers": [1]}))
-        assert {name.split(".")[1] for name in weights(tmp_path / "checkpoints" / "best") if "backbone" not in name} == {"0"}
+        assert {
+            name.split(".")[1] for name in weights(tmp_path / "checkpoints" / "best") if "backbone" not in name
+        } == {"0"}
 
     def test_bfloat16(self, configure, train, architecture, reference, tmp_path):
         results = train(configure(tmp_path, {**architecture, "training.precision": "bfloat16"}))
@@ -192,7 +202,9 @@ class TestOptions:
         checkpoint = tmp_path / "checkpoints" / "best"
         assert {tensor.dtype for tensor in weights(checkpoint).values()} == {torch.float32}
         state = load_file(checkpoint / "process-00000.safetensors")
-        memories = [tensor for name, tensor in state.items() if name.startswith("memory.") and tensor.is_floating_point()]
+        memories = [
+            tensor for name, tensor in state.items() if name.startswith("memory.") and tensor.is_floating_point()
+        ]
         assert memories
         assert {tensor.dtype for tensor in memories} == {torch.float32}
 
@@ -202,7 +214,9 @@ class TestOptions:
         assert (tmp_path / "checkpoints" / "best").exists()
 
     def test_lanes_that_cannot_be_cut_into_parts(self, configure, train, tmp_path):
-        with pytest.raises(RunError, match=r"training\.batch_size=4 .*training\.gradient_accumulation=3: take a multiple of 3"):
+        with pytest.raises(
+            RunError, match=r"training\.batch_size=4 .*training\.gradient_accumulation=3: take a multiple of 3"
+        ):
             train(configure(tmp_path / "run", {"training.gradient_accumulation": 3}))
         assert not (tmp_path / "run").exists()
 
@@ -228,4 +242,3 @@ def test_a_tracker_is_closed_also_when_the_run_fails(configure, train, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         train(configure(tmp_path))
     assert done == ["finished"]
-

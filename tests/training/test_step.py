@@ -1,4 +1,4 @@
-"""One step: the same update however the lanes are cut, gradients as far as they should flow, and none from a bad loss."""
+"""One step: the same update however the lanes are cut, gradients as far as they should flow, none of a bad loss."""
 
 import copy
 import math

@@ -1,0 +1,139 @@
+"""Which parameters learn how fast, with which decay, and how the rates change over a run."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from infformer.config import OptimizerConfig, ScheduleConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
+
+RATES = {"learning_rate": 0.5, "memory_learning_rate": 2.0, "weight_decay": 0.25}
+
+
+@pytest.fixture
+def model(backbone) -> Callable[..., InfformerForCausalLM]:
+    def build(**options) -> InfformerForCausalLM:
+        config = LongTermMemoryConfig(segment_length=16, basis_functions=8, past_samples=16, **options)
+        return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), config)
+
+    return build
+
+
+def groups(model: InfformerForCausalLM, optimizer: Optimizer) -> dict[str, set[str]]:
+    """The names of the parameters by the name of their group; each must be in one group only."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [(group["name"], names[id(parameter)]) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(found) == len({name for _, name in found})
+    return {group: {name for other, name in found if other == group} for group, _ in found}
+
+
+class TestGroups:
+    def test_every_parameter_is_in_the_group_it_belongs_to(self, model):
+        some = model(input_gate=True)
+        found = groups(some, make_optimizer(some, OptimizerConfig(**RATES)))
+        assert found.keys() == {"backbone", "backbone_without_decay", "memory", "memory_without_decay"}
+        assert set.union(*found.values()) == {name for name, _ in some.named_parameters()}
+        for name, parameter in some.named_parameters():
+            part = "backbone" if name.startswith("backbone.") else "memory"
+            without = parameter.dim() < 2 or "ln_" in name or "bias" in name or ".gate." in name
+            assert name in found[f"{part}_without_decay" if without else part], name
+        assert any(name.endswith("output.weight") for name in found["memory"])
+        assert any(".gate.weight" in name for name in found["memory_without_decay"])
+        assert "backbone.transformer.wte.weight" in found["backbone"]
+
+    def test_rates_and_decay(self, model):
+        some = model()
+        for group in make_optimizer(some, OptimizerConfig(**RATES)).param_groups:
+            assert group["lr"] == (2.0 if group["name"].startswith("memory") else 0.5)
+            assert group["weight_decay"] == (0.0 if group["name"].endswith("_without_decay") else 0.25)
+            assert tuple(group["betas"]) == (0.9, 0.999)
+
+    def test_a_frozen_backbone_is_in_none(self, model):
+        some = model()
+        some.backbone.requires_grad_(False)
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES))
+        assert all(group.startswith("memory") for group in groups(some, optimizer))
+        assert learning_rates(optimizer) == {"train/memory_learning_rate": 2.0}
+
+    def test_without_memory(self, backbone):
+        some = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES))
+        assert groups(some, optimizer).keys() == {"backbone", "backbone_without_decay"}
+        assert learning_rates(optimizer) == {"train/learning_rate": 0.5}
+
+    @pytest.mark.parametrize(("name", "kind"), [("adamw", AdamW), ("adam", Adam)])
+    def test_kinds(self, model, name, kind):
+        config = OptimizerConfig(name=name, betas=[0.8, 0.9], epsilon=1e-4)
+        optimizer = make_optimizer(model(), config)
+        assert type(optimizer) is kind
+        assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-4 for group in optimizer.param_groups)
+
+    def test_decay_pulls_at_matrices_only(self, model):
+        some = model(input_gate=True)
+        before = {name: parameter.detach().clone() for name, parameter in some.named_parameters()}
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES))
+        for parameter in some.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        found = groups(some, optimizer)
+        optimizer.step()
+        for name, parameter in some.named_parameters():
+            kept = {name in found["backbone"]: 1 - 0.5 * 0.25, name in found["memory"]: 1 - 2.0 * 0.25}.get(True, 1.0)
+            torch.testing.assert_close(parameter.detach(), kept * before[name])
+
+
+def factors(config: ScheduleConfig, steps: int) -> list[float]:
+    """By what the rates are multiplied in each step."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = Adam([{"name": "backbone", "params": [parameter], "lr": 0.5}])
+    schedule = make_schedule(optimizer, config, steps)
+    found = []
+    for _ in range(steps):
+        found.append(learning_rates(optimizer)["train/learning_rate"] / 0.5)
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+class TestSchedules:
+    STEPS = 20
+
+    @pytest.mark.parametrize("warmup", [0, 5])
+    @pytest.mark.parametrize(
+        ("name", "after"),
+        [
+            ("constant", lambda part, step, warmup: 1.0),
+            ("linear", lambda part, step, warmup: 1 - part),
+            ("cosine", lambda part, step, warmup: 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2),
+            ("inverse_sqrt", lambda part, step, warmup: 1 / math.sqrt(step / warmup if warmup else 1 + step / 10_000)),
+        ],
+    )
+    def test_factor_of_every_step(self, name, after, warmup):
+        expected = [
+            step / warmup if step < warmup else after((step - warmup) / (self.STEPS - warmup), step, warmup)
+            for step in range(self.STEPS)
+        ]
+        config = ScheduleConfig(name=name, warmup_steps=warmup, final_ratio=0.1)
+        assert factors(config, self.STEPS) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    def test_cosine_to_zero(self):
+        found = factors(ScheduleConfig(name="cosine"), 100)
+        assert found[0] == 1.0
+        assert found == sorted(found, reverse=True)
+        assert 0 < found[-1] < 0.001
+
+    def test_all_groups_change_by_the_same_factor(self, model):
+        optimizer = make_optimizer(model(), OptimizerConfig(**RATES))
+        schedule = make_schedule(optimizer, ScheduleConfig(name="linear", warmup_steps=4), 10)
+        for _ in range(7):
+            optimizer.step()
+            schedule.step()
+        assert learning_rates(optimizer) == pytest.approx(
+            {"train/learning_rate": 0.5 * 0.5, "train/memory_learning_rate": 2.0 * 0.5}
+        )
