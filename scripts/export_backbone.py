@@ -1,6 +1,6 @@
 """Take the stock language model out of a checkpoint, with its tokenizer, as a plain Hugging Face folder.
 
-    python scripts/export_backbone.py outputs/pretrain_tiny/checkpoints/best FOLDER --dtype float16
+python scripts/export_backbone.py outputs/pretrain_tiny/checkpoints/best FOLDER --dtype float16
 """
 
 from __future__ import annotations

@@ -60,6 +60,9 @@ class DataConfig:
     """Keep only the beginning of each document: at most this many characters, cut between two words so that the
     counts of words and bytes stay exact. Null: all of it."""
 
+    max_held_out_characters: int | None = None
+    """The same for validation and test documents alone, if they are to be cut shorter. Null: as the training documents."""
+
     beginning_of_document: bool = True
     """Begin each document with the tokenizer's beginning-of-sequence token (or, if it has none, its end-of-sequence
     token), so that the first word is predicted too."""
@@ -88,7 +91,7 @@ class DataConfig:
             )
         if not self.text_field:
             raise DataError("data.text_field=: name the field that holds the text, such as data.text_field=text.")
-        for option in ("max_documents", "max_document_characters", "segments_per_visit"):
+        for option in ("max_documents", "max_document_characters", "max_held_out_characters", "segments_per_visit"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise DataError(f"data.{option}={value}: give a number of at least 1, or null for no limit.")
@@ -114,6 +117,11 @@ class DataConfig:
         if self.source != "files" and len(places) > 1:
             raise DataError(f"data.{split}={value}: only data.source=files takes a list; {remedy} (a+b joins two).")
         return places
+
+    def most_characters(self, split: str) -> int | None:
+        """How much of each document of a split is kept; None for all of it."""
+        held_out = None if split == "train" else self.max_held_out_characters
+        return self.max_document_characters if held_out is None else held_out
 
     @property
     def cache_folder(self) -> Path:

@@ -41,7 +41,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
                 "own, or set data.id_field= to a field that tells them apart."
             )
         seen[document.id] = place
-        text = _beginning(document.text, config.max_document_characters)
+        text = _beginning(document.text, config.most_characters(split))
         try:
             text.encode()
         except UnicodeEncodeError as error:

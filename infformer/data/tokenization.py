@@ -163,11 +163,11 @@ def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> 
                 "id_field",
                 "articles",
                 "max_documents",
-                "max_document_characters",
                 "beginning_of_document",
                 "skip_short_documents",
             )
         },
+        "most_characters": config.most_characters(split),
         "tokenizer": _describe_tokenizer(tokenizer),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

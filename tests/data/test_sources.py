@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict
 
 from infformer.data import DataConfig, DataError, hub, read_documents
 from infformer.data.sources import describe_source
-from infformer.hub import problem_with_the_hub
+from infformer.hub import HubError, problem_with_the_hub
 
 ROWS = [{"id": "one", "text": "The first.\nÄ line."}, {"id": "two", "text": "The second."}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -99,6 +99,16 @@ def test_limits(tmp_path: Path) -> None:
     assert [text[0] for text in texts] == ["on", "one", "one ", "one ", "one two", "one two ", "one two three"]
     assert texts[4][1:] == ["uninter", "ab"]
     assert len(read(path, max_documents=2)) == 2
+
+
+def test_held_out_documents_can_be_cut_shorter(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three four", encoding="utf-8")
+    config = {"source": "files", "train": str(tmp_path / "a.txt"), "test": str(tmp_path / "a.txt")}
+    cut = DataConfig(**config, max_document_characters=14, max_held_out_characters=8)
+    assert [document.text.split() for document in read_documents(cut, "train")] == [["one", "two", "three"]]
+    assert [document.text.split() for document in read_documents(cut, "test")] == [["one", "two"]]
+    cut = DataConfig(**config, max_document_characters=8)
+    assert [document.text.split() for document in read_documents(cut, "test")] == [["one", "two"]]
 
 
 def test_documents_come_one_at_a_time(tmp_path: Path) -> None:
