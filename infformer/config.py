@@ -216,8 +216,9 @@ class RunConfig:
                 )
             if self.model.memory.input_gate and self.training.bptt_segments == 1:
                 raise ValueError(
-                    "model.memory.input_gate=true with training.bptt_segments=1: the gate shapes what later segments read, "
-                    "so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or more"
+                    "model.memory.input_gate=true with training.bptt_segments=1: the gate shapes what later segments "
+                    "read, so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or "
+                    "more"
                 )
         elif self.training.freeze_backbone:
             raise ValueError(

@@ -144,8 +144,6 @@ def options_of() -> Callable[[RunConfig], list[str]]:
     """A configuration as it is typed on the command line of `train.py`."""
 
     def spell(value: Any, option: str) -> list[str]:
-        if isinstance(value, dict) and option == "model.architecture":
-            return [f"{option}={{{', '.join(f'{name}: {json.dumps(inner)}' for name, inner in value.items())}}}"]
         if isinstance(value, dict):
             return [typed for name, inner in value.items() for typed in spell(inner, f"{option}.{name}".lstrip("."))]
         return [f"{option}={json.dumps(value)}"]

@@ -91,7 +91,7 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("training.max_stepz=3", ["training.max_stepz", "max_stepz' is not in struct"]),
+        ("training.max_stepz=3", ["training.max_stepz", "Key 'max_stepz' not in"]),
         ("training.max_steps=many", ["max_steps", "'many'", "Integer"]),
         ("training.max_steps=0", ["training.max_steps=0", "at least 1"]),
         ("training.precision=float8", ["training.precision=float8", "float32, bfloat16, float16"]),
@@ -101,11 +101,11 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
         ("model=nothing", ["model/nothing", "tiny", "gpt2_ltm"]),
         ("data.source=internet", ["data.source=internet", "sample, hub, files"]),
         ("model.memory.read=all", ["model.memory.read=all", "affine, moments, slots"]),
-        ("model.memory.basis_functions=9", ["model.memory.basis_functions=9", "2 widths", "multiple of 2"]),
-        ("model.memory_layers=[0,7]", ["model.memory_layers=[7]", "layers 0 to 1"]),
-        ("model.architecture={model_type: gpt2}", ["model.pretrained=", "model.architecture=", "give one"]),
+        ("model.memory.basis_functions=9", ["model.memory.basis_functions=9", "the 2 widths", "take a multiple"]),
+        ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 1"]),
+        ("model.pretrained=null", ["model.pretrained=", "model.architecture=", "give one"]),
         ("model.pretrained=./nowhere", ["model.pretrained=./nowhere", "no such folder"]),
-        ("training.segment_length=17", ["segment_length=17", "16 positions"]),
+        ("training.segment_length=17", ["segment_length=16", "training.segment_length=17", "set the latter"]),
         ("training.batch_size=64", ["training.batch_size=64", "smaller batch"]),
         ("training.batch_size=3", ["training.batch_size=3", "training.gradient_accumulation=2", "multiple of 2"]),
         ("resume=nowhere", ["resume=nowhere", "cannot be gone on from", "nowhere"]),
@@ -119,10 +119,11 @@ def test_training_refuses(train_refused, option, says):
     assert all(part in message for part in says), message
 
 
-def test_a_segment_longer_than_the_positions_of_a_model_without_memory(train_refused):
-    message = train_refused("model.memory=null", "training.segment_length=17")
+@pytest.mark.parametrize("memory", ["model.memory=null", "model.memory.segment_length=17"])
+def test_a_segment_longer_than_the_positions_of_the_model(train_refused, memory):
+    message = train_refused("training.segment_length=17", memory)
     assert "segment_length=17" in message
-    assert "16" in message
+    assert "16 positions" in message
 
 
 def test_a_folder_that_is_no_model(train_refused, tmp_path):
@@ -156,7 +157,7 @@ def test_a_tokenizer_of_another_model(train_refused, tokenizer, tmp_path):
         ("checkpoint=./nowhere", ["checkpoint=./nowhere", "no such folder"]),
         ("tokenizer=./nowhere", ["tokenizer=./nowhere", "no such folder"]),
         ("data.test=null", ["data.test=null", "needs test documents"]),
-        ("control=false", ["control", "not in struct"]),
+        ("control=false", ["Key 'control' not in"]),
     ],
 )
 def test_evaluation_refuses(eval_refused, option, says):

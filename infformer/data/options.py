@@ -61,7 +61,7 @@ class DataConfig:
     counts of words and bytes stay exact. Null: all of it."""
 
     max_held_out_characters: int | None = None
-    """The same for validation and test documents alone, if they are to be cut shorter. Null: as the training documents."""
+    """The same for validation and test documents alone, if they are to be cut shorter. Null: as for training."""
 
     beginning_of_document: bool = True
     """Begin each document with the tokenizer's beginning-of-sequence token (or, if it has none, its end-of-sequence

@@ -8,7 +8,7 @@ so figures per word and per byte can be compared between tokenizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,11 @@ class Reader:
     Args:
         model: with or without memory.
         segment_length: tokens of a segment.
-        batch_size: documents read side by side, all processes together; the figures do not depend on it.
+        batch_size: documents read side by side, at most, all processes together; the figures do not depend on it.
         precision: autocast type; float32 for none.
-        share: the lanes of this process.
-        reduce: adds up a tensor of float64 over processes.
+        process: the number of this process,
+        processes: of how many that share the documents out.
+        reduce: adds up a tensor over processes.
         progress: show a progress bar.
     """
 
@@ -45,7 +46,8 @@ class Reader:
     segment_length: int
     batch_size: int = 8
     precision: torch.dtype = torch.float32
-    share: Sequence[int] | slice | None = None
+    process: int = 0
+    processes: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     progress: bool = True
 
@@ -241,6 +243,10 @@ def _exp(nats: float) -> float:
 def _with_progress(reader: Reader, documents: TokenizedDocuments, title: str) -> Iterator[Segment]:
     total = int((documents.token_counts - 1).sum())
     with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=None if reader.progress else True) as bar:
-        for segment in read_once(documents, reader.batch_size, reader.segment_length, share=reader.share):
+        # An idle lane costs as much as a busy one, so there are no more lanes than documents, but equally many for each
+        # process.
+        each = -(-min(reader.batch_size, len(documents)) // reader.processes)
+        share = range(reader.process * each, (reader.process + 1) * each)
+        for segment in read_once(documents, each * reader.processes, reader.segment_length, share=share):
             yield segment
             bar.update(segment.global_tokens)

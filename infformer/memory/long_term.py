@@ -42,8 +42,8 @@ class LongTermMemoryConfig:
     basis_functions: int = 512
     """N, the size of the memory: N vectors of the model's width, whatever has been read."""
     widths: list[float] = field(default_factory=list)
-    """Widths of the basis functions, as parts of the whole memory; each centre has one function of each width. Empty: two,
-    1.275 and 2.55 times the distance between centres, which are the published 0.005 and 0.01 for 512 functions."""
+    """Widths of the basis functions, as parts of the whole memory; each centre has one function of each width. Empty:
+    two, 1.275 and 2.55 times the distance between centres: the published 0.005 and 0.01 for 512 functions."""
     past_samples: int = 512
     """M, at how many points the old signal is sampled when a segment is written."""
     contraction: str = "constant"

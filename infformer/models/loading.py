@@ -115,7 +115,7 @@ def _load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
     problem = None
     if path.is_dir():
         name = str(path)
-        if kind is not AutoTokenizer and not (path / "config.json").is_file():
+        if "tokenizer" not in option and not (path / "config.json").is_file():
             raise ModelError(f"{option}={name}: this folder is no model, it has no config.json")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"{option}={name}: there is no such folder (seen from {Path.cwd()})")

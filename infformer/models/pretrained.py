@@ -313,13 +313,13 @@ class InfformerForCausalLM(PreTrainedModel):
         padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
         return labels.masked_fill(padding, NOT_SCORED)
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ModelError(
-                "use_reentrant=True: reentrant checkpointing runs the first forward pass without a graph, so nothing would "
-                "flow back through the memory; take {'use_reentrant': False}"
+                "use_reentrant=True: reentrant checkpointing runs the first forward pass without a graph, so nothing "
+                "would flow back through the memory; take {'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 

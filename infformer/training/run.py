@@ -70,7 +70,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     checkpoint = _where_to_start(config, folder)
     share = _share(config, accelerator)
 
-    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.pretrained))
+    option = "model.pretrained" if config.model.tokenizer is None else "model.tokenizer"
+    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.pretrained), option)
     model = build_model(config, tokenizer)
     documents = {
         split: _tokenize(config, split, tokenizer, model, accelerator)
@@ -104,43 +105,27 @@ def run(config: RunConfig) -> dict[str, Any]:
         tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))
     try:
         training = config.training
-        reader = make_reader(
-            accelerator, model, training.segment_length, training.precision, config.evaluation.batch_size
-        )
-
+        lanes_of_documents = config.evaluation.batch_size
+        reader = make_reader(accelerator, model, training.segment_length, training.precision, lanes_of_documents)
         if config.evaluation.before and "test" in documents and state.step == 0:
             state.results_before = evaluate(reader, documents["test"], "test, before training")
-        validation = documents.get("validation")
-        if validation is not None and config.evaluation.max_validation_tokens is not None:
-            validation = validation.beginnings(config.evaluation.max_validation_tokens)
-        Loop(
-            config,
-            accelerator,
-            prepared,
-            state,
-            share,
-            reader,
-            documents["train"],
-            validation,
-            tokenizer,
-            folder,
-            tracker,
-        ).run()
-        results: dict[str, Any] = {}
-        if "test" in documents:
-            best = best_checkpoint(folder / "checkpoints")
-            if best is not None and state.best_step != state.step:
-                load_weights(best, model)
-            measured = best or folder / "checkpoints" / f"step-{state.step:08d}"
-            results = measure(reader, documents["test"], config.evaluation.controls, str(measured))
-            results["before"] = state.results_before or None
+        loop = Loop(
+            config=config,
+            accelerator=accelerator,
+            prepared=prepared,
+            state=state,
+            share=share,
+            reader=reader,
+            documents=documents["train"],
+            validation=_validation(config, documents),
+            tokenizer=tokenizer,
+            folder=folder,
+            tracker=tracker,
+        )
+        loop.run()
+        results = _measure_test(config, state, reader, documents, folder)
         if accelerator.is_main_process:
-            figures = plot_run(folder)
-            if results:
-                write_results(folder / "results.json", results)
-                print(format_table(results), flush=True)
-                figures += plot_results(folder / "results.json")
-            for figure in figures:
+            for figure in _report(results, folder):
                 tracker.log_figure(figure.stem, figure, state.step)
     finally:
         tracker.finish()
@@ -176,14 +161,14 @@ def make_reader(
     precision: str,
     documents: int,
 ) -> Reader:
-    """A reader of that many documents side by side, or a few more, shared out evenly among the processes."""
-    lanes = documents + -documents % accelerator.num_processes
+    """A reader of that many documents side by side, shared out among the processes."""
     return Reader(
         model,
         segment_length,
-        lanes,
+        documents,
         getattr(torch, precision),
-        share_of_lanes(accelerator, lanes),
+        accelerator.process_index,
+        accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, reduction="sum"),
         accelerator.is_main_process,
     )
@@ -271,6 +256,41 @@ def _tokenize(
     documents = tokenize_documents(config.data, split, tokenizer, waiting_for_main(accelerator))
     documents.check_vocabulary(model.vocabulary_size)
     return documents
+
+
+def _validation(config: RunConfig, documents: dict[str, TokenizedDocuments]) -> TokenizedDocuments | None:
+    """What is measured during training, if anything."""
+    most = config.evaluation.max_validation_tokens
+    validation = documents.get("validation")
+    return validation if validation is None or most is None else validation.beginnings(most)
+
+
+def _measure_test(
+    config: RunConfig,
+    state: TrainingState,
+    reader: Reader,
+    documents: dict[str, TokenizedDocuments],
+    folder: Path,
+) -> dict[str, Any]:
+    """The final figures, of the checkpoint with the lowest validation loss; none without test documents."""
+    if "test" not in documents:
+        return {}
+    best = best_checkpoint(folder / "checkpoints")
+    if best is not None and state.best_step != state.step:
+        load_weights(best, state.model)
+    measured = best or folder / "checkpoints" / f"step-{state.step:08d}"
+    results = measure(reader, documents["test"], config.evaluation.controls, str(measured))
+    return results | {"before": state.results_before or None}
+
+
+def _report(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write and print the results; the figures that were drawn."""
+    figures = plot_run(folder)
+    if results:
+        write_results(folder / "results.json", results)
+        print(format_table(results), flush=True)
+        figures += plot_results(folder / "results.json")
+    return figures
 
 
 def _describe(config: RunConfig, folder: Path, model: InfformerForCausalLM, documents: TokenizedDocuments) -> None:

@@ -210,9 +210,9 @@ class TestFigures:
         """Two processes: each reads its lanes, and the sums of both make the figures."""
         whole = evaluate(reader(model, 4), documents)
         sums: list[Tensor] = []
-        first = reader(model, 4, share=range(2), reduce=lambda tensor: sums.append(tensor) or tensor)
+        first = reader(model, 4, process=0, processes=2, reduce=lambda tensor: sums.append(tensor) or tensor)
         evaluate(first, documents)
-        figures = evaluate(reader(model, 4, share=range(2, 4), reduce=lambda tensor: tensor + sums[0]), documents)
+        figures = evaluate(reader(model, 4, process=1, processes=2, reduce=lambda tensor: tensor + sums[0]), documents)
         assert 0 < sums[0][: len(documents)].count_nonzero() < len(documents)
         assert by_document(figures) == pytest.approx(by_document(whole), rel=1e-6)
         assert figures.keys() == whole.keys()

@@ -279,6 +279,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="13 tokens are more than the memory's segment of 12"):
             model(tokens(length=1), past_key_values=output.past_key_values, use_cache=True)
 
+    @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
     def test_reentrant_checkpointing(self, new_model):
         """It runs the first forward pass without a graph: the memory would lose its gradient and nobody would know."""
         with pytest.raises(ValueError, match="use_reentrant"):

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, and what their options change and do not change."""
 
+import copy
 import json
 import math
 import subprocess
@@ -109,22 +110,21 @@ class TestTheFolder:
 
 
 @pytest.fixture(scope="module")
-def architecture(model_folder, tokenizer) -> dict[str, Any]:
-    """Changes for a model from scratch without dropout: its losses depend on nothing random."""
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return {
-        "model.pretrained": None,
-        "model.architecture": {"model_type": "gpt2", **sizes, **dropout},
-        "model.tokenizer": str(model_folder),
-    }
+def without_dropout(backbone, tokenizer, tmp_path_factory) -> dict[str, Any]:
+    """Changes for a model whose losses depend on nothing random."""
+    folder = tmp_path_factory.mktemp("without_dropout")
+    model = copy.deepcopy(backbone)
+    model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = 0.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"model.pretrained": str(folder)}
 
 
 @pytest.fixture(scope="module")
-def reference(configure, train, architecture, tmp_path_factory) -> Path:
+def reference(configure, train, without_dropout, tmp_path_factory) -> Path:
     """The folder of a run of that model."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    train(configure(folder, architecture))
+    train(configure(folder, without_dropout))
     return folder
 
 
@@ -140,16 +140,16 @@ class TestTheSameLosses:
         ],
         ids=lambda changes: ", ".join(map(str, changes)),
     )
-    def test_with(self, configure, train, architecture, reference, tmp_path, changes):
-        results = train(configure(tmp_path, {**architecture, **changes}))
+    def test_with(self, configure, train, without_dropout, reference, tmp_path, changes):
+        results = train(configure(tmp_path, {**without_dropout, **changes}))
         assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-6)
         assert results["nll"] == pytest.approx(json.loads((reference / "results.json").read_text())["nll"], rel=1e-6)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("bptt_segments", [1, 2])
-    def test_with_two_processes(self, configure, train, options_of, architecture, tmp_path, bptt_segments):
+    def test_with_two_processes(self, configure, train, options_of, without_dropout, tmp_path, bptt_segments):
         """Also when the run of the two is gone on with by one, and the other way round."""
-        changes = {**architecture, "training.bptt_segments": bptt_segments, "schedule.name": "constant"}
+        changes = {**without_dropout, "training.bptt_segments": bptt_segments, "schedule.name": "constant"}
         train(configure(tmp_path / "one", changes))
         self.start_two(options_of(configure(tmp_path / "two", {**changes, "training.max_steps": 4})))
         train(configure(tmp_path / "two", {**changes, "training.max_steps": 6, "resume": "auto"}))
@@ -188,14 +188,28 @@ class TestOptions:
         line = read_metrics(tmp_path / "metrics.jsonl")[0]
         assert line.keys().isdisjoint({"train/divergence", "train/memory_learning_rate"})
 
+    def test_from_scratch(self, configure, train, tmp_path, model_folder):
+        sizes = {"model_type": "gpt2", "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 1}
+        changes = {
+            "model.pretrained": None,
+            "model.architecture": sizes,
+            "model.tokenizer": str(model_folder),
+            "training.segment_length": 32,
+        }
+        train(configure(tmp_path, changes))
+        best = tmp_path / "checkpoints" / "best"
+        assert weights(best)["backbone.transformer.wte.weight"].shape == (257, 8)
+        config = json.loads((best / "model" / "config.json").read_text())
+        assert config["backbone"]["bos_token_id"] == config["backbone"]["eos_token_id"] == 0
+
     def test_memory_in_one_layer(self, configure, train, tmp_path):
         train(configure(tmp_path, {"model.memory_layers": [1]}))
         assert {
             name.split(".")[1] for name in weights(tmp_path / "checkpoints" / "best") if "backbone" not in name
         } == {"0"}
 
-    def test_bfloat16(self, configure, train, architecture, reference, tmp_path):
-        results = train(configure(tmp_path, {**architecture, "training.precision": "bfloat16"}))
+    def test_bfloat16(self, configure, train, without_dropout, reference, tmp_path):
+        results = train(configure(tmp_path, {**without_dropout, "training.precision": "bfloat16"}))
         assert losses(tmp_path) != losses(reference)
         assert losses(tmp_path) == pytest.approx(losses(reference), rel=0.01)
         assert results["protocol"]["dtype"] == "bfloat16"
