@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 import eval as eval_command
 import train as train_command
-from infformer.config import EvaluationRunConfig, RunConfig
+from infformer.config import EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -99,7 +99,8 @@ def test_an_evaluation_needs_a_checkpoint():
 def test_what_is_chosen_with_a_model_belongs_to_one():
     models = {path.stem for path in (CONF / "model").glob("*.yaml")}
     assert {path.stem for path in (CONF / "training").glob("*.yaml")} <= models
-    assert run_config("model=tiny").training.segment_length == 128
+    chosen = OmegaConf.load(CONF / "training" / "tiny.yaml").training.segment_length
+    assert run_config("model=tiny").training.segment_length == chosen != TrainingConfig().segment_length
     assert run_config("model=gpt2_ltm").training.segment_length == 512
 
 

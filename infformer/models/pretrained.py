@@ -138,7 +138,7 @@ class InfformerForCausalLM(PreTrainedModel):
     config_class = InfformerConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"memories"}
+    _keep_in_fp32_modules_strict = {"memories"}  # noqa: RUF012, transformers declares it as an attribute
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

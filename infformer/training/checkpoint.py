@@ -160,9 +160,13 @@ def best_checkpoint(root: Path) -> Path | None:
 def remove_old_checkpoints(root: Path, keep: int) -> None:
     """Keep the last `keep` whole checkpoints and the best; leave nothing half written behind."""
     best = best_checkpoint(root)
-    for folder in [folder for folder in sorted(root.glob("step-????????")) if what_is_wrong(folder) is None][:-keep]:
-        if folder.resolve() != best:
-            shutil.rmtree(folder, ignore_errors=True)
+    folders = sorted(root.glob("step-????????"))
+    kept = [folder for folder in folders if what_is_wrong(folder) is None][-keep:]
+    for folder in folders:
+        if folder < kept[0] and folder.resolve() != best:
+            os.replace(
+                folder, root / f"{folder.name}.partial"
+            )  # if killed now, nothing looks like a checkpoint but is none
     for partial in root.glob("*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 

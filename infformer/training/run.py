@@ -100,6 +100,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         _describe(config, folder, model, documents["train"])
         MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
+        MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
     tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
         tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))

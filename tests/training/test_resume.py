@@ -187,6 +187,19 @@ class TestGoesOnExactly:
         after = [record for record in records(whole) if record["step"] > LAST_CHECKPOINT]
         assert records(tmp_path / "other") == after
 
+    def test_samples_are_not_written_twice(self, configure, train, tmp_path):
+        changes = {
+            "training.sample_every": 2,
+            "training.sample_tokens": 3,
+            "training.checkpoint_every": 3,
+            "data.test": None,
+        }
+        with interrupted(5, die), pytest.raises(Killed):
+            train(configure(tmp_path, changes))
+        train(configure(tmp_path, {**changes, "resume": "auto"}))
+        samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in samples] == [2, 4, 6, 8]
+
     def test_what_was_before_training_is_not_measured_after(self, configure, train, tmp_path):
         without = {"evaluation.before": False}
         with interrupted(3, die), pytest.raises(Killed):
