@@ -29,7 +29,7 @@ class ModelConfig:
 
     pretrained: str | None = None
     """A folder, or the name of a model on the hub. Null: a new model of `architecture`."""
-    architecture: dict[str, Any] | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
     """For a model from scratch: the fields of a Hugging Face configuration, `model_type` among them."""
     tokenizer: str | None = None
     """A folder or a name on the hub. Null: the pretrained model's."""
@@ -41,7 +41,7 @@ class ModelConfig:
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
 
     def __post_init__(self) -> None:
-        if (self.pretrained is None) == (self.architecture is None):
+        if (self.pretrained is None) == (not self.architecture):
             raise ValueError(
                 "give one of model.pretrained= (a folder or a hub name) and model.architecture= (a model from scratch)"
             )
@@ -208,6 +208,8 @@ class RunConfig:
     Null: start; an `output_dir` that already holds a run is an error."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
         if self.model.memory is not None:
             if self.model.memory.segment_length != self.training.segment_length:
                 raise ValueError(

@@ -111,7 +111,7 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
         ("resume=nowhere", ["resume=nowhere", "cannot be gone on from", "nowhere"]),
         ("data.train=nowhere.txt", ["data.train=nowhere.txt", "no such file"]),
         ("data.train=null", ["data.train=null", "needs train documents"]),
-        ("seed=-1", ["seed=-1", "at least 0"]),
+        ("seed=-1", ["seed=-1", "from 0 to"]),
     ],
 )
 def test_training_refuses(train_refused, option, says):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from infformer.config import EvaluationRunConfig, RunConfig
@@ -53,8 +54,9 @@ def test_every_command_is_one_that_is_run_somewhere() -> None:
 def test_the_options_of_a_command_are_known(command: str) -> None:
     kind, schema = ("train", RunConfig) if "train.py" in command else ("eval", EvaluationRunConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(kind, options(command), return_hydra_config=True)
-    del composed["hydra"]
+        whole = compose(kind, options(command), return_hydra_config=True)
+    HydraConfig.instance().set_config(whole)
+    composed = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
     OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
 
 

@@ -125,15 +125,10 @@ def _read_without_memory(reader: Reader) -> Read:
 def _read_with_memory_of_next(reader: Reader, documents: TokenizedDocuments) -> Read:
     """Beside each document its neighbour is read; only that is written to memory."""
     inputs = documents.token_counts - 1
+    read_document = _read_with_memory(reader)
 
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState]:
-        output = reader.model(
-            segment.input_ids,
-            memory=memory,
-            reset=segment.reset,
-            shift_labels=segment.shift_labels,
-            lengths=segment.lengths,
-        )
+        losses, _ = read_document(segment, memory)
         neighbours = torch.zeros_like(segment.input_ids, device="cpu")
         lengths = torch.zeros_like(segment.lengths, device="cpu")
         for row, (document, start) in enumerate(zip(segment.documents.tolist(), segment.starts.tolist(), strict=True)):
@@ -149,7 +144,7 @@ def _read_with_memory_of_next(reader: Reader, documents: TokenizedDocuments) -> 
             lengths=lengths.to(segment.input_ids.device),
             return_logits=False,
         )
-        return output.token_losses, written.memory
+        return losses, written.memory
 
     return read
 

@@ -41,7 +41,8 @@ def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = N
     strata = torch.arange(1, samples + 1, device=histogram.device, dtype=histogram.dtype).expand(rows, -1)
     targets = (strata - (0.5 if offsets is None else offsets.to(histogram))) / samples
     cumulative = histogram.cumsum(-1)
-    index = torch.searchsorted(cumulative, targets.minimum(cumulative[:, -1:]))  # the sum may be rounded below one
+    # The sum may be rounded below one. And where a loss has become NaN, that is to be said there, not by a bad index.
+    index = torch.searchsorted(cumulative, targets.minimum(cumulative[:, -1:])).clamp(max=bins - 1)
     mass = histogram.gather(-1, index)
     before = cumulative.gather(-1, index) - mass
     within = ((targets - before) / mass.clamp(min=torch.finfo(mass.dtype).tiny)).clamp(0, 1)

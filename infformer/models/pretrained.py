@@ -324,15 +324,21 @@ class InfformerForCausalLM(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None, length: int) -> dict[str, Tensor]:
-        """The divergence of the densities' variance, mean over the tokens of rows with a memory, sum over layers."""
+        """The divergence of the densities' variance, mean over tokens, sum over layers.
+
+        A token of a row without a memory counts as zero: divided by the tokens that have one, the mean of two halves of
+        a batch would not be that of the whole.
+        """
         if call is None:
             return {}
         divergence = torch.stack([call.divergences[index] for index in range(len(self.memories))]).sum(0)
         counted = (call.memory.layers[0].segments > 0).unsqueeze(-1).expand_as(divergence)
+        tokens: int | Tensor = divergence.numel()
         if lengths is not None:
             counted = counted & (torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1))
+            tokens = lengths.sum().clamp(min=1)
         weight = next(self._long_term_memories()).config.divergence_weight
-        return {"divergence": weight * (divergence * counted).sum() / counted.sum().clamp(min=1)}
+        return {"divergence": weight * (divergence * counted).sum() / tokens}
 
     def _init_weights(self, module: nn.Module) -> None:
         """The backbone initialises itself; a memory that was loaded stays as it is; buffers are never loaded."""

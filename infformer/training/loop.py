@@ -114,7 +114,7 @@ class Loop:
                 if stop:
                     raise TrainingStopped(stop, saved)
 
-    def _timed_step(self) -> tuple[StepResult, float]:
+    def _timed_step(self) -> tuple[StepResult, dict[str, float], float]:
         start = time.perf_counter()
         training, state = self.config.training, self.state
         self.prepared.train()
@@ -137,10 +137,11 @@ class Loop:
             )
         except NonFiniteError as error:
             raise TrainingFailedError(self._explain(error, segments)) from error
+        rates = learning_rates(state.optimizer)
         state.schedule.step()
         state.step += 1
         state.tokens += result.tokens
-        return result, time.perf_counter() - start
+        return result, rates, time.perf_counter() - start
 
     def _sticky_offsets(self, segment: Segment) -> Tensor | None:
         memory = self.config.model.memory
@@ -151,7 +152,7 @@ class Loop:
     def _report(self, window: _Window, bar: tqdm[None]) -> None:
         if not self.accelerator.is_main_process:
             return
-        metrics = window.metrics() | learning_rates(self.state.optimizer)
+        metrics = window.metrics()
         self._record(metrics)
         line = (
             f"loss {metrics['train/loss']:.4f}  perplexity {metrics['train/perplexity']:.2f}  "
@@ -246,14 +247,16 @@ class _Window:
     """The steps since the last report."""
 
     results: list[StepResult] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, result: StepResult, seconds: float) -> None:
+    def add(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
         self.results.append(result)
+        self.rates = rates
         self.seconds += seconds
 
     def metrics(self) -> dict[str, float]:
-        """Means over tokens; the gradient's norm of the last step."""
+        """Means over tokens; the gradient's norm and the learning rates of the last step."""
         tokens = sum(result.tokens for result in self.results)
         loss = sum(result.loss * result.tokens for result in self.results) / tokens
         auxiliary = {
@@ -265,6 +268,7 @@ class _Window:
             "train/perplexity": math.exp(min(loss, 700)),
             **auxiliary,
             "train/gradient_norm": self.results[-1].gradient_norm,
+            **self.rates,
             "train/tokens_per_second": tokens / self.seconds,
         }
 

@@ -92,6 +92,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if config.training.compile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    # The weights are the same everywhere; what dropout draws from here on is each process's own.
+    seed_everything(config.seed + accelerator.process_index)
     memories: list[MemoryState] = [*model.initial_memory(len(share)).split(config.training.gradient_accumulation)]
     state = TrainingState(model, optimizer, schedule, lanes, memories)
     if checkpoint is not None:
@@ -144,7 +146,6 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Inffor
         kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
         model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, **kernel)
     else:
-        assert chosen.architecture is not None
         model = new_model(chosen.architecture, tokenizer, chosen.memory, chosen.memory_layers, chosen.attention)
     check_fit(model, tokenizer)
     model.check_segment_length(config.training.segment_length)

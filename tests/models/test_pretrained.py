@@ -459,7 +459,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("options", [{}, {"read": "moments"}, {"read": "slots"}])
     def test_loss_and_divergence_literally(self, model, options):
-        """Means over scored tokens, and over real tokens of rows with a memory, summed over layers."""
+        """Means over scored tokens, and over real tokens, where a row without memory counts zero; summed over layers."""
         wrapped = model(**options, divergence_weight=0.5)
         memory = read(wrapped, document(1, rows=3))[0].memory.reset_rows(torch.tensor([False, False, True]))
         segment, lengths = tokens(3, seed=4), torch.tensor([SEGMENT, 5, SEGMENT])
@@ -470,7 +470,8 @@ class TestLosses:
                 index, type(layer).divergence(layer, attention)
             )
         output = wrapped(segment, labels=labels, lengths=lengths, memory=memory)
-        expected = 0.5 * sum(torch.cat([divergence[0], divergence[1, :5]]).mean() for divergence in seen.values())
+        real = SEGMENT + 5 + SEGMENT
+        expected = 0.5 * sum((divergence[0].sum() + divergence[1, :5].sum()) / real for divergence in seen.values())
         assert (expected > 0) == (options.get("read") != "slots")
         assert output.auxiliary_losses.keys() == {"divergence"}
         torch.testing.assert_close(output.auxiliary_losses["divergence"], expected)

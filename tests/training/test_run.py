@@ -179,7 +179,7 @@ class TestOptions:
         assert all(not torch.equal(first[name], last[name]) for name in memory)
         lines = read_metrics(tmp_path / "metrics.jsonl")
         assert "train/learning_rate" not in lines[0]
-        assert lines[0]["train/memory_learning_rate"] > 0
+        assert lines[1]["train/memory_learning_rate"] > 0  # the warm-up begins at zero
 
     def test_no_memory(self, configure, train, tmp_path):
         results = train(configure(tmp_path, {"model.memory": None}))

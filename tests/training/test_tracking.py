@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from infformer.config import TrackerConfig
-from infformer.training.tracking import NoTracker, _ForgivingTracker, flatten, open_tracker
+from infformer.training.tracking import NoTracker, TrackerError, _ForgivingTracker, flatten, open_tracker
 
 CONFIG = {"seed": 1, "model": {"name": "gpt2_ltm", "layers": [0, 1], "memory": {"size": 512, "ridge": 0.5, "kl": None}}}
 
@@ -103,7 +103,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatc
         return real_import(imported, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=rf"pip install 'infformer\[{name}\]'"):
+    with pytest.raises(TrackerError, match=rf"pip install 'infformer\[{name}\]'"):
         open_tracker(TrackerConfig(name), "run", tmp_path, CONFIG)
 
 
