@@ -459,7 +459,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("options", [{}, {"read": "moments"}, {"read": "slots"}])
     def test_loss_and_divergence_literally(self, model, options):
-        """Means over scored tokens, and over real tokens, where a row without memory counts zero; summed over layers."""
+        """Means over scored tokens, and over real tokens (those without memory count zero); summed over layers."""
         wrapped = model(**options, divergence_weight=0.5)
         memory = read(wrapped, document(1, rows=3))[0].memory.reset_rows(torch.tensor([False, False, True]))
         segment, lengths = tokens(3, seed=4), torch.tensor([SEGMENT, 5, SEGMENT])
