@@ -18,7 +18,7 @@ from infformer.evaluation.report import format_table, write_results
 from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
 from infformer.training.run import make_reader
-from infformer.training.runtime import start_processes, waiting_for_main
+from infformer.training.runtime import start_processes
 
 ConfigStore.instance().store(name="evaluation_schema", node=EvaluationRunConfig)
 
@@ -47,7 +47,7 @@ def run(config: EvaluationRunConfig) -> None:
     if segment_length is None:
         raise UserError("segment_length=null: this model has no limit of positions; say how long a segment is")
     model.check_segment_length(segment_length)
-    documents = tokenize_documents(config.data, config.split, tokenizer, waiting_for_main(accelerator))
+    documents = tokenize_documents(config.data, config.split, tokenizer, accelerator.main_process_first())
     reader = make_reader(accelerator, model.to(accelerator.device), segment_length, config.precision, config.batch_size)
     results = measure(reader, documents, config.controls, config.checkpoint)
     if accelerator.is_main_process:

@@ -116,7 +116,7 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator, share: range) -> None:
     """Put everything back into place; all processes call this together."""
     saved = json.loads((folder / "state.json").read_text())
-    state.model.load_state_dict(_load_model_tensors(folder, state.model), strict=True)
+    load_weights(folder, state.model)
     _load_optimizer(folder, state.optimizer, saved["parameter_groups"])
     state.schedule.load_state_dict(saved["schedule"] | {"lr_lambdas": []})  # they are the configuration's
     if accelerator.scaler is not None and saved["scaler"]:

@@ -37,7 +37,7 @@ from infformer.training.checkpoint import (
 from infformer.training.loop import Loop
 from infformer.training.metrics import MetricsLog
 from infformer.training.optimization import make_optimizer, make_schedule
-from infformer.training.runtime import Accelerator, seed_everything, share_of_lanes, start_processes, waiting_for_main
+from infformer.training.runtime import Accelerator, seed_everything, share_of_lanes, start_processes
 from infformer.training.tracking import NoTracker, Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def _tokenize(
     model: InfformerForCausalLM,
     accelerator: Accelerator,
 ) -> TokenizedDocuments:
-    documents = tokenize_documents(config.data, split, tokenizer, waiting_for_main(accelerator))
+    documents = tokenize_documents(config.data, split, tokenizer, accelerator.main_process_first())
     documents.check_vocabulary(model.vocabulary_size)
     return documents
 

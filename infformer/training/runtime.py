@@ -6,8 +6,6 @@ Started by `python`, `accelerate launch` or `torchrun`; the same options make th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -16,7 +14,7 @@ from accelerate.utils import set_seed
 from infformer.config import EngineConfig
 from infformer.errors import UserError
 
-__all__ = ["Accelerator", "seed_everything", "share_of_lanes", "start_processes", "waiting_for_main"]
+__all__ = ["Accelerator", "seed_everything", "share_of_lanes", "start_processes"]
 
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -61,10 +59,3 @@ def share_of_lanes(accelerator: Accelerator, lanes: int) -> range:
     """The lanes of this process: an equal, contiguous part."""
     each = lanes // accelerator.num_processes
     return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-
-
-@contextmanager
-def waiting_for_main(accelerator: Accelerator) -> Iterator[None]:
-    """Work that the main process does first, and the others then find done."""
-    with accelerator.main_process_first():
-        yield
