@@ -21,7 +21,7 @@ from tqdm import tqdm
 from infformer.data.lanes import Segment, read_once
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.memory.state import MemoryState
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.memory_model import MemoryModel
 
 Read = Callable[[Segment, "MemoryState | None"], "tuple[Tensor, MemoryState]"]
 """How one segment is read: the segment and the memory so far to the token losses and the memory after."""
@@ -42,7 +42,7 @@ class Reader:
         progress: show a progress bar.
     """
 
-    model: InfformerForCausalLM
+    model: MemoryModel
     segment_length: int
     batch_size: int = 8
     precision: torch.dtype = torch.float32
@@ -88,7 +88,7 @@ def evaluate_controls(reader: Reader, documents: TokenizedDocuments) -> dict[str
     the memory that the next document of the list (after the last, the first) had at the same distance from its
     beginning: as full, and of text, but of the wrong one. That control needs two documents; with one it is left out.
     """
-    if not reader.model.memories:
+    if not reader.model.has_memory:
         return {}
     controls = {"memory_off": _measure(reader, documents, _read_without_memory(reader), "memory off")}
     if len(documents) > 1:

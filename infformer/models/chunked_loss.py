@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, without the logits of the whole batch at once."""
+"""Losses over a large vocabulary, without the logits of the whole batch at once."""
 
 from __future__ import annotations
 
@@ -14,23 +14,35 @@ NOT_SCORED = -100
 
 
 def chunked_token_losses(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], shift_labels: Tensor, chunk_tokens: int = 1024
+    hidden: Tensor,
+    token_losses: Callable[[Tensor, Tensor], Tensor],
+    shift_labels: Tensor,
+    chunk_tokens: int = 1024,
 ) -> Tensor:
     """Negative log-likelihood of each label.
 
-    The logits of `chunk_tokens` tokens exist at a time; backward makes them again, chunk by chunk.
+    What `token_losses` computes on the way exists for `chunk_tokens` tokens at a time; backward makes it again, chunk
+    by chunk.
 
     Args:
         hidden: last hidden states, [batch, length, hidden].
-        head: hidden states to logits.
+        token_losses: hidden states [tokens, hidden] and labels [tokens] to nats [tokens], 0 where the label is -100;
+            such as `cross_entropy(head)`.
         shift_labels: the token that follows each position, [batch, length]; -100 where nothing is scored.
 
     Returns:
         Nats, float32, [batch, length]; 0 where nothing is scored.
     """
+    chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), shift_labels.flatten().split(chunk_tokens), strict=True)
+    return torch.cat([checkpoint(token_losses, *chunk, use_reentrant=False) for chunk in chunks]).view(
+        shift_labels.shape
+    )
 
-    def losses(hidden: Tensor, labels: Tensor) -> Tensor:
+
+def cross_entropy(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The token losses of a head that maps hidden states to logits."""
+
+    def token_losses(hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), labels, ignore_index=NOT_SCORED, reduction="none")
 
-    chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), shift_labels.flatten().split(chunk_tokens), strict=True)
-    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks]).view(shift_labels.shape)
+    return token_losses

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from infformer.memory.state import MemoryState
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.memory_model import MemoryModel
 
 
 @torch.no_grad()
 def continue_text(
-    model: InfformerForCausalLM,
+    model: MemoryModel,
     prompt: Tensor,
     tokens: int,
     segment_length: int,

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM, ModelError
+from infformer.models.memory_model import MemoryModel, ModelError
+from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
 
 def load_pretrained(
@@ -91,7 +92,7 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
     return tokenizer
 
 
-def check_fit(model: InfformerForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make sure that the model has an embedding for every token.
 
     Raises:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -24,7 +23,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from infformer.errors import UserError
 from infformer.memory.long_term import (
     ContinuousSignal,
     LongTermMemory,
@@ -33,7 +31,8 @@ from infformer.memory.long_term import (
     WriteOperators,
 )
 from infformer.memory.state import LayerMemories
-from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
+from infformer.models.chunked_loss import cross_entropy
+from infformer.models.memory_model import MemoryModel, ModelError
 from infformer.models.outputs import MemoryModelOutput
 
 LongTermMemories = LayerMemories[LongTermState]
@@ -44,10 +43,6 @@ ATTENTION_PATHS = {
 }
 """Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its layers
 hand keyword arguments on to their attention, and its logits are its output embeddings times its last hidden states."""
-
-
-class ModelError(UserError, ValueError):
-    """A model or tokenizer that cannot be loaded, or does not fit."""
 
 
 class InfformerConfig(PreTrainedConfig):
@@ -129,8 +124,8 @@ def _attend_to_memory(
     return (attended + reading.context.to(attended.dtype), *others)
 
 
-class InfformerForCausalLM(PreTrainedModel):
-    """A causal language model that reads a document segment by segment and remembers what it has read.
+class InfformerForCausalLM(MemoryModel):
+    """A stock causal language model with a long-term memory beside its attentions.
 
     `backbone` is the stock model, `memories` the learned parts of the memories, one for each layer that has one.
     """
@@ -211,19 +206,11 @@ class InfformerForCausalLM(PreTrainedModel):
         past_key_values: Any = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
-        """Read one segment of each row.
+        """Read one segment of each row, of at most `segment_length` tokens.
 
         Args:
-            input_ids: [batch, length], at most a segment. Only segments of exactly `segment_length` tokens are written.
-            labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
-            memory: what `memory` was after the row's last segment; empty if not given.
-            reset: rows that begin a new document with this segment, bool [batch].
-            shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them
-                no label is lost between two segments. Instead of `labels`.
-            lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
-            sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, past_samples]; deterministic without.
-            return_logits: by default only where there are no labels.
-            past_key_values, use_cache: the backbone's cache, to generate within a segment.
+            past_key_values, use_cache: the backbone's cache, to generate within a segment. The others are those of
+                every `MemoryModel`.
         """
         batch, length = input_ids.shape
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -245,14 +232,8 @@ class InfformerForCausalLM(PreTrainedModel):
         )
         output.auxiliary_losses = self._auxiliary_losses(call, lengths, length)
 
-        if labels is not None:
-            shift_labels = F.pad(self._without_padding(labels, lengths)[:, 1:], (0, 1), value=NOT_SCORED)
-        if shift_labels is not None:
-            shift_labels = self._without_padding(shift_labels, lengths)
-            output.token_losses = chunked_token_losses(hidden, head, shift_labels)
-            scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
-            output.loss = output.token_losses.sum() / scored + sum(output.auxiliary_losses.values())
-        if return_logits or (return_logits is None and shift_labels is None):
+        scored = self._score(output, hidden, cross_entropy(head), labels, shift_labels, lengths)
+        if return_logits or (return_logits is None and not scored):
             output.logits = head(hidden)
         return output
 
@@ -262,25 +243,16 @@ class InfformerForCausalLM(PreTrainedModel):
         return getattr(self.config.backbone, "max_position_embeddings", None)
 
     @property
-    def vocabulary_size(self) -> int:
-        """How many tokens the backbone knows."""
-        return cast(nn.Embedding, self.get_input_embeddings()).weight.shape[0]
-
-    def check_segment_length(self, length: int) -> None:
-        """Make sure that the backbone has a position for every place in a segment.
-
-        Raises:
-            ModelError: it has not.
-        """
-        if self.positions is not None and length > self.positions:
-            raise ModelError(
-                f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
-                f"{self.positions} at most"
-            )
+    def sticky_samples(self) -> int:
+        memory = self.config.memory_config
+        return memory.past_samples if memory is not None and memory.sticky else 0
 
     def initial_memory(self, batch: int) -> LongTermMemories:
         """Empty memories for `batch` rows."""
         return LayerMemories(tuple(layer.initial_state(batch) for layer in self._long_term_memories()))
+
+    def memory_parameters(self) -> Iterator[nn.Parameter]:
+        return self.memories.parameters()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -305,13 +277,6 @@ class InfformerForCausalLM(PreTrainedModel):
         if length == self.segment_length:
             whole = torch.ones_like(segments, dtype=torch.bool) if lengths is None else lengths == length
         return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets)
-
-    @staticmethod
-    def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:
-        if lengths is None:
-            return labels
-        padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
-        return labels.masked_fill(padding, NOT_SCORED)
 
     def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

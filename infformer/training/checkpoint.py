@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from infformer.data.lanes import Lanes
 from infformer.errors import UserError
 from infformer.memory.state import MemoryState
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.memory_model import MemoryModel
 from infformer.training.runtime import Accelerator
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class CheckpointError(UserError, RuntimeError):
 class TrainingState:
     """All that changes while a run trains."""
 
-    model: InfformerForCausalLM
+    model: MemoryModel
     """The model itself, not what the engine wraps around it."""
     optimizer: Optimizer
     schedule: LRScheduler
@@ -171,7 +171,7 @@ def remove_old_checkpoints(root: Path, keep: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_weights(folder: Path, model: InfformerForCausalLM) -> None:
+def load_weights(folder: Path, model: MemoryModel) -> None:
     """The weights alone."""
     model.load_state_dict(_load_model_tensors(folder, model), strict=True)
 
@@ -252,7 +252,7 @@ def _load_optimizer(folder: Path, optimizer: Optimizer, groups: list[dict[str, A
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
-def _load_model_tensors(folder: Path, model: InfformerForCausalLM) -> dict[str, Tensor]:
+def _load_model_tensors(folder: Path, model: MemoryModel) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in sorted((folder / "model").glob("*.safetensors")):
         tensors |= load_file(path)

@@ -144,10 +144,8 @@ class Loop:
         return result, rates, time.perf_counter() - start
 
     def _sticky_offsets(self, segment: Segment) -> Tensor | None:
-        memory = self.config.model.memory
-        if memory is None or not memory.sticky:
-            return None
-        return draw_sticky_offsets(segment, memory.past_samples, self.config.seed)
+        samples = self.state.model.sticky_samples
+        return draw_sticky_offsets(segment, samples, self.config.seed) if samples else None
 
     def _report(self, window: _Window, bar: tqdm[None]) -> None:
         if not self.accelerator.is_main_process:

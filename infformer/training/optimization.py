@@ -9,15 +9,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from infformer.config import OptimizerConfig, ScheduleConfig
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.memory_model import MemoryModel
 
 
-def make_optimizer(model: InfformerForCausalLM, config: OptimizerConfig) -> Optimizer:
+def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:
     """Adam over four groups: backbone and memory, each with and without weight decay.
 
     Groups are named `backbone`, `backbone_without_decay`, `memory`, `memory_without_decay`; empty ones are left out.
     """
-    in_memory = {id(parameter) for parameter in model.memories.parameters()}
+    in_memory = {id(parameter) for parameter in model.memory_parameters()}
     without_decay = _parameters_without_decay(model)
     groups: dict[str, list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -66,6 +66,6 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {names[name]: rate for name, rate in rates.items()}
 
 
-def _parameters_without_decay(model: InfformerForCausalLM) -> set[int]:
+def _parameters_without_decay(model: MemoryModel) -> set[int]:
     """Norms and biases, which are not matrices, and the memory's input gates. Decay would pull a gate half open."""
     return {id(parameter) for name, parameter in model.named_parameters() if parameter.dim() < 2 or ".gate." in name}

@@ -23,7 +23,7 @@ from infformer.evaluation.perplexity import Reader, evaluate, measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.memory.state import MemoryState
 from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_model
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.memory_model import MemoryModel
 from infformer.plots.evaluation import plot_results
 from infformer.plots.run import plot_run
 from infformer.training.checkpoint import (
@@ -135,7 +135,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     return results
 
 
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InfformerForCausalLM:
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> MemoryModel:
     """The model that a run trains.
 
     Raises:
@@ -158,7 +158,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Inffor
 
 def make_reader(
     accelerator: Accelerator,
-    model: InfformerForCausalLM,
+    model: MemoryModel,
     segment_length: int,
     precision: str,
     documents: int,
@@ -252,7 +252,7 @@ def _tokenize(
     config: RunConfig,
     split: str,
     tokenizer: PreTrainedTokenizerBase,
-    model: InfformerForCausalLM,
+    model: MemoryModel,
     accelerator: Accelerator,
 ) -> TokenizedDocuments:
     documents = tokenize_documents(config.data, split, tokenizer, accelerator.main_process_first())
@@ -295,7 +295,7 @@ def _report(results: dict[str, Any], folder: Path) -> list[Path]:
     return figures
 
 
-def _describe(config: RunConfig, folder: Path, model: InfformerForCausalLM, documents: TokenizedDocuments) -> None:
+def _describe(config: RunConfig, folder: Path, model: MemoryModel, documents: TokenizedDocuments) -> None:
     """Write down what is run, by which versions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -304,7 +304,7 @@ def _describe(config: RunConfig, folder: Path, model: InfformerForCausalLM, docu
     versions |= {package: _version(package) for package in packages}
     (folder / "versions.json").write_text(json.dumps(versions, indent=1))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    in_memory = sum(parameter.numel() for parameter in model.memories.parameters())
+    in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
     logger.info(
         "%s: %s documents, %s tokens to learn from; %s parameters trained, %s of them the memory's",
         config.name, f"{len(documents):,}", f"{int(documents.token_counts.sum()):,}", f"{trained:,}", f"{in_memory:,}",

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
+from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses, cross_entropy
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 7, 5, 11
 
@@ -40,7 +40,7 @@ def labels() -> Tensor:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 20, 21, 1024])
 def test_equals_plain_cross_entropy(head, hidden, labels, chunk_tokens):
-    losses = chunked_token_losses(hidden, head, labels, chunk_tokens)
+    losses = chunked_token_losses(hidden, cross_entropy(head), labels, chunk_tokens)
     plain = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), plain, rtol=1e-6, atol=1e-6)
@@ -57,7 +57,7 @@ def test_equals_plain_cross_entropy(head, hidden, labels, chunk_tokens):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 21])
 def test_positions_without_a_label_lose_nothing(head, hidden, labels, chunk_tokens):
-    losses = chunked_token_losses(hidden, head, labels, chunk_tokens)
+    losses = chunked_token_losses(hidden, cross_entropy(head), labels, chunk_tokens)
     scored = labels != NOT_SCORED
     assert (losses[~scored] == 0).all()
     assert (losses[scored] > 0).all()
@@ -66,7 +66,7 @@ def test_positions_without_a_label_lose_nothing(head, hidden, labels, chunk_toke
 
 
 def test_nothing_to_score_at_all(head, hidden):
-    losses = chunked_token_losses(hidden, head, torch.full((BATCH, LENGTH), NOT_SCORED), 4)
+    losses = chunked_token_losses(hidden, cross_entropy(head), torch.full((BATCH, LENGTH), NOT_SCORED), 4)
     losses.sum().backward()
     assert losses.sum() == 0
     assert head.weight.grad.abs().max() == 0
@@ -82,7 +82,7 @@ def test_logits_of_one_chunk_at_a_time(head, hidden, labels, chunk_tokens):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = chunked_token_losses(hidden, head, labels, chunk_tokens)
+        losses = chunked_token_losses(hidden, cross_entropy(head), labels, chunk_tokens)
     chunks = -(-BATCH * LENGTH // chunk_tokens)
     assert len(head.calls) == chunks
     assert max(kept, default=0) == 0
@@ -93,6 +93,6 @@ def test_logits_of_one_chunk_at_a_time(head, hidden, labels, chunk_tokens):
 
 def test_in_evaluation(head, hidden, labels):
     with torch.no_grad():
-        losses = chunked_token_losses(hidden, head, labels, 4)
+        losses = chunked_token_losses(hidden, cross_entropy(head), labels, 4)
     assert not losses.requires_grad
-    assert torch.equal(losses, chunked_token_losses(hidden, head, labels, 4))
+    assert torch.equal(losses, chunked_token_losses(hidden, cross_entropy(head), labels, 4))

@@ -1,0 +1,112 @@
+"""What every language model with a memory promises, whatever its backbone and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from infformer.errors import UserError
+from infformer.memory.state import MemoryState
+from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
+from infformer.models.outputs import MemoryModelOutput
+
+
+class ModelError(UserError, ValueError):
+    """A model or tokenizer that cannot be loaded, or does not fit."""
+
+
+class MemoryModel(PreTrainedModel):
+    """A causal language model that reads a document segment by segment; its memory is a value between two of them.
+
+    `forward(input_ids, labels, memory, reset, *, shift_labels, lengths, sticky_offsets, return_logits)` returns a
+    `MemoryModelOutput`:
+
+        input_ids: one segment of each row, [batch, length].
+        labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
+        memory: what `memory` was after the row's last segment; empty if not given.
+        reset: rows that begin a new document with this segment, bool [batch].
+        shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
+            label is lost between two segments. Instead of `labels`.
+        lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
+        sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, sticky_samples]; deterministic without.
+        return_logits: by default only where there are no labels.
+    """
+
+    segment_length: int | None
+    """Only whole segments of this many tokens are written to memory. None: there is no memory to write to."""
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything is carried from one segment to the next."""
+        return self.segment_length is not None
+
+    @property
+    def sticky_samples(self) -> int:
+        """How many random offsets a row's sticky memories take in training; 0 without stickiness."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has; None if it has no such limit."""
+        raise NotImplementedError
+
+    def initial_memory(self, batch: int) -> MemoryState:
+        """Empty memories for `batch` rows."""
+        raise NotImplementedError
+
+    def memory_parameters(self) -> Iterator[nn.Parameter]:
+        """The memory's own parameters, as against the backbone's."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the model knows."""
+        return self.get_input_embeddings().weight.shape[0]  # type: ignore[return-value, index]
+
+    def check_segment_length(self, length: int) -> None:
+        """Make sure that the model can read segments of this length.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        if self.positions is not None and length > self.positions:
+            raise ModelError(
+                f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
+                f"{self.positions} at most"
+            )
+
+    def _score(
+        self,
+        output: MemoryModelOutput,
+        hidden: Tensor,
+        token_losses: Callable[[Tensor, Tensor], Tensor],
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        lengths: Tensor | None,
+    ) -> bool:
+        """Fill in the losses of an output, if there are labels; whether there are.
+
+        Args:
+            hidden: last hidden states, [batch, length, hidden].
+            token_losses: hidden states [tokens, hidden] and labels [tokens] to nats.
+        """
+        if labels is not None:
+            shift_labels = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=NOT_SCORED)
+        if shift_labels is None:
+            return False
+        shift_labels = _without_padding(shift_labels, lengths)
+        output.token_losses = chunked_token_losses(hidden, token_losses, shift_labels)
+        scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
+        output.loss = output.token_losses.sum() / scored + sum((output.auxiliary_losses or {}).values())
+        return True
+
+
+def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return labels
+    padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
+    return labels.masked_fill(padding, NOT_SCORED)
