@@ -40,7 +40,7 @@ def main(composed: DictConfig) -> None:
 def run(config: EvaluationRunConfig) -> None:
     """Read the documents; print the table; write `results.json` and the plots."""
     accelerator = start_processes(config.engine, config.precision)
-    model = load_trained(config.checkpoint, config.segment_length)
+    model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
     tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, "tokenizer" if config.tokenizer else "checkpoint")
     check_fit(model, tokenizer)
     segment_length = config.segment_length or model.segment_length or model.positions

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infformer.data.options import DataConfig
+from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.tasks.sorting_sequences import SortingConfig
 
 
 def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -25,18 +28,23 @@ def _check_at_least(option: str, value: float | None, minimum: float) -> None:
 
 @dataclass
 class ModelConfig:
-    """Which language model, and which memory beside its attention."""
+    """Which model, and what it remembers."""
 
     pretrained: str | None = None
     """A folder, or the name of a model on the hub. Null: a new model of `architecture`."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """For a model from scratch: the fields of a Hugging Face configuration, `model_type` among them."""
+    """For a model from scratch: the fields of a Hugging Face configuration, `model_type` among them. With `decoder`,
+    those of `DecoderConfig` (infformer/models/decoder.py)."""
     tokenizer: str | None = None
-    """A folder or a name on the hub. Null: the pretrained model's."""
+    """A folder, a name on the hub, or `words`: every word of the training documents. Null: the pretrained model's."""
     memory: LongTermMemoryConfig | None = None
-    """Null: the model alone."""
+    """∞-former's long-term memory. Null: none."""
     memory_layers: list[int] | None = None
-    """Layers that get a memory, from 0. Null: all."""
+    """Layers of a Hugging Face model that get one, from 0. Null: all."""
+    short_term_length: int = 0
+    """Transformer-XL: the last hidden states that a decoder's attention sees beside the segment. 0: none."""
+    compressive: CompressiveMemoryConfig | None = None
+    """Compressive Transformer: what leaves a decoder's short-term memory, compressed. Null: none."""
     attention: str | None = None
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
 
@@ -45,8 +53,32 @@ class ModelConfig:
             raise ValueError(
                 "give one of model.pretrained= (a folder or a hub name) and model.architecture= (a model from scratch)"
             )
-        if self.pretrained is None and self.tokenizer is None:
-            raise ValueError("model.tokenizer=null: a model from scratch needs a tokenizer, a folder or a hub name")
+        if not self.is_decoder and (self.short_term_length or self.compressive is not None):
+            raise ValueError(
+                f"model.short_term_length={self.short_term_length}, model.compressive="
+                f"{'null' if self.compressive is None else '…'}: only model=decoder has such memories; beside a "
+                "Hugging Face model choose model/memory=none, long_term, sticky or published"
+            )
+        if self.is_decoder and self.memory_layers is not None:
+            raise ValueError(
+                f"model.memory_layers={list(self.memory_layers)}: all layers of a decoder have the same memories; set "
+                "it to null"
+            )
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether this is the project's own model from scratch."""
+        return self.architecture.get("model_type") == "decoder"
+
+    def decoder_memory(self, segment_length: int) -> MemoryConfig | None:
+        """The memories of a decoder that reads segments of this length; None for none.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        if not self.short_term_length and self.compressive is None and self.memory is None:
+            return None
+        return MemoryConfig(segment_length, self.short_term_length, self.compressive, self.memory)
 
 
 @dataclass
@@ -192,6 +224,8 @@ class RunConfig:
     """One training run."""
 
     model: ModelConfig
+    task: SortingConfig | None = None
+    """What to learn. Null: language modelling, on the documents of `data`."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -210,6 +244,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
+        if self.task is None and self.model.pretrained is None and self.model.tokenizer is None:
+            raise ValueError(
+                "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words"
+            )
+        if self.model.is_decoder:
+            self.model.decoder_memory(self.training.segment_length)
         if self.model.memory is not None:
             if self.model.memory.segment_length != self.training.segment_length:
                 raise ValueError(
@@ -222,9 +262,10 @@ class RunConfig:
                     "read, so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or "
                     "more"
                 )
-        elif self.training.freeze_backbone:
+        if self.training.freeze_backbone and (self.model.memory is None or self.model.is_decoder):
             raise ValueError(
-                "training.freeze_backbone=true with model/memory=none leaves nothing to train: give it a memory"
+                "training.freeze_backbone=true trains a memory beside a pretrained model, and this run has none: set "
+                "it to false, or choose such a model and a memory"
             )
 
 
@@ -245,6 +286,8 @@ class EvaluationRunConfig:
     """Documents read side by side; the figures do not depend on it."""
     controls: bool = True
     """Measure again without the memory and with the memory of another document."""
+    short_term_length: int | None = None
+    """Tokens of a decoder's short-term memory, which may be longer than in training. Null: as in training."""
     tokenizer: str | None = None
     """A folder or a hub name. Null: the model's."""
     output_dir: str = "outputs/evaluation"
@@ -254,4 +297,5 @@ class EvaluationRunConfig:
         _check_choice("split", self.split, ("train", "validation", "test"))
         _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
         _check_at_least("segment_length", self.segment_length, 2)
+        _check_at_least("short_term_length", self.short_term_length, 1)
         _check_at_least("batch_size", self.batch_size, 1)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from infformer.config import RunConfig
+from infformer.tasks import language_modelling
 from infformer.training import run
 
 WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "harpoon", "of", "to", "a", "in", "under")
@@ -133,7 +134,7 @@ def train() -> Train:
         with pytest.MonkeyPatch.context() as patch:
             if not plots:
                 patch.setattr(run, "plot_run", lambda folder: [])
-                patch.setattr(run, "plot_results", lambda results: [])
+                patch.setattr(language_modelling, "plot_results", lambda results: [])
             return run.run(config)
 
     return start

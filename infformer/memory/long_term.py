@@ -153,11 +153,13 @@ class ContinuousSignal(nn.Module):
         config = self.config
         past, new = self.past, self.new
         if config.contraction == "uniform":
-            contraction = segments.clamp(min=1).double() / (segments.clamp(min=1) + 1)
+            # Rows that have written equally much share their operators, and their operators' factorisation.
+            counts, rows = segments.clamp(min=1).unique(return_inverse=True)
             basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
             basis = GaussianBasis(basis.centres.to(segments.device), basis.widths.to(segments.device))
+            contraction = counts.double() / (counts + 1)
             past, new = (
-                operator.to(self.new.dtype)
+                operator.to(self.new.dtype)[rows]
                 for operator in next_operators(
                     basis, config.segment_length, config.past_samples, contraction, config.ridge
                 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MemoryState:
-    """A value whose fields are tensors, or tuples of other states; the first axis of every tensor is the row.
+    """A value whose fields are tensors, other states or tuples of them, or None; the first axis of a tensor is the row.
 
     A row is one stream of text. Rows never mix. A row that is zero throughout is an empty memory.
     """
@@ -21,8 +21,8 @@ class MemoryState:
         """A state of the same shape with `function` applied to every tensor."""
 
         def apply(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return function(value)
+            if value is None or isinstance(value, Tensor):
+                return None if value is None else function(value)
             return value.map_tensors(function) if isinstance(value, MemoryState) else tuple(map(apply, value))
 
         return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
@@ -70,7 +70,7 @@ class MemoryState:
                 named[name] = value
             elif isinstance(value, MemoryState):
                 named.update(value.named_tensors(f"{name}."))
-            else:
+            elif value is not None:
                 for position, element in enumerate(value):
                     collect(f"{name}.{position}", element)
 

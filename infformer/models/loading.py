@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
+from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.memory_model import MemoryModel, ModelError
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
@@ -35,22 +39,42 @@ def load_pretrained(
             f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
             "backbone alone export that first: python scripts/export_backbone.py CHECKPOINT FOLDER"
         )
+    if isinstance(config, DecoderConfig):
+        raise ModelError(
+            f"model.pretrained={name} is a decoder from scratch, which brings its own memories; to go on training it "
+            "use resume="
+        )
     backbone = _load(AutoModelForCausalLM, name, "model.pretrained", dtype=torch.float32, **kwargs)
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
 
 
-def load_trained(name: str, segment_length: int | None = None) -> InfformerForCausalLM:
+def load_trained(
+    name: str, segment_length: int | None = None, short_term_length: int | None = None
+) -> InfformerForCausalLM | DecoderForCausalLM:
     """A model to be measured: one of ours with its memory, or any causal language model without.
 
     Args:
         name: a checkpoint of a run, a model folder, or the name of a model on the hub.
         segment_length: tokens of a segment, for a memory other than those it was trained with. None: the same.
+        short_term_length: the same for the length of a decoder's short-term memory.
 
     Raises:
-        ModelError: no model there, or the hub cannot be reached.
+        ModelError: no model there, the hub cannot be reached, or the model cannot have such a memory.
     """
     folder = model_folder(name)
     config = _load(AutoConfig, folder, "checkpoint")
+    if short_term_length is not None and not getattr(config, "memory_config", MemoryConfig()).short_term_length:
+        raise ModelError(f"short_term_length={short_term_length}: {name} has no short-term memory; set it to null")
+    if isinstance(config, DecoderConfig):
+        memory = config.memory_config
+        memory = MemoryConfig(
+            segment_length or memory.segment_length,
+            short_term_length or memory.short_term_length,
+            memory.compressive,
+            memory.long_term and replace(memory.long_term, segment_length=segment_length or memory.segment_length),
+        )
+        config.memory = asdict(memory) if config.memory else None
+        return _load(DecoderForCausalLM, folder, "checkpoint", config=config, dtype=torch.float32)
     if not isinstance(config, InfformerConfig):
         return InfformerForCausalLM.from_backbone(
             _load(AutoModelForCausalLM, folder, "checkpoint", dtype=torch.float32)
@@ -62,24 +86,41 @@ def load_trained(name: str, segment_length: int | None = None) -> InfformerForCa
 
 def new_model(
     architecture: dict[str, Any],
-    vocabulary: PreTrainedTokenizerBase,
     memory: LongTermMemoryConfig | None = None,
     memory_layers: list[int] | None = None,
     attention: str | None = None,
 ) -> InfformerForCausalLM:
-    """A model from scratch, its vocabulary that of the tokenizer unless the architecture says otherwise."""
-    fields = {
-        "vocab_size": len(vocabulary),
-        "bos_token_id": vocabulary.bos_token_id,
-        "eos_token_id": vocabulary.eos_token_id,
-        **architecture,
-    }
+    """A stock model from scratch, from the fields of its configuration, with a memory beside its attention."""
     try:
-        config = AutoConfig.for_model(**fields)
+        config = AutoConfig.for_model(**architecture)
     except (TypeError, ValueError) as error:
         raise ModelError(f"model.architecture={architecture}: {error}") from error
     backbone = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
+
+
+def new_decoder(architecture: dict[str, Any], memory: MemoryConfig | None = None) -> DecoderForCausalLM:
+    """A decoder from scratch, from the fields of its configuration.
+
+    Raises:
+        ModelError: an option that a decoder does not have, or a value that it cannot have.
+    """
+    fields = {name: value for name, value in architecture.items() if name != "model_type"}
+    known = {*inspect.signature(DecoderConfig).parameters, "bos_token_id", "eos_token_id"} - {"memory", "kwargs"}
+    for name in fields.keys() - known:
+        raise ModelError(
+            f"model.architecture.{name}={fields[name]}: a decoder has no such option; it has {', '.join(sorted(known))}"
+        )
+    return DecoderForCausalLM(DecoderConfig(**fields, memory=memory))
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a model's configuration says of its vocabulary: size, and the tokens that begin and end a text."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
 
 
 def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedTokenizerBase:

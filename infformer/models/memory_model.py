@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from infformer.errors import UserError
@@ -79,6 +81,16 @@ class MemoryModel(PreTrainedModel):
                 f"{self.positions} at most"
             )
 
+    def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ModelError(
+                "use_reentrant=True: reentrant checkpointing runs the first forward pass without a graph, so nothing "
+                "would flow back through the memory; take {'use_reentrant': False}"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
     def _score(
         self,
         output: MemoryModelOutput,
@@ -103,6 +115,21 @@ class MemoryModel(PreTrainedModel):
         scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
         output.loss = output.token_losses.sum() / scored + sum((output.auxiliary_losses or {}).values())
         return True
+
+
+def mean_over_tokens(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean of [batch, length] over the real tokens of all rows.
+
+    A row that does not count is zero and not left out: otherwise the mean of two halves of a batch would not be that of
+    the whole.
+
+    Args:
+        lengths: real tokens of each row, [batch]; all if not given.
+    """
+    if lengths is None:
+        return values.mean()
+    real = torch.arange(values.shape[1], device=lengths.device) < lengths.unsqueeze(-1)
+    return (values * real).sum() / lengths.sum().clamp(min=1)
 
 
 def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ from infformer.memory.long_term import (
 )
 from infformer.memory.state import LayerMemories
 from infformer.models.chunked_loss import cross_entropy
-from infformer.models.memory_model import MemoryModel, ModelError
+from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
 from infformer.models.outputs import MemoryModelOutput
 
 LongTermMemories = LayerMemories[LongTermState]
@@ -230,7 +230,7 @@ class InfformerForCausalLM(MemoryModel):
         output.memory = (
             LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
         )
-        output.auxiliary_losses = self._auxiliary_losses(call, lengths, length)
+        output.auxiliary_losses = self._auxiliary_losses(call, lengths)
 
         scored = self._score(output, hidden, cross_entropy(head), labels, shift_labels, lengths)
         if return_logits or (return_logits is None and not scored):
@@ -288,22 +288,14 @@ class InfformerForCausalLM(MemoryModel):
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
-    def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None, length: int) -> dict[str, Tensor]:
-        """The divergence of the densities' variance, mean over tokens, sum over layers.
-
-        A token of a row without a memory counts as zero: divided by the tokens that have one, the mean of two halves of
-        a batch would not be that of the whole.
-        """
+    def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None) -> dict[str, Tensor]:
+        """The divergence of the densities' variance, mean over tokens, sum over layers."""
         if call is None:
             return {}
         divergence = torch.stack([call.divergences[index] for index in range(len(self.memories))]).sum(0)
-        counted = (call.memory.layers[0].segments > 0).unsqueeze(-1).expand_as(divergence)
-        tokens: int | Tensor = divergence.numel()
-        if lengths is not None:
-            counted = counted & (torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1))
-            tokens = lengths.sum().clamp(min=1)
         weight = next(self._long_term_memories()).config.divergence_weight
-        return {"divergence": weight * (divergence * counted).sum() / tokens}
+        written = call.memory.layers[0].segments.unsqueeze(-1) > 0
+        return {"divergence": weight * mean_over_tokens(divergence * written, lengths)}
 
     def _init_weights(self, module: nn.Module) -> None:
         """The backbone initialises itself; a memory that was loaded stays as it is; buffers are never loaded."""

@@ -1,10 +1,10 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
     checkpoints/step-00000200/
-        model/                       a Hugging Face folder, with the tokenizer
+        model/                       a Hugging Face folder, with the tokenizer if there is one
         optimizer.safetensors        Adam's moments, by index of the parameter
         process-00000.safetensors    of each process: its lanes, their memory, its random state
-        state.json                   step, tokens, place in the documents, schedule, best, format
+        state.json                   step, tokens, where the task stands, schedule, best, format
         manifest.json                sizes of all files, written last
     checkpoints/best -> step-…       the lowest validation loss
 
@@ -27,17 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase
 
-from infformer.data.lanes import Lanes
 from infformer.errors import UserError
 from infformer.memory.state import MemoryState
 from infformer.models.memory_model import MemoryModel
+from infformer.tasks.task import Task
 from infformer.training.runtime import Accelerator
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a checkpoint of before can no longer be read."""
 
 
@@ -53,11 +52,12 @@ class TrainingState:
     """The model itself, not what the engine wraps around it."""
     optimizer: Optimizer
     schedule: LRScheduler
-    lanes: Lanes
+    task: Task
     memories: list[MemoryState]
     """Of the lanes of this process, part by part."""
     step: int = 0
     tokens: int = 0
+    """Read so far, in all lanes."""
     measured: bool = True
     """False: the run was stopped in the middle of the evaluation that is due after this step."""
     best_loss: float | None = None
@@ -67,9 +67,7 @@ class TrainingState:
     """Test figures before the first step."""
 
 
-def save_checkpoint(
-    root: Path, state: TrainingState, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, share: range
-) -> Path:
+def save_checkpoint(root: Path, state: TrainingState, accelerator: Accelerator, share: range) -> Path:
     """Write a checkpoint; all processes call this together.
 
     Raises:
@@ -86,7 +84,7 @@ def save_checkpoint(
     def write() -> None:
         _write_process(partial, state, accelerator, share)
         if accelerator.is_main_process:
-            _write_shared(partial, state, tokenizer, accelerator)
+            _write_shared(partial, state, accelerator)
 
     def finish() -> None:
         if accelerator.is_main_process:
@@ -121,7 +119,7 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
     state.schedule.load_state_dict(saved["schedule"] | {"lr_lambdas": []})  # they are the configuration's
     if accelerator.scaler is not None and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    state.lanes.load_state_dict(saved["lanes"])
+    state.task.load_state_dict(saved["task"])
     _load_process(folder, state, accelerator, share)
     for name in ("step", "tokens", "measured", "best_loss", "best_step", "results_before"):
         setattr(state, name, saved[name])
@@ -176,11 +174,10 @@ def load_weights(folder: Path, model: MemoryModel) -> None:
     model.load_state_dict(_load_model_tensors(folder, model), strict=True)
 
 
-def _write_shared(
-    partial: Path, state: TrainingState, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
-) -> None:
+def _write_shared(partial: Path, state: TrainingState, accelerator: Accelerator) -> None:
     state.model.save_pretrained(partial / "model")
-    tokenizer.save_pretrained(partial / "model")
+    if state.task.tokenizer is not None:
+        state.task.tokenizer.save_pretrained(partial / "model")
     saved = state.optimizer.state_dict()
     moments = {
         f"{index}.{name}": torch.as_tensor(value).contiguous()
@@ -197,7 +194,7 @@ def _write_shared(
                 "measured": state.measured,
                 "best_loss": state.best_loss,
                 "best_step": state.best_step,
-                "lanes": state.lanes.state_dict(),
+                "task": state.task.state_dict(),
                 "schedule": {
                     name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"
                 },

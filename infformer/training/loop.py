@@ -12,18 +12,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from infformer.config import RunConfig
 from infformer.data.lanes import Segment
-from infformer.data.tokenization import TokenizedDocuments
 from infformer.errors import UserError
-from infformer.evaluation.perplexity import Reader, evaluate
-from infformer.models.generation import continue_text
 from infformer.training.checkpoint import (
     CheckpointError,
     TrainingState,
@@ -72,13 +69,6 @@ class Loop:
     state: TrainingState
     share: range
     """The lanes of this process."""
-    reader: Reader
-    """How validation documents are read."""
-    documents: TokenizedDocuments
-    """What is trained on."""
-    validation: TokenizedDocuments | None
-    """What is measured during training."""
-    tokenizer: PreTrainedTokenizerBase
     folder: Path
     """The run's."""
     tracker: Tracker
@@ -118,7 +108,7 @@ class Loop:
         start = time.perf_counter()
         training, state = self.config.training, self.state
         self.prepared.train()
-        segments = [next(state.lanes) for _ in range(training.bptt_segments)]
+        segments = state.task.next_step()
         rows = len(self.share) // training.gradient_accumulation
         device = self.accelerator.device
         parts = [
@@ -140,7 +130,7 @@ class Loop:
         rates = learning_rates(state.optimizer)
         state.schedule.step()
         state.step += 1
-        state.tokens += result.tokens
+        state.tokens += result.read_tokens
         return result, rates, time.perf_counter() - start
 
     def _sticky_offsets(self, segment: Segment) -> Tensor | None:
@@ -161,30 +151,21 @@ class Loop:
             logger.info("step %d/%d  %s", self.state.step, self.config.training.max_steps, line)
 
     def _validate(self) -> None:
-        if self.validation is None:
+        validation = self.state.task.validate()
+        if validation is None:
             return
-        figures = evaluate(self.reader, self.validation, "validation")
-        loss = figures["nll"] / figures["tokens"]
-        if self.state.best_loss is None or loss < self.state.best_loss:
-            self.state.best_loss, self.state.best_step = loss, self.state.step
+        if self.state.best_loss is None or validation.loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_step = validation.loss, self.state.step
         if self.accelerator.is_main_process:
-            perplexity = figures["perplexity"]["token"]
-            self._record({"validation/loss": loss, "validation/perplexity": perplexity})
-            logger.info("step %d  validation perplexity %.3f (token)", self.state.step, perplexity)
+            self._record(validation.metrics)
+            logger.info("step %d  %s", self.state.step, validation.text)
 
     def _sample(self) -> None:
-        """Continue a document, with random numbers that the training does not miss."""
         if not self.accelerator.is_main_process:
             return
-        documents = self.documents if self.validation is None else self.validation
-        length = self.config.training.segment_length
-        stop = min(2 * length, int(documents.token_counts[0]))
-        prompt = torch.from_numpy(documents.tokens(0, 0, stop))
-        generator = torch.Generator().manual_seed(self.state.step)
-        tokens = continue_text(
-            self.state.model.eval(), prompt, self.config.training.sample_tokens, length, generator=generator
-        )
-        text = f"{self.tokenizer.decode(prompt[-32:])} ⟶ {self.tokenizer.decode(tokens)}"
+        text = self.state.task.sample(self.state.step, self.config.training.sample_tokens)
+        if text is None:
+            return
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.state.step, "text": text}, ensure_ascii=False) + "\n")
         self.tracker.log_text("sample", text, self.state.step)
@@ -197,7 +178,7 @@ class Loop:
         """Save and remove old checkpoints. In the middle of a run a failure is a warning: a later one may succeed."""
         root = self.folder / "checkpoints"
         try:
-            saved = save_checkpoint(root, self.state, self.tokenizer, self.accelerator, self.share)
+            saved = save_checkpoint(root, self.state, self.accelerator, self.share)
         except CheckpointError as error:
             if must_succeed:
                 raise TrainingFailedError(str(error)) from error
@@ -216,13 +197,7 @@ class Loop:
         return signals.requested or signal.SIGTERM
 
     def _explain(self, error: NonFiniteError, segments: Sequence[Segment]) -> str:
-        lanes = [
-            f"lane {lane}: {self.documents.ids[document]!r} at token {start}"
-            for segment in segments
-            for lane, document, start in zip(
-                segment.lanes.tolist(), segment.documents.tolist(), segment.starts.tolist(), strict=True
-            )
-        ]
+        lanes = [lane for segment in segments for lane in self.state.task.locate(segment)]
         newest = newest_checkpoint(self.folder / "checkpoints")
         return (
             f"step {self.state.step + 1}: {error}. The weights are as they were before it. This process was reading "
@@ -254,11 +229,11 @@ class _Window:
         self.seconds += seconds
 
     def metrics(self) -> dict[str, float]:
-        """Means over tokens; the gradient's norm and the learning rates of the last step."""
-        tokens = sum(result.tokens for result in self.results)
-        loss = sum(result.loss * result.tokens for result in self.results) / tokens
+        """Means over scored tokens; the gradient's norm and the learning rates of the last step."""
+        scored = [result.scored_tokens for result in self.results]
+        loss = fmean([result.loss for result in self.results], scored)
         auxiliary = {
-            f"train/{name}": sum(result.auxiliary_losses[name] * result.tokens for result in self.results) / tokens
+            f"train/{name}": fmean([result.auxiliary_losses[name] for result in self.results], scored)
             for name in self.results[0].auxiliary_losses
         }
         return {
@@ -267,7 +242,7 @@ class _Window:
             **auxiliary,
             "train/gradient_norm": self.results[-1].gradient_norm,
             **self.rates,
-            "train/tokens_per_second": tokens / self.seconds,
+            "train/tokens_per_second": sum(result.read_tokens for result in self.results) / self.seconds,
         }
 
 

@@ -18,14 +18,17 @@ from transformers.utils.logging import disable_progress_bar
 from infformer.config import RunConfig
 from infformer.data.lanes import Lanes
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.data.word_vocabulary import word_tokenizer
 from infformer.errors import UserError
-from infformer.evaluation.perplexity import Reader, evaluate, measure
-from infformer.evaluation.report import format_table, write_results
+from infformer.evaluation.perplexity import Reader
 from infformer.memory.state import MemoryState
-from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_model
+from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_decoder, new_model, vocabulary_of
 from infformer.models.memory_model import MemoryModel
-from infformer.plots.evaluation import plot_results
 from infformer.plots.run import plot_run
+from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.sorting import Sorting
+from infformer.tasks.sorting_sequences import SortingStream
+from infformer.tasks.task import Task
 from infformer.training.checkpoint import (
     TrainingState,
     best_checkpoint,
@@ -46,7 +49,8 @@ FREE_TO_CHANGE = (
     "name", "output_dir", "resume", "tracker", "engine", "evaluation", "data.cache_dir", "data.workers",
     "data.validation", "data.test", "training.max_steps", "training.log_every", "training.evaluate_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.sample_tokens",
-    "training.compile", "training.gradient_checkpointing", "model.attention",
+    "training.compile", "training.gradient_checkpointing", "model.attention", "task.validation_sequences",
+    "task.test_sequences", "task.evaluation_lengths",
 )  # fmt: skip
 """Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned."""
 
@@ -70,23 +74,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     checkpoint = _where_to_start(config, folder)
     share = _share(config, accelerator)
 
-    option = "model.pretrained" if config.model.tokenizer is None else "model.tokenizer"
-    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.pretrained), option)
+    tokenizer = _load_tokenizer(config, accelerator)
     model = build_model(config, tokenizer)
-    documents = {
-        split: _tokenize(config, split, tokenizer, model, accelerator)
-        for split in ("train", "validation", "test")
-        if split == "train" or getattr(config.data, split) is not None
-    }
-    lanes = Lanes(
-        documents["train"],
-        config.training.batch_size,
-        config.training.segment_length,
-        config.seed,
-        shuffle=config.data.shuffle,
-        segments_per_visit=config.data.segments_per_visit,
-        share=share,
-    )
+    task = _build_task(config, tokenizer, model, accelerator, share)
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
     if config.training.compile:
@@ -95,60 +85,59 @@ def run(config: RunConfig) -> dict[str, Any]:
     # The weights are the same everywhere; what dropout draws from here on is each process's own.
     seed_everything(config.seed + accelerator.process_index)
     memories: list[MemoryState] = [*model.initial_memory(len(share)).split(config.training.gradient_accumulation)]
-    state = TrainingState(model, optimizer, schedule, lanes, memories)
+    state = TrainingState(model, optimizer, schedule, task, memories)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator, share)
         logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
     if accelerator.is_main_process:
-        _describe(config, folder, model, documents["train"])
+        _describe(config, folder, model, task)
         MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
         MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
     tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
         tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))
     try:
-        training = config.training
-        lanes_of_documents = config.evaluation.batch_size
-        reader = make_reader(accelerator, model, training.segment_length, training.precision, lanes_of_documents)
-        if config.evaluation.before and "test" in documents and state.step == 0:
-            state.results_before = evaluate(reader, documents["test"], "test, before training")
-        loop = Loop(
-            config=config,
-            accelerator=accelerator,
-            prepared=prepared,
-            state=state,
-            share=share,
-            reader=reader,
-            documents=documents["train"],
-            validation=_validation(config, documents),
-            tokenizer=tokenizer,
-            folder=folder,
-            tracker=tracker,
-        )
-        loop.run()
-        results = _measure_test(config, state, reader, documents, folder)
+        if state.step == 0:
+            state.results_before = task.measure_before()
+        Loop(config, accelerator, prepared, state, share, folder, tracker).run()
+        results = _measure_best(state, folder)
         if accelerator.is_main_process:
-            for figure in _report(results, folder):
+            figures = plot_run(folder) + (task.report(results, folder) if results else [])
+            for figure in figures:
                 tracker.log_figure(figure.stem, figure, state.step)
     finally:
         tracker.finish()
     return results
 
 
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> MemoryModel:
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> MemoryModel:
     """The model that a run trains.
+
+    Args:
+        tokenizer: None for a task without text.
 
     Raises:
         ModelError, ValueError: it cannot be loaded or does not fit the tokenizer or the segment.
     """
-    chosen = config.model
+    chosen, segment_length = config.model, config.training.segment_length
+    model: MemoryModel
     if chosen.pretrained is not None:
         kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
         model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, **kernel)
     else:
-        model = new_model(chosen.architecture, tokenizer, chosen.memory, chosen.memory_layers, chosen.attention)
-    check_fit(model, tokenizer)
-    model.check_segment_length(config.training.segment_length)
+        if tokenizer is not None:
+            vocabulary = vocabulary_of(tokenizer)
+        else:
+            assert config.task is not None
+            vocabulary = {"vocab_size": config.task.vocabulary_size}
+        architecture = {**vocabulary, **chosen.architecture}
+        if chosen.is_decoder:
+            model = new_decoder(architecture, chosen.decoder_memory(segment_length))
+        else:
+            model = new_model(architecture, chosen.memory, chosen.memory_layers, chosen.attention)
+    if tokenizer is not None:
+        check_fit(model, tokenizer)
+    model.check_segment_length(segment_length)
     if config.training.freeze_backbone:
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:
@@ -248,6 +237,56 @@ def _share(config: RunConfig, accelerator: Accelerator) -> range:
     return share_of_lanes(accelerator, lanes)
 
 
+def _load_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the documents; None for a task without text."""
+    if config.task is not None:
+        return None
+    if config.model.tokenizer == "words":
+        return word_tokenizer(config.data, accelerator.main_process_first())
+    option = "model.pretrained" if config.model.tokenizer is None else "model.tokenizer"
+    return load_tokenizer(config.model.tokenizer or str(config.model.pretrained), option)
+
+
+def _build_task(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: MemoryModel,
+    accelerator: Accelerator,
+    share: range,
+) -> Task:
+    """What the model is to learn; every process reads its share of the lanes."""
+    training, evaluation = config.training, config.evaluation
+    reader = make_reader(accelerator, model, training.segment_length, training.precision, evaluation.batch_size)
+    if config.task is not None:
+        stream = SortingStream(config.task, training.batch_size, training.segment_length, config.seed, share)
+        return Sorting(config.task, stream, reader, config.model.short_term_length + training.segment_length)
+    assert tokenizer is not None
+    documents = {
+        split: _tokenize(config, split, tokenizer, model, accelerator)
+        for split in ("train", "validation", "test")
+        if split == "train" or getattr(config.data, split) is not None
+    }
+    lanes = Lanes(
+        documents["train"],
+        training.batch_size,
+        training.segment_length,
+        config.seed,
+        shuffle=config.data.shuffle,
+        segments_per_visit=config.data.segments_per_visit,
+        share=share,
+    )
+    return LanguageModelling(
+        tokenizer,
+        documents,
+        lanes,
+        reader,
+        bptt_segments=training.bptt_segments,
+        before=evaluation.before,
+        controls=evaluation.controls,
+        max_validation_tokens=evaluation.max_validation_tokens,
+    )
+
+
 def _tokenize(
     config: RunConfig,
     split: str,
@@ -260,42 +299,16 @@ def _tokenize(
     return documents
 
 
-def _validation(config: RunConfig, documents: dict[str, TokenizedDocuments]) -> TokenizedDocuments | None:
-    """What is measured during training, if anything."""
-    most = config.evaluation.max_validation_tokens
-    validation = documents.get("validation")
-    return validation if validation is None or most is None else validation.beginnings(most)
-
-
-def _measure_test(
-    config: RunConfig,
-    state: TrainingState,
-    reader: Reader,
-    documents: dict[str, TokenizedDocuments],
-    folder: Path,
-) -> dict[str, Any]:
-    """The final figures, of the checkpoint with the lowest validation loss; none without test documents."""
-    if "test" not in documents:
-        return {}
+def _measure_best(state: TrainingState, folder: Path) -> dict[str, Any]:
+    """The final figures, of the checkpoint with the lowest validation loss; empty if the task measures none."""
     best = best_checkpoint(folder / "checkpoints")
     if best is not None and state.best_step != state.step:
         load_weights(best, state.model)
-    measured = best or folder / "checkpoints" / f"step-{state.step:08d}"
-    results = measure(reader, documents["test"], config.evaluation.controls, str(measured))
-    return results | {"before": state.results_before or None}
+    results = state.task.measure(str(best or folder / "checkpoints" / f"step-{state.step:08d}"))
+    return {**results, "before": state.results_before or None} if results else {}
 
 
-def _report(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write and print the results; the figures that were drawn."""
-    figures = plot_run(folder)
-    if results:
-        write_results(folder / "results.json", results)
-        print(format_table(results), flush=True)
-        figures += plot_results(folder / "results.json")
-    return figures
-
-
-def _describe(config: RunConfig, folder: Path, model: MemoryModel, documents: TokenizedDocuments) -> None:
+def _describe(config: RunConfig, folder: Path, model: MemoryModel, task: Task) -> None:
     """Write down what is run, by which versions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -306,8 +319,8 @@ def _describe(config: RunConfig, folder: Path, model: MemoryModel, documents: To
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
     logger.info(
-        "%s: %s documents, %s tokens to learn from; %s parameters trained, %s of them the memory's",
-        config.name, f"{len(documents):,}", f"{int(documents.token_counts.sum()):,}", f"{trained:,}", f"{in_memory:,}",
+        "%s: %s; %s parameters trained, %s of them the memory's",
+        config.name, task.describe(), f"{trained:,}", f"{in_memory:,}",
     )  # fmt: skip
 
 

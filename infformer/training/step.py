@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from infformer.data.lanes import Segment
 from infformer.memory.state import MemoryState
+from infformer.models.chunked_loss import NOT_SCORED
 from infformer.models.outputs import MemoryModelOutput
 from infformer.training.runtime import Accelerator
 
@@ -23,13 +24,15 @@ class StepResult:
     """What a step measured; the same on every process."""
 
     loss: float
-    """Nats per token, mean over the tokens of the global batch, without auxiliary losses."""
+    """Nats per token, mean over the scored tokens of the global batch, without auxiliary losses."""
     auxiliary_losses: dict[str, float]
     """By name, already weighted."""
     gradient_norm: float
     """Before clipping."""
-    tokens: int
+    scored_tokens: int
     """Tokens predicted by the global batch."""
+    read_tokens: int
+    """Tokens read by the global batch; more, where a task scores only a part of what is read."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -47,13 +50,17 @@ def train_step(
 ) -> tuple[list[MemoryState], StepResult]:
     """Forward, backward and update.
 
-    The loss is the mean over all tokens of the global batch: it does not depend on how lanes are spread over processes
-    and parts, although padding differs from lane to lane.
+    The loss is the mean over all scored tokens of the global batch: it does not depend on how lanes are spread over
+    processes and parts, although padding differs from lane to lane.
+
+    A segment in which nothing is scored, in the whole global batch, reaches the loss through memory alone. It is read
+    without a graph, so that a task which scores only the end of what is read pays for no backward pass through what
+    comes before: gradients flow neither through such a segment nor past it, and it adds no auxiliary loss.
 
     Args:
         model: the prepared model.
         parts: the lanes of this process, cut into parts that are in memory one after the other; of each part its next
-            segments, through which gradients flow together.
+            segments, through which gradients flow together. At least one of them scores something.
         memories: each part's memory.
         sticky_offsets: of each part and segment; None for deterministic sampling.
 
@@ -63,8 +70,9 @@ def train_step(
     Raises:
         NonFiniteError: before the weights are touched.
     """
-    total = sum(segment.global_tokens for segment in parts[0])
-    sums = torch.zeros(1, device=accelerator.device)
+    scored_tokens = sum(segment.global_tokens for segment in parts[0])
+    total_nats = torch.zeros((), device=accelerator.device)
+    read_tokens = torch.zeros((), device=accelerator.device)
     auxiliary: dict[str, Tensor] = {}
     after = []
     for index, (segments, memory, offsets) in enumerate(zip(parts, memories, sticky_offsets, strict=True)):
@@ -72,41 +80,55 @@ def train_step(
         with nullcontext() if last else accelerator.no_sync(model):
             objective = torch.zeros((), device=accelerator.device)
             for segment, offset in zip(segments, offsets, strict=True):
-                output: MemoryModelOutput = model(
-                    segment.input_ids,
-                    memory=memory,
-                    reset=segment.reset,
-                    shift_labels=segment.shift_labels,
-                    lengths=segment.lengths,
-                    sticky_offsets=offset,
-                )
+                output = _read(model, segment, memory, offset)
                 assert output.memory is not None
+                memory = output.memory
+                read_tokens += segment.lengths.sum()
+                if segment.global_tokens == 0:
+                    continue
                 assert output.token_losses is not None
                 assert output.auxiliary_losses is not None
-                memory = output.memory
                 nats = output.token_losses.sum()
-                share = segment.lengths.sum() / total
-                objective = objective + nats / total + share * sum(output.auxiliary_losses.values())
-                sums += nats.detach()
+                share = (segment.shift_labels != NOT_SCORED).sum() / scored_tokens
+                objective = objective + nats / scored_tokens + share * sum(output.auxiliary_losses.values())
+                total_nats += nats.detach()
                 for name, value in output.auxiliary_losses.items():
                     auxiliary[name] = auxiliary.get(name, 0) + share * value.detach()
             # Data parallel averages the gradients of the processes; the loss is a sum over them.
             accelerator.backward(objective * accelerator.num_processes)
         after.append(memory.detach())
-    measured = accelerator.reduce(torch.stack([sums[0], *auxiliary.values()]), reduction="sum").tolist()
+    # Also the count of tokens as float32, which is exact up to 16 million.
+    sums = accelerator.reduce(torch.stack([total_nats, read_tokens, *auxiliary.values()]), reduction="sum").tolist()
+    loss = sums[0] / scored_tokens
     norm = float(accelerator.clip_grad_norm_(model.parameters(), gradient_clipping or math.inf))
     # With float16 an infinite gradient is how the scaler finds its scale; the optimiser then skips the step itself.
-    if not math.isfinite(measured[0]) or not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
+    if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
         optimizer.zero_grad()
-        raise NonFiniteError(f"the loss is {measured[0] / total}, the gradient's norm {norm}")
+        raise NonFiniteError(f"the loss is {loss}, the gradient's norm {norm}")
     optimizer.step()
     optimizer.zero_grad()
     return after, StepResult(
-        loss=measured[0] / total,
-        auxiliary_losses=dict(zip(auxiliary, measured[1:], strict=True)),
+        loss=loss,
+        auxiliary_losses=dict(zip(auxiliary, sums[2:], strict=True)),
         gradient_norm=norm,
-        tokens=total,
+        scored_tokens=scored_tokens,
+        read_tokens=int(sums[1]),
     )
+
+
+def _read(model: nn.Module, segment: Segment, memory: MemoryState, sticky_offsets: Tensor | None) -> MemoryModelOutput:
+    """Read a segment; without a graph, losses and logits where nothing is scored in the whole global batch."""
+    scored = segment.global_tokens > 0
+    with torch.set_grad_enabled(scored):
+        return model(
+            segment.input_ids,
+            memory=memory,
+            reset=segment.reset,
+            shift_labels=segment.shift_labels if scored else None,
+            lengths=segment.lengths,
+            sticky_offsets=sticky_offsets,
+            return_logits=False,
+        )
 
 
 def draw_sticky_offsets(segment: Segment, samples: int, seed: int) -> Tensor:

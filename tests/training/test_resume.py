@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infformer.data import DataError, tokenize_documents
 from infformer.evaluation.perplexity import Reader, evaluate
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.task import Validation
 from infformer.training import checkpoint, loop
 from infformer.training.checkpoint import TrainingState, newest_checkpoint, save_checkpoint, what_is_wrong
 from infformer.training.loop import TrainingFailedError, TrainingStopped
@@ -161,15 +163,15 @@ class TestGoesOnExactly:
 
     @pytest.mark.parametrize("step", [3, STEPS])
     def test_asked_to_stop_during_validation(self, configure, train, whole, tmp_path, monkeypatch, step):
-        def evaluate_and_stop(*arguments: Any) -> dict[str, Any]:
+        def validate_and_stop(task: LanguageModelling) -> Validation | None:
             nonlocal times
             times += 1
             if times == {3: 1, STEPS: 3}[step]:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate(*arguments)
+            return validate(task)
 
-        times = 0
-        monkeypatch.setattr(loop, "evaluate", evaluate_and_stop)
+        times, validate = 0, LanguageModelling.validate
+        monkeypatch.setattr(LanguageModelling, "validate", validate_and_stop)
         with pytest.raises(TrainingStopped):
             train(configure(tmp_path))
         assert records(tmp_path)[-1].keys() >= {"train/loss"}
@@ -328,8 +330,8 @@ class TestDamagedCheckpoints:
 
     def test_of_another_format(self, folder):
         state = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "state.json"
-        state.write_text(state.read_text().replace('"format": 1', '"format": 9'))
-        assert "its format is 9, this version reads 1" in str(what_is_wrong(state.parent))
+        state.write_text(state.read_text().replace('"format": 2', '"format": 9'))
+        assert "its format is 9, this version reads 2" in str(what_is_wrong(state.parent))
 
 
 class TestRefused:
@@ -457,8 +459,7 @@ class TestFullDisk:
 class TestWhatIsKept:
     def test_the_last_ones_and_the_best(self, configure, train, tmp_path, monkeypatch):
         losses = iter([5.0, 4.0, 2.0, 6.0, 7.0, 3.0, 8.0, 9.0])
-        figures = {"tokens": 1, "perplexity": {"token": 1.0}}
-        monkeypatch.setattr(loop, "evaluate", lambda *arguments: {**figures, "nll": next(losses)})
+        monkeypatch.setattr(LanguageModelling, "validate", lambda task: Validation(next(losses), {}, ""))
         every = {"training.evaluate_every": 1, "training.checkpoint_every": 1}
         found = train(configure(tmp_path, every))
         assert checkpoints(tmp_path) == [3, 7, 8]

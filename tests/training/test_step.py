@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch.optim import SGD
 from infformer.data import Lanes, Segment, TokenizedDocuments
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
+from infformer.models.chunked_loss import NOT_SCORED
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.step import NonFiniteError, StepResult, draw_sticky_offsets, train_step
 
@@ -130,7 +131,9 @@ class TestHowTheLanesAreCutDoesNotMatter:
     @pytest.mark.parametrize("together", [1, 3])
     def test_loss_gradients_and_memory(self, accelerator, model, segments, parts, together):
         whole, cut = (step(accelerator, model(), segments[:together], count) for count in (1, parts))
-        assert cut.result.tokens == whole.result.tokens == sum(segment.global_tokens for segment in segments[:together])
+        tokens = sum(segment.global_tokens for segment in segments[:together])
+        assert cut.result.scored_tokens == whole.result.scored_tokens == tokens
+        assert cut.result.read_tokens == whole.result.read_tokens == tokens
         assert cut.result.loss == pytest.approx(whole.result.loss, rel=1e-6)
         assert cut.result.gradient_norm == pytest.approx(whole.result.gradient_norm, rel=1e-5)
         assert_close(cut.gradients, whole.gradients)
@@ -204,6 +207,78 @@ class TestGradientsThroughTheMemory:
         written = "backbone.transformer.wte.weight"
         difference = (together.gradients[written] - detached[written]).abs().max()
         assert difference > 1e-3 * together.gradients[written].abs().max()
+
+
+def score_the_end(segment: Segment, tokens: int, lanes: Sequence[int] = range(LANES)) -> Segment:
+    """The same segment, of which only the last tokens of some lanes are scored; with 0 none at all."""
+    labels = torch.full_like(segment.shift_labels, NOT_SCORED)
+    for lane in lanes:
+        end = int(segment.lengths[lane])
+        labels[lane, end - tokens : end] = segment.shift_labels[lane, end - tokens : end]
+    return replace(segment, shift_labels=labels, global_tokens=tokens * len(lanes))
+
+
+class TestSegmentsInWhichNothingIsScored:
+    @pytest.mark.parametrize("scored", [(0, 0, 2), (0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
+    def test_are_as_if_their_memory_were_detached(self, accelerator, model, segments, scored):
+        """Loss, gradients and memory of the literal computation, in which every segment has a graph."""
+        some = model(divergence_weight=1.0)
+        segments = [score_the_end(segment, tokens) for segment, tokens in zip(segments, scored, strict=True)]
+        memory, total, divergence, nats = None, LANES * sum(scored), 0.0, 0.0
+        for segment, tokens in zip(segments, scored, strict=True):
+            output = some(segment.input_ids, memory=memory, reset=segment.reset, lengths=segment.lengths)
+            memory = output.memory if tokens else output.memory.detach()
+            if tokens:
+                real = segment.shift_labels >= 0
+                nats = nats + F.cross_entropy(output.logits[real], segment.shift_labels[real], reduction="sum")
+                divergence = divergence + LANES * tokens / total * output.auxiliary_losses["divergence"]
+        (nats / total + divergence).backward()
+        expected = {name: parameter.grad for name, parameter in some.named_parameters()}
+        made = step(accelerator, model(divergence_weight=1.0), segments)
+        assert made.result.scored_tokens == total
+        assert made.result.read_tokens == sum(int(segment.lengths.sum()) for segment in segments)
+        assert made.result.loss == pytest.approx(nats.item() / total, rel=1e-6)
+        assert divergence > 0.01
+        assert made.result.auxiliary_losses == {"divergence": pytest.approx(divergence.item(), rel=1e-5)}
+        assert_close(made.gradients, expected)
+        for name, tensor in made.memory.named_tensors().items():
+            torch.testing.assert_close(tensor, memory.named_tensors()[name].detach(), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("parts", [2, 4])
+    def test_however_the_lanes_are_cut(self, accelerator, model, parts):
+        lanes = Lanes(ragged_documents(70, 60, 80, 50), LANES, SEGMENT, seed=0, shuffle=False)
+        segments = [score_the_end(next(lanes), tokens) for tokens in (0, 0, 3)]
+        some = model(divergence_weight=1.0)
+        whole, cut = (step(accelerator, some, segments, count) for count in (1, parts))
+        assert whole.result.auxiliary_losses["divergence"] > 0.01
+        for name in ("loss", "auxiliary_losses", "scored_tokens", "read_tokens"):
+            assert getattr(cut.result, name) == pytest.approx(getattr(whole.result, name), rel=1e-5), name
+        assert_close(cut.gradients, whole.gradients)
+
+    @pytest.mark.parametrize("parts", [2, 4])
+    def test_have_a_graph_where_other_lanes_are_scored(self, accelerator, model, segments, parts):
+        """Lane 3 is scored in its second segment alone, but what it wrote in the first learns from that."""
+        segments = [score_the_end(segments[0], 2, lanes=[0]), score_the_end(segments[1], 2, lanes=[3])]
+        some = model(divergence_weight=0.0)
+        whole, cut = (step(accelerator, some, segments, count) for count in (1, parts))
+        assert_close(cut.gradients, whole.gradients)
+
+    def test_keep_nothing_for_backward(self, accelerator, model, segments):
+        def saved(*scored: int) -> int:
+            """Numbers kept in a step of so many segments, of which so many tokens of each lane are scored."""
+            kept = 0
+
+            def pack(tensor: Tensor) -> Tensor:
+                nonlocal kept
+                kept += tensor.numel()
+                return tensor
+
+            read = [score_the_end(segment, tokens) for segment, tokens in zip(segments, scored, strict=False)]
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                step(accelerator, model(), read)
+            return kept
+
+        assert saved(0, 0, 2) == saved(0, 2) == saved(2) < saved(2, 2)
 
 
 class TestALossThatIsNotFinite:

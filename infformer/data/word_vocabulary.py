@@ -1,0 +1,103 @@
+"""The words of the training documents as a vocabulary, the most frequent first."""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Split
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from infformer.data.errors import DataError
+from infformer.data.options import DataConfig
+from infformer.data.sources import describe_source, read_documents
+
+END_OF_LINE = "<eos>"
+UNKNOWN = "<unk>"
+
+_LINE_END = f" {END_OF_LINE} "  # what "\n" becomes before words are cut
+_WHITE_SPACE = r"[\s\x1c-\x1f]+"  # what `str.split` takes for it
+_LAYOUT = 1  # of a cached vocabulary; raised when an older one can no longer be read
+
+
+def word_tokenizer(
+    config: DataConfig, main_process_first: AbstractContextManager[None] | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the words of the training documents, numbered by descending frequency.
+
+    Words are what white space separates. Each line end is the token `<eos>`, so that a blank line is one too; it also
+    begins documents. A word that no training document has is `<unk>`, which WikiText has as a word already. This is
+    Transformer-XL's vocabulary (Dai et al., arXiv 1901.02860): 267,735 words of WikiText-103. Words of equal frequency
+    keep the order of their first appearance.
+
+    The words are counted once and kept in the cache, with the same promises as those of `tokenize_documents`.
+
+    Args:
+        config: where the training documents are.
+        main_process_first: held during the work, such as `accelerator.main_process_first()`, so that one process does
+            it and the others find it done.
+
+    Raises:
+        DataError: the documents cannot be read, or there is no word in them.
+    """
+    with main_process_first or nullcontext():
+        path = config.cache_folder / f"words-{_key(config)}.txt"
+        if not path.exists():
+            _make(path, config)
+        return _tokenizer(path.read_text(encoding="utf-8").split("\n"))
+
+
+def _key(config: DataConfig) -> str:
+    """Names what would be made; other documents or other options give another name."""
+    parts = {
+        "layout": _LAYOUT,
+        "source": describe_source(config, "train"),
+        "options": {option: getattr(config, option) for option in ("text_field", "articles", "max_documents")},
+        "most_characters": config.most_characters("train"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _make(path: Path, config: DataConfig) -> None:
+    """Write the words under a temporary name, one a line; take the final name when whole."""
+    words = _words_by_frequency(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        whole = Path(temporary, "whole")
+        whole.write_text("\n".join(words), encoding="utf-8")
+        whole.replace(path)  # if another process was faster, by the same
+
+
+def _words_by_frequency(config: DataConfig) -> list[str]:
+    counts: Counter[str] = Counter()
+    for document in tqdm(read_documents(config, "train"), "counting the words of train", unit=" documents"):
+        counts.update(document.text.replace("\n", _LINE_END).split())
+    if counts.keys() <= {END_OF_LINE}:
+        raise DataError(
+            f"data.train={', '.join(config.places('train'))}: there is no word in it, of which a vocabulary could be "
+            "made; name documents with text."
+        )
+    for token in (END_OF_LINE, UNKNOWN):
+        counts.setdefault(token, 0)  # behind all others, where the text does not have it
+    return [word for word, _ in counts.most_common()]
+
+
+def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, UNKNOWN))
+    tokenizer.normalizer = Replace("\n", _LINE_END)
+    tokenizer.pre_tokenizer = Split(Regex(_WHITE_SPACE), "removed")
+    # It has no decoder: words are joined by blanks. Special tokens in the text are words like any other: `<unk>s` is
+    # one word, not two tokens.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_LINE,
+        eos_token=END_OF_LINE,
+        unk_token=UNKNOWN,
+        split_special_tokens=True,
+    )

@@ -1,0 +1,131 @@
+"""Attention of a segment on its context, with positions that are distances: Transformer-XL's, or rotary ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention of the last tokens of a context on all of it.
+
+    Args:
+        hidden_size: width of the model.
+        heads: how many.
+        head_size: width of each.
+        positions: `relative` or `rotary`.
+        dropout: of the attention weights.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, head_size: int, positions: str, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rotary = positions == "rotary"
+        self.dropout = dropout
+        width = heads * head_size
+        self.query = nn.Linear(hidden_size, width, bias=False)
+        self.key = nn.Linear(hidden_size, width, bias=False)
+        self.value = nn.Linear(hidden_size, width, bias=False)
+        self.output = nn.Linear(width, hidden_size, bias=False)
+        if not self.rotary:
+            self.distance = nn.Linear(hidden_size, width, bias=False)
+            self.content_bias = nn.Parameter(torch.zeros(heads, 1, head_size))
+            self.distance_bias = nn.Parameter(torch.zeros(heads, 1, head_size))
+
+    def forward(self, hidden: Tensor, context: Tensor, allowed: Tensor, encoding: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden: the queries, [batch, queries, hidden]: the last entries of the context.
+            context: [batch, length, hidden].
+            allowed: which entry each query may see, bool [batch, 1, queries, length].
+            encoding: of distances length − 1 … 0 (relative), or of places 0 … length − 1 (rotary); `encode_positions`.
+        """
+        query, key = self._heads(self.query, hidden), self._heads(self.key, context)
+        value = self._heads(self.value, context)
+        mask = allowed
+        if self.rotary:
+            query, key = rotate(query, encoding[-query.shape[2] :]), rotate(key, encoding)
+        else:
+            mask = self.distance_scores(query, encoding).masked_fill(~allowed, -math.inf)
+            query = query + self.content_bias
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+    def distance_scores(self, query: Tensor, encoding: Tensor) -> Tensor:
+        """Transformer-XL's terms (b) and (d): (q_i + v)ᵀ W_R R_{i−j} / √d_h, [batch, heads, queries, length].
+
+        Exact where entry j is not after query i; elsewhere arbitrary.
+        """
+        distances = self.distance(encoding.to(query.dtype)).unflatten(-1, (self.heads, -1))  # [length, heads, head]
+        query = (query + self.distance_bias) / math.sqrt(query.shape[-1])
+        return shift_to_entries(torch.einsum("bhqe,lhe->bhql", query, distances))
+
+    def attend_by_content(self, hidden: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention without positions, through which gradients reach the entries alone.
+
+        Args:
+            hidden: [batch, queries, hidden].
+            entries: [batch, length, hidden].
+
+        Returns:
+            What is read, heads side by side [batch, queries, width], and the weights [batch, heads, queries, length].
+        """
+        query, key, value = (
+            F.linear(source, projection.weight.detach()).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection, source in ((self.query, hidden.detach()), (self.key, entries), (self.value, entries))
+        )
+        weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
+        return (weights @ value).transpose(1, 2).flatten(2), weights
+
+    def _heads(self, projection: nn.Linear, hidden: Tensor) -> Tensor:
+        """[batch, length, hidden] to [batch, heads, length, head]."""
+        return projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def encode_positions(length: int, width: int, positions: str, device: torch.device) -> Tensor:
+    """Sines and cosines [length, width], of the frequencies 10000^(−2k/width).
+
+    `relative`: of the distances length − 1 … 0, sines first. `rotary`: of the places 0 … length − 1, cosines first, as
+    `rotate` takes them.
+    """
+    frequencies = 10000 ** (-torch.arange(0, width, 2, device=device) / width)
+    places = torch.arange(length, device=device, dtype=torch.float32)
+    if positions == "rotary":
+        angles = torch.outer(places, frequencies)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    angles = torch.outer(places.flip(0), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
+
+
+def rotate(heads: Tensor, encoding: Tensor) -> Tensor:
+    """Rotary positions (Su et al., arXiv 2104.09864): turn each pair (k, k + width/2) by its angle.
+
+    Args:
+        heads: [batch, heads, length, width].
+        encoding: cosines and sines, [length, width].
+    """
+    first, second = heads.chunk(2, dim=-1)
+    cosine, sine = encoding.to(heads.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+def shift_to_entries(scores: Tensor) -> Tensor:
+    """From scores by distance to scores by entry, without a gather.
+
+    Args:
+        scores: [..., queries, length]; column c belongs to distance length − 1 − c. Query i is entry
+            length − queries + i, so its score of entry j stands in column j + queries − 1 − i: each row has to move to
+            the left by one place less than the row before.
+
+    Returns:
+        [..., queries, length]; exact for entries that are not after the query, arbitrary behind them.
+    """
+    queries, length = scores.shape[-2:]
+    # With one more column, read again in rows of the old length, each row slides one place further than the last.
+    padded = F.pad(scores, (1, 0)).flatten(-2)
+    return padded[..., queries:].unflatten(-1, (queries, length))

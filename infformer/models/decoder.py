@@ -1,0 +1,389 @@
+"""A decoder-only language model from scratch, with any of the memories: none, Transformer-XL's, the Compressive
+Transformer's, ∞-former's.
+
+Each layer's attention sees the compressed memory, the short-term memory and the segment under one softmax; what it
+reads from the long-term memory is added to that. A layer is built of four parts, attention, memory, feed-forward and
+norms, whose sizes all stand in `DecoderConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.layer import LayerMemory, LayerState, MemoryConfig
+from infformer.memory.long_term import ContinuousSignal, LongTermMemoryConfig, WriteOperators
+from infformer.memory.state import LayerMemories
+from infformer.models.attention import Attention, encode_positions
+from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
+from infformer.models.outputs import MemoryModelOutput
+from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
+
+DecoderMemories = LayerMemories[LayerState]
+
+CHOICES = {
+    "positions": ("relative", "rotary"),
+    "normalization": ("layer", "rms"),
+    "normalization_placement": ("post", "pre"),
+}
+
+
+class DecoderConfig(PreTrainedConfig):
+    """Sizes and choices of a `DecoderForCausalLM`.
+
+    Args:
+        vocab_size: tokens that the model knows.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: layers.
+        num_attention_heads: heads of each attention, also of the long-term memory, where they must divide the width.
+        head_size: width of a head; by default the heads divide the hidden size.
+        feed_forward_size: width inside the feed-forward part.
+        activation: of the feed-forward part, by its name in transformers.
+        positions: `relative`, Transformer-XL's scheme; `rotary`, with which the scores need no bias.
+        normalization: `layer` or `rms`.
+        normalization_placement: `post`, after the residual sum, as in Transformer-XL; `pre`, before each part.
+        dropout: of embeddings, of what each part adds to the residual stream, and inside the feed-forward part.
+        attention_dropout: of attention weights.
+        initializer_range: standard deviation of new weights; None: 1/√inputs of each matrix, better for small widths.
+        adaptive_cutoffs: where the bands of an adaptive vocabulary begin; empty for a plain one.
+        adaptive_divisor: by how much each band of it is narrower than the one before.
+        memory: which memories there are; None for none at all.
+    """
+
+    model_type = "decoder"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 8,
+        head_size: int | None = None,
+        feed_forward_size: int = 2048,
+        activation: str = "relu",
+        positions: str = "relative",
+        normalization: str = "layer",
+        normalization_placement: str = "post",
+        dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        initializer_range: float | None = 0.02,
+        adaptive_cutoffs: list[int] | None = None,
+        adaptive_divisor: float = 1.0,
+        memory: MemoryConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
+        self.feed_forward_size = feed_forward_size
+        self.activation = activation
+        self.positions = positions
+        self.normalization = normalization
+        self.normalization_placement = normalization_placement
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.adaptive_cutoffs = adaptive_cutoffs or []
+        self.adaptive_divisor = adaptive_divisor
+        self.memory = asdict(memory) if isinstance(memory, MemoryConfig) else memory
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ModelError(f"model.architecture.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        if activation not in ACT2FN:
+            raise ModelError(f"model.architecture.activation={activation}: transformers knows no such activation")
+        if positions == "rotary" and self.head_size % 2:
+            raise ModelError(
+                f"model.architecture.head_size={self.head_size}: rotary positions turn pairs; make it even"
+            )
+        if self.memory_config.long_term is not None and hidden_size % num_attention_heads:
+            raise ModelError(
+                f"model.architecture.num_attention_heads={num_attention_heads}: the heads of a long-term memory divide "
+                f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
+            )
+        kwargs.setdefault("tie_word_embeddings", False)  # the vocabulary is one module and ties its own
+        super().__init__(**kwargs)
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """The memories' configuration as its own type; an unknown option in a stored one is an error."""
+        stored = dict(self.memory or {})
+        kinds = {"compressive": CompressiveMemoryConfig, "long_term": LongTermMemoryConfig}
+        try:
+            parts = {name: kind(**stored.pop(name)) for name, kind in kinds.items() if stored.get(name) is not None}
+            return MemoryConfig(**{**stored, **parts})
+        except TypeError as error:
+            raise ModelError(
+                f"the memory in this model's config.json is not one that this version knows: {error}"
+            ) from error
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.hidden_size, config.feed_forward_size)
+        self.activation = ACT2FN[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+        self.contract = nn.Linear(config.feed_forward_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.contract(self.dropout(self.activation(self.expand(hidden))))
+
+
+class Surroundings(NamedTuple):
+    """What all layers need to know of a segment."""
+
+    encoding: Tensor
+    """Of positions; see `encode_positions`."""
+    whole: Tensor | None
+    """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
+    operators: WriteOperators | None
+    offsets: Tensor | None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns."""
+
+    hidden: Tensor
+    state: LayerState
+    segment: Tensor
+    """What attention saw of the segment so far, [batch, length so far, hidden]."""
+    divergence: Tensor | None
+    """Of the long-term memory's densities, [batch, queries]."""
+    reconstruction: Tensor | None
+    """Error of the compression, [batch, queries]."""
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention with its memories, then feed-forward, each with its residual sum and its norm."""
+
+    def __init__(self, config: DecoderConfig, memory: MemoryConfig, signal: ContinuousSignal | None) -> None:
+        super().__init__()
+        norm = nn.LayerNorm if config.normalization == "layer" else nn.RMSNorm
+        self.pre_norm = config.normalization_placement == "pre"
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_size,
+            config.positions,
+            config.attention_dropout,
+        )
+        self.memory = LayerMemory(memory, config.hidden_size, config.num_attention_heads, signal)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = norm(config.hidden_size, eps=1e-5)
+        self.feed_forward_norm = norm(config.hidden_size, eps=1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, state: LayerState, past: Tensor | None, around: Surroundings) -> LayerOutput:
+        """Read a segment, or more tokens of one.
+
+        Args:
+            hidden: [batch, length, hidden].
+            past: what attention saw of the segment's earlier tokens, [batch, earlier, hidden].
+        """
+        residual = hidden
+        seen = self.attention_norm(hidden) if self.pre_norm else hidden
+        segment = seen if past is None else torch.cat([past, seen], dim=1)
+        memories = torch.cat([state.compressed.entries, state.short_term.entries], dim=1)
+        context = torch.cat([memories.to(segment.dtype), segment], dim=1)
+        allowed = causal_mask(state, seen.shape[1], context.shape[1])
+        attended = self.attention(seen, context, allowed, around.encoding)
+        reading = self.memory.read(seen, state)
+        if reading is not None:
+            attended = attended + reading.context.to(attended.dtype)
+        hidden = residual + self.dropout(attended)
+        hidden = hidden if self.pre_norm else self.attention_norm(hidden)
+
+        residual = hidden
+        hidden = self.feed_forward(self.feed_forward_norm(hidden) if self.pre_norm else hidden)
+        hidden = residual + self.dropout(hidden)
+        hidden = hidden if self.pre_norm else self.feed_forward_norm(hidden)
+
+        reconstruction = None
+        if around.whole is not None:
+
+            def attend(entries: Tensor) -> tuple[Tensor, Tensor]:
+                return self.attention.attend_by_content(seen, entries)
+
+            state, reconstruction = self.memory.write(
+                seen, state, around.whole, reading, around.operators, around.offsets, attend
+            )
+        long_term = self.memory.long_term
+        divergence = None if reading is None or long_term is None else long_term.divergence(reading.attention)
+        return LayerOutput(hidden, state, segment, divergence, reconstruction)
+
+
+class DecoderForCausalLM(MemoryModel):
+    """A language model from scratch that reads a document segment by segment."""
+
+    config_class = DecoderConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        memory = config.memory_config
+        self.segment_length = memory.segment_length if config.memory else None
+        self.signal = None if memory.long_term is None else ContinuousSignal(memory.long_term)
+        self.vocabulary = (
+            AdaptiveVocabulary(config.vocab_size, config.hidden_size, config.adaptive_cutoffs, config.adaptive_divisor)
+            if config.adaptive_cutoffs
+            else TiedVocabulary(config.vocab_size, config.hidden_size)
+        )
+        self.layers = nn.ModuleList(DecoderLayer(config, memory, self.signal) for _ in range(config.num_hidden_layers))
+        norm = nn.LayerNorm if config.normalization == "layer" else nn.RMSNorm
+        self.final_norm = norm(config.hidden_size, eps=1e-5) if config.normalization_placement == "pre" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        memory: DecoderMemories | None = None,
+        reset: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        lengths: Tensor | None = None,
+        sticky_offsets: Tensor | None = None,
+        return_logits: bool | None = None,
+        past_key_values: tuple[Tensor, ...] | None = None,
+        use_cache: bool = False,
+    ) -> MemoryModelOutput:
+        """Read one segment of each row, of at most `segment_length` tokens.
+
+        Args:
+            past_key_values, use_cache: what each layer's attention saw of the segment so far, to generate within it;
+                such tokens are not written. The others are those of every `MemoryModel`.
+        """
+        memory = self.initial_memory(len(input_ids)) if memory is None else memory
+        memory = memory if reset is None else memory.reset_rows(reset)
+        before = 0 if past_key_values is None else past_key_values[0].shape[1]
+        around = self._surroundings(memory, input_ids, before, lengths, sticky_offsets)
+
+        hidden = self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size))
+        outputs: list[LayerOutput] = []
+        for index, layer in enumerate(self.layers):
+            past = None if past_key_values is None else past_key_values[index]
+            outputs.append(layer(hidden, memory.layers[index], past, around))
+            hidden = outputs[-1].hidden
+        hidden = self.dropout(hidden if self.final_norm is None else self.final_norm(hidden))
+
+        output = MemoryModelOutput(
+            memory=LayerMemories(tuple(layer.state for layer in outputs)),
+            auxiliary_losses=self._auxiliary_losses(outputs, memory, lengths),
+            past_key_values=tuple(layer.segment for layer in outputs) if use_cache else None,
+        )
+        scored = self._score(output, hidden, self.vocabulary.token_losses, labels, shift_labels, lengths)
+        if return_logits or (return_logits is None and not scored):
+            output.logits = self.vocabulary.logits(hidden)
+        return output
+
+    def initial_memory(self, batch: int) -> DecoderMemories:
+        """Empty memories for `batch` rows."""
+        layers = cast(Iterator[DecoderLayer], iter(self.layers))
+        return LayerMemories(tuple(layer.memory.initial_state(batch, self.device) for layer in layers))
+
+    def memory_parameters(self) -> Iterator[nn.Parameter]:
+        for layer in cast(Iterator[DecoderLayer], iter(self.layers)):
+            yield from layer.memory.parameters()
+
+    @property
+    def sticky_samples(self) -> int:
+        memory = self.config.memory_config.long_term
+        return memory.past_samples if memory is not None and memory.sticky else 0
+
+    @property
+    def positions(self) -> int | None:
+        return None
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.config.vocab_size
+
+    def _surroundings(
+        self, memory: DecoderMemories, input_ids: Tensor, before: int, lengths: Tensor | None, offsets: Tensor | None
+    ) -> Surroundings:
+        batch, length = input_ids.shape
+        if self.segment_length is not None and before + length > self.segment_length:
+            raise ModelError(
+                f"{before + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
+            )
+        whole = None
+        if length == self.segment_length:
+            everything = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+            whole = everything if lengths is None else lengths == length
+        state = memory.layers[0]
+        entries = state.compressed.length + state.short_term.length
+        width = self.config.head_size if self.config.positions == "rotary" else self.config.hidden_size
+        encoding = encode_positions(entries + before + length, width, self.config.positions, self.device)
+        operators = None
+        if whole is not None and self.signal is not None and state.long_term is not None:
+            operators = self.signal.operators(state.long_term.segments)
+        dropped = encoding if self.config.positions == "rotary" else self.dropout(encoding)
+        return Surroundings(dropped, whole, operators, offsets)
+
+    def _auxiliary_losses(
+        self, outputs: list[LayerOutput], memory: DecoderMemories, lengths: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Means over tokens, sums over layers, by name."""
+        config, losses = self.config.memory_config, {}
+        divergences = [layer.divergence for layer in outputs if layer.divergence is not None]
+        if config.long_term is not None and divergences:
+            state = memory.layers[0].long_term
+            assert state is not None
+            divergence = torch.stack(divergences).sum(0) * (state.segments.unsqueeze(-1) > 0)
+            losses["divergence"] = config.long_term.divergence_weight * mean_over_tokens(divergence, lengths)
+        if config.compressive is not None:
+            errors = [layer.reconstruction for layer in outputs if layer.reconstruction is not None]
+            error = (
+                mean_over_tokens(torch.stack(errors).sum(0), lengths) if errors else torch.zeros((), device=self.device)
+            )
+            losses["reconstruction"] = config.compressive.reconstruction_weight * error
+        return losses
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights and zero biases, in the memories too: there is nothing pretrained that they could disturb."""
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
+            inputs = module.weight[0].numel()
+            deviation = self.config.initializer_range
+            initialization.normal_(module.weight, std=1 / math.sqrt(inputs) if deviation is None else deviation)
+        if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
+            initialization.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            initialization.ones_(module.weight)
+        if isinstance(module, nn.LayerNorm):
+            initialization.zeros_(module.bias)
+        if isinstance(module, Attention) and not module.rotary:
+            initialization.zeros_(module.content_bias)
+            initialization.zeros_(module.distance_bias)
+        if isinstance(module, ContinuousSignal):  # not learned, so never loaded
+            module.reset_parameters()
+
+
+def causal_mask(state: LayerState, queries: int, length: int) -> Tensor:
+    """Which entries of a context the last tokens of it may see, bool [batch, 1, queries, length].
+
+    The context is the compressed memory, the short-term memory and the segment; in the memories only what is real.
+    """
+    memory = torch.cat([state.compressed.real, state.short_term.real], dim=1)
+    real = F.pad(memory, (0, length - memory.shape[1]), value=True)
+    entries = torch.arange(length, device=real.device)
+    places = entries[length - queries :]
+    return real[:, None, None, :] & (entries <= places.unsqueeze(-1))
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)
+AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM)

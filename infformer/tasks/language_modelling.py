@@ -1,0 +1,110 @@
+"""Language modelling: every token of documents from the tokens before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from infformer.data.lanes import Lanes, Segment
+from infformer.data.tokenization import TokenizedDocuments
+from infformer.evaluation.perplexity import Reader, evaluate, measure
+from infformer.evaluation.report import format_table, write_results
+from infformer.models.generation import continue_text
+from infformer.plots.evaluation import plot_results
+from infformer.tasks.task import Validation
+
+
+class LanguageModelling:
+    """The task of reading documents, each with its memory; measured by the perplexity of held-out documents.
+
+    Args:
+        tokenizer: of the documents.
+        documents: by split: `train`, and `validation` and `test` where there are any.
+        lanes: how the training documents are read.
+        reader: how held-out documents are read, and by which model.
+        bptt_segments: segments of each lane in one step.
+        before: measure the test documents before training too.
+        controls: in the final figures, also without the memory and with the memory of another document.
+        max_validation_tokens: during training, read at most this much of the beginnings of the validation documents;
+            None: all.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Mapping[str, TokenizedDocuments],
+        lanes: Lanes,
+        reader: Reader,
+        bptt_segments: int = 1,
+        before: bool = True,
+        controls: bool = True,
+        max_validation_tokens: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._train = documents["train"]
+        self._validation = documents.get("validation")
+        if self._validation is not None and max_validation_tokens is not None:
+            self._validation = self._validation.beginnings(max_validation_tokens)
+        self._test = documents.get("test")
+        self._lanes = lanes
+        self._reader = reader
+        self._bptt_segments = bptt_segments
+        self._before = before
+        self._controls = controls
+
+    def next_step(self) -> list[Segment]:
+        return [next(self._lanes) for _ in range(self._bptt_segments)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._lanes.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._lanes.load_state_dict(state)
+
+    def measure_before(self) -> dict[str, Any]:
+        if self._test is None or not self._before:
+            return {}
+        return evaluate(self._reader, self._test, "test, before training")
+
+    def validate(self) -> Validation | None:
+        if self._validation is None:
+            return None
+        figures = evaluate(self._reader, self._validation, "validation")
+        loss, perplexity = figures["nll"] / figures["tokens"], figures["perplexity"]["token"]
+        return Validation(
+            loss,
+            {"validation/loss": loss, "validation/perplexity": perplexity},
+            f"validation perplexity {perplexity:.3f} (token)",
+        )
+
+    def measure(self, checkpoint: str) -> dict[str, Any]:
+        return {} if self._test is None else measure(self._reader, self._test, self._controls, checkpoint)
+
+    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+        write_results(folder / "results.json", results)
+        print(format_table(results), flush=True)
+        return plot_results(folder / "results.json")
+
+    def sample(self, step: int, tokens: int) -> str:
+        """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""
+        documents = self._train if self._validation is None else self._validation
+        length = self._reader.segment_length
+        prompt = torch.from_numpy(documents.tokens(0, 0, min(2 * length, int(documents.token_counts[0]))))
+        generator = torch.Generator().manual_seed(step)
+        sampled = continue_text(self._reader.model.eval(), prompt, tokens, length, generator=generator)
+        return f"{self.tokenizer.decode(prompt[-32:])} ⟶ {self.tokenizer.decode(sampled)}"
+
+    def locate(self, segment: Segment) -> list[str]:
+        return [
+            f"lane {lane}: {self._train.ids[document]!r} at token {start}"
+            for lane, document, start in zip(
+                segment.lanes.tolist(), segment.documents.tolist(), segment.starts.tolist(), strict=True
+            )
+        ]
+
+    def describe(self) -> str:
+        return f"{len(self._train):,} documents, {int(self._train.token_counts.sum()):,} tokens to learn from"

@@ -1,0 +1,156 @@
+"""Documents as a task: what a step reads, where it stands, and what is measured by which documents."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from infformer.data import DataError, Lanes, TokenizedDocuments, tokenize_documents
+from infformer.evaluation.perplexity import Reader, evaluate, evaluate_controls
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks import language_modelling
+from infformer.tasks.language_modelling import LanguageModelling
+
+SEGMENT, LANES = 16, 4
+
+
+@pytest.fixture(scope="module")
+def documents(configure, tokenizer, tmp_path_factory) -> dict[str, TokenizedDocuments]:
+    data = configure(tmp_path_factory.mktemp("run")).data
+    return {split: tokenize_documents(data, split, tokenizer) for split in ("train", "validation", "test")}
+
+
+@pytest.fixture(scope="module")
+def reader(backbone) -> Reader:
+    """Of a model with a memory that matters."""
+    torch.manual_seed(2)
+    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
+    model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory)
+    for parameter in model.memories.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Reader(model, SEGMENT, progress=False)
+
+
+@pytest.fixture(scope="module")
+def make(documents, reader, tokenizer) -> Callable[..., LanguageModelling]:
+    """The task, with all documents or those of some splits."""
+
+    def make(
+        splits: tuple[str, ...] = ("train", "validation", "test"), share: slice | None = None, **options
+    ) -> LanguageModelling:
+        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3, share=share)
+        return LanguageModelling(tokenizer, {split: documents[split] for split in splits}, lanes, reader, **options)
+
+    return make
+
+
+class TestAStep:
+    def test_is_the_next_segments_of_the_lanes(self, documents, make):
+        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3)
+        task = make(bptt_segments=3)
+        for _ in range(4):
+            step = task.next_step()
+            assert len(step) == 3
+            for segment in step:
+                expected = next(lanes)
+                assert torch.equal(segment.input_ids, expected.input_ids)
+                assert torch.equal(segment.shift_labels, expected.shift_labels)
+
+    def test_goes_on_where_another_process_stood(self, make):
+        """Its state is JSON, and the same whatever the share."""
+        task, half = make(bptt_segments=2), make(bptt_segments=2, share=slice(2, 4))
+        for _ in range(5):
+            task.next_step()
+            half.next_step()
+        state = json.loads(json.dumps(half.state_dict()))
+        assert state == task.state_dict()
+        resumed = make(bptt_segments=2)
+        resumed.load_state_dict(state)
+        for segment, expected in zip(resumed.next_step(), task.next_step(), strict=True):
+            assert torch.equal(segment.input_ids, expected.input_ids)
+            assert torch.equal(segment.reads, expected.reads)
+
+    def test_of_other_lanes_is_refused(self, documents, make, reader, tokenizer):
+        other = LanguageModelling(tokenizer, documents, Lanes(documents["train"], 2, SEGMENT, seed=0), reader)
+        with pytest.raises(DataError, match=r"training\.batch_size: the run to be resumed had 4, this one has 2"):
+            other.load_state_dict(make().state_dict())
+
+    def test_is_located_in_the_documents(self, documents, make):
+        """Each line names a lane and a place where the lane's tokens are found."""
+        train = documents["train"]
+        for segment in make(bptt_segments=4, share=slice(1, 3)).next_step():
+            for row, place in enumerate(make().locate(segment)):
+                lane, name, start = re.fullmatch(r"lane (\d+): '(.*)' at token (\d+)", place).groups()
+                length = int(segment.lengths[row])
+                tokens = train.tokens(train.ids.index(name), int(start), int(start) + length)
+                assert int(lane) == row + 1
+                assert segment.input_ids[row, :length].tolist() == tokens.tolist()
+
+    def test_there_is_so_much_to_learn_from(self, documents, make):
+        counts = documents["train"].token_counts
+        assert make().describe() == f"6 documents, {sum(counts.tolist()):,} tokens to learn from"
+
+
+class TestWhatIsMeasured:
+    def test_during_training(self, documents, make, reader):
+        figures = evaluate(reader, documents["validation"])
+        measured = make().validate()
+        assert measured.loss == figures["nll"] / figures["tokens"]
+        perplexity = figures["perplexity"]["token"]
+        assert measured.metrics == {"validation/loss": measured.loss, "validation/perplexity": perplexity}
+        assert measured.text == f"validation perplexity {perplexity:.3f} (token)"
+
+    def test_during_training_on_the_beginnings_alone(self, documents, make, reader):
+        figures = evaluate(reader, documents["validation"].beginnings(50))
+        assert figures["tokens"] < sum(documents["validation"].token_counts - 1)
+        assert make(max_validation_tokens=50).validate().loss == figures["nll"] / figures["tokens"]
+
+    def test_before_and_after(self, documents, make, reader):
+        figures = evaluate(reader, documents["test"])
+        assert make().measure_before() == figures
+        measured = make().measure("somewhere")
+        assert {name: measured[name] for name in figures} == figures
+        assert measured["controls"] == evaluate_controls(reader, documents["test"])
+        assert measured["controls"]["memory_off"]["nll"] != figures["nll"]
+        assert measured["protocol"]["checkpoint"] == "somewhere"
+
+    def test_only_what_is_asked_for(self, make):
+        assert make(before=False).measure_before() == {}
+        assert make(controls=False).measure("somewhere")["controls"] == {}
+
+    def test_nothing_without_documents(self, make):
+        task = make(("train",), max_validation_tokens=50)
+        assert task.validate() is None
+        assert task.measure_before() == task.measure("somewhere") == {}
+
+    def test_is_reported(self, make, tmp_path, monkeypatch, capsys):
+        drawn = [tmp_path / "figure.png"]
+        monkeypatch.setattr(language_modelling, "plot_results", lambda path: drawn if path.exists() else [])
+        task = make()
+        results = {**task.measure("somewhere"), "before": task.measure_before()}
+        assert task.report(results, tmp_path) == drawn
+        assert json.loads((tmp_path / "results.json").read_text()) == results
+        table = capsys.readouterr().out
+        assert re.search(rf"before training +{results['before']['perplexity']['token']:.3f} ", table)
+        assert "another document's memory" in table
+
+
+class TestASample:
+    def test_goes_on_with_a_validation_document(self, documents, make, tokenizer):
+        prompt, _, sampled = make().sample(3, 9).partition(" ⟶ ")
+        assert prompt == tokenizer.decode(documents["validation"].tokens(0, 0, 2 * SEGMENT))
+        assert sampled
+
+    def test_or_else_with_what_is_learned_from(self, documents, make, tokenizer):
+        prompt = make(("train",)).sample(3, 9).partition(" ⟶ ")[0]
+        assert prompt == tokenizer.decode(documents["train"].tokens(0, 0, 2 * SEGMENT))
+
+    def test_is_drawn_by_the_step_alone(self, make):
+        before = torch.get_rng_state()
+        once, again, later = (make().sample(step, 9) for step in (3, 3, 4))
+        assert once == again != later
+        assert torch.equal(torch.get_rng_state(), before)

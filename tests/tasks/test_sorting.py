@@ -1,0 +1,110 @@
+"""The task as the training sees it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infformer.data import IGNORED, DataError
+from infformer.evaluation.perplexity import Reader
+from infformer.tasks.sorting import HELD_OUT_SEED, Sorting
+from infformer.tasks.sorting_accuracy import format_accuracy, measure_accuracy
+from infformer.tasks.sorting_sequences import SortingConfig, SortingStream, draw_sequences
+
+SEGMENT = 8
+CONFIG = SortingConfig(length=18, symbols=5, validation_sequences=6, test_sequences=9, evaluation_lengths=[30, 18, 7])
+
+
+@pytest.fixture
+def sorting(counter: Callable) -> Sorting:
+    return make(counter(5, SEGMENT))
+
+
+def make(model: torch.nn.Module, config: SortingConfig = CONFIG, seed: int = 3) -> Sorting:
+    stream = SortingStream(config, 4, SEGMENT, seed)
+    return Sorting(config, stream, Reader(model, SEGMENT, batch_size=4), window=10)
+
+
+def test_validation_is_teacher_forced(sorting: Sorting, stubborn: Callable) -> None:
+    perfect = sorting.validate()
+    assert perfect.metrics == {"validation/loss": perfect.loss, "validation/accuracy": 1}
+    assert perfect.loss == pytest.approx(np.log(1 + 5 * np.exp(-5)))
+    assert "validation accuracy 1.000" in perfect.text
+    poor = make(stubborn(5, SEGMENT)).validate()
+    assert poor.metrics["validation/accuracy"] == pytest.approx(0.2)
+    assert poor.loss == pytest.approx(perfect.loss + 0.8 * 5)
+
+
+def test_the_final_figures_are_of_every_length(sorting: Sorting, stubborn: Callable) -> None:
+    results = sorting.measure("here")
+    assert [(figures["length"], figures["sequences"]) for figures in results["lengths"]] == [(18, 9), (30, 9), (7, 9)]
+    assert all(figures["accuracy"] == figures["accuracy_free_running"] == 1 for figures in results["lengths"])
+    assert results["protocol"] == {
+        "segment": SEGMENT,
+        "reset": "each sequence begins with an empty memory",
+        "dtype": "float32",
+        "checkpoint": "here",
+    }
+    model = stubborn(5, SEGMENT)
+    sequences = draw_sequences(CONFIG, "test", range(9), HELD_OUT_SEED, length=30)
+    expected = measure_accuracy(Reader(model, SEGMENT), sequences, 5, 10, HELD_OUT_SEED)
+    assert make(model).measure("here")["lengths"][1] == expected
+
+
+def test_every_seed_is_measured_on_the_same_sequences(stubborn: Callable) -> None:
+    one, other = make(stubborn(5, SEGMENT), seed=3), make(stubborn(5, SEGMENT), seed=4)
+    assert one.measure("here") == other.measure("here")
+    assert one.validate() == other.validate()
+    assert not torch.equal(one.next_step()[0].input_ids, other.next_step()[0].input_ids)
+    assert one.measure_before() == {}
+
+
+def test_training_goes_on_where_it_was(sorting: Sorting, counter: Callable) -> None:
+    sorting.next_step()
+    state = json.loads(json.dumps(sorting.state_dict()))
+    expected = sorting.next_step()
+    resumed = make(counter(5, SEGMENT))
+    resumed.load_state_dict(state)
+    for segment, other in zip(resumed.next_step(), expected, strict=True):
+        assert torch.equal(segment.input_ids, other.input_ids)
+        assert torch.equal(segment.shift_labels, other.shift_labels)
+    scored = [segment.global_tokens for segment in expected]
+    assert scored == [0, 0, 4 * 5]
+    assert [int((segment.shift_labels != IGNORED).sum()) for segment in expected] == scored
+
+
+def test_the_report_is_a_file_a_table_and_a_figure(
+    sorting: Sorting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = sorting.measure("here") | {"before": None}
+    figures = sorting.report(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert capsys.readouterr().out.splitlines() == format_accuracy(results).splitlines()
+    assert [figure.relative_to(tmp_path).as_posix() for figure in figures] == ["plots/accuracy_by_position.png"]
+    assert figures[0].is_file()
+
+
+def test_a_sample_shows_what_is_true_and_what_is_said(sorting: Sorting, stubborn: Callable) -> None:
+    (sequence,) = draw_sequences(CONFIG, "validation", [2], HELD_OUT_SEED)
+    answer = " ".join(map(str, sequence[-5:]))
+    assert sorting.sample(8, 64) == f"sequence 2: {answer}; the model: {answer}"
+    assert make(stubborn(5, SEGMENT)).sample(2, 3) == f"sequence 2: {answer[:5]}; the model: 3 3 3"
+
+
+def test_places_and_material_in_words(sorting: Sorting, counter: Callable) -> None:
+    sorting.next_step()
+    _, second, _ = sorting.next_step()
+    assert sorting.locate(second) == [f"lane {lane}: sequence {4 + lane} at token 8" for lane in range(4)]
+    assert sorting.describe() == "ever new sequences of 18 symbols to learn from"
+    limited = make(counter(5, SEGMENT), SortingConfig(length=1024, symbols=5, training_sequences=8000))
+    assert limited.describe() == "8,000 sequences of 1,024 symbols to learn from"
+    assert sorting.tokenizer is None
+
+
+def test_a_model_that_knows_too_few_tokens(counter: Callable) -> None:
+    make(counter(6, SEGMENT))
+    with pytest.raises(DataError, match=r"task.symbols=5: .* are 6 tokens, and the model knows 5: set .*vocab_size=6"):
+        make(counter(4, SEGMENT))
