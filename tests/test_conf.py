@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -15,11 +17,19 @@ import eval as eval_command
 import train as train_command
 from infformer.config import EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.decoder import DecoderForCausalLM
+from infformer.models.loading import new_decoder
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {".", "training"})
+FOLLOWING = {"training", *(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
+"""Groups that nobody chooses: what is in them comes with the model, or with a model and a memory."""
+GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {"."} - FOLLOWING)
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-EXPERIMENTS = [choice for group, choice in CHOICES if group == "experiment"]
+MODELS, MEMORIES, EXPERIMENTS = (
+    [choice for group, choice in CHOICES if group == wanted] for wanted in ("model", "model/memory", "experiment")
+)
+EXPERIMENTS_WITHOUT_TEXT = {"sorting": "sorting_4k", "sorting_small": "sorting_small"}
+"""By their model, which is one without text: alone it has nothing to learn."""
 PUBLISHED_DATA = ["wikitext103", "pg19"]
 
 
@@ -38,6 +48,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
     return OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
 
 
+@cache
 def run_config(*overrides: str) -> RunConfig:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed("train", *overrides)))
     assert isinstance(config, RunConfig)
@@ -60,7 +71,15 @@ def test_the_groups_that_are_documented_are_there():
     assert {"data", "engine", "experiment", "model", "model/memory", "optimizer", "schedule", "tracker"} <= set(GROUPS)
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [
+        (group, choice)
+        for group, choice in CHOICES
+        if group != "model/memory" and choice not in EXPERIMENTS_WITHOUT_TEXT
+    ],
+    ids=lambda value: value,
+)
 def test_every_choice_composes(group, choice):
     config = run_config(f"{group}={choice}")
     assert config.output_dir == f"outputs/{config.name}"
@@ -72,13 +91,34 @@ def test_every_choice_composes(group, choice):
         assert config.model.memory.segment_length == config.training.segment_length
 
 
-@pytest.mark.parametrize("memory", [choice for group, choice in CHOICES if group == "model/memory"])
-@pytest.mark.parametrize("model", [choice for group, choice in CHOICES if group == "model"])
+def choosing(model: str) -> str:
+    """The option that chooses a model, and with it something to learn."""
+    return f"experiment={EXPERIMENTS_WITHOUT_TEXT[model]}" if model in EXPERIMENTS_WITHOUT_TEXT else f"model={model}"
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_with_every_memory(model, memory):
-    config = run_config(f"model={model}", f"model/memory={memory}", "training.segment_length=64")
-    assert (config.model.memory is None) == (memory == "none")
-    if config.model.memory is not None:
-        assert config.model.memory.segment_length == 64
+    """A decoder can have them all, a Hugging Face model none for which its attention would have to be another."""
+    options = [choosing(model), f"model/memory={memory}", "training.segment_length=64"]
+    is_decoder = run_config(choosing(model)).model.is_decoder
+    if memory in ("short_term", "compressive") and not is_decoder:
+        with pytest.raises(ValueError, match=r"model\.short_term_length=64, model\.compressive=.*only model=decoder"):
+            run_config(*options)
+        return
+    config = run_config(*options).model
+    assert config.is_decoder == is_decoder
+    assert (config.short_term_length > 0) == (is_decoder and memory != "none")
+    assert (config.compressive is not None) == (memory == "compressive")
+    assert (config.memory is not None) == (memory in ("long_term", "sticky", "published"))
+    if config.memory is not None:
+        assert config.memory.segment_length == 64
+
+
+@pytest.mark.parametrize("model", EXPERIMENTS_WITHOUT_TEXT)
+def test_a_model_without_text_alone_has_nothing_to_learn(model):
+    with pytest.raises(ValueError, match=r"model\.tokenizer=null"):
+        run_config(f"model={model}")
 
 
 @pytest.mark.parametrize("data", [choice for group, choice in CHOICES if group == "data"])
@@ -102,6 +142,13 @@ def test_what_is_chosen_with_a_model_belongs_to_one():
     chosen = OmegaConf.load(CONF / "training" / "tiny.yaml").training.segment_length
     assert run_config("model=tiny").training.segment_length == chosen != TrainingConfig().segment_length
     assert run_config("model=gpt2_ltm").training.segment_length == 512
+
+
+@pytest.mark.parametrize("folder", sorted(CONF.glob("model/*_memory")), ids=lambda folder: folder.name)
+def test_what_is_chosen_with_a_model_and_a_memory_belongs_to_both(folder):
+    model = folder.name.removesuffix("_memory")
+    assert model in MODELS
+    assert {path.stem for path in folder.iterdir()} <= set(MEMORIES)
 
 
 def test_what_is_typed_wins():
@@ -156,3 +203,129 @@ class TestPublished:
         assert {key for key in differing if not key.startswith("model.memory")} == {"name", "output_dir"}
         differing = {key for key in rows[1] if rows[1][key] != rows[2][key]}
         assert differing == {"name", "output_dir", "model.memory.sticky"}
+
+
+def differing(configs: list[RunConfig]) -> set[str]:
+    """The options in which they are not all the same."""
+    rows = [as_dictionary(config) for config in configs]
+    return {key for row in rows for key in row if any(row.get(key) != other.get(key) for other in rows)}
+
+
+class TestPublishedSorting:
+    """3 layers, 6 heads, width 300, segments of 1,024, 512 basis functions, τ 0.75, ridge 1, Adam at 2e-4."""
+
+    def test_sizes(self):
+        config = run_config("experiment=sorting_4k")
+        sizes = {"hidden_size": 300, "num_hidden_layers": 3, "num_attention_heads": 6, "feed_forward_size": 300}
+        assert config.model.architecture.items() >= sizes.items()
+        training, optimizer, task = config.training, config.optimizer, config.task
+        assert (training.segment_length, training.batch_size, training.max_steps) == (1024, 8, 20000)
+        assert (optimizer.name, optimizer.learning_rate, optimizer.memory_learning_rate) == ("adam", 2e-4, 2e-4)
+        assert (task.symbols, task.training_sequences, task.training_lengths, task.test_sequences) == (
+            20,
+            8000,
+            [],
+            800,
+        )
+
+    @pytest.mark.parametrize("memory", ["long_term", "sticky"])
+    def test_memory(self, memory):
+        constants = {"basis_functions": 512, "contraction": "constant", "contraction_rate": 0.75, "ridge": 1.0}
+        chosen = asdict(run_config("experiment=sorting_4k", f"model/memory={memory}").model.memory)
+        assert chosen.items() >= {**constants, "widths": [0.01, 0.05], "sticky": memory == "sticky"}.items()
+
+    @pytest.mark.parametrize("memory", ["none", "short_term", "compressive"])
+    def test_no_other_has_a_long_term_memory(self, memory):
+        model = run_config("experiment=sorting_4k", f"model/memory={memory}").model
+        assert model.memory is None
+        assert model.short_term_length == (0 if memory == "none" else 1024)
+
+    def test_memories_differ_in_nothing_else(self):
+        rows = [run_config("experiment=sorting_4k", f"model/memory={memory}") for memory in MEMORIES]
+        memories = ("model.memory", "model.compressive", "model.short_term_length")
+        assert {option for option in differing(rows) if not option.startswith(memories)} == set()
+
+    def test_lengths_differ_in_nothing_else(self):
+        rows = [run_config(f"experiment=sorting_{length}k") for length in (4, 8, 16)]
+        assert [row.task.length for row in rows] == [4000, 8000, 16000]
+        assert differing(rows) == {"name", "output_dir", "task.length"}
+
+
+class TestPublishedFromScratch:
+    """Transformer-XL base, and the other three beside it, at the published sizes and in small."""
+
+    ROWS = ("transformer_xl", "compressive", "infformer", "infformer_sticky")
+    WORDS = {"": 267_735, "_small": 33_278}  # noqa: RUF012, no test changes it
+    """Of WikiText-103 and of WikiText-2."""
+
+    def configs(self, size: str) -> list[RunConfig]:
+        return [run_config(f"experiment=wt103_{row}{size}") for row in self.ROWS]
+
+    def models(self, size: str) -> list[DecoderForCausalLM]:
+        """Without weights: these would be several gigabytes."""
+        with torch.device("meta"):
+            return [
+                new_decoder(
+                    {**config.model.architecture, "vocab_size": self.WORDS[size]},
+                    config.model.decoder_memory(config.training.segment_length),
+                )
+                for config in self.configs(size)
+            ]
+
+    def test_sizes(self):
+        sizes = {
+            "hidden_size": 410,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 10,
+            "head_size": 41,
+            "feed_forward_size": 2100,
+            "adaptive_cutoffs": [20000, 40000, 200000],
+        }
+        for config in self.configs(""):
+            assert config.model.architecture.items() >= sizes.items()
+            assert config.training.segment_length == config.model.short_term_length == 150
+            assert (config.data.subset, config.model.tokenizer) == ("wikitext-103-v1", "words")
+
+    def test_parameters(self):
+        model = self.models("")[0]
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(151e6, rel=0.03)
+
+    def test_rows_differ_in_their_memory_and_in_nothing_else(self):
+        options = differing(self.configs(""))
+        assert {option for option in options if not option.startswith(("model.memory", "model.compressive"))} == {
+            "name",
+            "output_dir",
+        }
+
+    def test_small_rows_differ_in_their_memory_and_in_what_makes_them_equally_large(self):
+        options = differing(self.configs("_small"))
+        assert {option for option in options if not option.startswith(("model.memory", "model.compressive"))} == {
+            "name",
+            "output_dir",
+            "model.short_term_length",
+            "model.architecture.feed_forward_size",
+        }
+
+    def test_small_rows_remember_equally_many_vectors(self):
+        for config in self.configs("_small"):
+            memory = config.model
+            compressed = memory.compressive.length if memory.compressive is not None else 0
+            basis_functions = memory.memory.basis_functions if memory.memory is not None else 0
+            assert memory.short_term_length + compressed + basis_functions == 128
+
+    def test_small_rows_have_equally_many_parameters(self):
+        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in self.models("_small")]
+        assert max(sizes) < 1.02 * min(sizes)
+
+    @pytest.mark.parametrize("size", ["", "_small"])
+    def test_rows_have_the_memories_of_their_names(self, size):
+        def kinds(config: RunConfig) -> tuple[bool, bool, bool]:
+            long_term = config.model.memory
+            return config.model.compressive is not None, long_term is not None, bool(long_term and long_term.sticky)
+
+        assert [kinds(config) for config in self.configs(size)] == [
+            (False, False, False),
+            (True, False, False),
+            (False, True, False),
+            (False, True, True),
+        ]

@@ -119,9 +119,10 @@ class Sorting:
 
     def describe(self) -> str:
         sequences = self._config.training_sequences
+        lengths = self._config.training_lengths or [self._config.length]
         return (
-            f"{'ever new' if sequences is None else f'{sequences:,}'} sequences of {self._config.length:,} symbols to "
-            "learn from"
+            f"{'ever new' if sequences is None else f'{sequences:,}'} sequences of "
+            f"{', '.join(f'{length:,}' for length in lengths)} symbols to learn from"
         )
 
     def _held_out(self, split: str, count: int, length: int | None = None) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from infformer.models.outputs import MemoryModelOutput
 from infformer.tasks.ideal_counters import ideal_counters
 
 
+@torch.inference_mode()
 def measure_accuracy(
     reader: Reader, sequences: NDArray[np.int64], symbols: int, window: int, seed: int
 ) -> dict[str, Any]:
@@ -30,14 +31,28 @@ def measure_accuracy(
         seed: of the ideal counters.
 
     Returns:
-        `length`, `sequences`, what `evaluate_teacher_forced` and `evaluate_free_running` return, and `ideal_counters`:
-        the accuracies of each.
+        `length`, `sequences`, what `evaluate_teacher_forced` returns, `accuracy_free_running` (by position too), where
+        each place of the answer is predicted from the model's own answers before it, and the accuracies of the
+        `ideal_counters`.
     """
+    reader.model.eval()
+    length = sequences.shape[1] - symbols - 1
+    sums = torch.zeros(3, symbols, dtype=torch.float64)
+    for tokens in _batches(reader, sequences, f"{length:,} symbols"):
+        memory, first = _read_before_answer(reader, tokens, symbols)
+        forced = _answer_forced(reader, tokens, memory, first, symbols)
+        free = _answer_freely(reader, tokens, memory, first, symbols) == tokens[:, -symbols:]
+        # On the CPU before it becomes float64, which not every accelerator has.
+        sums += torch.stack([*forced, free]).cpu().double().sum(dim=1)
+    accuracy, nll, free_running = _means(reader, sums, len(sequences))
     return {
-        "length": sequences.shape[1] - symbols - 1,
+        "length": length,
         "sequences": len(sequences),
-        **evaluate_teacher_forced(reader, sequences, symbols),
-        **evaluate_free_running(reader, sequences, symbols),
+        "nll": nll.mean().item(),
+        "accuracy": accuracy.mean().item(),
+        "accuracy_by_position": accuracy.tolist(),
+        "accuracy_free_running": free_running.mean().item(),
+        "accuracy_free_running_by_position": free_running.tolist(),
         "ideal_counters": ideal_counters(sequences, symbols, window, seed),
     }
 
@@ -55,37 +70,9 @@ def evaluate_teacher_forced(
     sums = torch.zeros(2, symbols, dtype=torch.float64)
     for tokens in _batches(reader, sequences, title):
         memory, first = _read_before_answer(reader, tokens, symbols)
-        logits: list[Tensor] = []
-        for segment in tokens[:, first:-1].split(reader.segment_length, dim=1):
-            output = _read(reader, segment, memory)
-            assert output.logits is not None
-            memory = output.memory
-            logits.append(output.logits)
-        scores, answers = torch.cat(logits, dim=1)[:, -symbols:], tokens[:, -symbols:]
-        right = scores.argmax(dim=-1) == answers
-        nats = F.cross_entropy(scores.float().transpose(1, 2), answers, reduction="none")
-        # On the CPU before it becomes float64, which not every accelerator has.
-        sums += torch.stack([right, nats]).cpu().double().sum(dim=1)
+        sums += torch.stack(_answer_forced(reader, tokens, memory, first, symbols)).cpu().double().sum(dim=1)
     accuracy, nll = _means(reader, sums, len(sequences))
     return {"nll": nll.mean().item(), "accuracy": accuracy.mean().item(), "accuracy_by_position": accuracy.tolist()}
-
-
-@torch.inference_mode()
-def evaluate_free_running(reader: Reader, sequences: NDArray[np.int64], symbols: int) -> dict[str, Any]:
-    """Accuracy where each place of the answer is predicted from the model's own answers before it.
-
-    Returns:
-        `accuracy_free_running`, `accuracy_free_running_by_position` [symbols].
-    """
-    sums = torch.zeros(symbols, dtype=torch.float64)
-    for tokens in _batches(reader, sequences, "free running"):
-        right = answer_freely(reader, tokens, symbols) == tokens[:, -symbols:]
-        sums += right.cpu().double().sum(dim=0)
-    accuracy = _means(reader, sums, len(sequences))
-    return {
-        "accuracy_free_running": accuracy.mean().item(),
-        "accuracy_free_running_by_position": accuracy.tolist(),
-    }
 
 
 @torch.inference_mode()
@@ -98,6 +85,26 @@ def answer_freely(reader: Reader, tokens: Tensor, symbols: int) -> Tensor:
     """
     reader.model.eval()
     memory, first = _read_before_answer(reader, tokens, symbols)
+    return _answer_freely(reader, tokens, memory, first, symbols)
+
+
+def _answer_forced(
+    reader: Reader, tokens: Tensor, memory: MemoryState | None, first: int, symbols: int
+) -> list[Tensor]:
+    """Which places are right, and the nats of each, both [rows, symbols], after what is before token `first`."""
+    logits: list[Tensor] = []
+    for segment in tokens[:, first:-1].split(reader.segment_length, dim=1):
+        output = _read(reader, segment, memory)
+        assert output.logits is not None
+        memory = output.memory
+        logits.append(output.logits)
+    scores, answers = torch.cat(logits, dim=1)[:, -symbols:], tokens[:, -symbols:]
+    nats = F.cross_entropy(scores.float().transpose(1, 2), answers, reduction="none")
+    return [scores.argmax(dim=-1) == answers, nats]
+
+
+def _answer_freely(reader: Reader, tokens: Tensor, memory: MemoryState | None, first: int, symbols: int) -> Tensor:
+    """The most likely token at each place, after what is before token `first`."""
     segment = tokens[:, first:-symbols]
     answers: list[Tensor] = []
     while len(answers) < symbols:

@@ -33,6 +33,9 @@ class SortingConfig:
 
     length: int = 1024
     """Symbols of a sequence."""
+    training_lengths: list[int] = field(default_factory=list)
+    """Learn from sequences of these lengths instead: each step draws one, with a probability ∝ 1/√length, between equal
+    steps and equal reading. What is learned on short ones, sooner, is at hand for long ones."""
     symbols: int = 20
     """How many different symbols there are."""
     training_sequences: int | None = None
@@ -52,8 +55,9 @@ class SortingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"task.{name}={value}: must be at least 1")
-        if min(self.evaluation_lengths, default=1) < 1:
-            raise ValueError(f"task.evaluation_lengths={list(self.evaluation_lengths)}: each must be at least 1")
+        for name in ("training_lengths", "evaluation_lengths"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"task.{name}={list(getattr(self, name))}: each must be at least 1")
 
     @property
     def vocabulary_size(self) -> int:
@@ -113,7 +117,8 @@ def _answer(sequence: Integers, symbols: int) -> Integers:
 class SortingStream:
     """The sequences of training, without end: in one step every lane reads a new one, from an empty memory.
 
-    Lane l of step s reads the sequence number s · lanes + l of the stream, whatever the share.
+    Lane l of step s reads the sequence number s · lanes + l of the stream, whatever the share. The sequences of a
+    step are equally long.
 
     Args:
         config: which sequences.
@@ -137,12 +142,14 @@ class SortingStream:
         self._seed = seed
         self._share = np.arange(lanes) if share is None else np.array(share, dtype=np.int64)
         self._step = 0
+        self._reads = 0
         # What a saved state must agree with, by the option that says it.
         self._identity: dict[str, Any] = {
             "training.batch_size": lanes,
             "training.segment_length": segment_length,
             "seed": seed,
             "task.length": config.length,
+            "task.training_lengths": list(config.training_lengths),
             "task.symbols": config.symbols,
             "task.training_sequences": config.training_sequences,
         }
@@ -150,12 +157,13 @@ class SortingStream:
     def next_step(self) -> list[Segment]:
         """The next sequence of every lane of the share, in segments, the last one padded."""
         numbers = self._numbers()[self._share]
-        tokens = torch.from_numpy(draw_sequences(self._config, "train", numbers, self._seed))
+        length = self._length()
+        tokens = torch.from_numpy(draw_sequences(self._config, "train", numbers, self._seed, length))
         inputs = tokens.shape[1] - 1
         padding = -inputs % self._segment_length
         input_ids = F.pad(tokens[:, :-1], (0, padding)).split(self._segment_length, dim=1)
-        answer = tokens[:, self._config.length + 1 :]
-        labels = F.pad(answer, (self._config.length, padding), value=IGNORED).split(self._segment_length, dim=1)
+        answer = tokens[:, length + 1 :]
+        labels = F.pad(answer, (length, padding), value=IGNORED).split(self._segment_length, dim=1)
         segments = []
         for index in range(len(input_ids)):
             start = index * self._segment_length
@@ -167,17 +175,18 @@ class SortingStream:
                     reset=torch.full((len(numbers),), index == 0),
                     documents=torch.from_numpy(numbers),
                     starts=torch.full((len(numbers),), start),
-                    reads=torch.full((len(numbers),), self._step * len(input_ids) + index),
+                    reads=torch.full((len(numbers),), self._reads + index),
                     lanes=torch.from_numpy(self._share.copy()),
                     global_tokens=self._lanes * int((labels[index][0] != IGNORED).sum()),
                 )
             )
         self._step += 1
+        self._reads += len(segments)
         return segments
 
     def state_dict(self) -> dict[str, Any]:
         """Where the reading stands, as JSON; it is the same whatever the share, and fits every share."""
-        return {"identity": dict(self._identity), "step": self._step}
+        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where the state was taken.
@@ -192,7 +201,13 @@ class SortingStream:
                     f"{option}: the run to be resumed had {_spell(then)}, this one has {_spell(now)}; its place in the "
                     "stream means nothing here. Set it back, or begin a new run."
                 )
-        self._step = state["step"]
+        self._step, self._reads = state["step"], state["reads"]
+
+    def _length(self) -> int:
+        """Symbols of this step's sequences."""
+        lengths = np.array(self._config.training_lengths or [self._config.length], dtype=np.float64)
+        often = lengths**-0.5 / (lengths**-0.5).sum()
+        return int(np.random.default_rng([self._seed, self._step]).choice(lengths, p=often))
 
     def _numbers(self) -> Integers:
         """Of the sequences that the lanes of the global batch read in this step."""
