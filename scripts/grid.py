@@ -1,11 +1,14 @@
-"""Many runs of train.py, one after the other, that go on where they were stopped."""
+"""Many runs of train.py, one after the other, that go on where they were stopped, and the means of what they found."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +17,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 def run_all(runs: dict[str, list[str]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Make every run, or what is left of it; a run that has its results is not made again.
+    """Make every run, or what is left of it; one that has its results, by the same options, is not made again.
 
     Args:
         runs: the options of each run, by its name.
@@ -22,21 +25,45 @@ def run_all(runs: dict[str, list[str]], folder: Path) -> dict[str, dict[str, Any
 
     Returns:
         What `results.json` of each run holds.
+
+    Raises:
+        SystemExit: a run failed or was stopped.
     """
     for name, options in tqdm(runs.items(), unit="run", disable=None):
-        if not (folder / name / "results.json").exists():
-            command = [
-                sys.executable,
-                str(TRAIN),
-                *options,
-                f"name={name}",
-                f"output_dir={folder / name}",
-                "resume=auto",
-            ]
-            print(f"== {name}: {' '.join(options)}", flush=True)
-            finished = subprocess.run(command)
-            if finished.returncode != 0:
-                sys.exit(
-                    f"error: the run {name} stopped with exit status {finished.returncode}; the same command goes on"
-                )
+        done, asked = folder / name / "options.json", json.dumps(options, indent=1)
+        if done.exists() and done.read_text(encoding="utf-8") == asked:
+            continue
+        print(f"== {name}: {' '.join(options)}", flush=True)
+        status = _train([*options, f"name={name}", f"output_dir={json.dumps(str(folder / name))}", "resume=auto"])
+        if status != 0:
+            sys.exit(f"error: the run {name} ended with exit status {status}; the same command goes on with it")
+        # What is written last says that the run is whole. Asked for something else, train.py goes on or says why not.
+        done.write_text(asked, encoding="utf-8")
     return {name: json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in runs}
+
+
+def _train(options: list[str]) -> int:
+    """One run of train.py: its exit status. Who stops this script stops the run, which writes a checkpoint first."""
+    process = subprocess.Popen([sys.executable, str(TRAIN), *options])
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    # A terminal sends its SIGINT to both.
+    previous = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def format_mean(values: list[float], decimals: int = 2) -> str:
+    """The mean over seeds, and half of what lies between the lowest and the highest, if anything: `0.75 ± 0.02`."""
+    if not values:
+        return "–"
+    spread = (max(values) - min(values)) / 2
+    return f"{mean(values):.{decimals}f}" + (f" ± {spread:.{decimals}f}" if round(spread, decimals) > 0 else "")

@@ -14,6 +14,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import eval as eval_command
@@ -170,6 +171,143 @@ def test_an_evaluation_of_nothing(start):
     assert code == 1
     assert "checkpoint" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["model=gpt2", "model/memory=short_term"], ["model.short_term_length=512", "only model=decoder", "sticky"]),
+        (["model=gpt2_ltm", "model/memory=compressive"], ["model.compressive=…", "only model=decoder", "sticky"]),
+        (["model=sorting"], ["model.tokenizer=null", "needs a tokenizer"]),
+        (
+            ["model=decoder", "model/memory=compressive", "model.compressive.rate=3"],
+            ["model.compressive.rate=3", "128"],
+        ),
+        (
+            ["model=decoder", "model/memory=long_term", "model.short_term_length=40"],
+            ["length=40", "multiple of", "128"],
+        ),
+        (["model=decoder", "model.memory_layers=[0]"], ["model.memory_layers=[0]", "set it to null"]),
+        (["model=decoder", "training.freeze_backbone=true"], ["training.freeze_backbone=true", "false"]),
+        (["model=decoder", "model.architecture.no_such=1"], ["'model.architecture.no_such'"]),
+        (["model=decoder", "+model.architecture.no_such=1"], ["model.architecture.no_such=1", "it has activation,"]),
+        (["model=decoder", "model.architecture.positions=none"], ["positions=none", "relative, rotary"]),
+        (["model=decoder", "+model.architecture.vocab_size=100"], ["has 257 tokens", "knows 100", "model.tokenizer="]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_model_that_cannot_be(start, model_folder, tmp_path, options, says):
+    if "model=decoder" in options:
+        options = [*options, f"model.tokenizer={model_folder}"]
+    code, text = start(train_command, *options, f"output_dir={tmp_path / 'run'}")
+    message = " ".join(text.split())
+    assert code == 1
+    assert "Traceback" not in message
+    assert all(part in message for part in says), message
+    assert not (tmp_path / "run").exists()
+
+
+class TestSorting:
+    """The small experiment, smaller still, and of a length that is no multiple of the segment."""
+
+    OPTIONS = (
+        "experiment=sorting_small",
+        "task.length=23",
+        "task.training_lengths=[]",
+        "task.evaluation_lengths=[41]",
+        "task.validation_sequences=2",
+        "task.test_sequences=3",
+        "training.segment_length=16",
+        "training.batch_size=2",
+        "training.max_steps=2",
+        "model.architecture.hidden_size=12",
+    )
+
+    @pytest.fixture
+    def sort(self, start, monkeypatch, tmp_path) -> Callable[..., tuple[object, str]]:
+        monkeypatch.setattr(run, "plot_run", lambda folder: [])
+        monkeypatch.setattr("infformer.tasks.sorting.plot_accuracy", lambda results: [])
+        return lambda *options: start(train_command, *self.OPTIONS, f"output_dir={tmp_path / 'run'}", *options)
+
+    @pytest.mark.parametrize("memory", ["none", "short_term", "compressive", "long_term", "sticky"])
+    def test_with_every_memory(self, sort, tmp_path, memory):
+        code, text = sort(f"model/memory={memory}")
+        assert code == 0, text
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        window = "last_16" if memory == "none" else "last_32"
+        for figures, length in zip(results["lengths"], (23, 41), strict=True):
+            assert figures["length"] == length
+            assert {"accuracy", "accuracy_free_running"} <= figures.keys()
+            assert window in figures["ideal_counters"]
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "validation/accuracy" in line] == [2]
+
+    def test_with_a_larger_vocabulary(self, sort, tmp_path):
+        code, text = sort("+model.architecture.vocab_size=30")
+        assert code == 0, text
+        weights = load_file(tmp_path / "run" / "checkpoints" / "best" / "model" / "model.safetensors")
+        assert weights["vocabulary.embedding.weight"].shape == (30, 12)
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (["+model.architecture.vocab_size=20"], ["task.symbols=20", "set model.architecture.vocab_size=21"]),
+            (["task.symbols=40", "+model.architecture.vocab_size=21"], ["task.symbols=40", "vocab_size=41"]),
+            (["task.symbols=1"], ["task.symbols=1", "at least 2"]),
+            (["task.length=0"], ["task.length=0", "at least 1"]),
+            (["task.training_lengths=[64,0]"], ["task.training_lengths=[64, 0]", "each must be at least 1"]),
+            (["model.architecture.num_attention_heads=5"], ["num_attention_heads=5", "hidden_size=12"]),
+        ],
+        ids=lambda value: " ".join(value),
+    )
+    def test_refused(self, sort, tmp_path, options, says):
+        code, text = sort(*options)
+        message = " ".join(text.split())
+        assert code == 1
+        assert "Traceback" not in message
+        assert all(part in message for part in says), message
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def decoder_checkpoint(configure, train, model_folder, tmp_path_factory) -> Path:
+    """Of a decoder with a short-term memory of 16 tokens."""
+    folder = tmp_path_factory.mktemp("decoder")
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
+    changes = {
+        "model.pretrained": None,
+        "model.architecture": {"model_type": "decoder", **sizes},
+        "model.tokenizer": str(model_folder),
+        "model.memory": None,
+        "model.short_term_length": 16,
+    }
+    train(configure(folder, changes))
+    return folder / "checkpoints" / "best"
+
+
+class TestShortTermMemoryInEvaluation:
+    def test_longer_than_in_training(self, start, decoder_checkpoint, texts, tmp_path, monkeypatch):
+        monkeypatch.setattr(eval_command, "plot_results", lambda results: [])
+        options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={decoder_checkpoint}"]
+        losses = []
+        for length in ("null", "48", "1000", "2000"):
+            folder = tmp_path / length
+            code, text = start(eval_command, *options, f"short_term_length={length}", f"output_dir={folder}")
+            assert code == 0, text
+            losses.append(json.loads((folder / "results.json").read_text())["nll"])
+        trained, longer, whole, beyond = losses
+        assert len({trained, longer, whole}) == 3
+        # No document has so many tokens: what is not there changes nothing.
+        assert beyond == pytest.approx(whole, rel=1e-6)
+
+    def test_none(self, eval_refused, decoder_checkpoint):
+        message = eval_refused(f"checkpoint={decoder_checkpoint}", "short_term_length=0")
+        assert "short_term_length=0: must be at least 1" in message
+
+    def test_of_a_model_that_has_none(self, eval_refused):
+        message = eval_refused("short_term_length=32")
+        assert "short_term_length=32" in message
+        assert "has no short-term memory; set it to null" in message
 
 
 class TestAHubThatCannotBeReached:

@@ -43,6 +43,11 @@ PANELS = (
     ),
     Panel("Validation perplexity", "per token", (Curve("validation/perplexity", "validation", ORANGE, points=True),)),
     Panel(
+        "Validation accuracy",
+        "share of the answers",
+        (Curve("validation/accuracy", "validation", ORANGE, points=True),),
+    ),
+    Panel(
         "Learning rate",
         "step size",
         (Curve("train/learning_rate", "backbone"), Curve("train/memory_learning_rate", "memory", GREEN)),

@@ -67,16 +67,18 @@ def plot_accuracy_by_length(path: Path) -> list[Path]:
     figure = new_figure(4.6 * len(MEASURES), 4.6)
     for column, (measure, name) in enumerate(MEASURES.items(), start=1):
         axes = figure.add_subplot(1, len(MEASURES), column)
-        models, counters = _draw_models(axes, rows, measure), _draw_counters(axes, rows, measure)
-        axes.set_ylim(-0.02, 1.02)
         axes.set_xscale("log")
         axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
+        models, counters = _draw_models(axes, rows, measure), _draw_counters(axes, rows, measure)
+        axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_locator(FixedLocator(lengths))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:,.0f}")
         label(axes, f"Sorting, {name}", "symbols of a sequence", "accuracy")
     figure.legend(handles=models, loc="outside upper center", ncols=len(models), frameon=False)
-    figure.legend(handles=counters, loc="outside lower center", ncols=len(counters), frameon=False)
+    figure.legend(
+        handles=counters, loc="outside lower center", ncols=len(counters), title="ideal counters", frameon=False
+    )
     return [save(figure, Path(path).parent / "accuracy_by_length.png")]
 
 
@@ -117,7 +119,8 @@ def _draw_models(axes: Axes, rows: list[dict[str, Any]], measure: str) -> list[E
 
 
 def _draw_counters(axes: Axes, rows: list[dict[str, Any]], measure: str) -> list[Line2D]:
-    """A thin dashed line for each ideal counter, which no seed changes."""
+    """A thin dashed line for each ideal counter, which no seed changes, from edge to edge of the panel."""
+    left, right = axes.get_xlim()
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         for counter, figures in row["ideal_counters"].items():
@@ -125,10 +128,13 @@ def _draw_counters(axes: Axes, rows: list[dict[str, Any]], measure: str) -> list
     lines = []
     for (counter, by_length), dashes in zip(values.items(), cycle(COUNTER_DASHES), strict=False):
         lengths, accuracies = zip(*sorted(by_length.items()), strict=True)
-        style = (0, dashes)
-        # The mark shows also where there is but one length, and no line.
         lines += axes.plot(
-            lengths, accuracies, color=GREY, linestyle=style, linewidth=1, marker="_", label=_in_words(counter)
+            [left, *lengths, right],
+            [accuracies[0], *accuracies, accuracies[-1]],
+            color=GREY,
+            linestyle=(0, dashes),
+            linewidth=1,
+            label=_in_words(counter),
         )
     return lines
 

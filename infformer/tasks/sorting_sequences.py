@@ -34,8 +34,8 @@ class SortingConfig:
     length: int = 1024
     """Symbols of a sequence."""
     training_lengths: list[int] = field(default_factory=list)
-    """Learn from sequences of these lengths instead: each step draws one, with a probability ∝ 1/√length, between equal
-    steps and equal reading. What is learned on short ones, sooner, is at hand for long ones."""
+    """Learn from sequences of these lengths instead: each step draws one, with a probability ∝ 1/length, so that all
+    lengths together are read equally much. What is learned on short ones, sooner, is at hand for long ones."""
     symbols: int = 20
     """How many different symbols there are."""
     training_sequences: int | None = None
@@ -206,7 +206,7 @@ class SortingStream:
     def _length(self) -> int:
         """Symbols of this step's sequences."""
         lengths = np.array(self._config.training_lengths or [self._config.length], dtype=np.float64)
-        often = lengths**-0.5 / (lengths**-0.5).sum()
+        often = (1 / lengths) / (1 / lengths).sum()
         return int(np.random.default_rng([self._seed, self._step]).choice(lengths, p=often))
 
     def _numbers(self) -> Integers:

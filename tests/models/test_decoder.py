@@ -107,6 +107,13 @@ def read(
     return outputs
 
 
+def watch(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The first argument and the result of every call from now on."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    return calls
+
+
 def assert_same_memory(one: MemoryState, other: MemoryState) -> None:
     assert one.named_tensors().keys() == other.named_tensors().keys()
     for name, tensor in one.named_tensors().items():
@@ -175,16 +182,12 @@ class TestAgainstItsEquations:
         assert [layer.compressed.filled.tolist() for layer in state.layers] == [[8, 6, 0]] * 2
         assert [layer.short_term.filled.tolist() for layer in state.layers] == [[6, 6, 6]] * 2
 
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, layer in enumerate(model.layers):
-            layer.attention.register_forward_hook(
-                lambda module, args, output, index=index: seen.update({index: (args[0], output)})
-            )
+        calls = [watch(layer.attention) for layer in model.layers]
         model(tokens(3, seed=9), memory=state)
         for index, layer in enumerate(model.layers):
             attention, queue = layer.attention, state.layers[index]
             for row in range(3):
-                hidden, attended = seen[index][0][row], seen[index][1][row]
+                hidden, attended = (tensor[row] for tensor in calls[index][0])
                 parts = (part.entries[row][part.real[row]] for part in (queue.compressed, queue.short_term))
                 context = torch.cat([*parts, hidden])
                 earlier = len(context) - SEGMENT
@@ -212,23 +215,9 @@ class TestAgainstItsEquations:
     def test_the_long_term_memory_gets_what_leaves_the_short_term_memory(self, memory, random_offsets):
         """Against the memory alone, given the segments by hand; and what it reads is added to what attention reads."""
         model = trained(memory, normalization_placement="pre")
-        seen: list[list[Tensor]] = [[], []]
-        attended: list[Tensor] = [torch.empty(0)] * 2
-        entered: list[Tensor] = [torch.empty(0)] * 2
-        for index, layer in enumerate(model.layers):
-
-            def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, index: int = index) -> None:
-                seen[index].append(args[0])
-                attended[index] = output
-
-            layer.attention.register_forward_hook(keep)
-            layer.feed_forward_norm.register_forward_hook(
-                lambda module, args, output, index=index: entered.__setitem__(index, args[0])
-            )
-            layer.attention_norm.register_forward_hook(
-                lambda module, args, output, index=index: residuals.__setitem__(index, args[0])
-            )
-        residuals: list[Tensor] = [torch.empty(0)] * 2
+        attentions = [watch(layer.attention) for layer in model.layers]
+        before = [watch(layer.attention_norm) for layer in model.layers]
+        after = [watch(layer.feed_forward_norm) for layer in model.layers]
         delay = memory.short_term_length // SEGMENT
         states = [layer.memory.long_term.initial_state(2) for layer in model.layers]
         state = model.initial_memory(2)
@@ -239,12 +228,13 @@ class TestAgainstItsEquations:
             state = model(segment, memory=state, sticky_offsets=offsets).memory
             for index, layer in enumerate(model.layers):
                 alone = layer.memory.long_term
-                reading = alone.read(seen[index][-1], states[index])
-                expected = residuals[index] + attended[index] + reading.context
-                torch.testing.assert_close(entered[index], expected)
+                seen, attended = attentions[index][number]
+                reading = alone.read(seen, states[index])
+                residual, summed = before[index][number][0], after[index][number][0]
+                torch.testing.assert_close(summed, residual + attended + reading.context)
                 if number >= delay:
                     operators = model.signal.operators(states[index].segments)
-                    leaving = seen[index][number - delay]
+                    leaving = attentions[index][number - delay][0]
                     states[index] = alone.write(leaving, states[index], operators, reading.attention, offsets)
                 assert_same_memory(state.layers[index].long_term, states[index])
                 assert state.layers[index].long_term.segments.tolist() == [max(number + 1 - delay, 0)] * 2
@@ -258,11 +248,8 @@ class TestAgainstItsEquations:
         for segment, lengths in zip(document(2, rows=3), ([6, 6, 0], [6, 6, 6]), strict=True):
             state = model(segment, memory=state, lengths=torch.tensor(lengths)).memory
         state = state.reset_rows(torch.tensor([False, True, False]))
-        seen: dict[int, Tensor] = {}
-        for index, layer in enumerate(model.layers):
-            layer.attention.register_forward_hook(lambda _, args, output, index=index: seen.update({index: args[0]}))
-        lengths = torch.tensor([6, 6, 6])
-        output = model(tokens(3, seed=9), memory=state, lengths=lengths)
+        calls = [watch(layer.attention) for layer in model.layers]
+        output = model(tokens(3, seed=9), memory=state)
         total = 0.0
         for index, layer in enumerate(model.layers):
             convolution = layer.memory.compression.convolution
@@ -275,7 +262,7 @@ class TestAgainstItsEquations:
                     ]
                 )
                 whole, parts = (
-                    layer.attention.attend_by_content(seen[index][row : row + 1], entries.unsqueeze(0))[0]
+                    layer.attention.attend_by_content(calls[index][0][0][row : row + 1], entries.unsqueeze(0))[0]
                     for entries in (leaving, compressed)
                 )
                 total += (whole - parts).square().mean(-1).sum()
@@ -607,15 +594,12 @@ class TestGradients:
     @every_memory
     def test_gradient_checkpointing_changes_nothing(self, memory):
         model = trained(memory)
-        calls: list[bool] = []
-        for layer in model.layers:
-            layer.attention.register_forward_hook(lambda *_: calls.append(True))
+        calls = [watch(layer.attention) for layer in model.layers]
         losses, gradients = self.train_four_segments(model)
-        assert len(calls) == 2 * 4
+        assert [len(made) for made in calls] == [4, 4]
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        calls.clear()
         again, gradients_again = self.train_four_segments(model)
-        assert len(calls) == 2 * 2 * 4  # recomputed
+        assert [len(made) for made in calls] == [4 + 2 * 4] * 2  # recomputed
         assert torch.equal(torch.stack(losses), torch.stack(again))
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, gradients_again[name], rtol=1e-5, atol=1e-7, msg=name)
@@ -638,7 +622,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("function", ["convolution", "mean", "max", "most_used"])
     def test_the_reconstruction_trains_the_convolution_and_nothing_else(self, function):
-        model = trained(compressive(function=function)).train()
+        model = trained(compressive(function=function))
         outputs = read(model, document(4), labelled=True)
         reconstruction = sum(output.auxiliary_losses["reconstruction"] for output in outputs)
         likelihood = sum(output.token_losses.sum() for output in outputs)
@@ -661,11 +645,10 @@ class TestGradients:
     def test_gradients_reach_the_first_segment_through_a_long_term_memory_alone(self, memory):
         """What a short-term memory keeps has no graph; what passes through one has lost it."""
         model = trained(memory)
-        embedded: list[Tensor] = []
-        model.vocabulary.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-        read(model, document(4), labelled=True)[-1].loss.backward(inputs=embedded[:1])
-        reached = embedded[0].grad is not None and bool((embedded[0].grad != 0).any())
-        assert reached == (memory.long_term is not None and memory.short_term_length == 0)
+        calls = watch(model.vocabulary.embedding)
+        loss = read(model, document(4), labelled=True)[-1].loss
+        (gradient,) = torch.autograd.grad(loss, calls[0][1], materialize_grads=True)
+        assert (gradient != 0).any() == (memory.long_term is not None and memory.short_term_length == 0)
 
     @pytest.mark.parametrize("cutoffs", [[], [20, 35]])
     def test_learns(self, cutoffs):

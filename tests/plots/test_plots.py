@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -80,6 +81,23 @@ def test_panels_without_data_are_left_out(tmp_path):
     (path,) = plot_run(tmp_path)
     height, width = imread(path).shape[:2]
     assert width < 1.5 * height
+
+
+@pytest.mark.parametrize(
+    ("metric", "title"), [("perplexity", "Validation perplexity"), ("accuracy", "Validation accuracy")]
+)
+def test_what_a_task_validates_by_has_a_panel(tmp_path, monkeypatch, metric, title):
+    monkeypatch.setattr("infformer.plots.run.save", lambda figure, path: figure)
+    lines = [
+        {"step": 1, "tokens": 512, "train/loss": 3.0},
+        *({"step": step, "tokens": 512 * step, f"validation/{metric}": 0.2 * step} for step in (2, 4)),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (figure,) = plot_run(tmp_path)
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert panels.keys() == {"Loss", title}
+    (curve,) = panels[title].lines
+    assert curve.get_xydata() == pytest.approx(np.array([[1024, 0.4], [2048, 0.8]]))
 
 
 def test_a_run_without_metrics_has_no_figure(tmp_path):

@@ -1,11 +1,14 @@
-"""The figure of the sorting task: a row of panels for each length, whatever was measured."""
+"""The figures of the sorting task: of one model by the place of the answer, of several by length."""
 
 import json
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from infformer.plots.sorting import plot_accuracy
+from infformer.plots.sorting import plot_accuracy, plot_accuracy_by_length
 
 COUNTERS = ("last_2048", "last_half", "noise_3_percent", "noise_1_percent", "chance")
 
@@ -53,3 +56,72 @@ def test_every_length_has_a_row(tmp_path):
 
 def test_nothing_measured_is_no_figure(tmp_path):
     assert plot_accuracy(write_results(tmp_path, [])) == []
+
+
+def row(memory: str, seed: int, length: int, level: float) -> dict:
+    counters = {name: accuracies(0.1 * n + 10 / length, 3) for n, name in enumerate(COUNTERS)}
+    return {"memory": memory, "seed": seed, "length": length, **accuracies(level, 3), "ideal_counters": counters}
+
+
+ROWS = [
+    row("short_term", 0, 1000, 0.3),
+    row("short_term", 1, 1000, 0.5),
+    row("short_term", 0, 100, 0.6),
+    row("short_term", 1, 100, 0.8),
+    row("sticky", 0, 100, 0.9),
+    row("sticky", 0, 1000, 0.7),
+    row("sticky", 0, 10000, 0.4),
+]
+
+
+@pytest.fixture
+def panels(tmp_path, monkeypatch) -> list[Axes]:
+    """Those of the figure of these rows."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr("infformer.plots.sorting.save", lambda figure, path: drawn.append(figure))
+    (tmp_path / "accuracy.json").write_text(json.dumps(ROWS))
+    plot_accuracy_by_length(tmp_path / "accuracy.json")
+    return drawn[0].axes
+
+
+def test_accuracy_by_length_is_drawn_beside_its_rows(tmp_path):
+    for count in (1, len(ROWS)):
+        (tmp_path / "accuracy.json").write_text(json.dumps(ROWS[:count]))
+        (path,) = plot_accuracy_by_length(tmp_path / "accuracy.json")
+        assert path == tmp_path / "accuracy_by_length.png"
+        assert imread(path).std() > 0.05
+
+
+def test_a_line_is_the_mean_over_the_seeds_with_bars_to_the_lowest_and_highest(panels):
+    for axes, part in zip(panels, (1, 0.5), strict=True):
+        bars = {container.get_label(): container for container in axes.containers}
+        assert bars.keys() == {"short term", "sticky"}
+        means, _, (spread,) = bars["short term"]
+        assert means.get_xydata() == pytest.approx(np.array([[100, 0.7 * part], [1000, 0.4 * part]]))
+        ends = np.array([segment[:, 1] for segment in spread.get_segments()])
+        assert ends == pytest.approx(part * np.array([[0.6, 0.8], [0.3, 0.5]]))
+        means, _, (spread,) = bars["sticky"]
+        assert means.get_ydata().tolist() == pytest.approx([0.9 * part, 0.7 * part, 0.4 * part])
+        assert all(low == high for (_, low), (_, high) in spread.get_segments())
+
+
+def test_ideal_counters_are_dashed_and_reach_from_edge_to_edge(panels):
+    for axes, part in zip(panels, (1, 0.5), strict=True):
+        counters = {line.get_label(): line for line in axes.lines if line.get_linestyle() == "--"}
+        assert list(counters) == [name.replace("_", " ") for name in COUNTERS]
+        lengths, values = counters["last half"].get_data()
+        assert tuple(lengths[[0, -1]]) == pytest.approx(axes.get_xlim())
+        assert lengths[1:-1].tolist() == [100, 1000, 10000]
+        assert values.tolist() == pytest.approx([part * (0.1 + 10 / n) for n in (100, 100, 1000, 10000, 10000)])
+
+
+def test_lengths_stand_on_a_logarithmic_axis(panels):
+    for axes in panels:
+        assert axes.get_xscale() == "log"
+        assert axes.get_xticks().tolist() == [100, 1000, 10000]
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "1,000", "10,000"]
+
+
+def test_no_rows_are_no_figure(tmp_path):
+    (tmp_path / "accuracy.json").write_text("[]")
+    assert plot_accuracy_by_length(tmp_path / "accuracy.json") == []

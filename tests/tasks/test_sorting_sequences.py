@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,8 +99,9 @@ def test_bad_options() -> None:
             SortingConfig(**{option: 0})
     with pytest.raises(ValueError, match=r"task.symbols=1: must be at least 2"):
         SortingConfig(symbols=1)
-    with pytest.raises(ValueError, match=r"task.evaluation_lengths=\[10, 0\]: each must be at least 1"):
-        SortingConfig(evaluation_lengths=[10, 0])
+    for option in ("training_lengths", "evaluation_lengths"):
+        with pytest.raises(ValueError, match=rf"task.{option}=\[10, 0\]: each must be at least 1"):
+            SortingConfig(**{option: [10, 0]})
 
 
 @pytest.mark.parametrize("segment_length", [1, 4, 5, 6, 7, 17, 20])
@@ -131,9 +133,51 @@ def test_a_step_is_a_sequence_in_segments(segment_length: int) -> None:
         assert sum(segment.global_tokens for segment in segments) == 3 * SYMBOLS
 
 
-def test_shares_together_are_the_whole() -> None:
-    whole = SortingStream(CONFIG, 4, 7, seed=2)
-    parts = [SortingStream(CONFIG, 4, 7, seed=2, share=share) for share in (range(2, 4), [1], range(1))]
+def length_of(step: list[Segment], symbols: int = SYMBOLS) -> int:
+    """Of the sequences of a step."""
+    return sum(int(segment.lengths[0]) for segment in step) - symbols
+
+
+def test_a_step_has_one_of_several_lengths_the_shorter_the_likelier() -> None:
+    lengths = [5, 20, 40]
+    stream = SortingStream(SortingConfig(symbols=SYMBOLS, training_lengths=lengths), 1, 7, seed=2)
+    drawn = [length_of(stream.next_step()) for _ in range(400)]
+    for step, length in enumerate(drawn):
+        # 8/11, 2/11 and 1/11: in proportion to 1/length.
+        uniform = np.random.default_rng([2, step]).random()
+        assert length == lengths[int(uniform >= 8 / 11) + int(uniform >= 10 / 11)]
+    read = [length * drawn.count(length) for length in lengths]
+    assert read == pytest.approx([sum(read) / 3] * 3, rel=0.25)
+
+
+def test_sequences_of_several_lengths_are_whole() -> None:
+    config = SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15])
+    stream = SortingStream(config, 3, 7, seed=2)
+    seen = set()
+    for step in range(30):
+        segments = stream.next_step()
+        length = length_of(segments)
+        tokens = torch.from_numpy(draw_sequences(config, "train", range(3 * step, 3 * step + 3), 2, length))
+        inputs, labels = (torch.cat([getattr(s, n) for s in segments], dim=1) for n in ("input_ids", "shift_labels"))
+        assert torch.equal(inputs[:, : length + SYMBOLS], tokens[:, :-1])
+        assert torch.equal(labels[:, length : length + SYMBOLS], tokens[:, length + 1 :])
+        assert int((labels != IGNORED).sum()) == 3 * SYMBOLS
+        assert [segment.reset.all().item() for segment in segments] == [True] + [False] * (len(segments) - 1)
+        seen.add(length)
+    assert seen == {3, 8, 15}
+
+
+def test_no_read_is_ever_that_of_another() -> None:
+    """The random numbers of sticky memories are drawn by it."""
+    stream = SortingStream(SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15]), 2, 7, seed=2)
+    reads = [int(read) for _ in range(20) for segment in stream.next_step() for read in segment.reads.unique()]
+    assert reads == list(range(len(reads)))
+
+
+@pytest.mark.parametrize("config", [CONFIG, SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15])])
+def test_shares_together_are_the_whole(config: SortingConfig) -> None:
+    whole = SortingStream(config, 4, 7, seed=2)
+    parts = [SortingStream(config, 4, 7, seed=2, share=share) for share in (range(2, 4), [1], range(1))]
     for _ in range(3):
         for segment, *pieces in zip(whole.next_step(), *(part.next_step() for part in parts), strict=True):
             assert all(piece.global_tokens == segment.global_tokens for piece in pieces)
@@ -157,9 +201,9 @@ def test_a_limited_number_of_sequences_comes_again_in_another_order(size: int, l
     assert torch.equal(torch.cat([segment.input_ids for segment in steps]), tokens[:, :-1])
 
 
-@pytest.mark.parametrize("size", [None, 5])
-def test_resumed_at_any_step_is_never_stopped(size: int | None) -> None:
-    config = SortingConfig(length=LENGTH, symbols=SYMBOLS, training_sequences=size)
+@pytest.mark.parametrize(("size", "lengths"), [(None, []), (5, []), (None, [3, 8, 15])])
+def test_resumed_at_any_step_is_never_stopped(size: int | None, lengths: list[int]) -> None:
+    config = SortingConfig(length=LENGTH, training_lengths=lengths, symbols=SYMBOLS, training_sequences=size)
 
     def stream(share: range | None = None) -> SortingStream:
         return SortingStream(config, 3, 7, seed=2, share=share)
@@ -186,13 +230,14 @@ def test_resumed_at_any_step_is_never_stopped(size: int | None) -> None:
         ("training.segment_length", {"segment_length": 5}, {}),
         ("seed", {"seed": 3}, {}),
         ("task.length", {}, {"length": 13}),
+        ("task.training_lengths", {}, {"training_lengths": [5, 7]}),
         ("task.symbols", {}, {"symbols": 6}),
         ("task.training_sequences", {}, {"training_sequences": None}),
     ],
 )
-def test_a_state_of_another_run_is_refused(option: str, changes: dict[str, int], config: dict[str, int | None]) -> None:
+def test_a_state_of_another_run_is_refused(option: str, changes: dict[str, int], config: dict[str, Any]) -> None:
     options = {"lanes": 3, "segment_length": 4, "seed": 2}
-    settings = {"length": LENGTH, "symbols": SYMBOLS, "training_sequences": 100}
+    settings = {"length": LENGTH, "training_lengths": [5], "symbols": SYMBOLS, "training_sequences": 100}
     state = SortingStream(SortingConfig(**settings), **options).state_dict()
     other = SortingStream(SortingConfig(**(settings | config)), **(options | changes))
     ((name, value),) = (changes | config).items()

@@ -215,6 +215,54 @@ class TestGoesOnExactly:
         assert records(folder)[:8] == records(whole)[:8]
 
 
+DECODER = {
+    "model_type": "decoder",
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "feed_forward_size": 20,
+    "dropout": 0.2,
+    "attention_dropout": 0.2,
+}
+LONG_TERM = {"segment_length": 16, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16, "sticky_bins": 16}
+DECODER_MEMORIES = {
+    "short-term": {"model.short_term_length": 20, "model.memory": None},
+    "compressive": {
+        "model.short_term_length": 16,
+        "model.compressive": {"length": 6, "rate": 4},
+        "model.memory": None,
+    },
+    "long-term": {"model.short_term_length": 16, "model.memory": {**LONG_TERM, "sticky": False}},
+    "sticky": {"model.short_term_length": 16, "model.memory": {**LONG_TERM, "sticky": True}},
+}
+
+
+class TestDecodersGoOnExactly:
+    """With each memory, dropout, and gradients that stay in one segment."""
+
+    @staticmethod
+    def assert_goes_on(configure, train, folder, changes):
+        train(configure(folder / "whole", changes))
+        with interrupted(5, die), pytest.raises(Killed):
+            train(configure(folder / "killed", changes))
+        assert checkpoints(folder / "killed")[-1] == 4
+        train(configure(folder / "killed", {**changes, "resume": "auto"}))
+        assert_same_run(folder / "killed", folder / "whole")
+
+    @pytest.mark.parametrize("memory", DECODER_MEMORIES.values(), ids=DECODER_MEMORIES)
+    def test_on_documents(self, configure, train, model_folder, tmp_path, memory):
+        model = {"model.pretrained": None, "model.architecture": DECODER, "model.tokenizer": str(model_folder)}
+        training = {"training.bptt_segments": 1, "evaluation.before": False}
+        self.assert_goes_on(configure, train, tmp_path, {**model, **training, **memory})
+
+    def test_on_sequences_to_sort(self, configure, train, tmp_path, monkeypatch):
+        monkeypatch.setattr("infformer.tasks.sorting.plot_accuracy", lambda results: [])
+        task = {"length": 40, "training_lengths": [10, 20, 60], "symbols": 5, "training_sequences": 20}
+        task |= {"validation_sequences": 3, "test_sequences": 3, "evaluation_lengths": [50]}
+        model = {"model.pretrained": None, "model.architecture": DECODER, **DECODER_MEMORIES["sticky"]}
+        self.assert_goes_on(configure, train, tmp_path, {**model, "task": task})
+
+
 LONGER = {"training.max_steps": 24, "evaluation.before": False, "data.test": None}
 
 

@@ -1,0 +1,103 @@
+"""Train decoders that differ in their memory on the same text, several seeds each; write a table of their perplexities.
+
+python scripts/reproduce_from_scratch.py                            # the four small experiments, two seeds
+python scripts/reproduce_from_scratch.py --folder outputs/wt103 --experiments wt103_transformer_xl wt103_infformer
+python scripts/reproduce_from_scratch.py --seeds 0 -- data.repository=FOLDER
+
+Stop it whenever you like: the same command goes on. Options of train.py may follow after --.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from grid import format_mean, run_all
+from omegaconf import OmegaConf
+from safetensors import safe_open
+
+EXPERIMENTS = tuple(f"wt103_{row}_small" for row in ("transformer_xl", "compressive", "infformer", "infformer_sticky"))
+COLUMNS = ("per_token", "per_word", "memory_off", "memory_of_another_document")
+
+
+def main() -> None:
+    """Read the options, run the grid, write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--experiments", nargs="+", default=EXPERIMENTS, metavar="EXPERIMENT", help="of conf/experiment"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
+    parser.add_argument("--folder", type=Path, default=Path("outputs/from_scratch"))
+    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
+    arguments = parser.parse_args()
+
+    runs, cells = {}, {}
+    for seed in arguments.seeds:
+        for experiment in arguments.experiments:
+            name = f"{experiment}_seed{seed}"
+            runs[name] = [f"experiment={experiment}", f"seed={seed}", *arguments.options]
+            cells[name] = {"experiment": experiment, "seed": seed}
+    results = run_all(runs, arguments.folder)
+    rows = [{**cells[name], **describe(arguments.folder / name, result)} for name, result in results.items()]
+
+    (arguments.folder / "perplexity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    table = format_table(rows)
+    (arguments.folder / "perplexity.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def describe(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """How large the model of a run is, how much it remembers, and its perplexities.
+
+    Args:
+        folder: the run's.
+        results: what its `results.json` holds.
+    """
+    checkpoint = folder / "checkpoints" / Path(results["protocol"]["checkpoint"]).name
+    model = OmegaConf.load(folder / "config.yaml").model
+    vectors = model.short_term_length
+    vectors += 0 if model.compressive is None else model.compressive.length
+    vectors += 0 if model.memory is None else model.memory.basis_functions
+    return {
+        "parameters": count_parameters(checkpoint / "model"),
+        "vectors": vectors,
+        "per_token": results["perplexity"]["token"],
+        "per_word": results["perplexity"]["word"],
+        **{name: control["perplexity"]["token"] for name, control in results["controls"].items()},
+    }
+
+
+def count_parameters(folder: Path) -> int:
+    """The weights of a saved model, of which only the shapes are read."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, it is no dict
+    return count
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each experiment, in Markdown."""
+    lines = [
+        "| experiment | parameters | vectors | per token | per word | memory off | another document's memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        seeds = [row for row in rows if row["experiment"] == experiment]
+        sizes = f"{seeds[0]['parameters']:,} | {seeds[0]['vectors']}"
+        figures = (format_mean([row[column] for row in seeds if column in row]) for column in COLUMNS)
+        lines.append(f"| {experiment} | {sizes} | {' | '.join(figures)} |")
+    seeds = sorted({row["seed"] for row in rows})
+    lines += [
+        "",
+        f"Perplexity on the test documents, by default per token, the mean over seeds {', '.join(map(str, seeds))} ± "
+        "half the range. Vectors: those that a layer remembers, in all its memories.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

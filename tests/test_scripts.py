@@ -1,0 +1,266 @@
+"""The scripts that make many runs: each run once, whatever happens in between, and tables of what they found."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from matplotlib.image import imread
+
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.loading import new_decoder
+
+ROOT = Path(__file__).parents[1]
+# In place of train.py: notes that it was started, does what the option `then` says, and has results.
+TRAIN = """
+import json, signal, sys, time
+from pathlib import Path
+
+options = dict(option.split("=", 1) for option in sys.argv[1:])
+folder = Path(json.loads(options["output_dir"]))
+folder.mkdir(parents=True, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+with (folder.parent / "started").open("a") as file:
+    file.write(options["name"] + chr(10))
+if options.get("then") == "fail" and not (folder.parent / "mended").exists():
+    sys.exit(3)
+while options.get("then") == "wait" and not (folder.parent / "signalled").exists():
+    time.sleep(0.01)
+(folder / "results.json").write_text(json.dumps(options))
+"""
+
+
+@pytest.fixture
+def grid(monkeypatch, tmp_path) -> ModuleType:
+    """The module of that name, with a train.py that takes no time."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = import_module("grid")
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(module, "TRAIN", tmp_path / "train.py")
+    return module
+
+
+@pytest.fixture
+def sorting(grid) -> ModuleType:
+    return import_module("reproduce_sorting")
+
+
+@pytest.fixture
+def from_scratch(grid) -> ModuleType:
+    return import_module("reproduce_from_scratch")
+
+
+@pytest.fixture
+def started(tmp_path) -> Callable[[], list[str]]:
+    """The names of the runs that were started, in this order."""
+    return lambda: (tmp_path / "started").read_text().split() if (tmp_path / "started").exists() else []
+
+
+class TestGrid:
+    def test_every_run_is_made_and_its_results_returned(self, grid, tmp_path, started):
+        results = grid.run_all({"one": ["seed=1"], "two": ["seed=2", "model/memory=sticky"]}, tmp_path)
+        assert started() == ["one", "two"]
+        assert results["two"] == {
+            "seed": "2",
+            "model/memory": "sticky",
+            "name": "two",
+            "output_dir": json.dumps(str(tmp_path / "two")),
+            "resume": "auto",
+        }
+        assert results["one"]["seed"] == "1"
+
+    def test_what_is_done_is_not_made_again(self, grid, tmp_path, started):
+        grid.run_all({"one": ["seed=1"]}, tmp_path)
+        results = grid.run_all({"two": ["seed=2"], "one": ["seed=1"]}, tmp_path)
+        assert started() == ["one", "two"]
+        assert [result["seed"] for result in results.values()] == ["2", "1"]
+
+    def test_results_by_other_options_are_not_taken_for_these(self, grid, tmp_path, started):
+        grid.run_all({"one": ["seed=1"]}, tmp_path)
+        assert grid.run_all({"one": ["seed=1", "steps=9"]}, tmp_path)["one"]["steps"] == "9"
+        assert started() == ["one", "one"]
+
+    def test_a_run_that_failed_is_gone_on_with(self, grid, tmp_path, started):
+        runs = {"one": [], "two": ["then=fail"], "three": []}
+        with pytest.raises(SystemExit, match="the run two ended with exit status 3; the same command goes on"):
+            grid.run_all(runs, tmp_path)
+        assert started() == ["one", "two"]
+        (tmp_path / "mended").touch()
+        assert grid.run_all(runs, tmp_path).keys() == runs.keys()
+        assert started() == ["one", "two", "two", "three"]
+
+    @pytest.fixture
+    def send(self, tmp_path, started) -> Callable[[int], None]:
+        """Sends this process a signal as soon as the run has started, and someone listens."""
+
+        def wait_and_send(number: int) -> None:
+            before = signal.getsignal(number)
+            while not started() or signal.getsignal(number) is before:
+                time.sleep(0.01)
+            os.kill(os.getpid(), number)
+            if number == signal.SIGINT:
+                (tmp_path / "signalled").touch()
+
+        return lambda number: threading.Thread(target=wait_and_send, args=[number], daemon=True).start()
+
+    def test_who_ends_the_script_ends_the_run(self, grid, tmp_path, send):
+        send(signal.SIGTERM)
+        with pytest.raises(SystemExit, match=f"exit status {128 + signal.SIGTERM}"):
+            grid.run_all({"one": ["then=wait"]}, tmp_path)
+        assert not (tmp_path / "one" / "results.json").exists()
+
+    def test_an_interrupt_is_left_to_the_run(self, grid, tmp_path, send):
+        """A terminal sends it to both; the script waits for the checkpoint."""
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert grid.run_all({"one": ["then=wait"]}, tmp_path).keys() == {"one"}
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    @pytest.mark.parametrize(
+        ("values", "text"),
+        [
+            ([], "–"),
+            ([0.756], "0.76"),
+            ([0.5, 0.7], "0.60 ± 0.10"),
+            ([0.4, 0.41, 0.8], "0.54 ± 0.20"),
+            ([1, 1], "1.00"),
+        ],
+    )
+    def test_means(self, grid, values, text):
+        assert grid.format_mean(values) == text
+
+
+def accuracies(level: float) -> dict[str, float]:
+    return {"accuracy": level, "accuracy_free_running": level / 2}
+
+
+def test_the_table_of_accuracies(sorting):
+    counters = {"last_half": accuracies(0.2), "chance": accuracies(0.1)}
+    rows = [
+        {"memory": memory, "seed": seed, "length": length, "sequences": 9, "ideal_counters": counters}
+        | accuracies(level)
+        for memory, seed, length, level in [
+            ("sticky", 0, 2000, 0.6),
+            ("sticky", 1, 2000, 0.8),
+            ("sticky", 0, 500, 0.9),
+            ("none", 0, 500, 0.4),
+        ]
+    ]
+    lines = sorting.format_table(rows).splitlines()
+    assert lines[:6] == [
+        "| memory | 500 | 2,000 |",
+        "|---|---|---|",
+        "| sticky | 0.90 / 0.45 | 0.70 ± 0.10 / 0.35 ± 0.05 |",
+        "| none | 0.40 / 0.20 | – / – |",
+        "| *last half* | 0.20 / 0.10 | 0.20 / 0.10 |",
+        "| *chance* | 0.10 / 0.05 | 0.10 / 0.05 |",
+    ]
+    assert "9 sequences" in lines[-1]
+    assert "seeds 0, 1" in lines[-1]
+
+
+def test_the_table_of_perplexities(from_scratch):
+    rows = [
+        {
+            "experiment": "with",
+            "seed": seed,
+            "parameters": 12345,
+            "vectors": 128,
+            "per_token": 50 + seed,
+            "per_word": 60,
+        }
+        | {"memory_off": 70 + seed, "memory_of_another_document": 80}
+        for seed in (0, 2)
+    ]
+    rows.append({"experiment": "without", "seed": 0, "parameters": 99, "vectors": 0, "per_token": 55, "per_word": 65})
+    lines = from_scratch.format_table(rows).splitlines()
+    assert lines[2:4] == [
+        "| with | 12,345 | 128 | 51.00 ± 1.00 | 60.00 | 71.00 ± 1.00 | 80.00 |",
+        "| without | 99 | 0 | 55.00 | 65.00 | – | – |",
+    ]
+    assert "seeds 0, 2" in lines[-1]
+
+
+def test_parameters_are_counted_in_the_file(from_scratch, tmp_path):
+    """Neither the long-term memory's operators are among them, nor anything twice."""
+    long_term = LongTermMemoryConfig(
+        segment_length=8, basis_functions=4, widths=[0.05, 0.1], past_samples=8, sticky=True
+    )
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "feed_forward_size": 20}
+    vocabulary = {"vocab_size": 50, "adaptive_cutoffs": [10, 30], "adaptive_divisor": 2}
+    model = new_decoder({**sizes, **vocabulary}, MemoryConfig(8, 8, None, long_term))
+    model.save_pretrained(tmp_path)
+    assert from_scratch.count_parameters(tmp_path) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def call(script: str, *arguments: str) -> str:
+    """What a script prints, as a user starts it."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sorting_from_the_command_line(tmp_path):
+    """Two memories; called again, it draws the same table and figure, and makes no run."""
+    options = ["--folder", str(tmp_path), "--memories", "short_term", "long_term", "--seeds", "3", "--"]
+    options += ["task.length=20", "task.training_lengths=[]", "task.evaluation_lengths=[40]", "task.test_sequences=3"]
+    options += ["task.validation_sequences=2", "training.segment_length=16", "training.batch_size=2"]
+    options += ["training.max_steps=2", "model.architecture.hidden_size=16"]
+    printed = call("reproduce_sorting.py", *options)
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("==")] == [
+        "== short_term_seed3",
+        "== long_term_seed3",
+    ]
+    table = (tmp_path / "accuracy.md").read_text()
+    assert table in printed
+    assert [line.split("|")[1].strip() for line in table.splitlines()[:4]] == [
+        "memory",
+        "---",
+        "short_term",
+        "long_term",
+    ]
+    rows = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [(row["memory"], row["seed"], row["length"]) for row in rows] == [
+        (memory, 3, length) for memory in ("short_term", "long_term") for length in (20, 40)
+    ]
+    assert imread(tmp_path / "accuracy_by_length.png").std() > 0.05
+
+    results = tmp_path / "short_term_seed3" / "results.json"
+    before = results.stat().st_mtime_ns
+    again = call("reproduce_sorting.py", *options)
+    assert "==" not in again
+    assert table in again
+    assert results.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_language_models_from_scratch_from_the_command_line(tmp_path, texts, token_cache):
+    experiments = ["wt103_compressive_small", "wt103_infformer_sticky_small"]
+    options = ["--folder", str(tmp_path), "--experiments", *experiments, "--seeds", "0", "--", "data.source=files"]
+    options += [f"data.{split}={texts}/{split}.jsonl" for split in ("train", "validation", "test")]
+    options += [f"data.cache_dir={token_cache}", "data.articles=false", "model.architecture.adaptive_cutoffs=[5,10]"]
+    options += ["training.max_steps=2", "training.batch_size=2"]
+    printed = call("reproduce_from_scratch.py", *options)
+    table = (tmp_path / "perplexity.md").read_text()
+    assert table in printed
+    rows = json.loads((tmp_path / "perplexity.json").read_text())
+    assert [row["experiment"] for row in rows] == experiments
+    for row in rows:
+        results = json.loads((tmp_path / f"{row['experiment']}_seed0" / "results.json").read_text())
+        assert row["vectors"] == 128
+        assert row["per_token"] == results["perplexity"]["token"]
+        assert row["per_word"] == results["perplexity"]["word"]
+        for control, figures in results["controls"].items():
+            assert row[control] == figures["perplexity"]["token"]
+        assert f"| {row['experiment']} | {row['parameters']:,} | 128 | {row['per_token']:.2f} |" in table
+    assert "==" not in call("reproduce_from_scratch.py", *options)
