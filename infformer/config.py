@@ -246,7 +246,8 @@ class RunConfig:
             raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
         if self.task is None and self.model.pretrained is None and self.model.tokenizer is None:
             raise ValueError(
-                "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words"
+                "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words; for the "
+                "sorting task, which needs none, choose an experiment=sorting_…"
             )
         if self.model.is_decoder:
             self.model.decoder_memory(self.training.segment_length)

@@ -1,5 +1,6 @@
 """Bad input ends at once, with exit code 1, a message that says what to do, no traceback, and nothing harmed."""
 
+import copy
 import json
 import logging
 import os
@@ -20,6 +21,10 @@ from transformers import PreTrainedTokenizerFast
 import eval as eval_command
 import train as train_command
 from infformer.hub import problem_with_the_hub
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.loading import new_decoder
+from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training import loop, run
 
 ROOT = Path(__file__).parents[1]
@@ -304,8 +309,19 @@ class TestShortTermMemoryInEvaluation:
         message = eval_refused(f"checkpoint={decoder_checkpoint}", "short_term_length=0")
         assert "short_term_length=0: must be at least 1" in message
 
-    def test_of_a_model_that_has_none(self, eval_refused):
-        message = eval_refused("short_term_length=32")
+    def test_not_of_whole_segments_beside_a_long_term_memory(self, eval_refused, tmp_path):
+        sizes = {"vocab_size": 8, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+        memory = MemoryConfig(16, 16, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16))
+        new_decoder(sizes, memory).save_pretrained(tmp_path / "model")
+        message = eval_refused(f"checkpoint={tmp_path / 'model'}", "short_term_length=17")
+        assert "short_term_length=17" in message
+        assert "multiple of training.segment_length=16" in message
+
+    @pytest.mark.parametrize("memory", [None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16)])
+    def test_of_a_model_that_has_none(self, eval_refused, backbone, tmp_path, memory):
+        """With a long-term memory beside its attention, and without."""
+        InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory).save_pretrained(tmp_path / "model")
+        message = eval_refused(f"checkpoint={tmp_path / 'model'}", "short_term_length=32")
         assert "short_term_length=32" in message
         assert "has no short-term memory; set it to null" in message
 

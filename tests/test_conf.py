@@ -50,6 +50,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
 
 @cache
 def run_config(*overrides: str) -> RunConfig:
+    """What a command line means; not to be changed, as it is kept."""
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed("train", *overrides)))
     assert isinstance(config, RunConfig)
     return config

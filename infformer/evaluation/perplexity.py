@@ -65,6 +65,7 @@ def measure(reader: Reader, documents: TokenizedDocuments, controls: bool, check
             "segment": reader.segment_length,
             "stride": reader.segment_length,
             "reset": "each document begins with an empty memory",
+            "memory": getattr(reader.model.config, "memory", None),
             "dtype": str(reader.precision).removeprefix("torch."),
             "checkpoint": checkpoint,
         },

@@ -63,16 +63,18 @@ def load_trained(
     """
     folder = model_folder(name)
     config = _load(AutoConfig, folder, "checkpoint")
-    if short_term_length is not None and not getattr(config, "memory_config", MemoryConfig()).short_term_length:
+    caches = isinstance(config, DecoderConfig) and config.memory_config.short_term_length > 0
+    if short_term_length is not None and not caches:
         raise ModelError(f"short_term_length={short_term_length}: {name} has no short-term memory; set it to null")
     if isinstance(config, DecoderConfig):
         memory = config.memory_config
-        memory = MemoryConfig(
-            segment_length or memory.segment_length,
-            short_term_length or memory.short_term_length,
-            memory.compressive,
-            memory.long_term and replace(memory.long_term, segment_length=segment_length or memory.segment_length),
-        )
+        length = segment_length or memory.segment_length
+        long_term = memory.long_term and replace(memory.long_term, segment_length=length)
+        cached = short_term_length or memory.short_term_length
+        try:
+            memory = MemoryConfig(length, cached, memory.compressive, long_term)
+        except ValueError as error:
+            raise ModelError(f"{name} with segment_length={length}, short_term_length={cached}: {error}") from error
         config.memory = asdict(memory) if config.memory else None
         return _load(DecoderForCausalLM, folder, "checkpoint", config=config, dtype=torch.float32)
     if not isinstance(config, InfformerConfig):

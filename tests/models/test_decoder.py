@@ -668,6 +668,32 @@ class TestGradients:
         assert losses[-1] < 0.5 * losses[0]
 
 
+class TestDropout:
+    @every_scheme
+    def test_where_it_is(self, positions):
+        """Distances, embeddings and the last hidden states; what each part adds; inside the feed-forward part."""
+        model = trained(positions=positions, activation="silu").train()
+        own, parts, inside = (
+            watch(module) for module in (model.dropout, model.layers[0].dropout, model.layers[0].feed_forward.dropout)
+        )
+        torch.manual_seed(0)
+        model(tokens())
+        hidden, distances = (2, SEGMENT, HIDDEN), [(SEGMENT, HIDDEN)] if positions == "relative" else []
+        assert [argument.shape for argument, _ in own] == [*distances, hidden, hidden]
+        assert [argument.shape for argument, _ in parts] == [hidden, hidden]
+        assert [argument.shape for argument, _ in inside] == [(2, SEGMENT, 20)]
+        for argument, result in (*own, *parts, *inside):
+            dropped = (argument != 0) & (result == 0)
+            assert 0 < dropped.float().mean() < 0.5
+            kept = result != 0
+            torch.testing.assert_close(result[kept], argument[kept] / 0.8)
+
+    def test_only_in_training(self):
+        model = trained()
+        assert torch.equal(model(tokens()).logits, model(tokens()).logits)
+        assert not torch.equal(model.train()(tokens()).logits, model(tokens()).logits)
+
+
 class TestNewModel:
     @pytest.mark.parametrize("deviation", [0.02, 0.1, None])
     @pytest.mark.parametrize("memory", ["convolution", "long"])
