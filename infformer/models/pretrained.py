@@ -8,14 +8,13 @@ so that a recomputed layer (gradient checkpointing) reads the memory it read the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -277,16 +276,6 @@ class InfformerForCausalLM(MemoryModel):
         if length == self.segment_length:
             whole = torch.ones_like(segments, dtype=torch.bool) if lengths is None else lengths == length
         return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets)
-
-    def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
-    ) -> None:
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ModelError(
-                "use_reentrant=True: reentrant checkpointing runs the first forward pass without a graph, so nothing "
-                "would flow back through the memory; take {'use_reentrant': False}"
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None) -> dict[str, Tensor]:
         """The divergence of the densities' variance, mean over tokens, sum over layers."""

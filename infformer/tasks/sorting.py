@@ -90,7 +90,6 @@ class Sorting:
             "protocol": {
                 "segment": self._reader.segment_length,
                 "reset": "each sequence begins with an empty memory",
-                "memory": getattr(self._reader.model.config, "memory", None),
                 "dtype": str(self._reader.precision).removeprefix("torch."),
                 "checkpoint": checkpoint,
             },

@@ -253,9 +253,11 @@ class TestReport:
             "segment": SEGMENT,
             "stride": SEGMENT,
             "reset": "each document begins with an empty memory",
+            "memory": model.config.memory,
             "dtype": "float32",
             "checkpoint": "here",
         }
+        assert model.config.memory["segment_length"] == SEGMENT
         header, *rows, protocol = format_table({**results, "before": results}).splitlines()
         assert header.split() == ["per", "token", "per", "word", "bits/byte"]
         assert len(rows) == 4

@@ -51,7 +51,7 @@ every_long_term = pytest.mark.parametrize("memory", WITH_LONG_TERM.values(), ids
 every_scheme = pytest.mark.parametrize("positions", ["relative", "rotary"])
 
 
-def configure(memory: MemoryConfig | None = None, **architecture) -> DecoderConfig:
+def configure(memory: MemoryConfig | dict | None = None, **architecture) -> DecoderConfig:
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -828,6 +828,10 @@ class TestErrors:
     def test_an_error_names_the_option_and_what_to_do(self, architecture, message):
         with pytest.raises(UserError, match=rf"^model\.architecture\.{message}"):
             DecoderForCausalLM(configure(**architecture))
+
+    def test_a_part_without_options_has_the_defaults(self):
+        memory = {"segment_length": 512, "short_term_length": 512, "compressive": {}}
+        assert configure(memory).memory_config.compressive == CompressiveMemoryConfig()
 
     def test_heads_need_not_divide_the_width_without_a_long_term_memory(self):
         assert trained(MEMORIES["short"], num_attention_heads=5, head_size=4)(tokens()).logits.isfinite().all()

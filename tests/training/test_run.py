@@ -88,7 +88,7 @@ class TestTheFolder:
             assert [entry["id"] for entry in figures["per_document"]] == [document["id"] for document in documents]
             assert figures["bytes"] == sum(len(document["text"]) for document in documents)
         assert results["nll"] < results["before"]["nll"]
-        assert results["protocol"].keys() == {"segment", "stride", "reset", "dtype", "checkpoint"}
+        assert results["protocol"].keys() == {"segment", "stride", "reset", "memory", "dtype", "checkpoint"}
         assert results["protocol"]["checkpoint"] == str((finished / "checkpoints" / "best").resolve())
 
     def test_checkpoints_and_plots(self, finished):
