@@ -9,7 +9,7 @@ A document of n tokens has n - 1 inputs (all but its last token), and the target
 also where that is the first one of the next segment: no target is lost.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -65,6 +65,15 @@ class Segment:
     def rows(self, rows: slice) -> Self:
         """Some of the lanes."""
         return replace(self, **{name: value[rows] for name, value in self._tensors()})
+
+    def places(self, name: Callable[[int], str]) -> list[str]:
+        """Where each lane is, in words: `lane 3: 'a book' at token 512`; `name` names one of the documents."""
+        return [
+            f"lane {lane}: {name(document)} at token {start}"
+            for lane, document, start in zip(
+                self.lanes.tolist(), self.documents.tolist(), self.starts.tolist(), strict=True
+            )
+        ]
 
     def pin_memory(self) -> Self:
         """The same segment in memory from which a GPU can fetch it while other work goes on."""
@@ -163,15 +172,28 @@ class Lanes(Iterator[Segment]):
         Raises:
             DataError: the state was taken with other documents or options.
         """
-        for option, now in self._identity.items():
-            then = state["identity"].get(option)
-            if then != now:
-                raise DataError(
-                    f"{option}: the run to be resumed had {_spell(then)}, this one has {_spell(now)}; its place in the "
-                    "documents means nothing here. Set it back, or begin a new run."
-                )
+        check_identity(state["identity"], self._identity, "documents")
         self._visits.go_to(state["epoch"], state["queue_position"])
         self._lanes = _Places.from_lists(state["lanes"])
+
+
+def check_identity(saved: dict[str, Any], own: dict[str, Any], material: str) -> None:
+    """Make sure that a place in a stream was saved in the same stream.
+
+    Args:
+        saved, own: what decides on a stream, by the options that say it: then, and now.
+        material: what the place is in, for the error.
+
+    Raises:
+        DataError: they differ.
+    """
+    for option, now in own.items():
+        then = saved.get(option)
+        if then != now:
+            raise DataError(
+                f"{option}: the run to be resumed had {_spell(then)}, this one has {_spell(now)}; its place in the "
+                f"{material} means nothing here. Set it back, or begin a new run."
+            )
 
 
 def read_once(

@@ -148,6 +148,8 @@ class Surroundings(NamedTuple):
 
     encoding: Tensor
     """Of positions; see `encode_positions`."""
+    allowed: Tensor
+    """Which entries of the context each token may see; see `causal_mask`."""
     whole: Tensor | None
     """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
     operators: WriteOperators | None
@@ -172,7 +174,6 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DecoderConfig, memory: MemoryConfig, signal: ContinuousSignal | None) -> None:
         super().__init__()
-        norm = nn.LayerNorm if config.normalization == "layer" else nn.RMSNorm
         self.pre_norm = config.normalization_placement == "pre"
         self.attention = Attention(
             config.hidden_size,
@@ -183,8 +184,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         )
         self.memory = LayerMemory(memory, config.hidden_size, config.num_attention_heads, signal)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = norm(config.hidden_size, eps=1e-5)
-        self.feed_forward_norm = norm(config.hidden_size, eps=1e-5)
+        self.attention_norm = new_norm(config)
+        self.feed_forward_norm = new_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, state: LayerState, past: Tensor | None, around: Surroundings) -> LayerOutput:
@@ -199,8 +200,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         segment = seen if past is None else torch.cat([past, seen], dim=1)
         memories = torch.cat([state.compressed.entries, state.short_term.entries], dim=1)
         context = torch.cat([memories.to(segment.dtype), segment], dim=1)
-        allowed = causal_mask(state, seen.shape[1], context.shape[1])
-        attended = self.attention(seen, context, allowed, around.encoding)
+        attended = self.attention(seen, context, around.allowed, around.encoding)
         reading = self.memory.read(seen, state)
         if reading is not None:
             attended = attended + reading.context.to(attended.dtype)
@@ -234,7 +234,7 @@ class DecoderForCausalLM(MemoryModel):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        memory = config.memory_config
+        self.memory_config = memory = config.memory_config
         self.segment_length = memory.segment_length if config.memory else None
         self.signal = None if memory.long_term is None else ContinuousSignal(memory.long_term)
         self.vocabulary = (
@@ -243,8 +243,7 @@ class DecoderForCausalLM(MemoryModel):
             else TiedVocabulary(config.vocab_size, config.hidden_size)
         )
         self.layers = nn.ModuleList(DecoderLayer(config, memory, self.signal) for _ in range(config.num_hidden_layers))
-        norm = nn.LayerNorm if config.normalization == "layer" else nn.RMSNorm
-        self.final_norm = norm(config.hidden_size, eps=1e-5) if config.normalization_placement == "pre" else None
+        self.final_norm = new_norm(config) if config.normalization_placement == "pre" else None
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
@@ -302,7 +301,7 @@ class DecoderForCausalLM(MemoryModel):
 
     @property
     def sticky_samples(self) -> int:
-        memory = self.config.memory_config.long_term
+        memory = self.memory_config.long_term
         return memory.past_samples if memory is not None and memory.sticky else 0
 
     @property
@@ -317,29 +316,22 @@ class DecoderForCausalLM(MemoryModel):
         self, memory: DecoderMemories, input_ids: Tensor, before: int, lengths: Tensor | None, offsets: Tensor | None
     ) -> Surroundings:
         batch, length = input_ids.shape
-        if self.segment_length is not None and before + length > self.segment_length:
-            raise ModelError(
-                f"{before + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
-            )
-        whole = None
-        if length == self.segment_length:
-            everything = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-            whole = everything if lengths is None else lengths == length
-        state = memory.layers[0]
-        entries = state.compressed.length + state.short_term.length
+        whole = self._whole_rows(batch, before, length, lengths)
+        state = memory.layers[0]  # all layers are written together: what is real in one is real in all
+        context = state.compressed.length + state.short_term.length + before + length
         width = self.config.head_size if self.config.positions == "rotary" else self.config.hidden_size
-        encoding = encode_positions(entries + before + length, width, self.config.positions, self.device)
+        encoding = encode_positions(context, width, self.config.positions, self.device)
         operators = None
         if whole is not None and self.signal is not None and state.long_term is not None:
             operators = self.signal.operators(state.long_term.segments)
         dropped = encoding if self.config.positions == "rotary" else self.dropout(encoding)
-        return Surroundings(dropped, whole, operators, offsets)
+        return Surroundings(dropped, causal_mask(state, length, context), whole, operators, offsets)
 
     def _auxiliary_losses(
         self, outputs: list[LayerOutput], memory: DecoderMemories, lengths: Tensor | None
     ) -> dict[str, Tensor]:
         """Means over tokens, sums over layers, by name."""
-        config, losses = self.config.memory_config, {}
+        config, losses = self.memory_config, {}
         divergences = [layer.divergence for layer in outputs if layer.divergence is not None]
         if config.long_term is not None and divergences:
             state = memory.layers[0].long_term
@@ -371,6 +363,12 @@ class DecoderForCausalLM(MemoryModel):
             initialization.zeros_(module.distance_bias)
         if isinstance(module, ContinuousSignal):  # not learned, so never loaded
             module.reset_parameters()
+
+
+def new_norm(config: DecoderConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    kind = nn.LayerNorm if config.normalization == "layer" else nn.RMSNorm
+    return kind(config.hidden_size, eps=1e-5)
 
 
 def causal_mask(state: LayerState, queries: int, length: int) -> Tensor:

@@ -81,6 +81,25 @@ class MemoryModel(PreTrainedModel):
                 f"{self.positions} at most"
             )
 
+    def _whole_rows(self, batch: int, cached: int, length: int, lengths: Tensor | None) -> Tensor | None:
+        """Rows whose segment is whole and is written, bool [batch]; None where no row's can be.
+
+        Args:
+            cached: tokens of the segment that were read before.
+            length: tokens that are read now,
+            lengths: and how many of them are real in each row, [batch]; all if not given.
+
+        Raises:
+            ModelError: these are more tokens than a segment has.
+        """
+        if self.segment_length is not None and cached + length > self.segment_length:
+            raise ModelError(
+                f"{cached + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
+            )
+        if length != self.segment_length:
+            return None
+        return torch.ones(batch, dtype=torch.bool, device=self.device) if lengths is None else lengths == length
+
     def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:

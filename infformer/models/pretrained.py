@@ -267,14 +267,8 @@ class InfformerForCausalLM(MemoryModel):
     ) -> _MemoryCall | None:
         if self.segment_length is None or not self.memories:
             return None
-        if cached + length > self.segment_length:
-            raise ModelError(
-                f"{cached + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
-            )
         segments = memory.layers[0].segments
-        whole = None
-        if length == self.segment_length:
-            whole = torch.ones_like(segments, dtype=torch.bool) if lengths is None else lengths == length
+        whole = self._whole_rows(len(segments), cached, length, lengths)
         return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None) -> dict[str, Tensor]:

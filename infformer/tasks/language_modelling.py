@@ -99,12 +99,7 @@ class LanguageModelling:
         return f"{self.tokenizer.decode(prompt[-32:])} ⟶ {self.tokenizer.decode(sampled)}"
 
     def locate(self, segment: Segment) -> list[str]:
-        return [
-            f"lane {lane}: {self._train.ids[document]!r} at token {start}"
-            for lane, document, start in zip(
-                segment.lanes.tolist(), segment.documents.tolist(), segment.starts.tolist(), strict=True
-            )
-        ]
+        return segment.places(lambda document: repr(self._train.ids[document]))
 
     def describe(self) -> str:
         return f"{len(self._train):,} documents, {int(self._train.token_counts.sum()):,} tokens to learn from"

@@ -110,12 +110,7 @@ class Sorting:
         return f"sequence {number}: {_spell(true[:tokens])}; the model: {_spell(answer[:tokens])}"
 
     def locate(self, segment: Segment) -> list[str]:
-        return [
-            f"lane {lane}: sequence {number} at token {start}"
-            for lane, number, start in zip(
-                segment.lanes.tolist(), segment.documents.tolist(), segment.starts.tolist(), strict=True
-            )
-        ]
+        return segment.places(lambda number: f"sequence {number}")
 
     def describe(self) -> str:
         sequences = self._config.training_sequences

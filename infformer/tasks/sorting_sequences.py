@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
-from infformer.data.lanes import IGNORED, Segment
+from infformer.data.lanes import IGNORED, Segment, check_identity
 
 SPLITS = ("train", "validation", "test")
 
@@ -194,13 +194,7 @@ class SortingStream:
         Raises:
             DataError: the state was taken with other options.
         """
-        for option, now in self._identity.items():
-            then = state["identity"].get(option)
-            if then != now:
-                raise DataError(
-                    f"{option}: the run to be resumed had {_spell(then)}, this one has {_spell(now)}; its place in the "
-                    "stream means nothing here. Set it back, or begin a new run."
-                )
+        check_identity(state["identity"], self._identity, "stream")
         self._step, self._reads = state["step"], state["reads"]
 
     def _length(self) -> int:
@@ -219,7 +213,3 @@ class SortingStream:
         first, last = epochs[0], epochs[-1]
         orders = [np.random.default_rng([self._seed, epoch]).permutation(size) for epoch in range(first, last + 1)]
         return np.stack(orders)[epochs - first, places]
-
-
-def _spell(value: Any) -> str:
-    return "null" if value is None else str(value)
