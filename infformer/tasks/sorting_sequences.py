@@ -155,29 +155,30 @@ class SortingStream:
         }
 
     def next_step(self) -> list[Segment]:
-        """The next sequence of every lane of the share, in segments, the last one padded."""
+        """The next sequence of every lane of the share, in segments, of which the last may be shorter."""
         numbers = self._numbers()[self._share]
         length = self._length()
         tokens = torch.from_numpy(draw_sequences(self._config, "train", numbers, self._seed, length))
-        inputs = tokens.shape[1] - 1
-        padding = -inputs % self._segment_length
-        input_ids = F.pad(tokens[:, :-1], (0, padding)).split(self._segment_length, dim=1)
-        answer = tokens[:, length + 1 :]
-        labels = F.pad(answer, (length, padding), value=IGNORED).split(self._segment_length, dim=1)
+        labels = F.pad(tokens[:, length + 1 :], (length, 0), value=IGNORED)
         segments = []
-        for index in range(len(input_ids)):
-            start = index * self._segment_length
+        for index, (segment_inputs, segment_labels) in enumerate(
+            zip(
+                tokens[:, :-1].split(self._segment_length, dim=1),
+                labels.split(self._segment_length, dim=1),
+                strict=True,
+            )
+        ):
             segments.append(
                 Segment(
-                    input_ids=input_ids[index],
-                    shift_labels=labels[index],
-                    lengths=torch.full((len(numbers),), min(self._segment_length, inputs - start)),
+                    input_ids=segment_inputs,
+                    shift_labels=segment_labels,
+                    lengths=torch.full((len(numbers),), segment_inputs.shape[1]),
                     reset=torch.full((len(numbers),), index == 0),
                     documents=torch.from_numpy(numbers),
-                    starts=torch.full((len(numbers),), start),
+                    starts=torch.full((len(numbers),), index * self._segment_length),
                     reads=torch.full((len(numbers),), self._reads + index),
                     lanes=torch.from_numpy(self._share.copy()),
-                    global_tokens=self._lanes * int((labels[index][0] != IGNORED).sum()),
+                    global_tokens=self._lanes * int((segment_labels[0] != IGNORED).sum()),
                 )
             )
         self._step += 1
