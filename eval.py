@@ -1,4 +1,7 @@
-"""Measure a language model on documents: `python eval.py checkpoint=outputs/tiny/checkpoints/best data=sample`."""
+"""Measure a language model: `python eval.py checkpoint=outputs/tiny/checkpoints/best data=sample`.
+
+By the perplexity of documents, or by another task: `task=passkey 'task.lengths=[1024,4096]'`.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,20 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from infformer.config import EvaluationRunConfig
-from infformer.data.tokenization import tokenize_documents
+from infformer.config import EvaluationRunConfig, register_schemas
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.errors import UserError
 from infformer.evaluation.perplexity import measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
-from infformer.training.run import make_reader
+from infformer.training.run import ask, make_reader
 from infformer.training.runtime import start_processes
 
-ConfigStore.instance().store(name="evaluation_schema", node=EvaluationRunConfig)
+register_schemas()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
@@ -38,23 +40,43 @@ def main(composed: DictConfig) -> None:
 
 
 def run(config: EvaluationRunConfig) -> None:
-    """Read the documents; print the table; write `results.json` and the plots."""
+    """Read; print the table; write `results.json` and the plots."""
     accelerator = start_processes(config.engine, config.precision)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
-    tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, "tokenizer" if config.tokenizer else "checkpoint")
-    check_fit(model, tokenizer)
+    tokenizer, documents = None, dict[str, TokenizedDocuments]()
+    if config.task.vocabulary_size is None:
+        option = "tokenizer" if config.tokenizer else "checkpoint"
+        tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, option)
+        check_fit(model, tokenizer)
     segment_length = config.segment_length or model.segment_length or model.positions
     if segment_length is None:
         raise UserError("segment_length=null: this model has no limit of positions; say how long a segment is")
     model.check_segment_length(segment_length)
-    documents = tokenize_documents(config.data, config.split, tokenizer, accelerator.main_process_first())
-    reader = make_reader(accelerator, model.to(accelerator.device), segment_length, config.precision, config.batch_size)
-    results = measure(reader, documents, config.controls, config.checkpoint)
+    reader = make_reader(
+        accelerator,
+        model.to(accelerator.device),
+        segment_length,
+        config.precision,
+        config.batch_size,
+        stride=config.stride,
+        warmup_documents=config.warmup_documents,
+    )
+    folder = Path(config.output_dir)
+    if tokenizer is not None:
+        first = accelerator.main_process_first()
+        documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
+    if config.task.is_language_modelling:
+        results = measure(reader, documents["test"], config.controls, config.checkpoint)
+        if accelerator.is_main_process:
+            print(format_table(results))
+            write_results(folder / "results.json", results)
+            plot_results(folder / "results.json")
+    else:
+        _, examination = ask(config.task, reader, config.controls, config.data, documents, tokenizer)
+        results = examination.measure(config.checkpoint)
+        if accelerator.is_main_process:
+            examination.report(results, folder)
     if accelerator.is_main_process:
-        print(format_table(results))
-        folder = Path(config.output_dir)
-        write_results(folder / "results.json", results)
-        plot_results(folder / "results.json")
         print(f"written to {folder / 'results.json'}")
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from infformer.config import RunConfig
+from infformer.config import RunConfig, register_schemas
 from infformer.errors import UserError
 
-ConfigStore.instance().store(name="run_schema", node=RunConfig)
+register_schemas()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

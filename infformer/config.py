@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+
 from infformer.data.options import DataConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.tasks.associative_recall import AssociativeRecallConfig
+from infformer.tasks.needle import NeedleConfig
+from infformer.tasks.passkey import PasskeyConfig
 from infformer.tasks.sorting_sequences import SortingConfig
+from infformer.tasks.task import TaskConfig
 
 
 def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -24,6 +30,16 @@ def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_at_least(option: str, value: float | None, minimum: float) -> None:
     if value is not None and value < minimum:
         raise ValueError(f"{option}={value}: must be at least {minimum}")
+
+
+TASKS: dict[str, type[TaskConfig]] = {
+    "language_modelling": TaskConfig,
+    "sorting": SortingConfig,
+    "passkey": PasskeyConfig,
+    "needle": NeedleConfig,
+    "associative_recall": AssociativeRecallConfig,
+}
+"""The options of each task, by the name that chooses it in `task=`."""
 
 
 @dataclass
@@ -181,12 +197,16 @@ class EvaluationConfig:
     before: bool = True
     """Measure the test documents before training too."""
     controls: bool = True
-    """In the final evaluation, measure again without the memory and with the memory of another document."""
+    """In the final evaluation, measure again without the memory, with the memory of another document, and with a memory
+    shuffled in time."""
+    inspected_segments: int = 16
+    """In the end, look into the memory along so many segments of the longest test document. 0: do not."""
     max_validation_tokens: int | None = None
     """In evaluations during training, read at most this much of the beginnings of the documents. Null: all."""
 
     def __post_init__(self) -> None:
         _check_at_least("evaluation.batch_size", self.batch_size, 1)
+        _check_at_least("evaluation.inspected_segments", self.inspected_segments, 0)
         _check_at_least("evaluation.max_validation_tokens", self.max_validation_tokens, 1)
 
 
@@ -224,8 +244,8 @@ class RunConfig:
     """One training run."""
 
     model: ModelConfig
-    task: SortingConfig | None = None
-    """What to learn. Null: language modelling, on the documents of `data`."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """What to learn: language modelling, on the documents of `data`, or one of those of `TASKS`."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -244,10 +264,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
-        if self.task is None and self.model.pretrained is None and self.model.tokenizer is None:
+        if self.task.vocabulary_size is None and self.model.pretrained is None and self.model.tokenizer is None:
             raise ValueError(
-                "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words; for the "
-                "sorting task, which needs none, choose an experiment=sorting_…"
+                "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words; the "
+                "tasks of symbols, which need none, are chosen by task=sorting or task=associative_recall"
             )
         if self.model.is_decoder:
             self.model.decoder_memory(self.training.segment_length)
@@ -276,17 +296,25 @@ class EvaluationRunConfig:
 
     checkpoint: str
     """A checkpoint of a run, a model folder, or the name of a causal language model on the hub."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """What to ask of it: perplexity on the documents of `data`, or one of `TASKS`."""
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     split: str = "test"
     """`train`, `validation` or `test`."""
     segment_length: int | None = None
     """Tokens of a segment. Null: the memory's, or for a model without one all its positions."""
+    stride: int | None = None
+    """Tokens from one window to the next. Null: a whole segment, so that segments are disjoint, as in the papers. Less:
+    a sliding window, in which every token is predicted from at least `segment_length` - `stride` tokens, at
+    `segment_length` / `stride` times the cost."""
+    warmup_documents: int = 0
+    """Give the memory a head start: before each document, read as many of those before it in the list."""
     precision: str = "float32"
     batch_size: int = 8
     """Documents read side by side; the figures do not depend on it."""
     controls: bool = True
-    """Measure again without the memory and with the memory of another document."""
+    """Measure again without the memory, with the memory of another document, and with a memory shuffled in time."""
     short_term_length: int | None = None
     """Tokens of a decoder's short-term memory, which may be longer than in training. Null: as in training."""
     tokenizer: str | None = None
@@ -298,5 +326,21 @@ class EvaluationRunConfig:
         _check_choice("split", self.split, ("train", "validation", "test"))
         _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
         _check_at_least("segment_length", self.segment_length, 2)
+        _check_at_least("stride", self.stride, 1)
+        _check_at_least("warmup_documents", self.warmup_documents, 0)
         _check_at_least("short_term_length", self.short_term_length, 1)
         _check_at_least("batch_size", self.batch_size, 1)
+        if not self.task.is_language_modelling and (self.stride is not None or self.warmup_documents):
+            raise ValueError(
+                f"stride={self.stride}, warmup_documents={self.warmup_documents}: the texts of a task are read in "
+                "disjoint segments, each from an empty memory; leave both out, or measure perplexity"
+            )
+
+
+def register_schemas() -> None:
+    """Tell Hydra the types by which it checks `conf/train.yaml`, `conf/eval.yaml` and the choices of `conf/task/`."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(name="evaluation_schema", node=EvaluationRunConfig)
+    for name, options in TASKS.items():
+        store.store(group="task", name=f"{name}_schema", node=options)

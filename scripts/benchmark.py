@@ -1,6 +1,7 @@
 """How fast it is, as ratios of what ran side by side.
 
 python scripts/benchmark.py decoder                     # a training step with short-term memory, against one without
+python scripts/benchmark.py evaluation                  # what eval.py does, against the forward passes alone
 
 Contestants take turns, step by step, in one process; of each the median is taken, after a warm-up.
 """
@@ -11,11 +12,22 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import infformer
+from infformer.data.options import DataConfig
+from infformer.data.reading import read_once
+from infformer.data.tokenization import tokenize_documents
+from infformer.evaluation.perplexity import evaluate
+from infformer.evaluation.reading import Reader
 from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.loading import load_tokenizer
+from infformer.models.pretrained import InfformerForCausalLM
 
 
 def main() -> None:
@@ -33,6 +45,16 @@ def main() -> None:
     decoder.add_argument("--batch", type=int, default=8)
     decoder.add_argument("--rounds", type=int, default=20)
     decoder.set_defaults(compare=compare_decoders)
+    evaluation = commands.add_parser("evaluation", help="perplexity with all its figures, against forward passes alone")
+    evaluation.add_argument("--layers", type=int, default=12)
+    evaluation.add_argument("--hidden", type=int, default=768)
+    evaluation.add_argument("--heads", type=int, default=12)
+    evaluation.add_argument("--vocabulary", type=int, default=50257)
+    evaluation.add_argument("--segment", type=int, default=512)
+    evaluation.add_argument("--documents", type=int, default=2, help="read side by side; up to 4")
+    evaluation.add_argument("--segments", type=int, default=4, help="of each document")
+    evaluation.add_argument("--rounds", type=int, default=5)
+    evaluation.set_defaults(compare=compare_evaluation)
     arguments = parser.parse_args()
     arguments.compare(arguments)
 
@@ -56,6 +78,47 @@ def compare_decoders(arguments: argparse.Namespace) -> None:
         f"{work['without'] / work['with']:.3f}; by the attention lengths alone {1 / attention:.3f} ({device}, "
         f"{arguments.positions} positions)"
     )
+
+
+def compare_evaluation(arguments: argparse.Namespace) -> None:
+    """Documents, bookkeeping and figures, without controls, beside the same segments read by the model alone."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    backbone = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=arguments.vocabulary,
+            n_positions=arguments.segment,
+            n_embd=arguments.hidden,
+            n_layer=arguments.layers,
+            n_head=arguments.heads,
+        )
+    )
+    segment = arguments.segment
+    memory = LongTermMemoryConfig(segment, basis_functions=segment, past_samples=segment, sticky=True)
+    model = InfformerForCausalLM.from_backbone(backbone, memory).to(device).eval()
+    tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
+    novels = tokenize_documents(DataConfig(source="sample", max_documents=arguments.documents), "test", tokenizer)
+    documents = novels.beginnings(len(novels) * (arguments.segments * segment + 1))
+    reader = Reader(model, segment, len(documents), progress=False)
+    segments = [read.to(device) for read in read_once(documents, len(documents), segment)]
+
+    @torch.inference_mode()
+    def forward_alone() -> None:
+        memory = None
+        for read in segments:
+            memory = model(
+                read.input_ids, memory=memory, reset=read.reset, shift_labels=read.shift_labels, lengths=read.lengths
+            ).memory
+
+    def whole_evaluation() -> None:
+        evaluate(reader, documents)
+
+    contestants = {"forward alone": forward_alone, "evaluation": whole_evaluation}
+    seconds = _median_seconds(contestants, arguments.rounds, device)
+    tokens = int((documents.token_counts - 1).sum())
+    for name, taken in seconds.items():
+        print(f"{name:<14} {tokens / taken:>10,.0f} tokens/s, {taken:.3f} s for {tokens:,} tokens")
+    ratio = seconds["evaluation"] / seconds["forward alone"]
+    print(f"evaluation / forward alone: {ratio:.3f} ({device}, {len(documents)} documents side by side)")
 
 
 def _multiplications(arguments: argparse.Namespace, memory: int) -> float:

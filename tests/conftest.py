@@ -108,6 +108,7 @@ def base_config(model_folder: Path, texts: Path, token_cache: Path) -> dict[str,
         },
         "optimizer": {"learning_rate": 3e-3, "memory_learning_rate": 1e-2},
         "schedule": {"warmup_steps": 2},
+        "evaluation": {"inspected_segments": 0},
     }
 
 

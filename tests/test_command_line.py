@@ -118,6 +118,8 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
         ("data.train=nowhere.txt", ["data.train=nowhere.txt", "no such file"]),
         ("data.train=null", ["data.train=null", "needs train documents"]),
         ("seed=-1", ["seed=-1", "from 0 to"]),
+        ("task=nothing", ["task/nothing", "associative_recall", "passkey"]),
+        ("task.length=20", ["task.length", "Key 'length' not in 'TaskConfig'"]),
     ],
 )
 def test_training_refuses(train_refused, option, says):
@@ -272,6 +274,84 @@ class TestSorting:
         assert "Traceback" not in message
         assert all(part in message for part in says), message
         assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory) -> list[str]:
+    """`data=` of three splits of a text that is long enough to hide something in it."""
+    folder = tmp_path_factory.mktemp("books")
+    (folder / "book.txt").write_text("The white whale rose, and nobody saw it. " * 30)
+    options = [f"data.{split}={folder}/book.txt" for split in ("train", "validation", "test")]
+    return ["data=text", *options, f"data.cache_dir={folder / 'cache'}"]
+
+
+class TestRetrieval:
+    """Everything small: a text of a few segments, one question at two depths."""
+
+    ASKED = ("task.lengths=[300]", "task.depths=[0,1]", "task.test_questions=1", "task.validation_questions=1")
+    TRAINING = ("training.segment_length=16", "training.batch_size=2", "training.max_steps=2")
+    MODEL = ("model.memory.basis_functions=8", "model.memory.past_samples=16")
+
+    @pytest.fixture(autouse=True)
+    def without_figures(self, monkeypatch) -> None:
+        monkeypatch.setattr(run, "plot_run", lambda folder: [])
+        monkeypatch.setattr("infformer.tasks.retrieval.plot_retrieval", lambda results: [])
+
+    def cells(self, folder: Path) -> list[tuple]:
+        results = json.loads((folder / "results.json").read_text())
+        assert [cell["depth"] for cell in results["controls"]["memory_off"]] == [0, 1]
+        return [(cell["length"], cell["depth"], cell["answers"], cell["nll"]) for cell in results["cells"]]
+
+    @pytest.mark.parametrize("task", ["passkey", "needle"])
+    def test_a_model_is_trained_and_measured_again(self, start, model_folder, books, tmp_path, task):
+        asked = [f"task={task}", *self.ASKED, *books]
+        options = [*asked, "task.training_lengths=[280]", *self.TRAINING, *self.MODEL]
+        code, text = start(
+            train_command, *options, f"model.pretrained={model_folder}", f"output_dir={tmp_path / 'run'}"
+        )
+        assert code == 0, text
+        found = self.cells(tmp_path / "run")
+        assert [cell[:3] for cell in found] == [(300, 0, 1), (300, 1, 1)]
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "validation/exact_match" in line] == [2]
+        best = tmp_path / "run" / "checkpoints" / "best"
+        code, text = start(eval_command, *asked, f"checkpoint={best}", f"output_dir={tmp_path / 'found'}")
+        assert code == 0, text
+        assert [cell[:3] for cell in self.cells(tmp_path / "found")] == [cell[:3] for cell in found]
+        nats = [cell[3] for cell in found]
+        assert [cell[3] for cell in self.cells(tmp_path / "found")] == pytest.approx(nats, rel=1e-5)
+
+    @pytest.mark.parametrize("memory", ["short_term", "sticky"])
+    def test_a_decoder_learns_to_recall(self, start, tmp_path, memory):
+        """A model without a tokenizer, which `eval.py` needs none for either."""
+        asked = ["task.lengths=[64]", "task.depths=[0,1]", "task.test_questions=1", "task.validation_questions=1"]
+        small = ["task.training_lengths=[40,64]", "model.architecture.hidden_size=12", *self.TRAINING]
+        options = ["experiment=associative_recall_small", f"model/memory={memory}", *asked, *small]
+        code, text = start(train_command, *options, f"output_dir={tmp_path / 'run'}")
+        assert code == 0, text
+        found = self.cells(tmp_path / "run")
+        assert [cell[:3] for cell in found] == [(64, 0, 8), (64, 1, 8)]
+        options = ["task=associative_recall", "task.queries=8", *asked, f"output_dir={tmp_path / 'found'}"]
+        code, text = start(eval_command, *options, f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best'}")
+        assert code == 0, text
+        nats = [cell[3] for cell in found]
+        assert [cell[3] for cell in self.cells(tmp_path / "found")] == pytest.approx(nats, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (["task=passkey", "task.depths=[0,2]"], ["task.depths=[0.0, 2.0]", "from 0, the beginning"]),
+            (["task=passkey", "task.lengths=[20]"], ["a length of 20", "choose lengths of at least that"]),
+            (["task=needle", "task.lengths=[9000]"], ["a length of 9,000 (task", "longest test document has 193"]),
+            (["task=passkey", "task.nothing=1"], ["task.nothing", "Key 'nothing' not in 'PasskeyConfig'"]),
+            (["task=passkey", "stride=8"], ["stride=8", "disjoint segments"]),
+            (["task=associative_recall"], ["this task has 577 symbols", "the model knows 257"]),
+        ],
+        ids=lambda value: " ".join(value),
+    )
+    def test_refused(self, eval_refused, options, says):
+        message = eval_refused(*options, "segment_length=16")
+        assert all(part in message for part in says), message
 
 
 @pytest.fixture(scope="module")

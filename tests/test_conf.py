@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,10 +16,11 @@ from omegaconf.errors import MissingMandatoryValue
 
 import eval as eval_command
 import train as train_command
-from infformer.config import EvaluationRunConfig, RunConfig, TrainingConfig
+from infformer.config import TASKS, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
+from infformer.tasks.associative_recall import AssociativeRecall
 
 CONF = Path(__file__).parents[1] / "conf"
 FOLLOWING = {"training", *(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
@@ -69,7 +71,9 @@ def as_dictionary(config: RunConfig) -> dict[str, Any]:
 
 
 def test_the_groups_that_are_documented_are_there():
-    assert {"data", "engine", "experiment", "model", "model/memory", "optimizer", "schedule", "tracker"} <= set(GROUPS)
+    assert {"data", "engine", "experiment", "model", "model/memory", "optimizer", "schedule", "task", "tracker"} <= set(
+        GROUPS
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_the_groups_that_are_documented_are_there():
     [
         (group, choice)
         for group, choice in CHOICES
-        if group != "model/memory" and choice not in EXPERIMENTS_WITHOUT_TEXT
+        if group != "model/memory" and (group != "model" or choice not in EXPERIMENTS_WITHOUT_TEXT)
     ],
     ids=lambda value: value,
 )
@@ -130,6 +134,39 @@ def test_evaluations_of_every_data(data):
     assert isinstance(config, EvaluationRunConfig)
     assert config.checkpoint == "here"
     assert config.data == run_config(f"data={data}").data
+
+
+def evaluation_config(*overrides: str) -> EvaluationRunConfig:
+    composition = composed("eval", "checkpoint=here", *overrides)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluationRunConfig), composition))
+    assert isinstance(config, EvaluationRunConfig)
+    return config
+
+
+class TestTasks:
+    def test_every_task_can_be_chosen(self):
+        assert {choice for group, choice in CHOICES if group == "task"} == set(TASKS)
+        assert run_config().task == evaluation_config().task == TASKS["language_modelling"]()
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_each_has_its_own_options(self, task):
+        chosen = run_config(f"task={task}").task
+        assert type(chosen) is TASKS[task]
+        assert evaluation_config(f"task={task}").task == chosen
+        assert chosen.is_language_modelling == (task == "language_modelling")
+
+    def test_what_is_typed_wins(self):
+        asked = ("task=passkey", "task.lengths=[1024,262144]", "task.depths=[0,0.5]", "task.digits=7")
+        for task in (run_config(*asked).task, evaluation_config(*asked).task):
+            assert (task.lengths, task.depths, task.digits) == ([1024, 262144], [0.0, 0.5], 7)
+
+    def test_recall_in_small(self):
+        """Every length that is learned or measured can be asked, with the keys and the segments that there are."""
+        config = run_config("experiment=associative_recall_small")
+        source = AssociativeRecall(config.task)
+        for length in (*config.task.training_lengths, *config.task.lengths):
+            assert source.draw("test", [0], 0, length, np.zeros((1, 8))).tokens.shape == (1, length)
+        assert max(config.task.lengths) > 2 * config.training.segment_length + config.model.short_term_length
 
 
 def test_an_evaluation_needs_a_checkpoint():

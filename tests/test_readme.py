@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from infformer.config import EvaluationRunConfig, RunConfig
+from infformer.config import EvaluationRunConfig, RunConfig, register_schemas
 
-ConfigStore.instance().store(name="run_schema", node=RunConfig)
-ConfigStore.instance().store(name="evaluation_schema", node=EvaluationRunConfig)
+register_schemas()
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,7 +46,13 @@ def run(script: str, *arguments: str, cwd: Path = ROOT) -> str:
 def test_every_command_is_one_that_is_run_somewhere() -> None:
     """By the tests here, or by .ci/run, which installs the package and runs pytest."""
     others = {command for command in COMMANDS if command not in RUNS}
-    assert others == {"pip install -e '.[dev]'", "python -m pytest", "python scripts/reproduce_sorting.py"}
+    assert others == {
+        "pip install -e '.[dev]'",
+        "python -m pytest",
+        "python scripts/reproduce_sorting.py",  # tests/test_scripts.py
+        "python scripts/compare.py outputs/control outputs/tiny",  # tests/evaluation/test_comparison.py
+        "python scripts/inspect_memory.py outputs/tiny/checkpoints/best sample",  # tests/test_inspect_memory.py
+    }
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -70,8 +74,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_default_prints_its_table(tiny_run: tuple[Path, str]) -> None:
     printed = tiny_run[1]
-    for row in ("before training", "after training", "its memory off", "another document's memory"):
-        assert re.search(rf"^ *{row} +\d+\.\d+ +\d+\.\d+ +\d+\.\d+$", printed, re.MULTILINE), printed
+    situations = ("its memory off", "another document's memory", "its memory shuffled in time")
+    number = r"\d+\.\d+"
+    for row in ("before training", "after training", *situations):
+        figures = rf"{number} +{number} – {number} +{number} +{number}  disjoint segments of 64, float32"
+        assert re.search(rf"^ *{row} +{figures}$", printed, re.MULTILINE), printed
+    assert (tiny_run[0] / "inspection" / "reconstruction.png").exists()
 
 
 def test_its_checkpoint_is_measured(tiny_run: tuple[Path, str], tmp_path: Path) -> None:

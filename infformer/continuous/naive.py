@@ -58,13 +58,21 @@ def first_operator(length: int, basis: Basis, ridge: float) -> Tensor:
     return _operator(inside, torch.tensor(outside, dtype=torch.float64), basis, ridge)
 
 
-def next_operator(length: int, samples: int, contraction: float, basis: Basis, ridge: float) -> Tensor:
-    """G for a later one behind its past, [M + T, N]: τ·m/M for m = 1…M, τ + (1 − τ)·i/T for i = 1…T, and zeros."""
+def next_operator(
+    length: int, samples: int, contraction: float, basis: Basis, ridge: float, past_weight: float = 1.0
+) -> Tensor:
+    """G for a later one behind its past, [M + T, N]: τ·m/M for m = 1…M, τ + (1 − τ)·i/T for i = 1…T, and zeros.
+
+    Args:
+        past_weight: for how many samples each of the M counts.
+    """
     past = [contraction * m / samples for m in range(1, samples + 1)]
     new = [contraction + (1 - contraction) * i / length for i in range(1, length + 1)]
     margin = 1 / (2 * length + samples)
     zeros = torch.linspace(-0.5 + margin, 1.5 - margin, 2 * (samples + length), dtype=torch.float64)
-    return _operator(past + new, zeros[(zeros < 0) | (zeros > 1)], basis, ridge)
+    zeros = zeros[(zeros < 0) | (zeros > 1)]
+    weights = torch.tensor([past_weight] * samples + [1.0] * (length + len(zeros)), dtype=torch.float64)
+    return _operator(past + new, zeros, basis, ridge, weights)
 
 
 def write(
@@ -256,8 +264,9 @@ def resample(mass: Tensor, samples: int, offsets: Tensor | None = None) -> Tenso
     return positions
 
 
-def _operator(data: list[float], zeros: Tensor, basis: Basis, ridge: float) -> Tensor:
-    """The rows of G = Ψ (ΨᵀΨ + λI)⁻¹ that belong to data, in the type of the basis."""
+def _operator(data: list[float], zeros: Tensor, basis: Basis, ridge: float, weights: Tensor | None = None) -> Tensor:
+    """The rows of G = WΨ (ΨᵀWΨ + λI)⁻¹ that belong to data, in the type of the basis; W = I if not given."""
     design = evaluate(torch.cat([torch.tensor(data, dtype=torch.float64), zeros]).to(basis[0]), basis)
-    inverse: Tensor = torch.linalg.inv(design.T @ design + ridge * torch.eye(design.shape[1]).to(design))
-    return (design @ inverse)[: len(data)]
+    weighted = design if weights is None else torch.diag(weights.to(design)) @ design
+    inverse: Tensor = torch.linalg.inv(design.T @ weighted + ridge * torch.eye(design.shape[1]).to(design))
+    return (weighted @ inverse)[: len(data)]

@@ -13,19 +13,21 @@ from torch import Tensor
 from infformer.continuous.basis import GaussianBasis
 
 
-def ridge_operator(design: Tensor, ridge: float) -> Tensor:
-    """G = Ψ (ΨᵀΨ + ridge·I)⁻¹ for a design matrix Ψ_ij = ψ_j(t_i).
+def ridge_operator(design: Tensor, ridge: float, weights: Tensor | None = None) -> Tensor:
+    """G = WΨ (ΨᵀWΨ + ridge·I)⁻¹ for a design matrix Ψ_ij = ψ_j(t_i) and weights W = diag(w_i).
 
     Args:
         design: Ψ, shape [..., P, N]; float64 keeps the normal equations accurate.
         ridge: λ > 0.
+        weights: w, how many samples each sample counts for, shape [..., P]; 1 if not given.
 
     Returns:
         G, shape [..., P, N].
     """
     identity = torch.eye(design.shape[-1], dtype=design.dtype, device=design.device)
-    factor = torch.linalg.cholesky(design.mT @ design + ridge * identity)
-    return torch.cholesky_solve(design.mT, factor).mT
+    weighted = design if weights is None else weights.unsqueeze(-1) * design
+    factor = torch.linalg.cholesky(weighted.mT @ design + ridge * identity)
+    return torch.cholesky_solve(weighted.mT, factor).mT
 
 
 def first_operator(basis: GaussianBasis, length: int, ridge: float) -> Tensor:
@@ -35,7 +37,12 @@ def first_operator(basis: GaussianBasis, length: int, ridge: float) -> Tensor:
 
 
 def next_operators(
-    basis: GaussianBasis, length: int, samples: int, contraction: Tensor, ridge: float
+    basis: GaussianBasis,
+    length: int,
+    samples: int,
+    contraction: Tensor,
+    ridge: float,
+    past_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Operators for a later segment, fitted together with samples of the contracted past.
 
@@ -44,6 +51,7 @@ def next_operators(
 
     Args:
         contraction: τ in (0, 1), shape [...]: the part of [0, 1] that the past keeps.
+        past_weight: how many tokens each sample of the past counts for, shape [...]; 1 if not given, as published.
 
     Returns:
         The operator of the past [..., samples, N] and that of the new segment [..., length, N].
@@ -61,7 +69,11 @@ def next_operators(
         ],
         dim=-1,
     )
-    operator = ridge_operator(basis.evaluate(positions), ridge)
+    weights = None
+    if past_weight is not None:
+        weights = torch.ones_like(positions)
+        weights[..., :samples] = past_weight.to(positions).unsqueeze(-1)
+    operator = ridge_operator(basis.evaluate(positions), ridge, weights)
     return operator[..., :samples, :], operator[..., samples : samples + length, :]
 
 

@@ -1,8 +1,9 @@
 """Documents, tokens, lanes: what a model reads, and in which order. It knows no model."""
 
 from infformer.data.errors import DataError
-from infformer.data.lanes import IGNORED, Lanes, Segment, read_once
+from infformer.data.lanes import IGNORED, Lanes, Segment
 from infformer.data.options import DataConfig
+from infformer.data.reading import read_once
 from infformer.data.sources import Document, read_documents
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 

@@ -196,43 +196,6 @@ def check_identity(saved: dict[str, Any], own: dict[str, Any], material: str) ->
             )
 
 
-def read_once(
-    documents: TokenizedDocuments,
-    lanes: int,
-    segment_length: int,
-    order: Sequence[int] | None = None,
-    share: Sequence[int] | slice | None = None,
-) -> Iterator[Segment]:
-    """Each document once, whole, from its start; for evaluation.
-
-    A lane for which no document is left is idle. Every share yields the same number of segments, until all lanes of the
-    global batch are idle; so processes that evaluate together stay together.
-
-    Args:
-        documents: what to read.
-        lanes: lanes of the global batch; there may be more of them than documents.
-        segment_length: inputs of a segment.
-        order: documents in the order in which they are taken; None: the longest first, so that the lanes end together.
-        share: the lanes for which to load tokens; None: all.
-
-    Raises:
-        DataError: the order names a document twice, or one that there is not.
-    """
-    inputs = documents.token_counts - 1
-    queue = np.argsort(-inputs, kind="stable") if order is None else np.asarray(order, dtype=np.int64)
-    if len(np.unique(queue)) != len(queue) or not np.isin(queue, np.arange(len(documents))).all():
-        raise DataError(f"order: each of the documents 0 to {len(documents) - 1} at most once, not {queue.tolist()}.")
-    places, taken, chosen = _Places(lanes), 0, _share(share, lanes)
-    while True:
-        visits = queue[taken : taken + places.finished.size]
-        taken += len(visits)
-        places.refill(np.stack([visits, np.zeros_like(visits), inputs[visits]]))
-        if places.finished.size == lanes:
-            return
-        yield _load(documents, places, segment_length, chosen)
-        places.advance(segment_length)
-
-
 class _Visits:
     """The queue of training: visits [3, n] of (document, first input, end), epoch after epoch."""
 
@@ -294,14 +257,11 @@ class _Places:
         return np.flatnonzero(self.positions == self.ends)
 
     def refill(self, visits: Integers) -> None:
-        """Give visits [3, n] to the first n finished lanes; the others become idle."""
-        empty = self.finished
-        taking = empty[: visits.shape[1]]
-        self.documents[empty] = -1
-        self.positions[empty] = self.ends[empty] = 0
-        self.documents[taking], self.positions[taking], self.ends[taking] = visits
+        """Give the finished lanes a visit each, [3, finished]."""
+        finished = self.finished
+        self.documents[finished], self.positions[finished], self.ends[finished] = visits
         self.reset[:] = False
-        self.reset[taking] = True
+        self.reset[finished] = True
 
     def lengths(self, segment_length: int) -> Integers:
         lengths: Integers = np.minimum(self.ends - self.positions, segment_length)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.data.errors import DataError
 from infformer.data.options import DataConfig
-from infformer.data.sources import describe_source, read_documents
+from infformer.data.sources import Document, describe_source, read_documents
 
 _LAYOUT = 1  # of a folder of tokenised documents; raised when an older one can no longer be read
 _SUMMARY = "summary.json"
@@ -60,7 +60,7 @@ def tokenize_documents(
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocuments:
-    """Documents as tokens, kept in memory-mapped files; `len()` is how many there are."""
+    """Documents as tokens; `len()` is how many there are."""
 
     ids: list[str]
     """[documents]"""
@@ -81,7 +81,7 @@ class TokenizedDocuments:
     """The largest token that occurs."""
 
     _chunks: list[NDArray[Any]]
-    """The tokens of some documents each, one after another: views of the files."""
+    """The tokens of some documents each, one after another: of files, views that are read when they are needed."""
 
     _chunk_of: NDArray[np.int64]
     """[documents]; the chunk a document is in."""
@@ -106,6 +106,34 @@ class TokenizedDocuments:
             _chunks=[chunk.values.to_numpy(zero_copy_only=True) for chunk in lists],
             _chunk_of=np.repeat(np.arange(len(lists)), [len(chunk) for chunk in lists]),
             _start_in_chunk=np.concatenate([offset[:-1] for offset in offsets]),
+        )
+
+    @classmethod
+    def from_texts(
+        cls, texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, first: int | None, skip_short: bool = False
+    ) -> Self:
+        """Documents that are at hand, tokenised now and kept in memory, without the cache.
+
+        Args:
+            first: the token that each document begins with; None for none.
+            skip_short: leave out documents of fewer than 2 tokens, in which there is nothing to predict.
+
+        Raises:
+            DataError: a document has fewer than 2 tokens, and such are not to be left out.
+        """
+        texts = list(texts)
+        batch = {"id": [document.id for document in texts], "text": [document.text for document in texts]}
+        columns = _tokenize(batch, tokenizer, first, skip_short)
+        tokens = [np.array(row, dtype=np.int64) for row in columns["tokens"]]
+        return cls(
+            ids=columns["id"],
+            token_counts=np.array([len(row) for row in tokens], dtype=np.int64),
+            word_counts=np.array(columns["words"], dtype=np.int64),
+            byte_counts=np.array(columns["bytes"], dtype=np.int64),
+            **_summarize(zip(columns["id"], tokens, strict=True)),
+            _chunks=tokens,
+            _chunk_of=np.arange(len(tokens)),
+            _start_in_chunk=np.zeros(len(tokens), dtype=np.int64),
         )
 
     def __len__(self) -> int:
@@ -222,7 +250,7 @@ def _make(folder: Path, config: DataConfig, split: str, tokenizer: PreTrainedTok
             log.warning("%d of %d documents of %s have fewer than 2 tokens and are left out", skipped, found, split)
         whole = Path(temporary, "whole")
         documents.save_to_disk(str(whole))
-        (whole / _SUMMARY).write_text(json.dumps(_summarize(documents)))
+        (whole / _SUMMARY).write_text(json.dumps(_summarize(_rows(documents))))
         try:
             whole.rename(folder)
         except OSError:
@@ -275,10 +303,11 @@ def _tokenize(
     return result
 
 
-def _summarize(documents: Any) -> dict[str, Any]:
+def _summarize(rows: Iterable[tuple[str, NDArray[Any]]]) -> dict[str, Any]:
+    """What is known of documents as a whole, from the name and the tokens of each."""
     content = hashlib.sha256()
     largest = 0
-    for name, tokens in _rows(documents):
+    for name, tokens in rows:
         # The lengths keep one document's end apart from the next one's beginning.
         content.update(f"{len(name)} {name} {len(tokens)} ".encode())
         content.update(tokens.astype("<i4").tobytes())

@@ -74,6 +74,19 @@ class LayerState(MemoryState):
     compressed: Queue
     long_term: LongTermState | None
 
+    def shuffle_time(self, shuffle: Tensor | None) -> LayerState:
+        """The same past in another order, that of each memory apart.
+
+        Args:
+            shuffle: `signal.time_shuffle()` of the long-term memory; None without one.
+        """
+        short_term, compressed = self.short_term.shuffle_time(), self.compressed.shuffle_time()
+        long_term = self.long_term
+        if long_term is not None:
+            assert shuffle is not None
+            long_term = long_term.shuffle_time(shuffle)
+        return LayerState(short_term, compressed, long_term)
+
 
 class Written(NamedTuple):
     """A layer's memory after a segment, and what writing it cost."""

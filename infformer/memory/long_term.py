@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -27,7 +27,8 @@ from infformer.continuous.density import (
 )
 from infformer.continuous.regression import even_steps, first_operator, next_operators
 from infformer.memory.state import MemoryState
-from infformer.memory.sticky import attention_histogram, warped_positions
+from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
+from infformer.memory.time_shuffle import shuffled_positions
 
 MINIMAL_VARIANCE = 1e-4
 """Floor of the affine read's variance, as in the published code."""
@@ -48,7 +49,7 @@ class LongTermMemoryConfig:
     """M, at how many points the old signal is sampled when a segment is written."""
     contraction: str = "constant"
     """`constant`: the past shrinks to `contraction_rate` at every write and fades geometrically. `uniform`: to n/(n+1)
-    at write n, so that all segments keep equal room."""
+    at write n, so that all segments keep equal room, and all their tokens equal weight in the regression."""
     contraction_rate: float = 0.5
     """τ, the part of the memory that the past keeps, for the constant contraction."""
     ridge: float = 0.5
@@ -106,6 +107,11 @@ class LongTermState(MemoryState):
     segments: Tensor
     """How many segments each row has written; int64, shape [batch]; 0 is an empty memory."""
 
+    def shuffle_time(self, shuffle: Tensor) -> LongTermState:
+        """The same past in another order, by the matrix that `ContinuousSignal.time_shuffle` returns."""
+        with torch.autocast(shuffle.device.type, enabled=False):
+            return replace(self, coefficients=shuffle @ self.coefficients)
+
 
 class WriteOperators(NamedTuple):
     """Regression operators of one write; rows differ where their number of segments does."""
@@ -155,16 +161,34 @@ class ContinuousSignal(nn.Module):
         if config.contraction == "uniform":
             # Rows that have written equally much share their operators, and their operators' factorisation.
             counts, rows = segments.clamp(min=1).unique(return_inverse=True)
-            basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
-            basis = GaussianBasis(basis.centres.to(segments.device), basis.widths.to(segments.device))
             contraction = counts.double() / (counts + 1)
             past, new = (
                 operator.to(self.new.dtype)[rows]
                 for operator in next_operators(
-                    basis, config.segment_length, config.past_samples, contraction, config.ridge
+                    self._exact_basis(),
+                    config.segment_length,
+                    config.past_samples,
+                    contraction,
+                    config.ridge,
+                    # A sample stands for so many tokens. If it counted for one, the newest segment, of which there are
+                    # many more samples to a stretch, would outweigh the past around it, and tokens there would not
+                    # be remembered alike.
+                    past_weight=counts.double() * config.segment_length / config.past_samples,
                 )
             )
         return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
+
+    def time_shuffle(self) -> Tensor:
+        """The matrix [N, N] from a signal's coefficients to those of the signal with its past in another order.
+
+        The signal is sampled in the middle of 4N equal parts (at least), there where `shuffled_positions` says, and
+        fitted anew. Computed in float64 at every call.
+        """
+        samples = max(self.config.past_samples, 4 * self.config.basis_functions)
+        basis = self._exact_basis()
+        positions = shuffled_positions((torch.arange(samples).to(basis.centres) + 0.5) / samples)
+        shuffle = first_operator(basis, samples, self.config.ridge).mT @ basis.evaluate(positions)
+        return shuffle.to(self.centres.dtype)
 
     def reset_parameters(self) -> None:
         """Compute the buffers anew where they are: after a loader has materialised them with arbitrary contents."""
@@ -178,6 +202,11 @@ class ContinuousSignal(nn.Module):
             for name, tensor in self._buffers_in(self.centres.device, torch.float32).items():
                 setattr(self, name, tensor)
         return self
+
+    def _exact_basis(self) -> GaussianBasis:
+        """The basis in float64, where the buffers are."""
+        basis = GaussianBasis.even_grid(self.config.basis_functions, self.config.widths)
+        return GaussianBasis(basis.centres.to(self.centres.device), basis.widths.to(self.centres.device))
 
     def _buffers_in(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.config
@@ -282,24 +311,58 @@ class LongTermMemory(nn.Module):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             basis = self.signal.basis
-            hidden = hidden.to(state.coefficients.dtype)
-            if self.config.input_gate:
-                bias = cast(Tensor, self.gate.bias).to(hidden)
-                convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), bias, padding=1)
-                hidden = hidden * torch.sigmoid(convolved.mT)
-            if self.config.sticky:
-                with torch.no_grad():
-                    histogram = attention_histogram(attention, basis, self.config.sticky_bins)
-                    positions = warped_positions(histogram, self.config.past_samples, offsets)
-            else:
-                positions = even_steps(self.config.past_samples).to(hidden)
-            samples = basis.evaluate(positions) @ state.coefficients
+            hidden = self.gated(hidden.to(state.coefficients.dtype))
+            samples = basis.evaluate(self.past_positions(attention, offsets).to(hidden)) @ state.coefficients
             coefficients = operators.past.mT @ samples + operators.new.mT @ hidden
         segments = state.segments + 1
         if whole is not None:
             coefficients = torch.where(whole.view(-1, 1, 1), coefficients, state.coefficients)
             segments = torch.where(whole, segments, state.segments)
         return LongTermState(coefficients, segments)
+
+    def gated(self, hidden: Tensor) -> Tensor:
+        """What is written of a segment [batch, T, hidden]: X ⊙ sigmoid(Conv1d(X)) with an input gate, else X itself."""
+        if not self.config.input_gate:
+            return hidden
+        bias = cast(Tensor, self.gate.bias).to(hidden)
+        convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), bias, padding=1)
+        return hidden * torch.sigmoid(convolved.mT)
+
+    def past_positions(self, attention: Density, offsets: Tensor | None = None) -> Tensor:
+        """Where a write samples the old signal: ascending, shape [M], or [batch, M] with stickiness.
+
+        Args:
+            attention: where the segment looked,
+            offsets: and the random offsets, as for `write`.
+        """
+        if not self.config.sticky:
+            return even_steps(self.config.past_samples).to(self.signal.centres)
+        with torch.no_grad():
+            histogram = attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
+            return warped_positions(histogram, self.config.past_samples, offsets)
+
+    def moved_places(self, places: Tensor, segments: int, attention: Density) -> Tensor:
+        """Where the tokens written so far lie after one more write.
+
+        Args:
+            places: where they lie now, in the order of the text, shape [segments · T]; empty before the first write.
+            segments: how many segments were written so far.
+            attention: where the segment looked, one row; the past is resampled with the deterministic offsets.
+
+        Returns:
+            Their places and behind them those of the new segment, shape [(segments + 1) · T]. The past moves from x to
+            τx, with stickiness to τ(cdf(x) + ½/M); token i = 1…T of the segment comes to τ + (1 − τ)i/T, of a first
+            segment to (i − ½)/T.
+        """
+        config = self.config
+        steps = even_steps(config.segment_length).to(places)
+        if segments == 0:
+            return steps - 0.5 / config.segment_length
+        if config.sticky:
+            histogram = attention_histogram(attention, self.signal.basis, config.sticky_bins).to(places)
+            places = places_after_warp(histogram, config.past_samples, places.unsqueeze(0)).squeeze(0)
+        contraction = segments / (segments + 1) if config.contraction == "uniform" else config.contraction_rate
+        return torch.cat([contraction * places, contraction + (1 - contraction) * steps])
 
     def divergence(self, attention: Density) -> Tensor:
         """How far the densities' variance is from the prior's, mean over heads, shape [batch, queries]; 0 for slots."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infformer.memory.state import MemoryState
+from infformer.memory.time_shuffle import shuffled_entries
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Queue(MemoryState):
         """Which entries are real, bool [batch, length]."""
         places = torch.arange(self.length, 0, -1, device=self.filled.device)
         return places <= self.filled.unsqueeze(-1)
+
+    def shuffle_time(self) -> Self:
+        """The same entries in another order; see `time_shuffle`."""
+        order = shuffled_entries(self.filled, self.length)
+        return replace(self, entries=torch.take_along_dim(self.entries, order.unsqueeze(-1), dim=1))
 
     def push(self, new: Tensor, rows: Tensor) -> tuple[Self, Tensor]:
         """Append new entries to some rows; as many leave at the front.

@@ -43,6 +43,19 @@ class MemoryState:
 
         return self.map_tensors(empty)
 
+    def replace_rows(self, rows: Tensor, other: Self) -> Self:
+        """The rows of another state of the same structure where `rows` (bool, [batch]) is true, its own elsewhere.
+
+        Raises:
+            ValueError: if a name or a shape past the first axis does not fit.
+        """
+        others = self.with_tensors(other.named_tensors()).named_tensors()
+        replaced = {
+            name: torch.where(rows.view(-1, *(1,) * (tensor.dim() - 1)), others[name], tensor)
+            for name, tensor in self.named_tensors().items()
+        }
+        return self.with_tensors(replaced)
+
     def select_rows(self, index: Tensor) -> Self:
         """The rows that `index` (int64, [k], with repetitions if wished) names, in its order."""
         return self.map_tensors(lambda tensor: tensor.index_select(0, index))

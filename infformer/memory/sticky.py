@@ -47,3 +47,25 @@ def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = N
     before = cumulative.gather(-1, index) - mass
     within = ((targets - before) / mass.clamp(min=torch.finfo(mass.dtype).tiny)).clamp(0, 1)
     return (index + within) / bins
+
+
+def places_after_warp(histogram: Tensor, samples: int, positions: Tensor) -> Tensor:
+    """Where positions of the past lie once it has been resampled with the deterministic offsets.
+
+    The inverse of `warped_positions`: sample m, taken at cdf⁻¹((m − ½)/samples), then stands at m/samples. So what was
+    at t comes to cdf(t) + ½/samples.
+
+    Args:
+        histogram: mass per bin, shape [batch, bins], sum one.
+        samples: how many points the past was sampled at.
+        positions: t in [0, 1], shape [batch, P].
+
+    Returns:
+        Places in [0, 1], shape [batch, P].
+    """
+    bins = histogram.shape[-1]
+    scaled = (positions * bins).clamp(0, bins)
+    index = scaled.long().clamp(max=bins - 1)
+    mass = histogram.gather(-1, index)
+    before = histogram.cumsum(-1).gather(-1, index) - mass
+    return (before + mass * (scaled - index) + 0.5 / samples).clamp(max=1)

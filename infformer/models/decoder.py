@@ -22,11 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import LayerMemory, LayerState, MemoryConfig
-from infformer.memory.long_term import ContinuousSignal, LongTermMemoryConfig, WriteOperators
+from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTermMemoryConfig, WriteOperators
 from infformer.memory.state import LayerMemories
 from infformer.models.attention import Attention, encode_positions
 from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
-from infformer.models.outputs import MemoryModelOutput
+from infformer.models.outputs import LayerTrace, MemoryModelOutput
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
 DecoderMemories = LayerMemories[LayerState]
@@ -154,6 +154,8 @@ class Surroundings(NamedTuple):
     """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
     operators: WriteOperators | None
     offsets: Tensor | None
+    traced: bool
+    """Whether a layer also returns what happened in it."""
 
 
 class LayerOutput(NamedTuple):
@@ -167,6 +169,7 @@ class LayerOutput(NamedTuple):
     """Of the long-term memory's densities, [batch, queries]."""
     reconstruction: Tensor | None
     """Error of the compression, [batch, queries]."""
+    trace: LayerTrace | None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -202,6 +205,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         context = torch.cat([memories.to(segment.dtype), segment], dim=1)
         attended = self.attention(seen, context, around.allowed, around.encoding)
         reading = self.memory.read(seen, state)
+        trace = LayerTrace(seen, attended, reading) if around.traced else None
         if reading is not None:
             attended = attended + reading.context.to(attended.dtype)
         hidden = residual + self.dropout(attended)
@@ -223,7 +227,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             )
         long_term = self.memory.long_term
         divergence = None if reading is None or long_term is None else long_term.divergence(reading.attention)
-        return LayerOutput(hidden, state, segment, divergence, reconstruction)
+        return LayerOutput(hidden, state, segment, divergence, reconstruction, trace)
 
 
 class DecoderForCausalLM(MemoryModel):
@@ -258,6 +262,7 @@ class DecoderForCausalLM(MemoryModel):
         lengths: Tensor | None = None,
         sticky_offsets: Tensor | None = None,
         return_logits: bool | None = None,
+        return_traces: bool = False,
         past_key_values: tuple[Tensor, ...] | None = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
@@ -270,7 +275,7 @@ class DecoderForCausalLM(MemoryModel):
         memory = self.initial_memory(len(input_ids)) if memory is None else memory
         memory = memory if reset is None else memory.reset_rows(reset)
         before = 0 if past_key_values is None else past_key_values[0].shape[1]
-        around = self._surroundings(memory, input_ids, before, lengths, sticky_offsets)
+        around = self._surroundings(memory, input_ids, before, lengths, sticky_offsets, return_traces)
 
         hidden = self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size))
         outputs: list[LayerOutput] = []
@@ -283,6 +288,7 @@ class DecoderForCausalLM(MemoryModel):
         output = MemoryModelOutput(
             memory=LayerMemories(tuple(layer.state for layer in outputs)),
             auxiliary_losses=self._auxiliary_losses(outputs, memory, lengths),
+            traces=tuple(layer.trace for layer in outputs if layer.trace is not None) if return_traces else None,
             past_key_values=tuple(layer.segment for layer in outputs) if use_cache else None,
         )
         scored = self._score(output, hidden, self.vocabulary.token_losses, labels, shift_labels, lengths)
@@ -295,9 +301,21 @@ class DecoderForCausalLM(MemoryModel):
         layers = cast(Iterator[DecoderLayer], iter(self.layers))
         return LayerMemories(tuple(layer.memory.initial_state(batch, self.device) for layer in layers))
 
+    def long_term_memories(self) -> dict[int, LongTermMemory]:
+        layers = enumerate(cast(Iterator[DecoderLayer], iter(self.layers)))
+        return {number: layer.memory.long_term for number, layer in layers if layer.memory.long_term is not None}
+
+    def shuffle_time(self, memory: DecoderMemories) -> DecoderMemories:
+        shuffle = None if self.signal is None else self.signal.time_shuffle()
+        return LayerMemories(tuple(state.shuffle_time(shuffle) for state in memory.layers))
+
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         for layer in cast(Iterator[DecoderLayer], iter(self.layers)):
             yield from layer.memory.parameters()
+
+    @property
+    def short_term_length(self) -> int:
+        return self.memory_config.short_term_length
 
     @property
     def sticky_samples(self) -> int:
@@ -313,7 +331,13 @@ class DecoderForCausalLM(MemoryModel):
         return self.config.vocab_size
 
     def _surroundings(
-        self, memory: DecoderMemories, input_ids: Tensor, before: int, lengths: Tensor | None, offsets: Tensor | None
+        self,
+        memory: DecoderMemories,
+        input_ids: Tensor,
+        before: int,
+        lengths: Tensor | None,
+        offsets: Tensor | None,
+        traced: bool,
     ) -> Surroundings:
         batch, length = input_ids.shape
         whole = self._whole_rows(batch, before, length, lengths)
@@ -325,7 +349,7 @@ class DecoderForCausalLM(MemoryModel):
         if whole is not None and self.signal is not None and state.long_term is not None:
             operators = self.signal.operators(state.long_term.segments)
         dropped = encoding if self.config.positions == "rotary" else self.dropout(encoding)
-        return Surroundings(dropped, causal_mask(state, length, context), whole, operators, offsets)
+        return Surroundings(dropped, causal_mask(state, length, context), whole, operators, offsets, traced)
 
     def _auxiliary_losses(
         self, outputs: list[LayerOutput], memory: DecoderMemories, lengths: Tensor | None

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from infformer.errors import UserError
+from infformer.memory.long_term import LongTermMemory
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
 from infformer.models.outputs import MemoryModelOutput
@@ -24,8 +25,8 @@ class ModelError(UserError, ValueError):
 class MemoryModel(PreTrainedModel):
     """A causal language model that reads a document segment by segment; its memory is a value between two of them.
 
-    `forward(input_ids, labels, memory, reset, *, shift_labels, lengths, sticky_offsets, return_logits)` returns a
-    `MemoryModelOutput`:
+    `forward(input_ids, labels, memory, reset, *, shift_labels, lengths, sticky_offsets, return_logits, return_traces)`
+    returns a `MemoryModelOutput`:
 
         input_ids: one segment of each row, [batch, length].
         labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
@@ -36,6 +37,7 @@ class MemoryModel(PreTrainedModel):
         lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
         sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, sticky_samples]; deterministic without.
         return_logits: by default only where there are no labels.
+        return_traces: what happened inside each layer, for the memory's instruments.
     """
 
     segment_length: int | None
@@ -45,6 +47,11 @@ class MemoryModel(PreTrainedModel):
     def has_memory(self) -> bool:
         """Whether anything is carried from one segment to the next."""
         return self.segment_length is not None
+
+    @property
+    def short_term_length(self) -> int:
+        """How many tokens before its segment a token attends to as they were; 0 without a short-term memory."""
+        raise NotImplementedError
 
     @property
     def sticky_samples(self) -> int:
@@ -58,6 +65,18 @@ class MemoryModel(PreTrainedModel):
 
     def initial_memory(self, batch: int) -> MemoryState:
         """Empty memories for `batch` rows."""
+        raise NotImplementedError
+
+    def long_term_memories(self) -> dict[int, LongTermMemory]:
+        """The long-term memories by the numbers of their layers, from 0, in the order of the memory's layers."""
+        raise NotImplementedError
+
+    def shuffle_time(self, memory: Any) -> Any:
+        """The same memory with its past in another order, a control: does the order of what is remembered matter?
+
+        Each kind of memory is cut into 16 blocks of time, which change places in a fixed way (`memory.time_shuffle`).
+        Rows stay apart, and an empty memory stays empty.
+        """
         raise NotImplementedError
 
     def memory_parameters(self) -> Iterator[nn.Parameter]:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from infformer.memory.long_term import Reading
 from infformer.memory.state import MemoryState
+
+
+class LayerTrace(NamedTuple):
+    """What happened in a layer that has a memory while it read a segment."""
+
+    hidden: Tensor
+    """What its attention saw of the segment, and what is written to memory, now or later; [batch, length, hidden]."""
+    attended: Tensor
+    """What self-attention returned, [batch, length, hidden]."""
+    reading: Reading | None
+    """What was read from the long-term memory, and where each head looked; None without one."""
 
 
 @dataclass
@@ -26,5 +38,7 @@ class MemoryModelOutput(ModelOutput):
     only."""
     auxiliary_losses: dict[str, Tensor] | None = None
     """Scalars by name, already weighted."""
+    traces: tuple[LayerTrace, ...] | None = None
+    """What happened in each layer that has a memory, in the order of the memory's layers. With `return_traces` only."""
     past_key_values: Any = None
     """The backbone's key-value cache within the segment, with `use_cache=True`."""

@@ -32,7 +32,7 @@ from infformer.memory.long_term import (
 from infformer.memory.state import LayerMemories
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
-from infformer.models.outputs import MemoryModelOutput
+from infformer.models.outputs import LayerTrace, MemoryModelOutput
 
 LongTermMemories = LayerMemories[LongTermState]
 
@@ -96,8 +96,11 @@ class _MemoryCall:
     whole: Tensor | None
     """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
     offsets: Tensor | None
+    traced: bool
+    """Whether what happens in each layer is wanted too."""
     written: dict[int, LongTermState] = field(default_factory=dict)
     divergences: dict[int, Tensor] = field(default_factory=dict)
+    traces: dict[int, LayerTrace] = field(default_factory=dict)
 
 
 def _attend_to_memory(
@@ -120,6 +123,8 @@ def _attend_to_memory(
         else layer.write(hidden, state, call.operators, reading.attention, call.offsets, call.whole)
     )
     attended, *others = output
+    if call.traced:
+        call.traces[index] = LayerTrace(hidden, attended, reading)
     return (attended + reading.context.to(attended.dtype), *others)
 
 
@@ -202,6 +207,7 @@ class InfformerForCausalLM(MemoryModel):
         lengths: Tensor | None = None,
         sticky_offsets: Tensor | None = None,
         return_logits: bool | None = None,
+        return_traces: bool = False,
         past_key_values: Any = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
@@ -217,7 +223,7 @@ class InfformerForCausalLM(MemoryModel):
             memory = self.initial_memory(batch)
         if reset is not None:
             memory = memory.reset_rows(reset)
-        call = self._begin(memory, cached, length, lengths, sticky_offsets)
+        call = self._begin(memory, cached, length, lengths, sticky_offsets, return_traces)
         cache = {"past_key_values": past_key_values, "use_cache": use_cache}
         if self.config.backbone.model_type in ATTENTION_PATHS:
             read = self.backbone.base_model(input_ids, memory_call=call, **cache)
@@ -229,6 +235,8 @@ class InfformerForCausalLM(MemoryModel):
         output.memory = (
             LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
         )
+        if return_traces:
+            output.traces = tuple(call.traces[index] for index in range(len(self.memories))) if call else ()
         output.auxiliary_losses = self._auxiliary_losses(call, lengths)
 
         scored = self._score(output, hidden, cross_entropy(head), labels, shift_labels, lengths)
@@ -242,13 +250,28 @@ class InfformerForCausalLM(MemoryModel):
         return getattr(self.config.backbone, "max_position_embeddings", None)
 
     @property
+    def short_term_length(self) -> int:
+        return 0
+
+    @property
     def sticky_samples(self) -> int:
         memory = self.config.memory_config
         return memory.past_samples if memory is not None and memory.sticky else 0
 
     def initial_memory(self, batch: int) -> LongTermMemories:
         """Empty memories for `batch` rows."""
-        return LayerMemories(tuple(layer.initial_state(batch) for layer in self._long_term_memories()))
+        return LayerMemories(tuple(layer.initial_state(batch) for layer in self.long_term_memories().values()))
+
+    def long_term_memories(self) -> dict[int, LongTermMemory]:
+        layers = range(len(self.memories)) if self.config.memory_layers is None else self.config.memory_layers
+        # A model that was wrapped without memory may name layers all the same.
+        return dict(zip(layers, cast(Iterator[LongTermMemory], iter(self.memories)), strict=False))
+
+    def shuffle_time(self, memory: LongTermMemories) -> LongTermMemories:
+        if not self.has_memory:
+            return memory
+        shuffle = self.signal.time_shuffle()
+        return LayerMemories(tuple(state.shuffle_time(shuffle) for state in memory.layers))
 
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         return self.memories.parameters()
@@ -259,24 +282,27 @@ class InfformerForCausalLM(MemoryModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
-    def _long_term_memories(self) -> Iterator[LongTermMemory]:
-        return cast(Iterator[LongTermMemory], iter(self.memories))
-
     def _begin(
-        self, memory: LongTermMemories, cached: int, length: int, lengths: Tensor | None, offsets: Tensor | None
+        self,
+        memory: LongTermMemories,
+        cached: int,
+        length: int,
+        lengths: Tensor | None,
+        offsets: Tensor | None,
+        traced: bool,
     ) -> _MemoryCall | None:
         if self.segment_length is None or not self.memories:
             return None
         segments = memory.layers[0].segments
         whole = self._whole_rows(len(segments), cached, length, lengths)
-        return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets)
+        return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets, traced)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None) -> dict[str, Tensor]:
         """The divergence of the densities' variance, mean over tokens, sum over layers."""
         if call is None:
             return {}
         divergence = torch.stack([call.divergences[index] for index in range(len(self.memories))]).sum(0)
-        weight = next(self._long_term_memories()).config.divergence_weight
+        weight = self.signal.config.divergence_weight
         written = call.memory.layers[0].segments.unsqueeze(-1) > 0
         return {"divergence": weight * mean_over_tokens(divergence * written, lengths)}
 

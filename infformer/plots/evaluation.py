@@ -7,19 +7,26 @@ import math
 from pathlib import Path
 from typing import Any
 
-from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, label, new_figure, save
 
 # As the keys of `results.json`: name, colour, marker.
 CONTROLS = {
     "memory_off": ("memory off", GREY, "s"),
     "memory_of_another_document": ("memory of another document", ORANGE, "^"),
+    "memory_shuffled_in_time": ("memory shuffled in time", GREEN, "v"),
+}
+RECENCY = {
+    "within_window": "within the window",
+    "beyond_window": "before the window",
+    "never": "nowhere",
 }
 # Up to so many documents are named along the axis; more would be illegible.
 NAMED_DOCUMENTS = 40
 
 
 def plot_results(results_json: Path) -> list[Path]:
-    """Draw the results of an evaluation: loss by position in the document and, with controls, what each document gains.
+    """Draw the results of an evaluation: loss by position in the document; with controls, what the memory gains, by
+    where the token occurred last and by document.
 
     Returns:
         The figures written, in `plots/` beside the results file.
@@ -29,6 +36,8 @@ def plot_results(results_json: Path) -> list[Path]:
     figures = []
     if results.get("by_position"):
         figures.append(_plot_positions(results, directory / "loss_by_position.png"))
+    if results.get("controls") and results.get("by_recency"):
+        figures.append(_plot_recency(results, directory / "gain_by_recency.png"))
     if results.get("controls") and results.get("per_document"):
         figures.append(_plot_documents(results, directory / "gain_by_document.png"))
     return figures
@@ -55,6 +64,42 @@ def _plot_positions(results: dict[str, Any], path: Path) -> Path:
     axes.set_xscale("log")
     axes.legend(frameon=False)
     label(axes, "Loss by position", "distance from the document's start (tokens)", "nats per token")
+    return save(figure, path)
+
+
+def _plot_recency(results: dict[str, Any], path: Path) -> Path:
+    """By how much tokens get worse under each control, by where they occurred last.
+
+    A long-term memory has to show in the second class.
+    """
+    own = {entry["previous_occurrence"]: entry for entry in results["by_recency"] if entry["tokens"]}
+    classes = [name for name in RECENCY if name in own]
+    controls = {key: style for key, style in CONTROLS.items() if key in results["controls"]}
+    width = 0.8 / len(controls)
+    figure = new_figure(7.2, 4.2)
+    axes = figure.add_subplot()
+    axes.axhline(0, color="black", linewidth=0.8)
+    for number, (key, (name, colour, _)) in enumerate(controls.items()):
+        losses = {entry["previous_occurrence"]: entry["nll"] for entry in results["controls"][key]["by_recency"]}
+        axes.bar(
+            [place + width * (number - (len(controls) - 1) / 2) for place in range(len(classes))],
+            [(losses[entry] - own[entry]["nll"]) / own[entry]["tokens"] for entry in classes],
+            width=0.9 * width,
+            color=colour,
+            label=name,
+        )
+    names = [
+        f"{RECENCY[name]}\n{own[name]['tokens']:,} tokens\n{own[name]['nll'] / own[name]['tokens']:.2f} nats each"
+        for name in classes
+    ]
+    axes.set_xticks(range(len(classes)), names)
+    figure.legend(loc="outside lower center", ncols=len(controls), frameon=False)
+    label(
+        axes,
+        "What the memory gains, by where the token occurred last",
+        "",
+        "rise under the control (nats per token)",
+    )
     return save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.data.lanes import Lanes, Segment
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.evaluation.perplexity import Reader, evaluate, measure
+from infformer.evaluation.memory_instruments import inspect_document
+from infformer.evaluation.perplexity import evaluate, measure
+from infformer.evaluation.reading import EvaluationError, Reader, describe_protocol
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
+from infformer.plots.memory import plot_inspection
 from infformer.tasks.task import Validation
+
+logger = logging.getLogger(__name__)
 
 
 class LanguageModelling:
@@ -28,7 +34,8 @@ class LanguageModelling:
         reader: how held-out documents are read, and by which model.
         bptt_segments: segments of each lane in one step.
         before: measure the test documents before training too.
-        controls: in the final figures, also without the memory and with the memory of another document.
+        controls: in the final figures, also in the situations in which the memory cannot help.
+        inspected_segments: of the longest test document, along which the memory is looked into in the end; 0: none.
         max_validation_tokens: during training, read at most this much of the beginnings of the validation documents;
             None: all.
     """
@@ -42,6 +49,7 @@ class LanguageModelling:
         bptt_segments: int = 1,
         before: bool = True,
         controls: bool = True,
+        inspected_segments: int = 0,
         max_validation_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -55,6 +63,7 @@ class LanguageModelling:
         self._bptt_segments = bptt_segments
         self._before = before
         self._controls = controls
+        self._inspected_segments = inspected_segments
 
     def next_step(self) -> list[Segment]:
         return [next(self._lanes) for _ in range(self._bptt_segments)]
@@ -78,7 +87,7 @@ class LanguageModelling:
         return Validation(
             loss,
             {"validation/loss": loss, "validation/perplexity": perplexity},
-            f"validation perplexity {perplexity:.3f} (token)",
+            f"validation perplexity {perplexity:.3f} per token ({describe_protocol(self._reader.protocol)})",
         )
 
     def measure(self, checkpoint: str) -> dict[str, Any]:
@@ -87,7 +96,22 @@ class LanguageModelling:
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)
         print(format_table(results), flush=True)
-        return plot_results(folder / "results.json")
+        return plot_results(folder / "results.json") + self._inspect(folder / "inspection")
+
+    def _inspect(self, folder: Path) -> list[Path]:
+        """Figures of what the memory holds along the longest test document; none without a long-term memory."""
+        model = self._reader.model
+        if not self._inspected_segments or self._test is None or not model.long_term_memories():
+            return []
+        document = int(self._test.token_counts.argmax())
+        tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
+        try:
+            found = inspect_document(model, tokens, self._inspected_segments, progress=self._reader.progress)
+        except EvaluationError as error:
+            logger.info("the memory is not looked into: %s", error)
+            return []
+        write_results(folder / "inspection.json", found)
+        return plot_inspection(folder / "inspection.json")
 
     def sample(self, step: int, tokens: int) -> str:
         """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""

@@ -1,4 +1,4 @@
-"""Sequences to be sorted by how often their symbols occur, and the stream of them that a model learns from.
+"""Sequences to be sorted by how often their symbols occur.
 
 A sequence of n symbols is followed by a separator and by its answer: all symbols, the most frequent first (∞-former,
 https://arxiv.org/abs/2109.00301, the experiment on sorting). What is frequent drifts from the beginning to the end, so
@@ -15,20 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
-from infformer.data.lanes import IGNORED, Segment, check_identity
-
-SPLITS = ("train", "validation", "test")
-
-Integers = NDArray[np.int64]
+from infformer.tasks.questions import Integers, Questions, random_of
+from infformer.tasks.task import TaskConfig
 
 
 @dataclass
-class SortingConfig:
+class SortingConfig(TaskConfig):
     """Sorting symbols by their frequency in a long sequence."""
 
     length: int = 1024
@@ -84,17 +78,13 @@ def draw_sequences(
     Raises:
         DataError: there is no such split, or no such length.
     """
-    if split not in SPLITS:
-        raise DataError(f"split={split}: choose one of {', '.join(SPLITS)}")
     length = config.length if length is None else length
     if length < 1:
         raise DataError(f"length={length}: a sequence has at least 1 symbol")
-    key = [seed, SPLITS.index(split)]
     progress = np.arange(1, length + 1) / length
     drawn = np.empty((len(numbers), length + 1 + config.symbols), dtype=np.int64)
     for row, number in zip(drawn, numbers, strict=True):
-        # A counter-based generator: every sequence begins at a place of its own.
-        random = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, length, number]))
+        random = random_of(seed, split, length, number)
         weights = random.integers(1, 9, size=(2, config.symbols), endpoint=True)
         initial, final = (weights / weights.sum(axis=1, keepdims=True)).cumsum(axis=1)
         uniform = random.random(length)
@@ -114,103 +104,37 @@ def _answer(sequence: Integers, symbols: int) -> Integers:
     return np.lexsort([first, -np.bincount(sequence, minlength=symbols)])
 
 
-class SortingStream:
-    """The sequences of training, without end: in one step every lane reads a new one, from an empty memory.
+def as_questions(sequences: Integers, symbols: int) -> Questions:
+    """What is asked at the end of these sequences, [sequences, length + 1 + symbols]: their answers, each as one."""
+    return Questions(sequences, np.zeros((len(sequences), symbols), dtype=np.int64))
 
-    Lane l of step s reads the sequence number s · lanes + l of the stream, whatever the share. The sequences of a
-    step are equally long.
 
-    Args:
-        config: which sequences.
-        lanes: lanes of the global batch.
-        segment_length: inputs of a segment.
-        seed: decides on the sequences and their order.
-        share: the lanes for which to draw sequences; None: all.
-    """
+class SortingQuestions:
+    """The sequences to learn from, with the question how to sort their symbols."""
 
-    def __init__(
-        self,
-        config: SortingConfig,
-        lanes: int,
-        segment_length: int,
-        seed: int,
-        share: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, config: SortingConfig) -> None:
         self._config = config
-        self._lanes = lanes
-        self._segment_length = segment_length
-        self._seed = seed
-        self._share = np.arange(lanes) if share is None else np.array(share, dtype=np.int64)
-        self._step = 0
-        self._reads = 0
-        # What a saved state must agree with, by the option that says it.
-        self._identity: dict[str, Any] = {
-            "training.batch_size": lanes,
-            "training.segment_length": segment_length,
-            "seed": seed,
-            "task.length": config.length,
-            "task.training_lengths": list(config.training_lengths),
-            "task.symbols": config.symbols,
-            "task.training_sequences": config.training_sequences,
+
+    @property
+    def training_lengths(self) -> list[int]:
+        """Symbols of the sequences."""
+        return list(self._config.training_lengths) or [self._config.length]
+
+    @property
+    def training_sequences(self) -> int | None:
+        """How many there are; None: without end."""
+        return self._config.training_sequences
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides on the sequences, by the options that say it."""
+        return {
+            "task.length": self._config.length,
+            "task.training_lengths": list(self._config.training_lengths),
+            "task.symbols": self._config.symbols,
+            "task.training_sequences": self._config.training_sequences,
         }
 
-    def next_step(self) -> list[Segment]:
-        """The next sequence of every lane of the share, in segments, of which the last may be shorter."""
-        numbers = self._numbers()[self._share]
-        length = self._length()
-        tokens = torch.from_numpy(draw_sequences(self._config, "train", numbers, self._seed, length))
-        labels = F.pad(tokens[:, length + 1 :], (length, 0), value=IGNORED)
-        segments = []
-        for index, (segment_inputs, segment_labels) in enumerate(
-            zip(
-                tokens[:, :-1].split(self._segment_length, dim=1),
-                labels.split(self._segment_length, dim=1),
-                strict=True,
-            )
-        ):
-            segments.append(
-                Segment(
-                    input_ids=segment_inputs,
-                    shift_labels=segment_labels,
-                    lengths=torch.full((len(numbers),), segment_inputs.shape[1]),
-                    reset=torch.full((len(numbers),), index == 0),
-                    documents=torch.from_numpy(numbers),
-                    starts=torch.full((len(numbers),), index * self._segment_length),
-                    reads=torch.full((len(numbers),), self._reads + index),
-                    lanes=torch.from_numpy(self._share.copy()),
-                    global_tokens=self._lanes * int((segment_labels[0] != IGNORED).sum()),
-                )
-            )
-        self._step += 1
-        self._reads += len(segments)
-        return segments
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the reading stands, as JSON; it is the same whatever the share, and fits every share."""
-        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the state was taken.
-
-        Raises:
-            DataError: the state was taken with other options.
-        """
-        check_identity(state["identity"], self._identity, "stream")
-        self._step, self._reads = state["step"], state["reads"]
-
-    def _length(self) -> int:
-        """Symbols of this step's sequences."""
-        lengths = np.array(self._config.training_lengths or [self._config.length], dtype=np.float64)
-        often = (1 / lengths) / (1 / lengths).sum()
-        return int(np.random.default_rng([self._seed, self._step]).choice(lengths, p=often))
-
-    def _numbers(self) -> Integers:
-        """Of the sequences that the lanes of the global batch read in this step."""
-        places = np.arange(self._step * self._lanes, (self._step + 1) * self._lanes)
-        size = self._config.training_sequences
-        if size is None:
-            return places
-        epochs, places = np.divmod(places, size)
-        first, last = epochs[0], epochs[-1]
-        orders = [np.random.default_rng([self._seed, epoch]).permutation(size) for epoch in range(first, last + 1)]
-        return np.stack(orders)[epochs - first, places]
+    def draw_training(self, numbers: Integers, seed: int, length: int) -> Questions:
+        """The sequences of these numbers, each from 0."""
+        return as_questions(draw_sequences(self._config, "train", numbers, seed, length), self._config.symbols)

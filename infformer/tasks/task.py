@@ -11,6 +11,21 @@ from transformers import PreTrainedTokenizerBase
 from infformer.data.lanes import Segment
 
 
+@dataclass
+class TaskConfig:
+    """What a model is to learn: the options that language modelling has. Every other task adds its own."""
+
+    @property
+    def is_language_modelling(self) -> bool:
+        """Every token of documents, from the tokens before it."""
+        return type(self) is TaskConfig
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """How many tokens there are, for a task of symbols; None for a task of text, which a tokenizer cuts up."""
+        return None
+
+
 @dataclass(frozen=True)
 class Validation:
     """What was measured in the middle of a run; the same on every process."""
@@ -23,38 +38,11 @@ class Validation:
     """The same in a few words, for the log."""
 
 
-class Task(Protocol):
-    """What a model is to learn, and how it is measured.
+class Examination(Protocol):
+    """How a model is measured, as it is at the moment of the call; it may be left in evaluation mode.
 
-    A task holds the model that is trained, and measures it as it is at the moment of the call; it may leave it in
-    evaluation mode. Every process has a task of its own, for its share of the lanes. What all processes call together
-    is marked so: they may wait there for each other, and all get the same answer.
+    What all processes call together is marked so: they may wait there for each other, and all get the same answer.
     """
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Saved beside the model in every checkpoint; None for a task without text."""
-
-    def next_step(self) -> list[Segment]:
-        """What the lanes of this process read in the next optimiser step, one segment after the other.
-
-        Every process gets as many segments, with the same `global_tokens`: what is scored in each, in all lanes of the
-        global batch together. Some may score nothing: they are read into memory, and nothing flows back through them.
-        At least one scores something.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the task stands, as JSON; it is the same whatever the share, and fits every share."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the state was taken.
-
-        Raises:
-            UserError: the state was taken with other material or options.
-        """
-
-    def measure_before(self) -> dict[str, Any]:
-        """The test figures before the first step, as JSON; empty if they are not wanted. All processes together."""
 
     def validate(self) -> Validation | None:
         """Measure in the middle of a run; None if there is nothing to measure by. All processes together."""
@@ -86,6 +74,38 @@ class Task(Protocol):
             step: of the run; decides what is drawn.
             tokens: how many to write, at most.
         """
+
+
+class Task(Examination, Protocol):
+    """What a model is to learn, and how it is measured.
+
+    Every process has a task of its own, for its share of the lanes.
+    """
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Saved beside the model in every checkpoint; None for a task without text."""
+
+    def next_step(self) -> list[Segment]:
+        """What the lanes of this process read in the next optimiser step, one segment after the other.
+
+        Every process gets as many segments, with the same `global_tokens`: what is scored in each, in all lanes of the
+        global batch together. Some may score nothing: they are read into memory, and nothing flows back through them.
+        At least one scores something.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the task stands, as JSON; it is the same whatever the share, and fits every share."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the state was taken.
+
+        Raises:
+            UserError: the state was taken with other material or options.
+        """
+
+    def measure_before(self) -> dict[str, Any]:
+        """The test figures before the first step, as JSON; empty if they are not wanted. All processes together."""
 
     def locate(self, segment: Segment) -> list[str]:
         """Where each lane of a segment is, in words: `lane 3: 'a book' at token 512`."""

@@ -142,10 +142,7 @@ class Loop:
             return
         metrics = window.metrics()
         self._record(metrics)
-        line = (
-            f"loss {metrics['train/loss']:.4f}  perplexity {metrics['train/perplexity']:.2f}  "
-            f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
-        )
+        line = f"loss {metrics['train/loss']:.4f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
         bar.set_postfix_str(line)
         if bar.disable:
             logger.info("step %d/%d  %s", self.state.step, self.config.training.max_steps, line)

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -17,18 +18,27 @@ from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import RunConfig
 from infformer.data.lanes import Lanes
+from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.errors import UserError
-from infformer.evaluation.perplexity import Reader
+from infformer.evaluation.reading import Reader
 from infformer.memory.state import MemoryState
 from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_decoder, new_model, vocabulary_of
 from infformer.models.memory_model import MemoryModel
 from infformer.plots.run import plot_run
+from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
 from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.needle import NeedleConfig, NeedleInABook
+from infformer.tasks.passkey import Passkey, PasskeyConfig
+from infformer.tasks.question_answering import QuestionAnswering
+from infformer.tasks.question_stream import QuestionStream
+from infformer.tasks.questions import QuestionSource
+from infformer.tasks.retrieval import Retrieval
+from infformer.tasks.retrieval_questions import RetrievalSource
 from infformer.tasks.sorting import Sorting
-from infformer.tasks.sorting_sequences import SortingStream
-from infformer.tasks.task import Task
+from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions
+from infformer.tasks.task import Examination, Task, TaskConfig
 from infformer.training.checkpoint import (
     TrainingState,
     best_checkpoint,
@@ -50,7 +60,8 @@ FREE_TO_CHANGE = (
     "data.validation", "data.test", "training.max_steps", "training.log_every", "training.evaluate_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.sample_tokens",
     "training.compile", "training.gradient_checkpointing", "model.attention", "task.validation_sequences",
-    "task.test_sequences", "task.evaluation_lengths",
+    "task.test_sequences", "task.evaluation_lengths", "task.lengths", "task.depths", "task.validation_questions",
+    "task.test_questions",
 )  # fmt: skip
 """Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned."""
 
@@ -128,7 +139,6 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
         if tokenizer is not None:
             vocabulary = vocabulary_of(tokenizer)
         else:
-            assert config.task is not None
             vocabulary = {"vocab_size": config.task.vocabulary_size}
         architecture = {**vocabulary, **chosen.architecture}
         if chosen.is_decoder:
@@ -151,6 +161,8 @@ def make_reader(
     segment_length: int,
     precision: str,
     documents: int,
+    stride: int | None = None,
+    warmup_documents: int = 0,
 ) -> Reader:
     """A reader of that many documents side by side, shared out among the processes."""
     return Reader(
@@ -162,7 +174,44 @@ def make_reader(
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, reduction="sum"),
         accelerator.is_main_process,
+        stride,
+        warmup_documents,
     )
+
+
+def ask(
+    task: TaskConfig,
+    reader: Reader,
+    controls: bool,
+    data: DataConfig,
+    documents: Mapping[str, TokenizedDocuments],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[QuestionSource, Examination]:
+    """The questions of a task other than language modelling, and how a model is measured by them.
+
+    Args:
+        reader: of the texts.
+        controls: measure also what the model knows without its memory.
+        data, documents: those in which something is hidden, by split; `test` are those to measure by.
+        tokenizer: of the documents; None for a task of symbols.
+
+    Raises:
+        DataError: the model, the documents or the tokenizer do not do for this task.
+    """
+    window = reader.segment_length + reader.model.short_term_length
+    if isinstance(task, SortingConfig):
+        return SortingQuestions(task), Sorting(task, reader, window)
+    source: RetrievalSource
+    if isinstance(task, AssociativeRecallConfig):
+        source = AssociativeRecall(task)
+    else:
+        assert tokenizer is not None
+        if isinstance(task, PasskeyConfig):
+            source = Passkey(task, documents, tokenizer, data.beginning_of_document)
+        else:
+            assert isinstance(task, NeedleConfig)
+            source = NeedleInABook(task, documents, tokenizer, data.beginning_of_document)
+    return source, Retrieval(task, source, reader, window, controls, tokenizer)
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
@@ -239,7 +288,7 @@ def _share(config: RunConfig, accelerator: Accelerator) -> range:
 
 def _load_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the documents; None for a task without text."""
-    if config.task is not None:
+    if config.task.vocabulary_size is not None:
         return None
     if config.model.tokenizer == "words":
         return word_tokenizer(config.data, accelerator.main_process_first())
@@ -257,15 +306,18 @@ def _build_task(
     """What the model is to learn; every process reads its share of the lanes."""
     training, evaluation = config.training, config.evaluation
     reader = make_reader(accelerator, model, training.segment_length, training.precision, evaluation.batch_size)
-    if config.task is not None:
-        stream = SortingStream(config.task, training.batch_size, training.segment_length, config.seed, share)
-        return Sorting(config.task, stream, reader, config.model.short_term_length + training.segment_length)
+    documents: dict[str, TokenizedDocuments] = {}
+    if tokenizer is not None:
+        documents = {
+            split: _tokenize(config, split, tokenizer, model, accelerator)
+            for split in ("train", "validation", "test")
+            if split == "train" or getattr(config.data, split) is not None
+        }
+    if not config.task.is_language_modelling:
+        source, examination = ask(config.task, reader, evaluation.controls, config.data, documents, tokenizer)
+        stream = QuestionStream(source, training.batch_size, training.segment_length, config.seed, share)
+        return QuestionAnswering(stream, examination, tokenizer)
     assert tokenizer is not None
-    documents = {
-        split: _tokenize(config, split, tokenizer, model, accelerator)
-        for split in ("train", "validation", "test")
-        if split == "train" or getattr(config.data, split) is not None
-    }
     lanes = Lanes(
         documents["train"],
         training.batch_size,
@@ -283,6 +335,7 @@ def _build_task(
         bptt_segments=training.bptt_segments,
         before=evaluation.before,
         controls=evaluation.controls,
+        inspected_segments=evaluation.inspected_segments,
         max_validation_tokens=evaluation.max_validation_tokens,
     )
 
@@ -329,9 +382,9 @@ def _as_dictionary(config: RunConfig) -> dict[str, Any]:
 
 
 def _flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(nested, dict) or not nested:
+    if not isinstance(nested, dict):
         return {prefix: nested}
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = {}  # a group without options says nothing
     for name, value in nested.items():
         flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return flat

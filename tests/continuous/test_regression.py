@@ -82,14 +82,30 @@ def test_every_length_against_the_literal_one(length):
     assert_close(torch.cat(next_operators(BASIS, length, 20, torch.tensor(0.6, dtype=torch.float64), 0.5)), literal)
 
 
+@pytest.mark.parametrize("weight", [1, 2, 5])
+def test_a_weight_counts_as_so_many_samples(weight):
+    """The past fitted with a weight is the past fitted over and over."""
+    past, new, contraction = samples(20), samples(12), 0.6
+    margin = 1 / (2 * 12 + 20)
+    padding = torch.linspace(-0.5 + margin, 1.5 - margin, 2 * 32, dtype=torch.float64)
+    padding = padding[(padding < 0) | (padding > 1)]
+    positions = torch.cat([(contraction * even_steps(20)).repeat(weight), contraction + 0.4 * even_steps(12), padding])
+    expected = least_squares(positions, torch.cat([past.repeat(weight, 1), new, torch.zeros(len(padding), 3)]), 0.5)
+    tau, past_weight = torch.tensor([contraction, weight], dtype=torch.float64)
+    operators = next_operators(BASIS, 12, 20, tau, 0.5, past_weight)
+    assert_close(operators[0].T @ past + operators[1].T @ new, expected)
+    assert_close(torch.cat(operators), naive.next_operator(12, 20, contraction, BASIS, 0.5, weight))
+
+
 def test_contractions_at_once_are_each_on_its_own():
     contractions = torch.tensor([[0.5, 2 / 3, 0.75], [0.8, 0.1, 0.5]], dtype=torch.float64)
-    past, new = next_operators(BASIS, 12, 20, contractions, 0.5)
+    weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.1, 1.0]], dtype=torch.float64)
+    past, new = next_operators(BASIS, 12, 20, contractions, 0.5, weights)
     assert past.shape == (2, 3, 20, 8)
     assert new.shape == (2, 3, 12, 8)
     for row in range(2):
         for column in range(3):
-            one_past, one_new = next_operators(BASIS, 12, 20, contractions[row, column], 0.5)
+            one_past, one_new = next_operators(BASIS, 12, 20, contractions[row, column], 0.5, weights[row, column])
             assert_close(past[row, column], one_past)
             assert_close(new[row, column], one_new)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infformer.data import IGNORED, DataError, Lanes, Segment, TokenizedDocuments, read_once
+from infformer.data import IGNORED, DataError, Lanes, Segment, TokenizedDocuments
 
 Make = Callable[..., TokenizedDocuments]
 LENGTHS = (23, 2, 40, 11, 6, 17, 29, 5)
@@ -218,48 +218,6 @@ def test_fewer_visits_than_lanes(documents_of: Make) -> None:
 def test_a_share_of_lanes_that_there_are_not(documents_of: Make) -> None:
     with pytest.raises(DataError, match="not all are in 0 to 1"):
         Lanes(documents_of(10, 9), 2, 4, 1, share=range(1, 3))
-
-
-@pytest.mark.parametrize("lanes", [1, 3, 8, 11])
-@pytest.mark.parametrize("order", [None, (4, 2, 0, 1, 3, 5, 7, 6)])
-def test_evaluation_reads_each_document_once_and_whole(
-    documents_of: Make, lanes: int, order: tuple[int, ...] | None
-) -> None:
-    segments = list(read_once(documents_of(*LENGTHS), lanes, 4, order=order))
-    assert Counter(targets(segments)) == all_targets(LENGTHS)
-    read = visits(segments)
-    assert [document for document, _, _ in read] == list(order or sorted(range(8), key=lambda d: -LENGTHS[d]))
-    assert all((start, size) == (0, LENGTHS[document] - 1) for document, start, size in read)
-    assert all(segment.global_tokens > 0 for segment in segments)
-
-
-def test_evaluation_of_some_documents(documents_of: Make) -> None:
-    assert [v[0] for v in visits(read_once(documents_of(*LENGTHS), 2, 4, order=[5, 1]))] == [5, 1]
-    for order in ([0, 0], [8], [-1]):
-        with pytest.raises(DataError, match="order"):
-            next(read_once(documents_of(*LENGTHS), 2, 4, order=order))
-
-
-def test_idle_lanes_are_empty(documents_of: Make) -> None:
-    segments = list(read_once(documents_of(9, 3), 3, 4))
-    assert len(segments) == 2
-    last = segments[1]
-    assert last.lengths.tolist() == [4, 0, 0]
-    assert last.documents.tolist() == [0, -1, -1]
-    assert last.reset.tolist() == [False, False, False]
-    assert segments[0].reset.tolist() == [True, True, False]
-    assert last.reads.tolist() == [1, 1, 0]
-    assert (last.input_ids[1:] == 0).all()
-    assert (last.shift_labels[1:] == IGNORED).all()
-
-
-def test_shares_of_an_evaluation_stay_together(documents_of: Make) -> None:
-    documents = documents_of(9, 3, 30)
-    whole = list(read_once(documents, 3, 4))
-    for lane in range(3):
-        part = list(read_once(documents, 3, 4, share=range(lane, lane + 1)))
-        assert len(part) == len(whole)
-        assert all(torch.equal(a.input_ids[0], b.input_ids[lane]) for a, b in zip(part, whole, strict=True))
 
 
 def test_a_segment_moves_as_a_whole(documents_of: Make) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from infformer.data import DataConfig, DataError, Lanes, TokenizedDocuments, tokenization, tokenize_documents
+from infformer.data import DataConfig, DataError, Document, Lanes, TokenizedDocuments, tokenization, tokenize_documents
 
 Make = Callable[..., PreTrainedTokenizerFast]
 TEXTS = {"a": "Zwei Übel\n in a row", "b": "x", "c": "and the third one"}
@@ -360,3 +360,32 @@ def test_real_books_with_the_tokenizer_of_gpt2(shared: Path, tmp_path: Path) -> 
     assert documents.tokens(0, 0, 1).tolist() == [50256]
     text = tokenizer.decode(documents.tokens(0, 1, int(documents.token_counts[0])))
     assert len(text.encode()) == 213117
+
+
+class TestFromTexts:
+    DOCUMENTS = tuple(Document(name, text) for name, text in TEXTS.items())
+
+    def test_is_what_the_cache_holds(self, config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
+        tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
+        here = TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, tokenizer.bos_token_id)
+        assert made == []
+        cached = tokenize_documents(config, "train", tokenizer)
+        assert whole(here) == whole(cached)
+        for name in ("ids", "fingerprint", "largest_token"):
+            assert getattr(here, name) == getattr(cached, name)
+        for name in ("token_counts", "word_counts", "byte_counts"):
+            assert getattr(here, name).tolist() == getattr(cached, name).tolist()
+        assert here.tokens(2, 3, 5).tolist() == cached.tokens(2, 3, 5).tolist()
+
+    def test_no_token_before_the_first(self, make_tokenizer: Make) -> None:
+        tokenizer = make_tokenizer(eos_token="</s>")
+        documents = TokenizedDocuments.from_texts(self.DOCUMENTS[:1], tokenizer, None)
+        assert tokenizer.decode(whole(documents)["a"]) == TEXTS["a"]
+
+    def test_too_short(self, make_tokenizer: Make) -> None:
+        tokenizer = make_tokenizer(eos_token="</s>")
+        with pytest.raises(DataError, match="'b' has 1 token"):
+            TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, None)
+        documents = TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, None, skip_short=True)
+        assert documents.ids == ["a", "c"]
+        assert len(TokenizedDocuments.from_texts(self.DOCUMENTS[1:2], tokenizer, None, skip_short=True)) == 0

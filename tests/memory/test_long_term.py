@@ -9,6 +9,7 @@ from torch import Tensor
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Slots
+from infformer.continuous.regression import even_steps
 from infformer.memory.long_term import (
     ContinuousSignal,
     LongTermMemory,
@@ -102,7 +103,10 @@ def _naive_row(memory: LongTermMemory, segments: list[Tensor], coefficients: Ten
             coefficients = naive.write(None, data, operator, basis)
         else:
             contraction = count / (count + 1) if config.contraction == "uniform" else config.contraction_rate
-            operator = naive.next_operator(config.segment_length, config.past_samples, contraction, basis, config.ridge)
+            stands_for = count * config.segment_length / config.past_samples if config.contraction == "uniform" else 1.0
+            operator = naive.next_operator(
+                config.segment_length, config.past_samples, contraction, basis, config.ridge, stands_for
+            )
             positions = None
             if config.sticky:
                 mass = naive.histogram(cumulative, config.sticky_bins).detach()
@@ -402,6 +406,23 @@ class TestContraction:
             assert (inside[:, k] - 1).abs().max() < 0.1
             assert inside.sum(1).sub(inside[:, k]).abs().max() < 0.1
 
+    def test_uniform_gives_every_token_equal_weight(self):
+        """Also of many more tokens than coefficients: in the integral of the signal no token outweighs another."""
+        config = LongTermMemoryConfig(32, 32, [0.02, 0.1], past_samples=128, contraction="uniform", ridge=1.0)
+        signal, segments = ContinuousSignal(config).double(), 48
+        integral = naive.normal_cumulative((1 - signal.centres) / signal.widths)
+        integral = integral - naive.normal_cumulative(-signal.centres / signal.widths)
+        weights = []
+        for count in range(
+            segments - 1, -1, -1
+        ):  # backwards: what the integral sees of each segment when it is written
+            past, new = signal.operators(torch.tensor([count]))
+            weights.append(new[0].double() @ integral)
+            samples = signal.basis.evaluate(even_steps(128))
+            integral = samples.T @ (past[0].double() @ integral)
+        scatter = torch.cat(weights).std() / torch.cat(weights).mean()
+        assert scatter < 0.2
+
     @pytest.mark.parametrize("rate", [0.5, 0.75])
     def test_constant_fades_geometrically(self, fine_memory, rate):
         signal = self.write_indicators(fine_memory(5, contraction_rate=rate), 5)
@@ -507,3 +528,43 @@ class TestNewMemory:
             *(f"{name}.weight" for name in ("query", "key", "value", "output", "placement", "gate")),
             "gate.bias",
         }
+
+
+class TestTimeShuffle:
+    def test_within_blocks_it_is_the_old_signal_of_another_block(self):
+        config = LongTermMemoryConfig(segment_length=64)
+        signal = ContinuousSignal(config)
+        t = torch.linspace(0, 1, 1024, dtype=torch.float64)
+        curve = torch.stack([torch.sin(9 * t), t.square(), torch.cos(30 * t)], dim=-1).float()
+        coefficients = torch.linalg.lstsq(signal.basis.evaluate(t.float()), curve, driver="gelsd").solution
+        state = LongTermState(coefficients.expand(2, -1, -1).clone(), torch.tensor([3, 0])).reset_rows(
+            torch.tensor([False, True])
+        )
+        shuffled = state.shuffle_time(signal.time_shuffle())
+        assert torch.equal(shuffled.segments, state.segments)
+        assert torch.equal(shuffled.coefficients[1], torch.zeros_like(coefficients))
+        for block in range(16):
+            # Where blocks meet the signal jumps, and basis functions of some width cannot follow.
+            within = torch.linspace(0.3, 0.7, 9)
+            new = signal.basis.evaluate((block + within) / 16) @ shuffled.coefficients[0]
+            old = signal.basis.evaluate(((5 * block + 3) % 16 + within) / 16) @ coefficients
+            torch.testing.assert_close(new, old, rtol=0, atol=0.03)
+
+
+class TestMovedPlaces:
+    @every_write
+    def test_samples_of_the_past_and_tokens_stand_where_they_are_fitted(self, build_memory, write):
+        memory = build_memory(**write)
+        attention = memory.read(random(1, 12, 6), used_state(memory, [3])).attention
+        sampled = memory.past_positions(attention).flatten()
+        moved = memory.moved_places(sampled, 3, attention)
+        contraction = 3 / 4 if memory.config.contraction == "uniform" else 0.5
+        expected = [contraction * m / 20 for m in range(1, 21)]
+        expected += [contraction + (1 - contraction) * i / 12 for i in range(1, 13)]
+        torch.testing.assert_close(moved, torch.tensor(expected, dtype=torch.float64))
+
+    def test_a_first_segment_fills_all_of_it(self, build_memory):
+        memory = build_memory()
+        attention = memory.read(random(1, 12, 6), memory.initial_state(1)).attention
+        places = memory.moved_places(torch.zeros(0, dtype=torch.float64), 0, attention)
+        torch.testing.assert_close(places, (torch.arange(12, dtype=torch.float64) + 0.5) / 12)

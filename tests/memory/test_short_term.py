@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from infformer.memory.short_term import Queue
+from infformer.memory.time_shuffle import shuffled_entries
 
 BATCH, HIDDEN = 3, 4
 CPU = torch.device("cpu")
@@ -95,3 +96,17 @@ def test_a_reset_row_is_an_empty_one():
     fresh, _ = Queue.empty(BATCH, 4, HIDDEN, CPU).push(entries(2, seed=1), EVERY_ROW)
     assert torch.equal(again.entries[1], fresh.entries[1])
     assert again.filled.tolist() == [4, 2, 4]
+
+
+def test_shuffled_in_time():
+    """The order is that of `time_shuffle`; the numbers of the entries stand in the entries."""
+    length = 18
+    filled = torch.tensor([0, 7, 18])
+    numbers = torch.arange(1.0, length + 1).view(1, -1, 1).expand(BATCH, -1, HIDDEN)
+    queue = Queue(numbers * (numbers[..., 0] > length - filled.unsqueeze(-1)).unsqueeze(-1), filled)
+    shuffled = queue.shuffle_time()
+    assert torch.equal(shuffled.filled, filled)
+    for row, order in enumerate(shuffled_entries(filled, length)):
+        assert torch.equal(shuffled.entries[row], queue.entries[row, order])
+    assert (shuffled.entries[0] == 0).all()
+    assert not torch.equal(shuffled.entries[1], queue.entries[1])

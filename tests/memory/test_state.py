@@ -124,6 +124,22 @@ def test_gradients_pass_rows_that_are_not_reset():
     assert torch.equal(coefficients.grad, torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 4, 3))
 
 
+def test_replace_rows(state):
+    other = state.map_tensors(lambda tensor: -tensor - 5)
+    replaced = state.replace_rows(torch.tensor([True, False, True]), other)
+    assert type(replaced.layers[0].layers[1]) is Layer
+    for name, tensor in state.named_tensors().items():
+        after = replaced.named_tensors()[name]
+        assert after.dtype == tensor.dtype
+        assert torch.equal(after[[0, 2]], other.named_tensors()[name][[0, 2]])
+        assert torch.equal(after[1], tensor[1])
+
+
+def test_rows_of_another_structure(state):
+    with pytest.raises(ValueError, match="different parts"):
+        state.nested.replace_rows(torch.tensor([True, False, True]), state)
+
+
 def test_select_rows(state):
     selected = state.select_rows(torch.tensor([2, 0, 0, 2]))
     for name, tensor in state.named_tensors().items():

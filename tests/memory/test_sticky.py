@@ -8,7 +8,7 @@ from torch import Tensor
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Density, Gaussian, Slots, TruncatedParabola
-from infformer.memory.sticky import attention_histogram, warped_positions
+from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 
 BASIS = GaussianBasis.even_grid(6, [0.05, 0.2])
 
@@ -179,3 +179,19 @@ class TestWarp:
             assert not ((positions > start + edge) & (positions < end - edge)).any()
         assert positions.min() >= 7 / 128 - edge
         assert positions.max() <= 100 / 128 + edge
+
+
+def test_places_after_warp_undo_the_warp():
+    """What is sampled at position m stands at m/samples."""
+    generator = torch.Generator().manual_seed(0)
+    histogram = torch.rand(3, 7, generator=generator, dtype=torch.float64)
+    histogram[0, 2] = 0  # nothing is sampled there
+    histogram /= histogram.sum(-1, keepdim=True)
+    places = places_after_warp(histogram, 40, warped_positions(histogram, 40))
+    expected = torch.arange(1, 41, dtype=torch.float64) / 40
+    torch.testing.assert_close(places, expected.expand(3, -1))
+
+
+def test_places_after_warp_at_both_ends():
+    histogram = torch.full((1, 4), 0.25)
+    assert places_after_warp(histogram, 10, torch.tensor([[0.0, 1.0]])).tolist() == [[pytest.approx(0.05), 1.0]]

@@ -503,6 +503,55 @@ class TestRows:
         torch.testing.assert_close(torch.cat([half.logits for half in halves]), whole.logits, rtol=1e-4, atol=1e-4)
 
 
+class TestTraces:
+    @every_memory
+    def test_they_say_what_happened_in_each_layer(self, memory):
+        model = trained(memory)
+        before = read(model, document(4))[-1].memory
+        calls = [watch(layer.attention) for layer in model.layers]
+        plain = model(tokens(seed=9), memory=before)
+        output = model(tokens(seed=9), memory=before, return_traces=True)
+        assert plain.traces is None
+        assert torch.equal(output.logits, plain.logits)
+        assert_same_memory(output.memory, plain.memory)
+        for trace, layer, state, ((hidden, attended), _) in zip(
+            output.traces, model.layers, before.layers, calls, strict=True
+        ):
+            assert torch.equal(trace.hidden, hidden)
+            assert torch.equal(trace.attended, attended)
+            reading = layer.memory.read(hidden, state)
+            assert (trace.reading is None) == (reading is None)
+            if reading is not None:
+                torch.testing.assert_close(trace.reading.context, reading.context)
+                assert reading.context.abs().max() > 1e-3
+        remembering = [0, 1] if memory is not None and memory.long_term is not None else []
+        assert list(model.long_term_memories()) == remembering
+
+
+class TestTimeShuffle:
+    @every_memory
+    def test_every_memory_keeps_what_it_holds_in_another_order(self, memory):
+        model = trained(memory)
+        before = read(model, document(4, rows=3))[-1].memory.reset_rows(torch.tensor([False, True, False]))
+        after = model.shuffle_time(before)
+        for old, new in zip(before.layers, after.layers, strict=True):
+            for queue, shuffled in ((old.short_term, new.short_term), (old.compressed, new.compressed)):
+                assert torch.equal(shuffled.filled, queue.filled)
+                for row in range(3):
+                    assert sorted(shuffled.entries[row].tolist()) == sorted(queue.entries[row].tolist())
+                    if queue.filled[row] > 1:
+                        assert not torch.equal(shuffled.entries[row], queue.entries[row])
+            if old.long_term is not None:
+                assert torch.equal(new.long_term.segments, old.long_term.segments)
+                expected = model.signal.time_shuffle() @ old.long_term.coefficients
+                assert torch.equal(new.long_term.coefficients, expected)
+                assert (new.long_term.coefficients[1] == 0).all()
+
+    @every_memory
+    def test_how_long_the_short_term_memory_is(self, memory):
+        assert trained(memory).short_term_length == (0 if memory is None else memory.short_term_length)
+
+
 class TestLosses:
     @every_memory
     def test_labels_and_shift_labels(self, memory):

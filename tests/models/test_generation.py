@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.generation import continue_text
+from infformer.models.generation import continue_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8
@@ -86,3 +86,15 @@ def test_choices_belong_to_the_generator(model):
 
 def test_nothing_is_asked_for(model):
     assert continue_text(model({}), prompt(20), 1, SEGMENT).shape == (1,)
+
+
+def test_nothing_is_computed_ahead_of_what_is_asked_for(model):
+    """Not even the writing of a segment that has just become whole."""
+    some, lengths = model({}), []
+    some.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
+    sampled = sample_tokens(some, prompt(2 * SEGMENT), SEGMENT)
+    assert lengths == []
+    next(sampled)
+    assert lengths == [SEGMENT, SEGMENT]
+    next(sampled)
+    assert lengths == [SEGMENT, SEGMENT, SEGMENT, 1]

@@ -20,7 +20,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import NOT_SCORED
 from infformer.models.outputs import MemoryModelOutput
-from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
+from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM, _attention_modules
 
 SEGMENT, VOCABULARY = 12, 50
 BACKBONES = {
@@ -426,6 +426,66 @@ class TestRows:
         before = memory.map_tensors(Tensor.clone)
         wrapped(tokens(seed=3), memory=memory, reset=torch.tensor([True, False]))
         assert_same_memory(memory, before)
+
+
+class TestTraces:
+    @some_memories
+    def test_they_say_what_happened_in_each_layer(self, model, options):
+        model = model([1, 0], **options)
+        memory = read(model, document(2))[-1].memory
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def note(number: int, args: tuple, kwargs: dict, output: tuple) -> None:
+            seen[number] = (args[0] if args else kwargs["hidden_states"], output[0])
+
+        for number, attention in enumerate(_attention_modules(model.backbone)):
+            attention.register_forward_hook(
+                lambda module, args, kwargs, output, number=number: note(number, args, kwargs, output),
+                with_kwargs=True,
+            )
+        plain = model(tokens(), memory=memory)
+        output = model(tokens(), memory=memory, return_traces=True)
+        assert plain.traces is None
+        assert torch.equal(output.logits, plain.logits)
+        assert_same_memory(output.memory, plain.memory)
+        assert list(model.long_term_memories()) == [1, 0]
+        for trace, state, (number, layer) in zip(
+            output.traces, memory.layers, model.long_term_memories().items(), strict=True
+        ):
+            hidden, returned = seen[number]
+            assert torch.equal(trace.hidden, hidden)
+            expected = layer.read(hidden, state)
+            torch.testing.assert_close(trace.reading.context, expected.context)
+            for figure, other in zip(trace.reading.attention, expected.attention, strict=True):
+                torch.testing.assert_close(figure, other)
+            torch.testing.assert_close(trace.attended + trace.reading.context, returned)
+            assert trace.reading.context.abs().max() > 1e-3
+
+    def test_without_memory_there_are_none(self, stock):
+        model = InfformerForCausalLM.from_backbone(copy.deepcopy(stock), memory_layers=[0])
+        assert model(tokens(), return_traces=True).traces == ()
+        assert model.long_term_memories() == {}
+
+
+class TestTimeShuffle:
+    @some_memories
+    def test_rows_and_layers_are_shuffled_apart_and_empty_ones_stay_empty(self, model, options):
+        model = model(**options)
+        memory = read(model, document(3, rows=3))[-1].memory.reset_rows(torch.tensor([False, True, False]))
+        shuffled = model.shuffle_time(memory)
+        for row in range(3):
+            alone = model.shuffle_time(memory.select_rows(torch.tensor([row])))
+            for before, after, single in zip(memory.layers, shuffled.layers, alone.layers, strict=True):
+                torch.testing.assert_close(after.coefficients[row], single.coefficients[0])
+                assert torch.equal(after.segments, before.segments)
+                assert torch.equal(after.coefficients[row], before.coefficients[row]) == (row == 1)
+        assert (shuffled.layers[0].coefficients[1] == 0).all()
+
+    def test_without_memory_there_is_nothing_to_shuffle(self, stock):
+        model = InfformerForCausalLM.from_backbone(copy.deepcopy(stock))
+        memory = model.initial_memory(2)
+        assert model.shuffle_time(memory) == memory
+        assert model.short_term_length == 0
 
 
 class TestLosses:

@@ -45,6 +45,10 @@ def results(loss: float, slope: float, documents: int = 12) -> dict:
             {"from": start, "to": end, "tokens": end - start, "nll": (end - start) * (loss - slope * math.log2(end))}
             for start, end in itertools.pairwise(edges)
         ],
+        "by_recency": [
+            {"previous_occurrence": name, "tokens": 1000 * (n + 1), "nll": 1000 * (n + 1) * (loss + n)}
+            for n, name in enumerate(("within_window", "beyond_window", "never"))
+        ],
         "per_document": [
             {
                 "id": f"The Book of {n}",
@@ -63,6 +67,7 @@ def write_results(directory, documents=12):
     controls = {
         "memory_off": results(3.9, 0.03, documents),
         "memory_of_another_document": results(3.88, 0.035, documents),
+        "memory_shuffled_in_time": results(3.87, 0.04, documents),
     }
     path = directory / "results.json"
     path.write_text(json.dumps({**results(3.86, 0.045, documents), "controls": controls}))
@@ -106,9 +111,13 @@ def test_a_run_without_metrics_has_no_figure(tmp_path):
 
 
 @pytest.mark.parametrize("documents", [1, 12, 200])
-def test_an_evaluation_with_controls_has_both_figures(tmp_path, documents):
+def test_an_evaluation_with_controls_has_all_figures(tmp_path, documents):
     figures = plot_results(write_results(tmp_path, documents))
-    assert [path.name for path in figures] == ["loss_by_position.png", "gain_by_document.png"]
+    assert [path.name for path in figures] == [
+        "loss_by_position.png",
+        "gain_by_recency.png",
+        "gain_by_document.png",
+    ]
     assert all(imread(path).std() > 0.05 for path in figures)
 
 
@@ -124,8 +133,9 @@ def test_bins_and_documents_without_scored_tokens_are_left_out(tmp_path):
     for result in (content, *content["controls"].values()):
         result["by_position"].append({"from": 2**17, "to": 2**18, "tokens": 0, "nll": 0.0})
         result["per_document"].append({"id": "empty", "tokens": 0, "words": 0, "bytes": 0, "nll": 0.0})
+    content["by_recency"][2] |= {"tokens": 0, "nll": 0.0}
     path.write_text(json.dumps(content))
-    assert len(plot_results(path)) == 2
+    assert len(plot_results(path)) == 3
 
 
 def test_no_global_state_of_matplotlib_is_touched():

@@ -1,10 +1,12 @@
-"""Models of which it is known how well they sort."""
+"""Models of which it is known how well they sort, and how well they remember."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infformer.memory.state import MemoryState
@@ -82,6 +84,55 @@ class Stubborn(Model):
 
     def answer(self, tokens: Tensor, tally: Tally) -> Tensor:
         return torch.full_like(tokens, 3)
+
+
+@dataclass(frozen=True)
+class Past(MemoryState):
+    """All that a row has read, [rows, tokens]."""
+
+    tokens: Tensor
+
+
+class Witness(nn.Module):
+    """Remembers every whole segment, and says what followed what it reads now when it read it before."""
+
+    device = torch.device("cpu")
+    has_memory = True
+    short_term_length = 0
+
+    def __init__(self, vocabulary_size: int, segment_length: int) -> None:
+        super().__init__()
+        self.vocabulary_size = vocabulary_size
+        self.segment_length = segment_length
+
+    def forward(
+        self, input_ids: Tensor, memory: Past | None = None, return_logits: bool | None = None
+    ) -> MemoryModelOutput:
+        assert not self.training
+        assert 1 <= input_ids.shape[1] <= self.segment_length
+        tokens = input_ids if memory is None else torch.cat([memory.tokens, input_ids], dim=1)
+        output = MemoryModelOutput(memory=Past(tokens) if input_ids.shape[1] == self.segment_length else memory)
+        if return_logits is not False:
+            said = torch.from_numpy(np.stack([what_followed(row) for row in tokens.numpy()]))[:, -input_ids.shape[1] :]
+            output.logits = 5.0 * nn.functional.one_hot(said, self.vocabulary_size)
+        return output
+
+
+def what_followed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each token the one that followed after the longest stretch before that ends alike; 0 if there is none."""
+    said = np.zeros_like(tokens)
+    alike = np.zeros(len(tokens), dtype=np.int64)  # how many tokens up to each place are those up to the present one
+    for place, token in enumerate(tokens):
+        alike = np.where(tokens == token, np.concatenate([[0], alike[:-1]]) + 1, 0)
+        if place and alike[:place].any():
+            said[place] = tokens[alike[:place].argmax() + 1]
+    return said
+
+
+@pytest.fixture(scope="session")
+def witness() -> Callable[[int, int], Witness]:
+    """A model that forgets nothing: `witness(vocabulary_size, segment_length)`."""
+    return Witness
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The task as the training sees it."""
+"""What is asked of a model that sorts."""
 
 import json
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from infformer.data import IGNORED, DataError
-from infformer.evaluation.perplexity import Reader
+from infformer.data import DataError
+from infformer.evaluation.reading import Reader
 from infformer.tasks.sorting import HELD_OUT_SEED, Sorting
 from infformer.tasks.sorting_accuracy import format_accuracy, measure_accuracy
-from infformer.tasks.sorting_sequences import SortingConfig, SortingStream, draw_sequences
+from infformer.tasks.sorting_sequences import SortingConfig, draw_sequences
 
 SEGMENT = 8
 CONFIG = SortingConfig(length=18, symbols=5, validation_sequences=6, test_sequences=9, evaluation_lengths=[30, 18, 7])
@@ -23,9 +23,8 @@ def sorting(counter: Callable) -> Sorting:
     return make(counter(5, SEGMENT))
 
 
-def make(model: torch.nn.Module, config: SortingConfig = CONFIG, seed: int = 3) -> Sorting:
-    stream = SortingStream(config, 4, SEGMENT, seed)
-    return Sorting(config, stream, Reader(model, SEGMENT, batch_size=4), window=10)
+def make(model: torch.nn.Module) -> Sorting:
+    return Sorting(CONFIG, Reader(model, SEGMENT, batch_size=4), window=10)
 
 
 def test_validation_is_teacher_forced(sorting: Sorting, stubborn: Callable) -> None:
@@ -54,28 +53,6 @@ def test_the_final_figures_are_of_every_length(sorting: Sorting, stubborn: Calla
     assert make(model).measure("here")["lengths"][1] == expected
 
 
-def test_every_seed_is_measured_on_the_same_sequences(stubborn: Callable) -> None:
-    one, other = make(stubborn(5, SEGMENT), seed=3), make(stubborn(5, SEGMENT), seed=4)
-    assert one.measure("here") == other.measure("here")
-    assert one.validate() == other.validate()
-    assert not torch.equal(one.next_step()[0].input_ids, other.next_step()[0].input_ids)
-    assert one.measure_before() == {}
-
-
-def test_training_goes_on_where_it_was(sorting: Sorting, counter: Callable) -> None:
-    sorting.next_step()
-    state = json.loads(json.dumps(sorting.state_dict()))
-    expected = sorting.next_step()
-    resumed = make(counter(5, SEGMENT))
-    resumed.load_state_dict(state)
-    for segment, other in zip(resumed.next_step(), expected, strict=True):
-        assert torch.equal(segment.input_ids, other.input_ids)
-        assert torch.equal(segment.shift_labels, other.shift_labels)
-    scored = [segment.global_tokens for segment in expected]
-    assert scored == [0, 0, 4 * 5]
-    assert [int((segment.shift_labels != IGNORED).sum()) for segment in expected] == scored
-
-
 def test_the_report_is_a_file_a_table_and_a_figure(
     sorting: Sorting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,16 +69,6 @@ def test_a_sample_shows_what_is_true_and_what_is_said(sorting: Sorting, stubborn
     answer = " ".join(map(str, sequence[-5:]))
     assert sorting.sample(8, 64) == f"sequence 2: {answer}; the model: {answer}"
     assert make(stubborn(5, SEGMENT)).sample(2, 3) == f"sequence 2: {answer[:5]}; the model: 3 3 3"
-
-
-def test_places_and_material_in_words(sorting: Sorting, counter: Callable) -> None:
-    sorting.next_step()
-    _, second, _ = sorting.next_step()
-    assert sorting.locate(second) == [f"lane {lane}: sequence {4 + lane} at token 8" for lane in range(4)]
-    assert sorting.describe() == "ever new sequences of 18 symbols to learn from"
-    limited = make(counter(5, SEGMENT), SortingConfig(length=1024, symbols=5, training_sequences=8000))
-    assert limited.describe() == "8,000 sequences of 1,024 symbols to learn from"
-    assert sorting.tokenizer is None
 
 
 def test_a_model_that_knows_too_few_tokens(counter: Callable) -> None:

@@ -11,17 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from infformer.evaluation.perplexity import Reader
+from infformer.evaluation.reading import Reader
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks.answering import answer
 from infformer.tasks.ideal_counters import ideal_counters
-from infformer.tasks.sorting_accuracy import (
-    answer_freely,
-    evaluate_teacher_forced,
-    format_accuracy,
-    measure_accuracy,
-)
-from infformer.tasks.sorting_sequences import SortingConfig, draw_sequences
+from infformer.tasks.sorting_accuracy import evaluate_teacher_forced, format_accuracy, measure_accuracy
+from infformer.tasks.sorting_sequences import SortingConfig, as_questions, draw_sequences
 
 LENGTH, SYMBOLS, SEGMENT = 18, 5, 8
 """The answer of five places is predicted from the inputs 18 to 22."""
@@ -104,7 +100,8 @@ def test_accuracy_is_that_of_a_literal_loop(model: InfformerForCausalLM, length:
     answers = sequences[:, -SYMBOLS:]
     nll, forced, free = literally(model.eval(), sequences, length)
     assert forced != free
-    assert answer_freely(reader(model), torch.from_numpy(sequences), SYMBOLS).tolist() == free
+    given = answer(reader(model), as_questions(sequences, SYMBOLS), "answers").free
+    assert given.reshape(-1, SYMBOLS).tolist() == free
     figures = measure_accuracy(reader(model, 5), sequences, SYMBOLS, 10, 0)
     assert figures["nll"] == pytest.approx(nll, rel=1e-5)
     for name, given in (("accuracy", forced), ("accuracy_free_running", free)):
@@ -114,11 +111,11 @@ def test_accuracy_is_that_of_a_literal_loop(model: InfformerForCausalLM, length:
 
 
 def test_the_true_answer_is_not_looked_at(model: InfformerForCausalLM) -> None:
-    sequences = torch.from_numpy(draw(10))
-    others = sequences.clone()
-    others[:, -SYMBOLS:] = sequences[:, -SYMBOLS:].flip(1)
-    read = reader(model)
-    assert torch.equal(answer_freely(read, sequences, SYMBOLS), answer_freely(read, others, SYMBOLS))
+    sequences = draw(10)
+    others = sequences.copy()
+    others[:, -SYMBOLS:] = sequences[:, : -SYMBOLS - 1 : -1]
+    one, other = (answer(reader(model), as_questions(each, SYMBOLS), "answers").free for each in (sequences, others))
+    assert (one == other).all()
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])

@@ -25,9 +25,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infformer.data import DataError, tokenize_documents
-from infformer.evaluation.perplexity import Reader, evaluate
+from infformer.evaluation.perplexity import evaluate
+from infformer.evaluation.reading import Reader
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.sorting_sequences import SortingConfig
 from infformer.tasks.task import Validation
 from infformer.training import checkpoint, loop
 from infformer.training.checkpoint import TrainingState, newest_checkpoint, save_checkpoint, what_is_wrong
@@ -257,8 +259,8 @@ class TestDecodersGoOnExactly:
 
     def test_on_sequences_to_sort(self, configure, train, tmp_path, monkeypatch):
         monkeypatch.setattr("infformer.tasks.sorting.plot_accuracy", lambda results: [])
-        task = {"length": 40, "training_lengths": [10, 20, 60], "symbols": 5, "training_sequences": 20}
-        task |= {"validation_sequences": 3, "test_sequences": 3, "evaluation_lengths": [50]}
+        sequences = {"length": 40, "training_lengths": [10, 20, 60], "symbols": 5, "training_sequences": 20}
+        task = SortingConfig(validation_sequences=3, test_sequences=3, evaluation_lengths=[50], **sequences)
         model = {"model.pretrained": None, "model.architecture": DECODER, **DECODER_MEMORIES["sticky"]}
         self.assert_goes_on(configure, train, tmp_path, {**model, "task": task})
 

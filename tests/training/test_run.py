@@ -22,7 +22,10 @@ from infformer.training.metrics import read_metrics
 from infformer.training.run import RunError
 
 ROOT = Path(__file__).parents[2]
-FIGURES = {"tokens", "words", "bytes", "documents", "nll", "perplexity", "bits_per_byte", "by_position", "per_document"}
+FIGURES = {
+    "tokens", "words", "bytes", "documents", "nll", "perplexity", "perplexity_interval", "bits_per_byte", "by_position",
+    "by_recency", "per_document",
+}  # fmt: skip
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -39,7 +42,8 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def finished(configure, train, tmp_path_factory) -> Path:
     """The folder of a run with all that a run can write."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(configure(folder, {"training.sample_every": 4, "training.sample_tokens": 9}), plots=True)
+    changes = {"training.sample_every": 4, "training.sample_tokens": 9, "evaluation.inspected_segments": 4}
+    train(configure(folder, changes), plots=True)
     return folder
 
 
@@ -80,7 +84,11 @@ class TestTheFolder:
     def test_results(self, finished, texts):
         results = json.loads((finished / "results.json").read_text())
         assert results.keys() == FIGURES | {"controls", "protocol", "before"}
-        assert results["controls"].keys() == {"memory_off", "memory_of_another_document"}
+        assert results["controls"].keys() == {
+            "memory_off",
+            "memory_of_another_document",
+            "memory_shuffled_in_time",
+        }
         for figures in (results, results["before"], *results["controls"].values()):
             assert figures.keys() >= FIGURES
             assert figures["perplexity"].keys() == {"token", "word"}
@@ -88,7 +96,9 @@ class TestTheFolder:
             assert [entry["id"] for entry in figures["per_document"]] == [document["id"] for document in documents]
             assert figures["bytes"] == sum(len(document["text"]) for document in documents)
         assert results["nll"] < results["before"]["nll"]
-        assert results["protocol"].keys() == {"segment", "stride", "reset", "memory", "dtype", "checkpoint"}
+        assert results["protocol"].keys() == {
+            "segment", "stride", "warmup_documents", "reset", "dtype", "documents", "memory", "checkpoint",
+        }  # fmt: skip
         assert results["protocol"]["checkpoint"] == str((finished / "checkpoints" / "best").resolve())
 
     def test_checkpoints_and_plots(self, finished):
@@ -100,8 +110,14 @@ class TestTheFolder:
         assert {path.name for path in (finished / "plots").iterdir()} == {
             "training.png",
             "loss_by_position.png",
+            "gain_by_recency.png",
             "gain_by_document.png",
         }
+
+    def test_what_the_memory_holds(self, finished):
+        inspection = json.loads((finished / "inspection" / "inspection.json").read_text())
+        assert inspection["document"]["segments"] == 4
+        assert (finished / "inspection" / "reconstruction.png").exists()
 
     def test_samples(self, finished):
         samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]

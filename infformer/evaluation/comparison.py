@@ -1,0 +1,144 @@
+"""Two results on the same documents: which model reads better, and how sure that is.
+
+Documents differ far more from each other than two models do on one, so what is looked at is the difference on each
+document, and the interval is over these differences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from infformer.evaluation.figures import bootstrap_interval
+from infformer.evaluation.reading import EvaluationError, describe_protocol
+
+Documents = list[dict[str, Any]]
+"""`per_document` of a `results.json`."""
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """By how much b is better or worse than a.
+
+    Args:
+        a, b: what two `results.json` hold.
+
+    Returns:
+        `difference`, `by_position`, `by_recency` and `per_document`: nats per token of b less those of a; below 0, b
+        reads better. With the perplexities of both and the protocol they share.
+
+    Raises:
+        EvaluationError: they were measured on other documents or by another protocol.
+    """
+    check_comparable(a, b)
+    documents = list(zip(a["per_document"], b["per_document"], strict=True))
+    return {
+        "protocol": describe_protocol(a["protocol"]),
+        "documents": a["documents"],
+        "tokens": a["tokens"],
+        **{
+            name: {"checkpoint": run["protocol"]["checkpoint"], "perplexity": run["perplexity"]}
+            for name, run in (("a", a), ("b", b))
+        },
+        "difference": paired_difference(a["per_document"], b["per_document"]),
+        "by_position": [
+            {"from": place["from"], "to": place["to"], **_difference_in_class(documents, "by_position", index)}
+            for index, place in enumerate(a["by_position"])
+        ],
+        "by_recency": [
+            {
+                "previous_occurrence": place["previous_occurrence"],
+                **_difference_in_class(documents, "by_recency", index),
+            }
+            for index, place in enumerate(a["by_recency"])
+        ],
+        "per_document": [
+            {"id": one["id"], "tokens": one["tokens"], "nats_per_token": (other["nll"] - one["nll"]) / one["tokens"]}
+            for one, other in documents
+        ],
+    }
+
+
+def paired_difference(a: Documents, b: Documents) -> dict[str, Any]:
+    """Nats per token of b less those of a, on the same documents.
+
+    Returns:
+        `nats_per_token`, its `interval` of 95 % (None for a single document), `documents` and on how many of them b is
+        `better`.
+    """
+    differences = np.array([other["nll"] - one["nll"] for one, other in zip(a, b, strict=True)])
+    return {
+        **_ratio(differences, np.array([one["tokens"] for one in a])),
+        "documents": len(a),
+        "better": int((differences < 0).sum()),
+    }
+
+
+def check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Make sure that two results are of the same documents, read by the same protocol.
+
+    Raises:
+        EvaluationError: they are not; it names what differs.
+    """
+    for name, run in (("first", a), ("second", b)):
+        if "protocol" not in run or "documents" not in run["protocol"] or not run.get("per_document"):
+            raise EvaluationError(
+                f"the {name} results do not say how they were measured, document by document: they are not of eval.py, "
+                "or of another version; measure again with eval.py"
+            )
+    one, other = a["protocol"], b["protocol"]
+    for key in ("segment", "stride", "warmup_documents", "dtype"):
+        if one[key] != other[key]:
+            raise EvaluationError(
+                f"the two were measured by different protocols: {key} is {one[key]} in the first and {other[key]} in "
+                "the second; measure one of them again with eval.py by the protocol of the other"
+            )
+    for key in ("documents", "tokens", "words", "bytes"):
+        if a[key] != b[key]:
+            raise EvaluationError(
+                f"the two were measured on different documents: {a[key]} {key} in the first, {b[key]} in the second"
+            )
+    if [place["id"] for place in a["per_document"]] != [place["id"] for place in b["per_document"]]:
+        raise EvaluationError("the two were measured on different documents: their names or their order differ")
+    if one["documents"] != other["documents"]:
+        raise EvaluationError(
+            "the two were measured on different documents: equally many, of the same names, but of other tokens; was "
+            "the tokenizer the same?"
+        )
+
+
+def verdict(comparison: dict[str, Any]) -> str:
+    """What a comparison says, in a sentence or two."""
+    difference = comparison["difference"]
+    nats, interval, documents = difference["nats_per_token"], difference["interval"], difference["documents"]
+    percent = 100 * math.expm1(nats)
+    finding = f"{nats:+.4f} nats per token (perplexity {percent:+.2f} %)"
+    if interval is None:
+        return f"B differs from A by {finding} on the only document; one document tells nothing about others."
+    low, high = interval
+    told = (
+        f"{finding}, 95 % interval {low:+.4f} to {high:+.4f}; better on {difference['better']} of {documents} documents"
+    )
+    if low <= 0 <= high:
+        return f"No difference can be told: B against A {told}."
+    return f"B reads {'better' if nats < 0 else 'worse'} than A: {told}."
+
+
+def _difference_in_class(documents: list[tuple[dict[str, Any], dict[str, Any]]], breakdown: str, index: int) -> Any:
+    """In one class of tokens, such as the first 64 of each document."""
+    pairs = [(one[breakdown][index], other[breakdown][index]) for one, other in documents]
+    tokens = np.array([one[0] for one, _ in pairs])
+    return {
+        "tokens": int(tokens.sum()),
+        **_ratio(np.array([other[1] - one[1] for one, other in pairs]), tokens),
+    }
+
+
+def _ratio(differences: Any, tokens: Any) -> dict[str, Any]:
+    total = tokens.sum()
+    interval = bootstrap_interval(differences, tokens)
+    return {
+        "nats_per_token": float(differences.sum() / total) if total else None,
+        "interval": None if interval is None else list(interval),
+    }

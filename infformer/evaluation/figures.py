@@ -1,0 +1,154 @@
+"""From the nats of every token to the figures of `results.json`.
+
+Words (runs of non-blanks) and bytes (UTF-8) are counted on the original text, so figures per word and per byte can be
+compared between tokenizers. Intervals are over documents: those who wrote other documents would have found other
+figures, and tokens of one document are not independent of each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infformer.data.tokenization import TokenizedDocuments
+from infformer.evaluation.reading import Nats, Reader
+
+RECENCY = ("within_window", "beyond_window", "never")
+"""Where the token to be predicted occurred last in its document: among the tokens that attention sees (the window and
+the short-term memory), before these, or nowhere. A long-term memory has to show in the second class."""
+
+RESAMPLES = 10_000
+"""Of the documents, for an interval."""
+
+
+def figures_of(reader: Reader, documents: TokenizedDocuments, nats: Nats) -> dict[str, Any]:
+    """What a model's nats say.
+
+    Args:
+        reader: by which they were read.
+        nats: of every token, as `read_documents` returns them.
+
+    Returns:
+        `tokens`, `words`, `bytes`, `documents`, `nll` (nats, total), `perplexity` (`token`, `word`),
+        `perplexity_interval` (of 95 %, for both; None for a single document), `bits_per_byte`, `by_position` (counts
+        and nats by distance from the document's beginning), `by_recency` (counts and nats by where the token occurred
+        last), `per_document` (with its counts and nats in the classes of the two, in their order).
+    """
+    tokens = documents.token_counts - 1
+    words, bytes_ = documents.word_counts, documents.byte_counts
+    edges = position_edges(int(tokens.max()))
+    by_position = np.zeros((2, len(documents), len(edges) - 1))
+    by_recency = np.zeros((2, len(documents), len(RECENCY)))
+    for document, losses in enumerate(np.split(nats.astype(np.float64), np.cumsum(tokens)[:-1])):
+        bins = np.searchsorted(edges, np.arange(len(losses)), side="right") - 1
+        by_position[:, document] = _count(bins, losses, len(edges) - 1)
+        text = documents.tokens(document, 0, len(losses) + 1)
+        by_recency[:, document] = _count(_recency(reader, text), losses, len(RECENCY))
+    by_document = by_position[1].sum(axis=1)
+    nll = float(by_document.sum())
+    return {
+        "tokens": int(tokens.sum()),
+        "words": int(words.sum()),
+        "bytes": int(bytes_.sum()),
+        "documents": len(documents),
+        "nll": nll,
+        "perplexity": {"token": _exp(nll / tokens.sum()), "word": _exp(nll / max(int(words.sum()), 1))},
+        "perplexity_interval": {
+            unit: None if interval is None else [_exp(bound) for bound in interval]
+            for unit, interval in (
+                ("token", bootstrap_interval(by_document, tokens)),
+                ("word", bootstrap_interval(by_document, words)),
+            )
+        },
+        "bits_per_byte": nll / (math.log(2) * max(int(bytes_.sum()), 1)),
+        "by_position": [
+            {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
+            for first, last, count, loss in zip(edges[:-1], edges[1:], *by_position.sum(axis=1), strict=True)
+        ],
+        "by_recency": [
+            {"previous_occurrence": name, "tokens": int(count), "nll": float(loss)}
+            for name, count, loss in zip(RECENCY, *by_recency.sum(axis=1), strict=True)
+        ],
+        "per_document": [
+            {
+                "id": documents.ids[document],
+                "tokens": int(tokens[document]),
+                "words": int(words[document]),
+                "bytes": int(bytes_[document]),
+                "nll": float(by_document[document]),
+                "by_position": by_position[:, document].T.tolist(),
+                "by_recency": by_recency[:, document].T.tolist(),
+            }
+            for document in range(len(documents))
+        ],
+    }
+
+
+def position_edges(longest: int) -> NDArray[np.int64]:
+    """Edges of the bins of distance from a document's beginning: 0, 64, 128, 256, … up to the longest document."""
+    edges = [0, 64]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return np.array(edges, dtype=np.int64)
+
+
+def bootstrap_interval(values: NDArray[Any], counts: NDArray[Any]) -> tuple[float, float] | None:
+    """Of 95 %, of sum(values) / sum(counts) over documents: the percentile bootstrap.
+
+    Documents are drawn anew with replacement, as many as there are, and the ratio is taken of each such set. With less
+    than some ten documents the interval is too narrow. The draws are always the same, so two calls with the same
+    documents draw alike.
+
+    Args:
+        values, counts: of each document, [documents].
+
+    Returns:
+        None for less than two documents, or where nothing was counted.
+    """
+    if len(values) < 2 or not np.sum(counts):
+        return None
+    random = np.random.default_rng(0)
+    ratios = []
+    for first in range(0, RESAMPLES, 500):  # a few at a time: there may be many documents
+        draws = random.multinomial(len(values), np.full(len(values), 1 / len(values)), min(500, RESAMPLES - first))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios.append((draws @ values) / (draws @ counts))
+    drawn = np.concatenate(ratios)
+    finite = drawn[np.isfinite(drawn)]
+    if not len(finite):
+        return None
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _count(classes: NDArray[np.int64], losses: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+    """Tokens and nats of each class, [2, number]."""
+    return np.stack([np.bincount(classes, minlength=number), np.bincount(classes, losses, minlength=number)])
+
+
+def _recency(reader: Reader, text: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each token of a document but the first, the index in `RECENCY`, [tokens]."""
+    previous = previous_occurrences(text)[1:]
+    inputs = np.arange(len(text) - 1)
+    segment, stride = reader.segment_length, reader.stride or reader.segment_length
+    # Of the window in which the token is predicted: the first to reach so far.
+    window = np.maximum(0, -(-(inputs + 1 - segment) // stride)) * stride
+    visible = np.maximum(0, window - reader.model.short_term_length)
+    return np.where(previous < 0, 2, np.where(previous >= visible, 0, 1))
+
+
+def previous_occurrences(text: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each token occurred last before its place, or -1: int64 [tokens]."""
+    order = np.argsort(text, kind="stable")
+    same = text[order[1:]] == text[order[:-1]]
+    previous = np.full(len(text), -1, dtype=np.int64)
+    previous[order[1:][same]] = order[:-1][same]
+    return previous
+
+
+def _exp(nats: float) -> float:
+    """e to the power of the nats, infinite where that is more than a number can hold."""
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,318 @@
+"""What a model's long-term memories hold and do while it reads one document.
+
+Each measure is a function of one segment as it was read; how much is left of the past is measured in
+`memory_reconstruction`. `inspect_document` reads a document once and takes them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.density import Density, Gaussian, TruncatedParabola, match_moments
+from infformer.evaluation.memory_reconstruction import WrittenPast
+from infformer.evaluation.reading import EvaluationError
+from infformer.memory.layer import LayerState
+from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
+from infformer.memory.state import LayerMemories
+from infformer.models.memory_model import MemoryModel
+from infformer.models.outputs import LayerTrace
+
+PLACES = 64
+"""Equal parts of [0, 1] in which the samples of sticky memories are counted."""
+
+Memories = LayerMemories[Any]
+"""Of a model: of each layer a long-term memory, alone or with others beside it."""
+
+
+@dataclass(frozen=True)
+class ReadSegment:
+    """One segment of one document as a model read it."""
+
+    number: int
+    """From 0."""
+    input_ids: Tensor
+    """[1, length]."""
+    shift_labels: Tensor
+    """[1, length]."""
+    before: Memories
+    """The memory that it was read with."""
+    after: Memories
+    """The memory after it was read and, if it was whole, pushed on."""
+    nats: float
+    """Negative log-likelihood of a token, the mean over the segment."""
+    traces: tuple[LayerTrace, ...]
+    """Of each layer, in the order of the memories."""
+
+
+@torch.inference_mode()
+def inspect_document(
+    model: MemoryModel,
+    tokens: Tensor,
+    segments: int = 64,
+    layers: Sequence[int] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Read a document from an empty memory and take all measures. The model is left in evaluation mode.
+
+    Each segment is read once, and again without each of the memories. The memory needed is constant but for the hidden
+    states of the past, which the reconstruction is held against: 2 · width bytes for each token and chosen layer.
+
+    Args:
+        model: with long-term memories.
+        tokens: of the document, int64 [tokens].
+        segments: read so many of its segments at most.
+        layers: numbers of the layers that are looked at, from 0; all that have a long-term memory if not given.
+        progress: show a progress bar.
+
+    Returns:
+        As JSON; lists run over segments, then over layers, then over heads.
+
+        `document`: how many `tokens` were predicted, in how many `segments`, and `nats` per token.
+        `memory`: its configuration, `short_term_length`, and the numbers of the `layers`.
+        `reading`: of every segment that found something in memory its number (`segment`, from 0), its `tokens`, and
+            what `density_figures`, `contribution` and `losses_without_layers` say of it.
+        `writing`: of every write to a sticky memory that held something the number of the `segment` that was read then,
+            and `sampled_places`.
+        `reconstruction`: after 1, 2, 4, … and all writes what `WrittenPast.reconstruct` says; how many `segments` had
+            been written; how many `tokens_back` lies the middle of each from the next token to be read, the newest
+            first; and `limit`, min(1, N / tokens written): N coefficients hold no more than N independent vectors.
+
+    Raises:
+        EvaluationError: there is no such memory or layer, or nothing would be read from memory.
+    """
+    memories = model.long_term_memories()
+    numbers = _choose_layers(memories, layers)
+    count = _count_segments(model, len(tokens), segments)
+    chosen = [list(memories).index(number) for number in numbers]
+    config = memories[numbers[0]].config
+    length, cached = config.segment_length, model.short_term_length
+    writes = min(count, (len(tokens) - 1) // length) - cached // length
+
+    pasts = [WrittenPast(memories[number]) for number in numbers]
+    leaving: deque[list[Tensor]] = deque()  # read but not written yet: still in the short-term memory
+    reading, writing, reconstruction, nats = [], [], [], 0.0
+    model.eval()
+    bar = tqdm(read_segments(model, tokens, count), "reading", count, unit="seg", disable=None if progress else True)
+    for segment in bar:
+        traces = [segment.traces[index] for index in chosen]
+        readings = [_reading(trace) for trace in traces]
+        written = _segments_written(segment.before)
+        nats += segment.nats * segment.input_ids.shape[1]
+        if written:
+            figures = [
+                {**density_figures(read, past, cached), "contribution": contribution(trace)}
+                for read, past, trace in zip(readings, pasts, traces, strict=True)
+            ]
+            row = {"segment": segment.number, "tokens": segment.input_ids.shape[1], **_columns(figures)}
+            reading.append(row | losses_without_layers(model, segment, chosen))
+        leaving.append([trace.hidden for trace in traces])
+        if _segments_written(segment.after) == written:
+            continue
+        if written and config.sticky:
+            sampled = [sampled_places(memories[number], read) for number, read in zip(numbers, readings, strict=True)]
+            writing.append({"segment": segment.number, "sampled_places": sampled})
+        for past, hidden, read in zip(pasts, leaving.popleft(), readings, strict=True):
+            past.write(hidden, read.attention)
+        written += 1
+        if written == writes or written & (written - 1) == 0:
+            states = [_long_term(segment.after.layers[index]) for index in chosen]
+            row = {
+                "segments": written,
+                "tokens_back": [cached + (age + 0.5) * length for age in range(written)],
+                "limit": min(1.0, config.basis_functions / (written * length)),
+            }
+            measured = [past.reconstruct(state) for past, state in zip(pasts, states, strict=True)]
+            reconstruction.append(row | _columns(measured))
+    predicted = min(count * length, len(tokens) - 1)
+    return {
+        "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
+        "memory": {**asdict(config), "short_term_length": cached, "layers": numbers},
+        "reading": _columns(reading),
+        "writing": _columns(writing),
+        "reconstruction": reconstruction,
+    }
+
+
+@torch.inference_mode()
+def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator[ReadSegment]:
+    """A document segment by segment, from an empty memory.
+
+    Args:
+        model: with a memory.
+        tokens: of the document, int64 [tokens].
+        segments: at most so many.
+    """
+    memory = model.initial_memory(1)
+    assert isinstance(memory, LayerMemories)
+    inputs, labels = (part.to(model.device).unsqueeze(0) for part in (tokens[:-1], tokens[1:]))
+    pairs = zip(*(part.split(model.segment_length, dim=1) for part in (inputs, labels)), strict=True)
+    for number, (input_ids, shift_labels) in zip(range(segments), pairs, strict=False):
+        output = model(input_ids, memory=memory, shift_labels=shift_labels, return_traces=True)
+        nats = float(output.token_losses.mean())
+        yield ReadSegment(number, input_ids, shift_labels, memory, output.memory, nats, output.traces)
+        memory = output.memory
+
+
+def density_figures(reading: Reading, past: WrittenPast, short_term_length: int) -> dict[str, list[float]]:
+    """Where the heads of one layer looked while they read a segment.
+
+    Args:
+        reading: of one row.
+        past: what had been written.
+        short_term_length: tokens between the newest that was written and the segment.
+
+    Returns:
+        Of each head, in parts of the memory, of which 1 is the newest end:
+
+        `centre`: mean of the densities' means over the segment's tokens, and `centre_spread`, their standard deviation;
+        `width`: mean of the densities' standard deviations, and `width_spread`, the standard deviation of these;
+        `tokens_back`: how many tokens before the segment's first lies what is at the centre.
+    """
+    centre, width = (figure[0] for figure in centre_and_width(reading.attention, past.memory.signal.basis))
+    mean = centre.mean(-1)
+    return {
+        "centre": mean.tolist(),
+        "centre_spread": centre.std(-1, correction=0).tolist(),
+        "width": width.mean(-1).tolist(),
+        "width_spread": width.std(-1, correction=0).tolist(),
+        "tokens_back": (short_term_length + past.tokens_back(mean)).tolist(),
+    }
+
+
+def centre_and_width(attention: Density, basis: GaussianBasis) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each density, the shape of the densities.
+
+    Those of the truncated parabola [a² − s²]₊/(2σ²), of which a³ = 3σ²/2, are μ and a/√5: ∫s²(a² − s²)ds / (2σ²) over
+    its support is 2a⁵/(15σ²) = a²/5. Those of slots are the moments of their mixture.
+    """
+    if isinstance(attention, Gaussian):
+        return attention.mean, attention.variance.sqrt()
+    if isinstance(attention, TruncatedParabola):
+        return attention.mean, attention.radius / math.sqrt(5)
+    mean, variance = match_moments(attention.weights, basis)
+    return mean, variance.sqrt()
+
+
+def contribution(trace: LayerTrace) -> float:
+    """How much a layer's memory adds to its self-attention: ‖memory's context‖ / ‖self-attention's output‖.
+
+    The norms are Euclidean, over the width of the model; the ratio is the mean over the segment's tokens.
+    """
+    norms = _reading(trace).context.float().norm(dim=-1), trace.attended.float().norm(dim=-1)
+    return float((norms[0] / norms[1]).mean())
+
+
+def sampled_places(memory: LongTermMemory, reading: Reading) -> list[float]:
+    """Where a write after this reading samples the past: the share of the samples in each of 64 equal parts of [0, 1].
+
+    Evenly would be 1/64 everywhere. Sample m of M, by the deterministic offsets of evaluation, stands for the share
+    from (m − 1)/M to m/M and lies in its middle; between two samples it is linear, so that parts of fewer samples than
+    one get their share too.
+    """
+    positions = memory.past_positions(reading.attention).flatten().double().cpu().numpy()
+    middles = (np.arange(len(positions)) + 0.5) / len(positions)
+    edges = np.linspace(0, 1, PLACES + 1)
+    below = np.interp(edges, [0, *positions, 1], [0, *middles, 1])
+    shares: list[float] = np.diff(below).tolist()
+    return shares
+
+
+@torch.inference_mode()
+def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequence[int]) -> dict[str, Any]:
+    """What a segment costs if long-term memories are empty when it is read: how much each is needed.
+
+    The true memory is carried on, so a figure is of this segment alone.
+
+    Args:
+        layers: indices of the memories that are taken away one at a time.
+
+    Returns:
+        `nats`, per token with all memories; `nats_without_layer`, without each of these; `nats_without_memory`, without
+        any.
+    """
+
+    def read(empty: Sequence[int]) -> float:
+        states = [
+            _without_long_term(state) if index in empty else state for index, state in enumerate(segment.before.layers)
+        ]
+        memory = replace(segment.before, layers=tuple(states))
+        return float(model(segment.input_ids, memory=memory, shift_labels=segment.shift_labels).token_losses.mean())
+
+    return {
+        "nats": segment.nats,
+        "nats_without_layer": [read([index]) for index in layers],
+        "nats_without_memory": read(range(len(segment.before.layers))),
+    }
+
+
+def _choose_layers(memories: dict[int, LongTermMemory], layers: Sequence[int] | None) -> list[int]:
+    if not memories:
+        raise EvaluationError(
+            "this model has no long-term memory to look into: give one that was trained with model/memory=long_term or "
+            "sticky"
+        )
+    if layers is None:
+        return list(memories)
+    unknown = sorted(set(layers) - set(memories))
+    if unknown or not layers:
+        raise EvaluationError(
+            f"layers={list(layers)}: choose among the layers that have a long-term memory, {list(memories)}"
+        )
+    return list(dict.fromkeys(layers))
+
+
+def _count_segments(model: MemoryModel, tokens: int, most: int) -> int:
+    """How many segments are read; the last may be a part of one."""
+    length = model.segment_length
+    assert length is not None
+    before = 1 + model.short_term_length // length  # segments that are read before anything is in memory
+    if tokens < 2:
+        raise EvaluationError(
+            f"the document has {tokens} token{'s' * (not tokens)}: there is nothing to predict; give a longer one"
+        )
+    if tokens - 1 <= before * length:
+        raise EvaluationError(
+            f"the document has {tokens} tokens, and nothing is read from memory before token {before * length + 1}: a "
+            f"segment has {length}, and {before} must have been read; give a longer one"
+        )
+    if most <= before:
+        raise EvaluationError(
+            f"segments={most}: nothing is read from memory before segment {before + 1}; take {before + 1} at least"
+        )
+    return min(most, -(-(tokens - 1) // length))
+
+
+def _reading(trace: LayerTrace) -> Reading:
+    assert trace.reading is not None
+    return trace.reading
+
+
+def _long_term(state: LongTermState | LayerState) -> LongTermState:
+    long_term = state.long_term if isinstance(state, LayerState) else state
+    assert long_term is not None
+    return long_term
+
+
+def _without_long_term(state: LongTermState | LayerState) -> LongTermState | LayerState:
+    empty = _long_term(state).map_tensors(torch.zeros_like)
+    return replace(state, long_term=empty) if isinstance(state, LayerState) else empty
+
+
+def _segments_written(memory: Memories) -> int:
+    """All layers write at the same time."""
+    return int(_long_term(memory.layers[0]).segments)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of the same names to a list for each name."""
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}

@@ -1,0 +1,243 @@
+"""A model reads documents: the nats of every token, by a protocol, with its memory or where that cannot help.
+
+All figures come from these nats. They do not depend on which documents are read side by side, nor on how many processes
+share them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from infformer.data.lanes import IGNORED, Segment
+from infformer.data.reading import read_once
+from infformer.data.tokenization import TokenizedDocuments
+from infformer.errors import UserError
+from infformer.memory.state import MemoryState
+from infformer.models.memory_model import MemoryModel
+
+Nats = NDArray[np.float32]
+
+Read = Callable[[Segment, "MemoryState | None"], "tuple[Tensor, MemoryState | None]"]
+"""How one segment is read: the segment and the memory so far to the token losses and the memory after."""
+
+
+class EvaluationError(UserError, ValueError):
+    """A measurement that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model, and how it reads documents.
+
+    Args:
+        model: with or without memory.
+        segment_length: tokens of a segment.
+        batch_size: documents read side by side, at most, all processes together; the figures do not depend on it.
+        precision: autocast type; float32 for none.
+        process: the number of this process,
+        processes: of how many that share the documents out.
+        reduce: adds up a tensor over processes.
+        progress: show a progress bar.
+        stride: tokens from one window to the next, each `segment_length` long; None: as many, disjoint segments. With a
+            smaller stride each token is predicted from more of what precedes it, at `segment_length / stride` times the
+            cost. What is written to memory is the same: whole disjoint segments, as soon as they are read, which is
+            before their tokens leave the window.
+        warmup_documents: before each document, read so many of those before it into memory.
+
+    Raises:
+        EvaluationError: the model cannot read in this way.
+    """
+
+    model: MemoryModel
+    segment_length: int
+    batch_size: int = 8
+    precision: torch.dtype = torch.float32
+    process: int = 0
+    processes: int = 1
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    progress: bool = True
+    stride: int | None = None
+    warmup_documents: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_documents and not self.model.has_memory:
+            raise EvaluationError(
+                f"warmup_documents={self.warmup_documents}: this model has no memory to be warmed up; set it to 0"
+            )
+        if self.stride is None or self.stride == self.segment_length:
+            return
+        if not 0 < self.stride < self.segment_length:
+            raise EvaluationError(
+                f"stride={self.stride}: between two windows of segment_length={self.segment_length} tokens there are "
+                f"at least 1 and at most {self.segment_length} tokens, or some would not be read"
+            )
+        if self.model.short_term_length:
+            raise EvaluationError(
+                f"stride={self.stride}: a short-term memory is a sliding window already, and holds what precedes the "
+                f"segment; instead of a stride choose a smaller segment_length and a longer short_term_length"
+            )
+        if self.model.has_memory and self.segment_length % self.stride:
+            raise EvaluationError(
+                f"stride={self.stride} does not divide segment_length={self.segment_length}: whole segments are "
+                "written to memory, so choose a stride that does"
+            )
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a figure depends on beside the model and the documents, as JSON."""
+        return {
+            "segment": self.segment_length,
+            "stride": self.stride or self.segment_length,
+            "warmup_documents": self.warmup_documents,
+            "reset": (
+                f"each document begins with a memory of the {self.warmup_documents} documents before it"
+                if self.warmup_documents
+                else "each document begins with an empty memory"
+            ),
+            "dtype": str(self.precision).removeprefix("torch."),
+        }
+
+
+def describe_protocol(protocol: dict[str, Any]) -> str:
+    """A protocol in a few words, to stand beside every figure: `disjoint segments of 512, float32`."""
+    segment, stride, warmup = protocol["segment"], protocol["stride"], protocol["warmup_documents"]
+    reading = f"disjoint segments of {segment}" if stride == segment else f"windows of {segment}, stride {stride}"
+    return f"{reading}{f', after {warmup} documents' if warmup else ''}, {protocol['dtype']}"
+
+
+@torch.inference_mode()
+def read_documents(reader: Reader, documents: TokenizedDocuments, read: Read, title: str) -> Nats:
+    """Read every document once. The model is left in evaluation mode.
+
+    Args:
+        read: one of the situations below.
+        title: of the progress bar.
+
+    Returns:
+        Nats of every token of every document but its first, one document after the other, float32 [tokens]; the same on
+        every process.
+    """
+    model, device = reader.model, reader.model.device
+    model.eval()
+    inputs = documents.token_counts - 1
+    first = np.cumsum(inputs) - inputs
+    nats = np.zeros(int(inputs.sum()), dtype=np.float32)
+    memory: MemoryState | None = None
+    with torch.autocast(device.type, reader.precision, enabled=reader.precision != torch.float32):
+        for segment in _with_progress(reader, documents, title):
+            losses, memory = read(segment.to(device, non_blocking=True), memory)
+            scored = segment.shift_labels.numpy() != IGNORED
+            places = (first[segment.documents.numpy()] + segment.starts.numpy())[:, None] + np.arange(scored.shape[1])
+            nats[places[scored]] = losses.float().cpu().numpy()[scored]
+    # Each token is another process's zero but in one of them, so the sum is exact.
+    summed: Nats = reader.reduce(torch.from_numpy(nats).to(device)).cpu().numpy()
+    return summed
+
+
+def with_memory(reader: Reader) -> Read:
+    """Each segment is read with the document's memory."""
+
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+        output = _score(reader, segment, memory)
+        return output.token_losses, _carry(reader, segment, memory, output.memory)
+
+    return read
+
+
+def without_memory(reader: Reader) -> Read:
+    """Each segment is read with an empty memory."""
+
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+        return _score(reader, segment, None).token_losses, None
+
+    return read
+
+
+def with_shuffled_memory(reader: Reader) -> Read:
+    """Each segment is read with the document's memory, whose past is in another order: see `shuffle_time`."""
+
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+        if memory is None:
+            memory = reader.model.initial_memory(len(segment.lengths))
+        memory = memory.reset_rows(segment.reset)
+        losses = _score(reader, segment, reader.model.shuffle_time(memory)).token_losses
+        written = reader.model(segment.input_ids, memory=memory, lengths=segment.lengths, return_logits=False)
+        return losses, _carry(reader, segment, memory, written.memory)
+
+    return read
+
+
+def with_memory_of_another_document(reader: Reader, documents: TokenizedDocuments) -> Read:
+    """Each segment is read with the memory that another document had at the same distance from its beginning.
+
+    As full as its own, and of text, but of the wrong one. The other document is the next of the list, or with warm-up
+    documents, the first whose own are all others.
+    """
+    inputs = documents.token_counts - 1
+
+    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+        losses = _score(reader, segment, memory).token_losses
+        # Beside each document its neighbour is read, and only that is written to memory.
+        neighbours = torch.zeros_like(segment.input_ids, device="cpu")
+        lengths = torch.zeros_like(segment.lengths, device="cpu")
+        for row, (document, start) in enumerate(zip(segment.documents.tolist(), segment.starts.tolist(), strict=True)):
+            if document >= 0 and start % reader.segment_length == 0:
+                neighbour = (document + 1 + reader.warmup_documents) % len(documents)
+                stop = min(start + neighbours.shape[1], int(inputs[neighbour]))
+                lengths[row] = max(stop - start, 0)  # a shorter neighbour's memory stays as it was at its end
+                neighbours[row, : lengths[row]] = torch.from_numpy(documents.tokens(neighbour, min(start, stop), stop))
+        written = reader.model(
+            neighbours.to(segment.input_ids.device),
+            memory=memory,
+            reset=segment.reset,
+            lengths=lengths.to(segment.input_ids.device),
+            return_logits=False,
+        )
+        return losses, written.memory
+
+    return read
+
+
+def _score(reader: Reader, segment: Segment, memory: MemoryState | None) -> Any:
+    return reader.model(
+        segment.input_ids,
+        memory=memory,
+        reset=segment.reset,
+        shift_labels=segment.shift_labels,
+        lengths=segment.lengths,
+    )
+
+
+def _carry(
+    reader: Reader, segment: Segment, before: MemoryState | None, after: MemoryState | None
+) -> MemoryState | None:
+    """The memory for the next window: only the windows that are whole disjoint segments are written."""
+    if before is None or after is None or reader.stride in (None, reader.segment_length):
+        return after
+    return before.replace_rows(segment.starts % reader.segment_length == 0, after)
+
+
+def _with_progress(reader: Reader, documents: TokenizedDocuments, title: str) -> Iterator[Segment]:
+    total = int((documents.token_counts - 1).sum())
+    with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=None if reader.progress else True) as bar:
+        # An idle lane costs as much as a busy one, so there are no more lanes than documents, but equally many for each
+        # process.
+        each = -(-min(reader.batch_size, len(documents)) // reader.processes)
+        for segment in read_once(
+            documents,
+            each * reader.processes,
+            reader.segment_length,
+            share=range(reader.process * each, (reader.process + 1) * each),
+            stride=reader.stride,
+            warmup_documents=reader.warmup_documents,
+        ):
+            yield segment
+            bar.update(segment.global_tokens)

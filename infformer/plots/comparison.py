@@ -1,0 +1,69 @@
+"""What a comparison of two models found: `comparison.json` to a figure beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
+
+RECENCY = {
+    "within_window": "occurred within the window",
+    "beyond_window": "occurred before the window",
+    "never": "did not occur before",
+}
+
+
+def plot_comparison(path: Path) -> list[Path]:
+    """Draw by how much the second model is better or worse: by class of tokens, and on each document.
+
+    Args:
+        path: `comparison.json`, what `compare` returns.
+
+    Returns:
+        The figure written, `comparison.png` beside the file.
+    """
+    comparison = json.loads(Path(path).read_text(encoding="utf-8"))
+    figure = new_figure(10.5, 4.8)
+    _draw_classes(figure.add_subplot(1, 2, 1), comparison)
+    _draw_documents(figure.add_subplot(1, 2, 2), comparison)
+    figure.suptitle(
+        f"A: {comparison['a']['checkpoint']}    B: {comparison['b']['checkpoint']}\n{comparison['protocol']}",
+        fontsize=8,
+    )
+    return [save(figure, Path(path).parent / "comparison.png")]
+
+
+def _draw_classes(axes: Axes, comparison: dict[str, Any]) -> None:
+    """The difference and its interval: of all tokens, by position, by where the token occurred last."""
+    rows = [("all tokens", comparison["difference"])]
+    rows += [(f"tokens {place['from']:,} – {place['to']:,}", place) for place in comparison["by_position"]]
+    rows += [(RECENCY[place["previous_occurrence"]], place) for place in comparison["by_recency"]]
+    rows = [(name, row) for name, row in rows if row["nats_per_token"] is not None]
+    for place, (_, row) in enumerate(rows):
+        value, interval = row["nats_per_token"], row["interval"]
+        if interval is not None:
+            axes.plot(interval, [place, place], color=BLUE, linewidth=2)
+        axes.plot([value], [place], color=BLUE, marker="o", markersize=5.5, linestyle="")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    label(axes, "By kind of token, with 95 % intervals", "nats per token, B less A (below 0: B is better)", "")
+
+
+def _draw_documents(axes: Axes, comparison: dict[str, Any]) -> None:
+    """The difference on each document, in the order of the differences."""
+    differences = sorted(document["nats_per_token"] for document in comparison["per_document"])
+    places = range(1, len(differences) + 1)
+    colours = [BLUE if difference < 0 else ORANGE for difference in differences]
+    axes.vlines(places, 0, differences, color=GREY, linewidth=0.8)
+    axes.scatter(places, differences, color=colours, s=18, zorder=3)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    better = sum(difference < 0 for difference in differences)
+    title = f"By document: B is better on {better} of {len(differences)}"
+    label(axes, title, "documents, in the order of the difference", "nats per token, B less A")

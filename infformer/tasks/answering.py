@@ -1,0 +1,157 @@
+"""How a model answers: it reads each text segment by segment, and is asked for the tokens of the answers.
+
+*Teacher forced*, each token is predicted from the true tokens before it. *Free running*, it is predicted from the
+model's own answers before it; where nothing is asked, the true tokens stand. What a model answers does not depend on
+which questions are read side by side, nor on how many processes share them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from infformer.evaluation.reading import Reader
+from infformer.memory.state import MemoryState
+from infformer.tasks.questions import Integers, Questions
+
+
+@dataclass(frozen=True)
+class Forced:
+    """The answers teacher forced, of each token asked for, one question after the other."""
+
+    right: NDArray[np.bool_]
+    """[asked]; the true token is the most likely one."""
+    nats: NDArray[np.float32]
+    """[asked]; negative log-likelihood of the true token."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to some questions, the same on every process."""
+
+    forced: Forced
+    free: Integers
+    """[asked]; the tokens that the model gives free running, the most likely one each time."""
+
+
+@torch.inference_mode()
+def answer_forced(reader: Reader, questions: Questions, title: str) -> Forced:
+    """Ask a model teacher forced; it is left in evaluation mode. All processes together.
+
+    Args:
+        title: of the progress bar.
+    """
+    outcome = np.zeros((2, *questions.answers.shape))
+    for rows, tokens in _batches(reader, questions, title):
+        memory, start = _read_text(reader, tokens, questions.answers.shape[1])
+        outcome[:, rows] = _answer_forced(reader, tokens, memory, start, questions.answers.shape[1])
+    right, nats = _of_all_processes(reader, outcome)[:, questions.asked]
+    return Forced(right == 1, nats.astype(np.float32))
+
+
+@torch.inference_mode()
+def answer(reader: Reader, questions: Questions, title: str) -> Answers:
+    """Ask a model teacher forced and free running; the text is read once. It is left in evaluation mode.
+
+    All processes together.
+
+    Args:
+        title: of the progress bar.
+    """
+    outcome = np.zeros((3, *questions.answers.shape))
+    for rows, tokens in _batches(reader, questions, title):
+        asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
+        memory, start = _read_text(reader, tokens, asked.shape[1])
+        outcome[:2, rows] = _answer_forced(reader, tokens, memory, start, asked.shape[1])
+        outcome[2, rows] = _answer_freely(reader, tokens, memory, start, asked).cpu()
+    right, nats, free = _of_all_processes(reader, outcome)[:, questions.asked]
+    return Answers(Forced(right == 1, nats.astype(np.float32)), free.astype(np.int64))
+
+
+def alone(reader: Reader) -> Reader:
+    """The same reader without the other processes, and silent: for a look in between."""
+    return replace(reader, process=0, processes=1, reduce=lambda own: own, progress=False)
+
+
+def _answer_forced(
+    reader: Reader, tokens: Tensor, memory: MemoryState | None, start: int, end: int
+) -> NDArray[np.float64]:
+    """Which of the last `end` tokens are right, and the nats of each, [2, rows, end]; `memory` is that at `start`."""
+    logits: list[Tensor] = []
+    first = tokens.shape[1] - 1 - end  # the input from which the first of them is predicted
+    for segment in tokens[:, start:-1].split(reader.segment_length, dim=1):
+        output = _read(reader, segment, memory)
+        memory = output.memory
+        logits.append(output.logits[:, max(first - start, 0) :])
+        start += segment.shape[1]
+    scores, true = torch.cat(logits, dim=1).float(), tokens[:, -end:]
+    nats = F.cross_entropy(scores.transpose(1, 2), true, reduction="none")
+    right = scores.argmax(dim=-1) == true
+    return torch.stack([right.to(nats.dtype), nats]).cpu().numpy()
+
+
+def _answer_freely(reader: Reader, tokens: Tensor, memory: MemoryState | None, start: int, asked: Tensor) -> Tensor:
+    """The last tokens as the model gives them where they are asked for, as they are elsewhere, [rows, end]."""
+    first = tokens.shape[1] - asked.shape[1]
+    segment = tokens[:, start:first]
+    given: list[Tensor] = []
+    for place in range(asked.shape[1]):
+        token = tokens[:, first + place]
+        whole = segment.shape[1] == reader.segment_length
+        if whole or asked[:, place].any():
+            output = _read(reader, segment, memory)
+            token = torch.where(asked[:, place], output.logits[:, -1].argmax(dim=-1), token)
+            if whole:
+                memory, segment = output.memory, segment[:, :0]
+        given.append(token)
+        segment = torch.cat([segment, token.unsqueeze(1)], dim=1)
+    return torch.stack(given, dim=1)
+
+
+def _read_text(reader: Reader, tokens: Tensor, end: int) -> tuple[MemoryState | None, int]:
+    """Read the segments before the one from which the first of the last `end` tokens is predicted.
+
+    Returns:
+        The memory, and the input that comes next.
+    """
+    start = (tokens.shape[1] - 1 - end) // reader.segment_length * reader.segment_length
+    memory: MemoryState | None = None
+    for first in range(0, start, reader.segment_length):
+        segment = tokens[:, first : first + reader.segment_length]
+        memory = _read(reader, segment, memory, return_logits=False).memory
+    return memory, start
+
+
+def _read(reader: Reader, segment: Tensor, memory: MemoryState | None, return_logits: bool | None = None) -> Any:
+    with torch.autocast(segment.device.type, reader.precision, enabled=reader.precision != torch.float32):
+        return reader.model(segment, memory=memory, return_logits=return_logits)
+
+
+def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple[Integers, Tensor]]:
+    """The questions of this process, as many side by side as the reader allows: which, and their tokens."""
+    reader.model.eval()
+    share = np.arange(reader.process, len(questions.tokens), reader.processes)
+    side_by_side = -(-reader.batch_size // reader.processes)
+    total = len(share) * questions.tokens.shape[1]
+    silent = None if reader.progress else True
+    with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent) as bar:
+        for first in range(0, len(share), side_by_side):
+            rows = share[first : first + side_by_side]
+            tokens = torch.from_numpy(questions.tokens[rows]).to(reader.model.device)
+            yield rows, tokens
+            bar.update(tokens.numel())
+
+
+def _of_all_processes(reader: Reader, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
+    """What each process found of its questions, zero for those of others: the sum is exact."""
+    own = torch.from_numpy(outcome.astype(np.float32)).to(reader.model.device)
+    summed: NDArray[np.float32] = reader.reduce(own).cpu().numpy()
+    return summed

@@ -1,0 +1,54 @@
+"""Which of two models reads better, and how sure that is: from two results of eval.py on the same documents.
+
+python scripts/compare.py outputs/control outputs/tiny
+python scripts/compare.py A/results.json B/results.json --folder outputs/comparison
+
+Prints a table and a verdict; writes comparison.json and comparison.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from infformer.errors import UserError
+from infformer.evaluation.comparison import compare
+from infformer.evaluation.reading import EvaluationError
+from infformer.evaluation.report import format_comparison, write_results
+from infformer.plots.comparison import plot_comparison
+
+
+def main() -> None:
+    """Read both results, compare, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "a", type=Path, metavar="RUN_A", help="the folder of a run or of an evaluation, or results.json"
+    )
+    parser.add_argument("b", type=Path, metavar="RUN_B")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/comparison"))
+    arguments = parser.parse_args()
+    try:
+        comparison = compare(_results(arguments.a), _results(arguments.b))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(format_comparison(comparison))
+    write_results(arguments.folder / "comparison.json", comparison)
+    for figure in plot_comparison(arguments.folder / "comparison.json"):
+        print(f"drawn: {figure}")
+
+
+def _results(path: Path) -> dict[str, Any]:
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"{path}: there are no results of eval.py or train.py that can be read: {error}"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

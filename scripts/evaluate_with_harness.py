@@ -1,0 +1,25 @@
+"""The command of the Language Model Evaluation Harness, with the model `infformer` in it; see docs/harness.md.
+
+python scripts/evaluate_with_harness.py --model infformer --model_args checkpoint=CHECKPOINT --tasks wikitext
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lm_eval.__main__ import cli_evaluate
+
+import infformer.harness.adapter  # noqa: F401, which makes the model known
+from infformer.errors import UserError
+
+
+def main() -> None:
+    """Hand everything over to the harness."""
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

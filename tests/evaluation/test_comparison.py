@@ -1,0 +1,137 @@
+"""Two results compared document by document."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infformer.evaluation.comparison import compare, verdict
+from infformer.evaluation.perplexity import measure
+from infformer.evaluation.reading import EvaluationError
+from infformer.evaluation.report import format_comparison, write_results
+from infformer.plots.comparison import plot_comparison
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
+
+
+@pytest.fixture(scope="module")
+def with_results(model, documents, reader):
+    return measure(reader(model), documents, controls=False, checkpoint="with")
+
+
+@pytest.fixture(scope="module")
+def without_results(without_memory, documents, reader):
+    return measure(reader(without_memory), documents, controls=False, checkpoint="without")
+
+
+@pytest.fixture(scope="module")
+def comparison(without_results, with_results):
+    return compare(without_results, with_results)
+
+
+def test_the_difference_is_that_of_the_perplexities(comparison, without_results, with_results):
+    total = with_results["nll"] - without_results["nll"]
+    assert comparison["difference"]["nats_per_token"] == pytest.approx(total / with_results["tokens"])
+    low, high = comparison["difference"]["interval"]
+    assert low < comparison["difference"]["nats_per_token"] < high
+    better = sum(one["nats_per_token"] < 0 for one in comparison["per_document"])
+    assert comparison["difference"]["better"] == better
+
+
+def test_classes_of_tokens_add_up(comparison):
+    whole = comparison["difference"]["nats_per_token"] * comparison["tokens"]
+    for breakdown in ("by_position", "by_recency"):
+        parts = [one for one in comparison[breakdown] if one["tokens"]]
+        assert sum(one["tokens"] for one in parts) == comparison["tokens"]
+        assert sum(one["nats_per_token"] * one["tokens"] for one in parts) == pytest.approx(whole)
+
+
+def test_pairing_sees_what_the_two_intervals_hide(with_results):
+    """Documents differ by much, the models on each by the same little."""
+    better = copy.deepcopy(with_results)
+    for document in better["per_document"]:
+        document["nll"] -= 0.01 * document["tokens"]
+    found = compare(with_results, better)
+    assert found["difference"]["nats_per_token"] == pytest.approx(-0.01)
+    assert found["difference"]["interval"] == pytest.approx([-0.01, -0.01])
+    low, high = with_results["perplexity_interval"]["token"]
+    assert np.log(high) - np.log(low) > 0.02
+    assert verdict(found).startswith("B reads better than A: -0.0100 nats per token (perplexity -1.00 %)")
+
+
+def test_with_itself(with_results):
+    found = compare(with_results, with_results)
+    assert found["difference"]["nats_per_token"] == 0
+    assert found["difference"]["better"] == 0
+    assert verdict(found).startswith("No difference can be told")
+
+
+def test_one_document(model, documents_of, reader):
+    results = measure(reader(model), documents_of("ship"), controls=False, checkpoint="here")
+    assert results["perplexity_interval"] == {"token": None, "word": None}
+    found = compare(results, results)
+    assert found["difference"]["interval"] is None
+    assert "one document tells nothing about others" in verdict(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol.segment": 32}, "segment is 16 in the first and 32 in the second"),
+        ({"protocol.stride": 4}, "stride is 16 in the first and 4 in the second"),
+        ({"protocol.warmup_documents": 1}, "warmup_documents is 0 in the first and 1"),
+        ({"protocol.dtype": "bfloat16"}, "dtype is float32 in the first and bfloat16"),
+        ({"documents": 4}, "5 documents in the first, 4 in the second"),
+        ({"tokens": 7}, "tokens in the first, 7 in the second"),
+        ({"protocol.documents": "other"}, "of other tokens; was the tokenizer the same"),
+        ({"per_document": []}, "the second results do not say how they were measured"),
+        ({"protocol": {"segment": 16}}, "the second results do not say how they were measured"),
+    ],
+)
+def test_what_cannot_be_compared(with_results, change, message):
+    other = copy.deepcopy(with_results)
+    for key, value in change.items():
+        *parents, last = key.split(".")
+        inner = other
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    with pytest.raises(EvaluationError, match=message):
+        compare(with_results, other)
+
+
+def test_other_names(with_results):
+    other = copy.deepcopy(with_results)
+    other["per_document"].reverse()
+    with pytest.raises(EvaluationError, match="their names or their order differ"):
+        compare(with_results, other)
+
+
+def test_the_table_says_the_protocol_beside_every_perplexity(comparison):
+    lines = format_comparison(comparison).splitlines()
+    perplexities = [line for line in lines if "perplexity" in line and line.startswith(("A:", "B:"))]
+    assert len(perplexities) == 2
+    assert all("disjoint segments of 16, float32" in line for line in perplexities)
+    assert lines[-1] == verdict(comparison)
+
+
+def test_the_script(without_results, with_results, tmp_path):
+    write_results(tmp_path / "a" / "results.json", without_results)
+    write_results(tmp_path / "b.json", with_results)
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "a"), str(tmp_path / "b.json"), "--folder", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-2] == verdict(compare(without_results, with_results))
+    assert json.loads((tmp_path / "comparison.json").read_text()) == compare(without_results, with_results)
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    missing = subprocess.run([*command[:3], str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert missing.returncode == 1
+    assert "none: there are no results of eval.py or train.py that can be read" in missing.stderr
+
+
+def test_the_figure(comparison, tmp_path):
+    write_results(tmp_path / "comparison.json", comparison)
+    assert plot_comparison(tmp_path / "comparison.json") == [tmp_path / "comparison.png"]

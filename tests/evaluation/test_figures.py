@@ -1,0 +1,163 @@
+"""The figures of given nats, counted by literal loops; and those of a model."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from infformer.evaluation.figures import bootstrap_interval, figures_of, previous_occurrences
+from infformer.evaluation.perplexity import evaluate
+from infformer.memory.layer import MemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.pretrained import InfformerForCausalLM
+
+SEGMENT = 16
+
+
+@pytest.fixture
+def nats(documents) -> np.ndarray:
+    count = int((documents.token_counts - 1).sum())
+    return np.random.default_rng(0).gamma(2, size=count).astype(np.float32)
+
+
+def places(documents, nats):
+    """(document, position of the input, nats) of every token."""
+    values = iter(nats.tolist())
+    return [
+        (document, position, next(values))
+        for document in range(len(documents))
+        for position in range(documents.token_counts[document] - 1)
+    ]
+
+
+def test_words_and_bytes_are_those_of_the_text(model, documents, reader, originals):
+    figures = evaluate(reader(model), documents)
+    assert figures["documents"] == len(originals)
+    assert figures["words"] == sum(len(text.split()) for text in originals.values())
+    assert figures["bytes"] == sum(len(text.encode()) for text in originals.values())
+    assert figures["tokens"] == figures["bytes"]  # here a token is a byte, and the one that begins is not scored
+    for entry in figures["per_document"]:
+        text = originals[entry["id"]]
+        assert entry["tokens"] == entry["bytes"] == len(text.encode())
+        assert entry["words"] == len(text.split())
+
+
+def test_ratios(model, documents, reader):
+    figures = evaluate(reader(model), documents)
+    assert figures["perplexity"]["token"] == pytest.approx(math.exp(figures["nll"] / figures["tokens"]))
+    assert figures["perplexity"]["word"] == pytest.approx(math.exp(figures["nll"] / figures["words"]))
+    assert figures["bits_per_byte"] == pytest.approx(figures["nll"] / math.log(2) / figures["bytes"])
+
+
+def test_by_document(model, documents, reader, nats):
+    figures = figures_of(reader(model), documents, nats)
+    assert [entry["id"] for entry in figures["per_document"]] == documents.ids
+    for document, entry in enumerate(figures["per_document"]):
+        assert entry["nll"] == pytest.approx(sum(loss for at, _, loss in places(documents, nats) if at == document))
+    assert figures["nll"] == pytest.approx(nats.sum(dtype=np.float64), rel=1e-12)
+
+
+def test_by_position(model, documents, reader, nats):
+    figures = figures_of(reader(model), documents, nats)
+    assert [(entry["from"], entry["to"]) for entry in figures["by_position"]] == [
+        (0, 64), (64, 128), (128, 256), (256, 512),
+    ]  # fmt: skip
+    assert 256 < documents.token_counts.max() <= 512
+    for index, entry in enumerate(figures["by_position"]):
+        inside = [place for place in places(documents, nats) if entry["from"] <= place[1] < entry["to"]]
+        assert entry["tokens"] == len(inside)
+        assert entry["nll"] == pytest.approx(sum(loss for *_, loss in inside))
+        for document, one in enumerate(figures["per_document"]):
+            losses = [loss for at, _, loss in inside if at == document]
+            assert one["by_position"][index] == pytest.approx([len(losses), sum(losses)])
+
+
+@pytest.mark.parametrize(("stride", "short_term"), [(16, 0), (4, 0), (1, 0), (16, 16), (16, 40)])
+def test_by_recency(model, documents, reader, nats, stride, short_term):
+    """Attention sees the window in which a token is scored, and the short-term memory before that."""
+    if short_term:
+        memory = MemoryConfig(SEGMENT, short_term)
+        model = DecoderForCausalLM(DecoderConfig(300, 16, 1, 2, feed_forward_size=16, memory=memory))
+    figures = figures_of(reader(model, stride=stride), documents, nats)
+    expected = {"within_window": [0, 0.0], "beyond_window": [0, 0.0], "never": [0, 0.0]}
+    for document, position, loss in places(documents, nats):
+        tokens = documents.tokens(document, 0, int(documents.token_counts[document])).tolist()
+        begin = 0
+        while position >= begin + SEGMENT:
+            begin += stride
+        before = [at for at in range(position + 1) if tokens[at] == tokens[position + 1]]
+        if not before:
+            name = "never"
+        else:
+            name = "within_window" if before[-1] >= begin - short_term else "beyond_window"
+        expected[name][0] += 1
+        expected[name][1] += loss
+    found = {entry["previous_occurrence"]: [entry["tokens"], entry["nll"]] for entry in figures["by_recency"]}
+    assert found.keys() == expected.keys()
+    for name, (tokens, loss) in expected.items():
+        assert tokens > 0
+        assert found[name] == pytest.approx([tokens, loss])
+    for index, entry in enumerate(figures["by_recency"]):
+        total = np.sum([one["by_recency"][index] for one in figures["per_document"]], axis=0)
+        assert total.tolist() == pytest.approx([entry["tokens"], entry["nll"]])
+
+
+def test_previous_occurrences():
+    assert previous_occurrences(np.array([5, 3, 5, 5, 4, 3, 9])).tolist() == [-1, -1, 0, 2, -1, 1, -1]
+
+
+def test_figures_of_beginnings(model, documents, reader):
+    beginnings = documents.beginnings(200)
+    figures = evaluate(reader(model), beginnings)
+    assert figures["tokens"] == int((beginnings.token_counts - 1).sum()) <= 200
+
+
+class TestInterval:
+    def test_it_holds_the_true_mean_as_often_as_it_says(self):
+        """Of documents with different lengths, drawn over and over: 95 %, less a little as they are few."""
+        random = np.random.default_rng(1)
+        held = 0
+        for _ in range(200):
+            counts = random.integers(50, 500, 40)
+            values = counts * random.normal(3.0, 0.3, 40)
+            low, high = bootstrap_interval(values, counts)
+            held += low <= 3.0 <= high
+        assert 0.88 <= held / 200 <= 0.99
+
+    def test_it_is_the_same_every_time_and_scales(self):
+        values, counts = np.array([30.0, 44.0, 10.0, 81.0]), np.array([10, 12, 5, 30])
+        low, high = bootstrap_interval(values, counts)
+        assert (low, high) == bootstrap_interval(values, counts)
+        assert low < 165 / 57 < high
+        assert bootstrap_interval(2 * values, counts) == pytest.approx((2 * low, 2 * high))
+
+    def test_documents_that_are_all_alike_leave_no_doubt(self):
+        assert bootstrap_interval(np.full(5, 6.0), np.full(5, 2)) == pytest.approx((3.0, 3.0))
+
+    def test_one_document_tells_nothing(self):
+        assert bootstrap_interval(np.array([3.0]), np.array([1])) is None
+
+    def test_nothing_counted(self):
+        assert bootstrap_interval(np.zeros(3), np.zeros(3)) is None
+
+    def test_of_perplexity(self, model, documents, reader, nats):
+        figures = figures_of(reader(model), documents, nats)
+        low, high = figures["perplexity_interval"]["token"]
+        assert low < figures["perplexity"]["token"] < high
+        losses = [entry["nll"] for entry in figures["per_document"]]
+        expected = bootstrap_interval(np.array(losses), documents.token_counts - 1)
+        assert (low, high) == pytest.approx(tuple(map(math.exp, expected)))
+
+
+def test_a_model_that_knows_nothing(documents, reader, backbone):
+    """Each token costs the same, and every breakdown says so."""
+    ignorant = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
+    with torch.no_grad():
+        ignorant.backbone.lm_head.weight.zero_()
+    figures = evaluate(reader(ignorant), documents)
+    vocabulary = math.log(ignorant.vocabulary_size)
+    for breakdown in ("by_position", "by_recency", "per_document"):
+        for entry in figures[breakdown]:
+            assert entry["nll"] == pytest.approx(entry["tokens"] * vocabulary, rel=1e-6)

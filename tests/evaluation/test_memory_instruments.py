@@ -1,0 +1,284 @@
+"""The instruments against the same figures measured another way."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from scipy import integrate
+from torch import Tensor, nn
+
+from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.density import Gaussian, Slots, TruncatedParabola
+from infformer.evaluation.memory_instruments import (
+    centre_and_width,
+    contribution,
+    density_figures,
+    inspect_document,
+    read_segments,
+    sampled_places,
+)
+from infformer.evaluation.memory_reconstruction import WrittenPast
+from infformer.evaluation.reading import EvaluationError
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig, Reading
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.memory_model import MemoryModel
+from infformer.models.outputs import LayerTrace
+from infformer.models.pretrained import InfformerForCausalLM
+
+SEGMENT, HEADS = 8, 2
+MEMORY = {"segment_length": SEGMENT, "basis_functions": 16, "past_samples": 32, "sticky_bins": 16}
+
+
+@pytest.fixture
+def wrapped(backbone):
+    """A wrapped GPT-2 whose memories matter."""
+
+    def build(memory_layers: list[int] | None = None, **options) -> InfformerForCausalLM:
+        memory = LongTermMemoryConfig(**{**MEMORY, **options})
+        return trained(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, memory_layers))
+
+    return build
+
+
+@pytest.fixture
+def decoder(tokenizer):
+    """A decoder whose memories matter."""
+
+    def build(short_term_length: int, **options) -> DecoderForCausalLM:
+        memory = MemoryConfig(SEGMENT, short_term_length, long_term=LongTermMemoryConfig(**{**MEMORY, **options}))
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "feed_forward_size": 20}
+        torch.manual_seed(0)
+        return trained(DecoderForCausalLM(DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=memory)))
+
+    return build
+
+
+def trained(model: MemoryModel) -> MemoryModel:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.memory_parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return model.eval()
+
+
+def document(tokens: int) -> Tensor:
+    return torch.randint(0, 257, (tokens,), generator=torch.Generator().manual_seed(0))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestInspectDocument:
+    @pytest.mark.parametrize("options", [{}, {"sticky": True, "contraction": "uniform"}, {"read": "slots"}])
+    def test_as_json_with_a_place_for_every_segment_layer_and_head(self, wrapped, options):
+        found = inspect_document(wrapped(**options), document(5 * SEGMENT + 4), progress=False)
+        assert json.loads(json.dumps(found)) == found
+        assert found["document"]["tokens"] == 5 * SEGMENT + 3
+        assert found["document"]["segments"] == 6
+        assert found["memory"]["layers"] == [0, 1]
+        reading = found["reading"]
+        assert reading["segment"] == [1, 2, 3, 4, 5]
+        assert reading["tokens"] == [8, 8, 8, 8, 3]
+        for name in ("centre", "centre_spread", "width", "width_spread", "tokens_back"):
+            assert torch.tensor(reading[name]).shape == (5, 2, HEADS)
+        assert torch.tensor(reading["contribution"]).shape == (5, 2)
+        assert torch.tensor(reading["nats_without_layer"]).shape == (5, 2)
+        if "sticky" in options:
+            assert found["writing"]["segment"] == [1, 2, 3, 4]
+            assert torch.tensor(found["writing"]["sampled_places"]).shape == (4, 2, 64)
+        else:
+            assert found["writing"] == {}
+        assert [measured["segments"] for measured in found["reconstruction"]] == [1, 2, 4, 5]
+        last = found["reconstruction"][-1]
+        assert torch.tensor(last["by_age"]).shape == (2, 5)
+        assert last["tokens_back"] == [4, 12, 20, 28, 36]
+        assert last["limit"] == 16 / 40
+
+    def test_the_first_write_is_reconstructed_as_it_is(self, wrapped):
+        """Literally, from the model's own memory and hidden states after one segment."""
+        model, tokens = wrapped(), document(3 * SEGMENT)
+        found = inspect_document(model, tokens, progress=False)["reconstruction"][0]
+        with torch.no_grad():
+            output = model(tokens[None, :SEGMENT], return_traces=True)
+        for layer in range(2):
+            hidden = output.traces[layer].hidden[0].double()
+            places = (torch.arange(SEGMENT) + 0.5) / SEGMENT
+            signal = model.signal.basis.evaluate(places) @ output.memory.layers[layer].coefficients[0]
+            expected = 1 - (hidden - signal).square().sum() / (hidden - hidden.mean(0)).square().sum()
+            assert found["total"][layer] == pytest.approx(float(expected), abs=1e-4)
+            assert found["by_age"][layer] == [pytest.approx(float(expected), abs=1e-4)]
+
+    @pytest.mark.parametrize("cached", [1, 2])
+    def test_what_leaves_the_short_term_memory_is_what_is_reconstructed(self, decoder, cached):
+        """With one basis function for every two tokens the newest of what was written is told from what was not."""
+        model = decoder(cached * SEGMENT, basis_functions=64, past_samples=64)
+        tokens = document(6 * SEGMENT + 1)
+        found = inspect_document(model, tokens, progress=False)
+        written = 6 - cached
+        assert [measured["segments"] for measured in found["reconstruction"]] == sorted({1, 2, 4, written})
+        assert found["reading"]["segment"] == list(range(cached + 1, 6))
+        last = found["reconstruction"][-1]
+        assert last["tokens_back"][0] == (cached + 0.5) * SEGMENT
+        memory, hidden = None, []
+        with torch.no_grad():
+            for segment in tokens[:-1].split(SEGMENT):
+                output = model(segment[None], memory=memory, return_traces=True)
+                memory, hidden = output.memory, [*hidden, output.traces[0].hidden[0]]
+        past = torch.stack(hidden[:written])
+        newest = 0.5 + 0.5 * torch.arange(1, SEGMENT + 1) / SEGMENT
+        signal = model.signal.basis.evaluate(newest) @ memory.layers[0].long_term.coefficients[0]
+        expected = 1 - (past[-1] - signal).square().sum() / (past[-1] - past.mean((0, 1))).square().sum()
+        assert last["by_age"][0][0] == pytest.approx(float(expected), abs=1e-4)
+
+    @pytest.mark.parametrize("kind", ["wrapped", "decoder"])
+    def test_losses_without_memories(self, wrapped, decoder, kind):
+        model = wrapped() if kind == "wrapped" else decoder(SEGMENT)
+        tokens = document(4 * SEGMENT + 1)
+        reading = inspect_document(model, tokens, progress=False)["reading"]
+        memory, inputs = None, tokens[:-1].split(SEGMENT)
+        rows = []
+        with torch.no_grad():
+            for segment, labels in zip(inputs, tokens[1:].split(SEGMENT), strict=True):
+
+                def nats(outputs: dict[int, nn.Module], segment=segment, labels=labels, memory=memory) -> float:
+                    """With some output projections at zero, by which a memory adds nothing."""
+                    kept = {number: layer.output.weight.clone() for number, layer in outputs.items()}
+                    for layer in outputs.values():
+                        layer.output.weight.zero_()
+                    loss = model(segment[None], memory=memory, shift_labels=labels[None]).token_losses.mean()
+                    for number, layer in outputs.items():
+                        layer.output.weight.copy_(kept[number])
+                    return float(loss)
+
+                layers = model.long_term_memories()
+                rows.append((nats({}), nats(layers), *(nats({number: layer}) for number, layer in layers.items())))
+                memory = model(segment[None], memory=memory).memory
+        rows = rows[reading["segment"][0] :]
+        assert len(rows) == len(reading["nats"]) > 1
+        assert reading["nats"] == pytest.approx([row[0] for row in rows], abs=1e-5)
+        assert reading["nats_without_memory"] == pytest.approx([row[1] for row in rows], abs=1e-5)
+        for measured, row in zip(reading["nats_without_layer"], rows, strict=True):
+            assert measured == pytest.approx(row[2:], abs=1e-5)
+        assert max(abs(row[0] - row[1]) for row in rows) > 1e-3
+
+    def test_some_layers_are_the_same_as_among_all(self, wrapped):
+        tokens = document(3 * SEGMENT)
+        model = wrapped([1, 0], sticky=True)
+        every = inspect_document(model, tokens, progress=False)
+        assert every["memory"]["layers"] == [1, 0]
+        one = inspect_document(model, tokens, layers=[0], progress=False)
+        assert one["memory"]["layers"] == [0]
+        for name in ("centre", "tokens_back", "contribution", "nats_without_layer"):
+            assert one["reading"][name] == [[layers[1]] for layers in every["reading"][name]]
+        assert one["reconstruction"][-1]["by_age"] == every["reconstruction"][-1]["by_age"][1:]
+        assert one["writing"]["sampled_places"] == [[layers[1]] for layers in every["writing"]["sampled_places"]]
+
+    def test_a_part_of_a_document_is_its_beginning(self, wrapped):
+        tokens = document(6 * SEGMENT)
+        part = inspect_document(wrapped(), tokens, segments=3, progress=False)
+        assert part == inspect_document(wrapped(), tokens[: 3 * SEGMENT + 1], progress=False)
+        assert part["document"]["tokens"] == 3 * SEGMENT
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"tokens": document(1)}, "the document has 1 token: there is nothing to predict"),
+            ({"tokens": document(0)}, "the document has 0 tokens: there is nothing to predict"),
+            ({"tokens": document(9)}, r"9 tokens, and nothing is read from memory before token 9: .* a longer one"),
+            ({"segments": 1}, r"segments=1: nothing is read from memory before segment 2; take 2 at least"),
+            ({"layers": [0, 2]}, r"layers=\[0, 2\]: choose among .* \[0, 1\]"),
+            ({"layers": []}, r"layers=\[\]: choose among"),
+        ],
+    )
+    def test_errors(self, wrapped, options, message):
+        with pytest.raises(EvaluationError, match=message):
+            inspect_document(wrapped(), **{"tokens": document(40), **options}, progress=False)
+
+    def test_a_short_term_memory_fills_first(self, decoder):
+        with pytest.raises(EvaluationError, match="17 tokens, and nothing is read from memory before token 17"):
+            inspect_document(decoder(SEGMENT), document(17), progress=False)
+        assert len(inspect_document(decoder(SEGMENT), document(18), progress=False)["reading"]["segment"]) == 1
+
+    def test_models_without_a_long_term_memory(self, backbone, tokenizer):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
+        config = DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=MemoryConfig(SEGMENT, SEGMENT))
+        for model in (InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), DecoderForCausalLM(config)):
+            with pytest.raises(EvaluationError, match="this model has no long-term memory"):
+                inspect_document(model, document(40), progress=False)
+
+
+class TestReadSegments:
+    def test_every_token_is_predicted_once(self, wrapped):
+        tokens = document(3 * SEGMENT)
+        segments = list(read_segments(wrapped(), tokens, 64))
+        assert torch.equal(torch.cat([segment.input_ids[0] for segment in segments]), tokens[:-1])
+        assert torch.equal(torch.cat([segment.shift_labels[0] for segment in segments]), tokens[1:])
+        assert [int(segment.before.layers[0].segments) for segment in segments] == [0, 1, 2]
+        assert [int(segment.after.layers[0].segments) for segment in segments] == [1, 2, 2]
+        assert len(list(read_segments(wrapped(), tokens, 2))) == 2
+
+
+class TestDensities:
+    BASIS = GaussianBasis.even_grid(6, [0.05, 0.2])
+
+    @pytest.mark.parametrize(
+        "attention",
+        [
+            Gaussian(torch.tensor([0.3, 0.6]), torch.tensor([0.01, 0.2])),
+            TruncatedParabola(torch.tensor([0.3, 0.6]), torch.tensor([0.01, 0.2])),
+            Slots(random(2, 6).double().mul(2).softmax(-1)),
+        ],
+        ids=["gaussian", "truncated parabola", "slots"],
+    )
+    def test_centre_and_width_by_quadrature(self, attention):
+        """Of the density whose cumulative function is known: E[t] and E[t²] from ∫ 1 − P(t)."""
+        centre, width = centre_and_width(attention, self.BASIS)
+        exact = GaussianBasis(*(part.double() for part in self.BASIS))
+        doubled = type(attention)(*(part.double() for part in attention))
+
+        def tail(t: float, power: int, which: int) -> float:
+            below = float(doubled.cumulative(torch.tensor([t - 10.0], dtype=torch.float64), exact)[which, 0])
+            return power * t ** (power - 1) * (1 - below)
+
+        for which in range(2):
+            points = {"points": [8.0, 9.5, 10.0, 10.5, 12.0], "limit": 200}
+            first, second = (integrate.quad(tail, 0, 20, args=(power, which), **points)[0] for power in (1, 2))
+            assert float(centre[which]) == pytest.approx(first - 10, abs=1e-4)
+            assert float(width[which]) == pytest.approx(math.sqrt(second - first**2), abs=1e-4)
+
+    def test_means_and_spreads_over_queries(self, wrapped):
+        memory = wrapped().long_term_memories()[0]
+        past = WrittenPast(memory)
+        centre = torch.tensor([[[0.1, 0.3], [0.8, 0.8]]])
+        width = torch.tensor([[[0.2, 0.2], [0.1, 0.5]]])
+        attention = Gaussian(centre, width.square())
+        for seed in range(2):
+            past.write(random(1, SEGMENT, 16, seed=seed), attention)
+        figures = density_figures(Reading(torch.zeros(1, 2, 16), attention), past, short_term_length=100)
+        assert figures["centre"] == pytest.approx([0.2, 0.8])
+        assert figures["centre_spread"] == pytest.approx([0.1, 0], abs=1e-6)
+        assert figures["width"] == pytest.approx([0.2, 0.3])
+        assert figures["width_spread"] == pytest.approx([0, 0.2], abs=1e-6)
+        # The first half of the memory holds the first segment, of which token i lies at (i − ½)/16; 16 − i + 1 tokens
+        # are left from it to the end. The second half holds the second, token i at (8 + i)/16.
+        assert figures["tokens_back"] == pytest.approx([100 + 16 - (0.2 * 16 - 0.5), 100 + 8 - (0.8 * 16 - 9)])
+
+
+def test_contribution_is_the_mean_ratio_of_norms():
+    attended = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
+    context = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    reading = Reading(context, Gaussian(torch.rand(1, 1, 2), torch.rand(1, 1, 2)))
+    assert contribution(LayerTrace(torch.zeros(1, 2, 2), attended, reading)) == pytest.approx((1 / 5 + 1 / 2) / 2)
+
+
+def test_sampled_places_are_counted(wrapped):
+    memory = wrapped(sticky=True, past_samples=200, sticky_bins=64).long_term_memories()[0]
+    narrow = Gaussian(torch.full((1, HEADS, 3), 0.4), torch.full((1, HEADS, 3), 1e-4))
+    share = sampled_places(memory, Reading(torch.zeros(1, 3, 16), narrow))
+    assert sum(share) == pytest.approx(1)
+    # 0.38 to 0.42 are one standard deviation either way: bins 24 to 26 of 64, and what lies beside them.
+    assert sum(share[22:29]) > 0.99
+    assert share[25] == max(share)

@@ -1,0 +1,292 @@
+"""What is read is what a literal loop over one document at a time reads, whatever is read side by side with it."""
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from infformer.data import TokenizedDocuments
+from infformer.evaluation.perplexity import evaluate, evaluate_controls, measure
+from infformer.evaluation.reading import EvaluationError, describe_protocol, read_documents
+from infformer.evaluation.reading import with_memory as with_memory_of
+from infformer.memory.layer import MemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.pretrained import InfformerForCausalLM
+
+SEGMENT = 16
+
+
+def cut(documents: TokenizedDocuments, document: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The inputs and the targets of each segment."""
+    tokens = torch.from_numpy(documents.tokens(document, 0, int(documents.token_counts[document])))
+    for start in range(0, len(tokens) - 1, SEGMENT):
+        targets = tokens[start + 1 : start + 1 + SEGMENT]
+        yield tokens[start : start + len(targets)].unsqueeze(0), targets
+
+
+def nats(logits: Tensor, targets: Tensor) -> np.ndarray:
+    return -logits[0].double().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1).numpy()
+
+
+CONTROLS = {
+    "memory_off": "none",
+    "memory_of_another_document": "another",
+    "memory_shuffled_in_time": "shuffled",
+}
+
+
+@cache
+@torch.no_grad()
+def literally(model: InfformerForCausalLM, documents: TokenizedDocuments, memory_of: str) -> list[np.ndarray]:
+    """The nats of every token of every document, read one segment of one document at a time."""
+    model.eval()
+    memories, losses = [], []
+    for document in range(len(documents)):
+        memory, own = None, [None]
+        for inputs, _ in cut(documents, document):
+            memory = model(inputs, memory=memory).memory
+            own.append(memory)
+        memories.append(own)
+    for document in range(len(documents)):
+        past = {
+            "own": memories[document],
+            "another": memories[(document + 1) % len(documents)],
+            "shuffled": [None, *map(model.shuffle_time, memories[document][1:])],
+            "none": [None],
+        }[memory_of]
+        losses.append(
+            np.concatenate(
+                [
+                    nats(model(inputs, memory=past[min(number, len(past) - 1)]).logits, targets)
+                    for number, (inputs, targets) in enumerate(cut(documents, document))
+                ]
+            )
+        )
+    return losses
+
+
+def by_document(figures: dict) -> dict[str, float]:
+    return {entry["id"]: entry["nll"] for entry in figures["per_document"]}
+
+
+def assert_same(figures: dict, losses: list[np.ndarray], documents: TokenizedDocuments, relative: float) -> None:
+    expected = dict(zip(documents.ids, (loss.sum() for loss in losses), strict=True))
+    assert by_document(figures) == pytest.approx(expected, rel=relative)
+    assert figures["nll"] == pytest.approx(sum(expected.values()), rel=relative)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+class TestWhateverIsReadSideBySide:
+    def test_own_memory(self, model, reader, documents, batch_size):
+        assert_same(evaluate(reader(model, batch_size), documents), literally(model, documents, "own"), documents, 1e-5)
+
+    def test_no_memory_in_the_model(self, without_memory, backbone, documents, batch_size, reader):
+        with torch.no_grad():
+            losses = [
+                np.concatenate([nats(backbone(inputs).logits, targets) for inputs, targets in cut(documents, document)])
+                for document in range(len(documents))
+            ]
+        assert_same(evaluate(reader(without_memory, batch_size), documents), losses, documents, 1e-6)
+
+    def test_controls(self, model, documents, batch_size, reader):
+        controls = evaluate_controls(reader(model, batch_size), documents)
+        for control, memory_of in CONTROLS.items():
+            assert_same(controls.pop(control), literally(model, documents, memory_of), documents, 1e-5)
+        assert not controls
+
+    def test_order_of_documents(self, model, documents, documents_of, batch_size, reader):
+        one = evaluate(reader(model), documents)
+        other = evaluate(reader(model, batch_size), documents_of(*reversed(documents.ids)))
+        assert [entry["id"] for entry in other["per_document"]] == list(reversed(documents.ids))
+        assert by_document(other) == pytest.approx(by_document(one), rel=1e-5)
+
+
+class TestControls:
+    def test_the_memory_matters_here(self, model, documents, reader):
+        """So that the other tests mean something: the three situations differ by far more than these allow."""
+        own = evaluate(reader(model), documents)
+        controls = evaluate_controls(reader(model), documents)
+        figures = [own["nll"], *(control["nll"] for control in controls.values())]
+        assert min(abs(one - other) for one in figures for other in figures if one is not other) > 5e-4 * own["nll"]
+
+    def test_a_document_without_a_whole_segment_before_its_end_is_the_same_in_all(self, model, documents, reader):
+        own = evaluate(reader(model), documents)
+        for control in evaluate_controls(reader(model), documents).values():
+            assert by_document(control)["short"] == by_document(own)["short"]
+
+    def test_one_document_has_no_other(self, model, documents_of, reader):
+        assert evaluate_controls(reader(model), documents_of("ship")).keys() == {
+            "memory_off",
+            "memory_shuffled_in_time",
+        }
+
+    def test_a_model_without_memory_has_none(self, without_memory, documents, reader):
+        assert evaluate_controls(reader(without_memory), documents) == {}
+
+
+@pytest.mark.parametrize("options", [{"contraction": "uniform"}, {"read": "slots"}, {"read": "moments"}])
+def test_every_kind_of_memory(with_memory, documents, options, reader):
+    """Rows that have written different numbers of segments are read side by side."""
+    other = with_memory(**options)
+    assert_same(evaluate(reader(other), documents), literally(other, documents, "own"), documents, 1e-5)
+
+
+@torch.no_grad()
+def slide(model: InfformerForCausalLM, documents: TokenizedDocuments, stride: int) -> list[np.ndarray]:
+    """Window by window, one document at a time; what a window may see of the memory was written before its end."""
+    model.eval()
+    losses = []
+    for document in range(len(documents)):
+        memories = [None]
+        for inputs, _ in cut(documents, document):
+            memories.append(model(inputs, memory=memories[-1]).memory)
+        tokens = torch.from_numpy(documents.tokens(document, 0, int(documents.token_counts[document])))
+        found, previous = [], 0
+        for begin in range(0, len(tokens) - 1, stride):
+            end = min(begin + SEGMENT, len(tokens) - 1)
+            written = -(-begin // SEGMENT)  # whole segments that hold all that is before the window
+            logits = model(tokens[begin:end].unsqueeze(0), memory=memories[written]).logits
+            found.append(nats(logits[:, previous - begin :], tokens[previous + 1 : end + 1]))
+            previous = end
+            if end == len(tokens) - 1:
+                break
+        losses.append(np.concatenate(found))
+    return losses
+
+
+class TestSlidingWindow:
+    @pytest.mark.parametrize("stride", [1, 4, 8])
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_with_memory(self, model, documents, reader, stride, batch_size):
+        read = reader(model, batch_size, stride=stride)
+        assert_same(evaluate(read, documents), slide(model, documents, stride), documents, 1e-5)
+
+    @pytest.mark.parametrize("stride", [1, 5, 8, 16])
+    def test_of_a_stock_model(self, without_memory, backbone, documents, reader, stride):
+        """Its logits come from transformers alone."""
+        with torch.no_grad():
+            expected = []
+            for document in range(len(documents)):
+                tokens = torch.from_numpy(documents.tokens(document, 0, int(documents.token_counts[document])))
+                total, previous = [], 0
+                for begin in range(0, len(tokens) - 1, stride):
+                    end = min(begin + SEGMENT, len(tokens) - 1)
+                    logits = backbone(tokens[begin:end].unsqueeze(0)).logits
+                    total.append(nats(logits[:, previous - begin :], tokens[previous + 1 : end + 1]))
+                    previous = end
+                    if end == len(tokens) - 1:
+                        break
+                expected.append(np.concatenate(total))
+        assert_same(evaluate(reader(without_memory, stride=stride), documents), expected, documents, 1e-6)
+
+    def test_controls(self, model, documents, reader):
+        """Where nothing is ever written, a window reads as in a model without memory."""
+        read = reader(model, stride=4)
+        controls = evaluate_controls(read, documents)
+        with torch.no_grad():
+            backbone = InfformerForCausalLM.from_backbone(copy.deepcopy(model.backbone)).eval()
+        assert_same(controls["memory_off"], slide(backbone, documents, 4), documents, 1e-5)
+        own = evaluate(read, documents)["nll"]
+        assert all(abs(control["nll"] - own) > 5e-4 * own for control in controls.values())
+
+
+class TestWarmUp:
+    @pytest.mark.parametrize("batch_size", [1, 2, 8])
+    @pytest.mark.parametrize("stride", [None, 8])
+    def test_the_memory_of_the_documents_before(self, with_memory, documents, reader, batch_size, stride):
+        """In float64: through so many segments of so wild a memory, rounding errors grow."""
+        model = with_memory(sticky=True, sticky_bins=16).double()
+        warm_reader = reader(model, batch_size, warmup_documents=2, stride=stride)
+        warm = read_documents(warm_reader, documents, with_memory_of(warm_reader), "warm")
+        expected = []
+        with torch.no_grad():
+            for document in range(len(documents)):
+                memory = None
+                for other in (document - 2, document - 1):
+                    for inputs, _ in cut(documents, other % len(documents)):
+                        memory = model(inputs, memory=memory).memory
+                memories = [memory]
+                for inputs, _ in cut(documents, document):
+                    memories.append(model(inputs, memory=memories[-1]).memory)
+                tokens = torch.from_numpy(documents.tokens(document, 0, int(documents.token_counts[document])))
+                previous, step = 0, stride or SEGMENT
+                for begin in range(0, len(tokens) - 1, step):
+                    end = min(begin + SEGMENT, len(tokens) - 1)
+                    logits = model(tokens[begin:end].unsqueeze(0), memory=memories[-(-begin // SEGMENT)]).logits
+                    expected.append(nats(logits[:, previous - begin :], tokens[previous + 1 : end + 1]))
+                    previous = end
+                    if end == len(tokens) - 1:
+                        break
+        np.testing.assert_allclose(warm, np.concatenate(expected), rtol=1e-5)
+
+    def test_another_document_has_others_before_it(self, model, documents, reader):
+        """With 5 documents there is room for 1 warm-up document, not for 2."""
+        controls = evaluate_controls(reader(model, warmup_documents=1), documents)
+        assert "memory_of_another_document" in controls
+        assert "memory_of_another_document" not in evaluate_controls(reader(model, warmup_documents=2), documents)
+
+
+class TestWhatCannotBeRead:
+    @pytest.mark.parametrize("stride", [0, -1, 17])
+    def test_a_stride_beyond_the_segment(self, model, reader, stride):
+        with pytest.raises(EvaluationError, match=f"stride={stride}: .* at least 1 and at most 16 tokens"):
+            reader(model, stride=stride)
+
+    def test_a_stride_that_does_not_divide_what_is_written(self, model, reader, without_memory):
+        with pytest.raises(EvaluationError, match="stride=5 does not divide segment_length=16"):
+            reader(model, stride=5)
+        reader(without_memory, stride=5)
+
+    def test_a_stride_beside_a_short_term_memory(self, reader):
+        config = DecoderConfig(20, 16, 1, 2, feed_forward_size=16, memory=MemoryConfig(SEGMENT, short_term_length=16))
+        with pytest.raises(EvaluationError, match="stride=8: a short-term memory is a sliding window already"):
+            reader(DecoderForCausalLM(config), stride=8)
+
+    def test_warming_up_no_memory(self, reader, without_memory):
+        with pytest.raises(EvaluationError, match="warmup_documents=2: this model has no memory"):
+            reader(without_memory, warmup_documents=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "disjoint segments of 16, float32"),
+        ({"stride": 16}, "disjoint segments of 16, float32"),
+        ({"stride": 4, "precision": torch.bfloat16}, "windows of 16, stride 4, bfloat16"),
+        ({"warmup_documents": 3}, "disjoint segments of 16, after 3 documents, float32"),
+    ],
+)
+def test_a_protocol_in_words(model, reader, options, words):
+    assert describe_protocol(reader(model, **options).protocol) == words
+
+
+def test_shares_add_up(model, documents, reader):
+    """Two processes: each reads its lanes, and the sums of both are the nats."""
+    whole = read_documents(reader(model, 4), documents, with_memory_of(reader(model, 4)), "whole")
+    sums: list[Tensor] = []
+    first = reader(model, 4, process=0, processes=2, reduce=lambda tensor: sums.append(tensor) or tensor)
+    read_documents(first, documents, with_memory_of(first), "first")
+    second = reader(model, 4, process=1, processes=2, reduce=lambda tensor: tensor + sums[0])
+    together = read_documents(second, documents, with_memory_of(second), "second")
+    assert 0 < sums[0].count_nonzero() < len(whole)
+    np.testing.assert_allclose(together, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_in_bfloat16(model, documents, reader):
+    exact = evaluate(reader(model), documents)["nll"]
+    rounded = evaluate(reader(model, precision=torch.bfloat16), documents)["nll"]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.01)
+
+
+def test_the_model_is_as_before(with_memory, documents, reader):
+    model = with_memory()
+    before = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    measure(reader(model), documents, controls=True, checkpoint="here")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)

@@ -1,0 +1,191 @@
+"""Who forgets nothing finds everything; who reads the last segment alone, what stands in it; and all of it adds up."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from infformer.data import DataConfig, DataError, tokenize_documents
+from infformer.evaluation.reading import Reader
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks.answering import answer
+from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
+from infformer.tasks.needle import NeedleConfig, NeedleInABook
+from infformer.tasks.passkey import Passkey, PasskeyConfig
+from infformer.tasks.retrieval import Retrieval
+from infformer.tasks.retrieval_accuracy import format_accuracy, measure_cells
+
+SEGMENT = 8
+CONFIG = AssociativeRecallConfig(
+    keys=20, values=4, queries=2, lengths=[36, 20], depths=[0, 0.5, 1], validation_questions=4, test_questions=5
+)
+SOURCE = AssociativeRecall(CONFIG)
+
+
+def make(model: nn.Module, config: AssociativeRecallConfig = CONFIG, **options) -> Retrieval:
+    return Retrieval(
+        config, AssociativeRecall(config), Reader(model, SEGMENT, batch_size=4, progress=False), 8, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> InfformerForCausalLM:
+    """A small model of random weights, whose memory decides on what it answers."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=CONFIG.vocabulary_size, n_positions=SEGMENT, n_embd=16, n_layer=2, n_head=2, initializer_range=1.0
+    )
+    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
+    model = InfformerForCausalLM.from_backbone(GPT2LMHeadModel(config), memory)
+    for parameter in model.memories.parameters():
+        nn.init.normal_(parameter)
+    return model.eval()
+
+
+def test_who_remembers_all_is_right_everywhere(witness) -> None:
+    results = make(witness(CONFIG.vocabulary_size, SEGMENT)).measure("here")
+    assert [(cell["length"], cell["depth"]) for cell in results["cells"]] == [
+        (length, depth) for length in (36, 20) for depth in (0, 0.5, 1)
+    ]
+    for cell in results["cells"]:
+        assert (cell["answers"], cell["tokens"]) == (10, 10)
+        assert cell["exact_match"] == cell["accuracy"] == cell["accuracy_free_running"] == 1
+        assert cell["nll"] == pytest.approx(np.log(1 + 24 * np.exp(-5)))
+    assert results["chance"] == 0.25
+    assert results["protocol"] == {
+        "task": "associative recall",
+        "segment": SEGMENT,
+        "window": 8,
+        "reset": "each text begins with an empty memory; memory off: its last segment alone",
+        "dtype": "float32",
+        "checkpoint": "here",
+    }
+
+
+def test_without_memory_only_the_last_segment_is_known(witness) -> None:
+    """Of the last 8 inputs 3 are those of the queries and 1 is the separator: two pairs are left."""
+    config = AssociativeRecallConfig(keys=20, values=4, queries=2, lengths=[36], depths=[0, 0.93, 1], test_questions=30)
+    off = make(witness(config.vocabulary_size, SEGMENT), config).measure("here")["controls"]["memory_off"]
+    assert off[0]["exact_match"] < 0.3  # a value may well have been the other query's
+    assert [cell["exact_match"] for cell in off[1:]] == [1, 1]
+    assert make(witness(CONFIG.vocabulary_size, SEGMENT), controls=False).measure("here")["controls"] == {}
+
+
+@pytest.mark.parametrize("kind", [(Passkey, PasskeyConfig), (NeedleInABook, NeedleConfig)])
+def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer, tmp_path) -> None:
+    (tmp_path / "book.txt").write_text("The white whale rose, and nobody saw it. " * 30)
+    data = DataConfig(source="files", test=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
+    documents = {"test": tokenize_documents(data, "test", tokenizer)}
+    source, config = kind[0](kind[1](), documents, tokenizer, True), kind[1](lengths=[301], test_questions=2)
+    reader = Reader(witness(len(tokenizer), 64), 64, progress=False)
+    retrieval = Retrieval(config, source, reader, 64, controls=False, tokenizer=tokenizer)
+    cells = retrieval.measure("here")["cells"]
+    assert [cell["exact_match"] for cell in cells] == [1] * 5
+    assert all(cell["answers"] == 2 and cell["tokens"] >= 12 for cell in cells)
+    assert retrieval.validate() is None
+    assert retrieval.sample(0, 5) is None
+
+
+@torch.no_grad()
+def test_answers_are_those_of_a_literal_loop(model) -> None:
+    """Where not every token is asked for, the true ones stand between the model's own."""
+    questions = SOURCE.draw("test", range(6), 0, 20, np.random.default_rng(0).random((6, 2)))
+    nats, forced, free = [], [], []
+    for row in questions.tokens.tolist():
+        own = list(row)
+        for place in (17, 19):
+            for text, answers in ((row, forced), (own, free)):
+                memory = None
+                for segment in torch.tensor([text[:place]]).split(SEGMENT, dim=1):
+                    output = model(segment, memory=memory)
+                    memory = output.memory
+                answers.append(int(output.logits[0, -1].argmax()))
+                if text is row:
+                    nats.append(-float(output.logits[0, -1].log_softmax(dim=0)[row[place]]))
+            own[place] = free[-1]
+    given = answer(Reader(model, SEGMENT, 4, progress=False), questions, "answers")
+    assert given.free.tolist() == free != forced
+    assert (given.forced.right == (np.array(forced) == questions.true_answers)).all()
+    assert given.forced.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_figures_depend_neither_on_the_batch_nor_on_the_processes(model) -> None:
+    options = (SOURCE, "test", 36, [0, 0.5, 1], 5, 0, "recall")
+    expected = measure_cells(Reader(model, SEGMENT, 1, progress=False), *options)
+    for batch_size in (2, 5):
+        for found, cell in zip(
+            measure_cells(Reader(model, SEGMENT, batch_size, progress=False), *options), expected, strict=True
+        ):
+            assert found == pytest.approx(cell, rel=1e-5)
+    questions = SOURCE.draw("test", range(4), 0, 36, np.zeros((4, 2)))
+    one = answer(Reader(model, SEGMENT, progress=False), questions, "one")
+    sums: list[torch.Tensor] = []
+    for process in range(5):  # the last of which has nothing to read
+        reader = Reader(
+            model,
+            SEGMENT,
+            5,
+            process=process,
+            processes=5,
+            reduce=lambda own: sums.append(own) or sum(sums),
+            progress=False,
+        )
+        shared = answer(reader, questions, "shared")
+    assert len(sums) == 5
+    assert (shared.free == one.free).all()
+    assert shared.forced.nats == pytest.approx(one.forced.nats, rel=1e-5)
+
+
+def test_who_knows_nothing_is_at_chance(model) -> None:
+    config = AssociativeRecallConfig(keys=20, values=4, queries=2, depths=[0.5], lengths=[36], test_questions=60)
+    (cell,) = make(model, config).measure("here")["cells"]
+    assert cell["exact_match"] < 0.25 + 4 * np.sqrt(0.25 * 0.75 / 120)
+
+
+def test_validation_is_of_the_first_length(witness, model) -> None:
+    perfect = make(witness(CONFIG.vocabulary_size, SEGMENT)).validate()
+    assert perfect.metrics == {"validation/loss": perfect.loss, "validation/accuracy": 1, "validation/exact_match": 1}
+    assert perfect.loss == pytest.approx(np.log(1 + 24 * np.exp(-5)))
+    cells = measure_cells(Reader(model, SEGMENT, progress=False), SOURCE, "validation", 36, [0, 0.5, 1], 4, 0, "")
+    measured = make(model).validate()
+    assert measured.loss == pytest.approx(np.mean([cell["nll"] for cell in cells]), rel=1e-5)
+    assert measured.loss > perfect.loss
+
+
+def test_the_report_is_a_file_a_table_and_a_figure(witness, tmp_path, capsys) -> None:
+    retrieval = make(witness(CONFIG.vocabulary_size, SEGMENT))
+    results = retrieval.measure("here") | {"before": None}
+    (figure,) = retrieval.report(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert figure == tmp_path / "plots" / "accuracy_by_length_and_depth.png"
+    assert figure.is_file()
+    shown = capsys.readouterr().out
+    assert shown == format_accuracy(results) + "\n"
+    header, *rows, last = shown.splitlines()
+    assert header.split() == ["depth", "36", "20"]
+    assert rows[0].split() == ["0.00", "1.000", "/", "1.000", "1.000", "/", "1.000"]
+    assert [row.split()[0] for row in rows] == ["0.00", "0.50", "1.00"] * 2
+    off = results["controls"]["memory_off"]
+    assert rows[3].split()[1:4] == ["memory", "off", f"{off[0]['exact_match']:.3f}"]
+    assert all(len(row) == len(header) for row in rows)
+    assert re.search(r"associative recall by depth .* 10 answers each, chance 0.25; segments of 8 tokens", last)
+
+
+def test_a_sample_shows_what_is_true_and_what_is_said(witness) -> None:
+    retrieval = make(witness(CONFIG.vocabulary_size, SEGMENT))
+    true = SOURCE.draw("validation", [1], 0, 36, np.ones((1, 2))).true_answers.tolist()
+    assert retrieval.sample(5, 64) == f"text 1, depth 1: {true[0]} {true[1]}; the model: {true[0]} {true[1]}"
+    assert retrieval.sample(5, 1) == f"text 1, depth 1: {true[0]}; the model: {true[0]}"
+
+
+def test_what_cannot_be_asked_is_refused_at_once(witness) -> None:
+    with pytest.raises(DataError, match=r"25 symbols, and the model knows 24: set model.architecture.vocab_size=25"):
+        make(witness(24, SEGMENT))
+    short = AssociativeRecallConfig(keys=20, values=4, queries=2, lengths=[36, 8])
+    with pytest.raises(DataError, match=r"a length of 8 .*task.queries=2"):
+        make(witness(25, SEGMENT), short)

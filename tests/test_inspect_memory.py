@@ -1,0 +1,79 @@
+"""The page about a memory: made of a run's checkpoint and a text file, and errors that a user can mend."""
+
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.pretrained import InfformerForCausalLM
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setenv("INFFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return import_module("inspect_memory")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(backbone, tokenizer, tmp_path_factory) -> Path:
+    """A checkpoint of a run, in which a model folder is."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    memory = LongTermMemoryConfig(segment_length=16, basis_functions=8, past_samples=16, sticky=True)
+    model = InfformerForCausalLM.from_backbone(backbone, memory)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["inspect_memory.py", *map(str, options)])
+    script.main()
+
+
+def test_a_page_that_needs_no_other_file(script, checkpoint, monkeypatch, tmp_path, capsys):
+    (tmp_path / "whale.txt").write_text("the white whale under the deep sea " * 4)
+    run(script, monkeypatch, checkpoint, "whale.txt", "--segments", 4, "--layers", 1, "--folder", tmp_path / "page")
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"written to {tmp_path / 'page' / 'index.html'}" in capsys.readouterr().out
+    found = json.loads((tmp_path / "page" / "inspection.json").read_text())
+    assert (found["name"], found["document"]["segments"], found["memory"]["layers"]) == ("whale", 4, [1])
+    pictures = sorted(path.stem for path in (tmp_path / "page").glob("*.png"))
+    assert "sticky_samples" in pictures
+    assert page.count('src="data:image/png;base64,') == len(pictures) == 7
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "64 tokens in 4 segments of 16" in page
+    loss = found["reading"]["nats_without_memory"][0] - found["reading"]["nats"][0]
+    assert loss == pytest.approx(0, abs=1e-6)  # a new memory adds nothing
+    assert not re.search(r"\bnan\b|None|no value", page.split("</style>")[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (None, (), "document=whale.txt: there is no such file"),
+        ("", (), "whale.txt"),
+        ("the sea", (), "the document has 8 tokens, and nothing is read from memory before token 17"),
+        ("the sea " * 9, ("--segments", 1), "segments=1: nothing is read from memory before segment 2"),
+        ("the sea " * 9, ("--layers", 2), r"layers=\[2\]: choose among"),
+    ],
+)
+def test_errors(script, checkpoint, monkeypatch, tmp_path, text, options, message):
+    if text is not None:
+        (tmp_path / "whale.txt").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        run(script, monkeypatch, checkpoint, "whale.txt", *options)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_model_without_memory(script, model_folder, monkeypatch):
+    with pytest.raises(SystemExit, match="this model has no long-term memory"):
+        run(script, monkeypatch, model_folder, "sample")
