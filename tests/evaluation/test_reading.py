@@ -79,7 +79,7 @@ def assert_same(figures: dict, losses: list[np.ndarray], documents: TokenizedDoc
     assert figures["nll"] == pytest.approx(sum(expected.values()), rel=relative)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
 class TestWhateverIsReadSideBySide:
     def test_own_memory(self, model, reader, documents, batch_size):
         assert_same(evaluate(reader(model, batch_size), documents), literally(model, documents, "own"), documents, 1e-5)
