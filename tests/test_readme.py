@@ -25,8 +25,8 @@ COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
 RUNS = [command for command in COMMANDS if "train.py" in command or "eval.py" in command]
 
 SMALL = (
-    "training.max_steps=2", "training.batch_size=2", "data.max_document_characters=4000", "data.segments_per_visit=2",
-    "evaluation.controls=false",
+    "training.max_steps=2", "training.batch_size=2", "data.max_document_characters=4000",
+    "data.max_held_out_characters=4000", "data.segments_per_visit=2", "evaluation.controls=false",
 )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_the_default_prints_its_table(tiny_run: tuple[Path, str]) -> None:
 def test_its_checkpoint_is_measured(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
     command = next(command for command in RUNS if "eval.py" in command and "outputs/tiny" in command)
     chosen = [option.replace("outputs/tiny", str(tiny_run[0])) for option in options(command)]
-    printed = run("eval.py", *chosen, "data.max_document_characters=4000", f"output_dir={tmp_path}")
+    printed = run("eval.py", *chosen, "data.max_held_out_characters=4000", f"output_dir={tmp_path}")
     assert "another document's memory" in printed
     assert (tmp_path / "results.json").exists()
 
