@@ -48,14 +48,10 @@ def run(config: EvaluationRunConfig) -> None:
         option = "tokenizer" if config.tokenizer else "checkpoint"
         tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, option)
         check_fit(model, tokenizer)
-    segment_length = config.segment_length or model.segment_length or model.positions
-    if segment_length is None:
-        raise UserError("segment_length=null: this model has no limit of positions; say how long a segment is")
-    model.check_segment_length(segment_length)
     reader = make_reader(
         accelerator,
         model.to(accelerator.device),
-        segment_length,
+        model.choose_segment_length(config.segment_length),
         config.precision,
         config.batch_size,
         stride=config.stride,

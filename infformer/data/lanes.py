@@ -11,7 +11,7 @@ also where that is the first one of the next segment: no target is lost.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -84,6 +84,20 @@ class Segment:
         return [(name, value) for name, value in values if isinstance(value, Tensor)]
 
 
+class Window(NamedTuple):
+    """A stretch of a document that is read at once."""
+
+    document: int
+    start: int
+    """Its first input."""
+    stop: int
+    """The input after its last."""
+    scored: int
+    """Inputs from this one on are scored; at `stop` none is."""
+    reset: bool
+    """The memory must be empty."""
+
+
 class Lanes(Iterator[Segment]):
     """The segments of training, without end.
 
@@ -153,7 +167,8 @@ class Lanes(Iterator[Segment]):
 
     def __next__(self) -> Segment:
         self._lanes.refill(self._visits.take(self._lanes.finished.size))
-        segment = _load(self._documents, self._lanes, self._segment_length, self._share)
+        windows = self._lanes.windows(self._segment_length)
+        segment = load_windows(self._documents, windows, self._segment_length, self._share, self._lanes.reads)
         self._lanes.advance(self._segment_length)
         return segment
 
@@ -194,6 +209,40 @@ def check_identity(saved: dict[str, Any], own: dict[str, Any], material: str) ->
                 f"{option}: the run to be resumed had {_spell(then)}, this one has {_spell(now)}; its place in the "
                 f"{material} means nothing here. Set it back, or begin a new run."
             )
+
+
+def load_windows(
+    documents: TokenizedDocuments,
+    windows: Sequence[Window | None],
+    segment_length: int,
+    share: Sequence[int] | Integers,
+    reads: Integers,
+) -> Segment:
+    """The segment that the lanes of a share read: of every lane of the global batch its window, or None if it is idle.
+
+    Args:
+        reads: how many windows each lane has read before, [lanes].
+    """
+    input_ids = np.zeros((len(share), segment_length), dtype=np.int64)
+    labels = np.full((len(share), segment_length), IGNORED, dtype=np.int64)
+    idle = Window(-1, 0, 0, 0, False)
+    rows = [windows[lane] or idle for lane in share]
+    for row, (document, start, stop, scored, _) in enumerate(rows):
+        if stop > start:
+            tokens = documents.tokens(document, start, stop + 1)
+            input_ids[row, : stop - start] = tokens[:-1]
+            labels[row, scored - start : stop - start] = tokens[scored - start + 1 :]
+    return Segment(
+        input_ids=torch.from_numpy(input_ids),
+        shift_labels=torch.from_numpy(labels),
+        lengths=torch.tensor([row.stop - row.start for row in rows]),
+        reset=torch.tensor([row.reset for row in rows]),
+        documents=torch.tensor([row.document for row in rows]),
+        starts=torch.tensor([row.start for row in rows]),
+        reads=torch.from_numpy(reads[list(share)]),
+        lanes=torch.tensor(list(share)),
+        global_tokens=sum(window.stop - window.scored for window in windows if window is not None),
+    )
 
 
 class _Visits:
@@ -263,14 +312,15 @@ class _Places:
         self.reset[:] = False
         self.reset[finished] = True
 
-    def lengths(self, segment_length: int) -> Integers:
-        lengths: Integers = np.minimum(self.ends - self.positions, segment_length)
-        return lengths
+    def windows(self, segment_length: int) -> list[Window]:
+        """What each lane reads next; all of it is scored."""
+        stops = np.minimum(self.positions + segment_length, self.ends)
+        lanes = zip(*(each.tolist() for each in (self.documents, self.positions, stops, self.reset)), strict=True)
+        return [Window(document, start, stop, start, reset) for document, start, stop, reset in lanes]
 
     def advance(self, segment_length: int) -> None:
-        lengths = self.lengths(segment_length)
-        self.positions += lengths
-        self.reads += lengths > 0
+        self.positions = np.minimum(self.positions + segment_length, self.ends)
+        self.reads += 1
 
     def to_lists(self) -> dict[str, list[int]]:
         return {name: getattr(self, name).tolist() for name in ("documents", "positions", "ends", "reads")}
@@ -290,31 +340,6 @@ def _share(share: Sequence[int] | slice | None, lanes: int) -> Integers:
     if not np.isin(chosen, np.arange(lanes)).all():
         raise DataError(f"share: lanes {chosen.tolist()}, of which not all are in 0 to {lanes - 1}.")
     return chosen
-
-
-def _load(documents: TokenizedDocuments, places: _Places, segment_length: int, share: Integers) -> Segment:
-    """The next segment of the lanes of a share."""
-    lengths = places.lengths(segment_length)
-    input_ids = np.zeros((len(share), segment_length), dtype=np.int64)
-    labels = np.full((len(share), segment_length), IGNORED, dtype=np.int64)
-    for row, lane in enumerate(share):
-        length = lengths[lane]
-        if length:
-            start = places.positions[lane]
-            tokens = documents.tokens(places.documents[lane], start, start + length + 1)
-            input_ids[row, :length] = tokens[:-1]
-            labels[row, :length] = tokens[1:]
-    return Segment(
-        input_ids=torch.from_numpy(input_ids),
-        shift_labels=torch.from_numpy(labels),
-        lengths=torch.from_numpy(lengths[share]),
-        reset=torch.from_numpy(places.reset[share]),
-        documents=torch.from_numpy(places.documents[share]),
-        starts=torch.from_numpy(places.positions[share]),
-        reads=torch.from_numpy(places.reads[share]),
-        lanes=torch.from_numpy(share.copy()),
-        global_tokens=int(lengths.sum()),
-    )
 
 
 def _spell(value: Any) -> str:

@@ -8,29 +8,13 @@ exactly once, and with `stride = segment_length` the windows are disjoint segmen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
-from infformer.data.lanes import IGNORED, Segment
+from infformer.data.lanes import Segment, Window, load_windows
 from infformer.data.tokenization import TokenizedDocuments
-
-
-class Window(NamedTuple):
-    """A stretch of a document that is read at once."""
-
-    document: int
-    start: int
-    """Its first input."""
-    stop: int
-    """The input after its last."""
-    scored: int
-    """Inputs from this one on are scored; at `stop` none is."""
-    reset: bool
-    """The memory must be empty."""
 
 
 def read_once(
@@ -85,7 +69,7 @@ def read_once(
             windows.append(window)
         if not any(windows):
             return
-        yield _load(documents, windows, segment_length, chosen, reads)
+        yield load_windows(documents, windows, segment_length, chosen, reads)
         reads += [window is not None for window in windows]
 
 
@@ -103,33 +87,3 @@ def _windows(
         stop = min(start + segment_length, int(inputs[document]))
         yield Window(document, start, stop, scored, warmup_documents == 0 and start == 0)
         scored, start = stop, start + stride
-
-
-def _load(
-    documents: TokenizedDocuments,
-    windows: Sequence[Window | None],
-    segment_length: int,
-    share: Sequence[int],
-    reads: NDArray[np.int64],
-) -> Segment:
-    """The tokens of a window of every lane of a share."""
-    input_ids = np.zeros((len(share), segment_length), dtype=np.int64)
-    labels = np.full((len(share), segment_length), IGNORED, dtype=np.int64)
-    idle = Window(-1, 0, 0, 0, False)
-    rows = [windows[lane] or idle for lane in share]
-    for row, (document, start, stop, scored, _) in enumerate(rows):
-        if stop > start:
-            tokens = documents.tokens(document, start, stop + 1)
-            input_ids[row, : stop - start] = tokens[:-1]
-            labels[row, scored - start : stop - start] = tokens[scored - start + 1 :]
-    return Segment(
-        input_ids=torch.from_numpy(input_ids),
-        shift_labels=torch.from_numpy(labels),
-        lengths=torch.tensor([row.stop - row.start for row in rows]),
-        reset=torch.tensor([row.reset for row in rows]),
-        documents=torch.tensor([row.document for row in rows]),
-        starts=torch.tensor([row.start for row in rows]),
-        reads=torch.from_numpy(reads[list(share)]),
-        lanes=torch.tensor(list(share)),
-        global_tokens=sum(window.stop - window.scored for window in windows if window is not None),
-    )

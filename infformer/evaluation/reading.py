@@ -164,11 +164,13 @@ def without_memory(reader: Reader) -> Read:
 def with_shuffled_memory(reader: Reader) -> Read:
     """Each segment is read with the document's memory, whose past is in another order: see `shuffle_time`."""
 
+    shuffle = reader.model.time_shuffle()
+
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
         if memory is None:
             memory = reader.model.initial_memory(len(segment.lengths))
         memory = memory.reset_rows(segment.reset)
-        losses = _score(reader, segment, reader.model.shuffle_time(memory)).token_losses
+        losses = _score(reader, segment, reader.model.shuffle_time(memory, shuffle)).token_losses
         written = reader.model(segment.input_ids, memory=memory, lengths=segment.lengths, return_logits=False)
         return losses, _carry(reader, segment, memory, written.memory)
 

@@ -80,12 +80,7 @@ class InfformerLM(TemplateLM):
                 f"the tokenizer of {tokenizer or checkpoint} has neither a beginning-of-sequence nor an "
                 "end-of-sequence token, from which the first token of a text could be predicted: give it a bos_token"
             )
-        length = segment_length or model.segment_length or model.positions
-        if length is None:
-            raise HarnessError(
-                "model_args segment_length=: this model has no limit of positions; say how long a segment is"
-            )
-        model.check_segment_length(length)
+        length = model.choose_segment_length(segment_length)
         place = torch.accelerator.current_accelerator(check_available=True) if device is None else device
         try:
             model.to("cpu" if place is None else place)  # type: ignore[arg-type] # whose decorator hides its own self

@@ -305,10 +305,6 @@ class DecoderForCausalLM(MemoryModel):
         layers = enumerate(cast(Iterator[DecoderLayer], iter(self.layers)))
         return {number: layer.memory.long_term for number, layer in layers if layer.memory.long_term is not None}
 
-    def shuffle_time(self, memory: DecoderMemories) -> DecoderMemories:
-        shuffle = None if self.signal is None else self.signal.time_shuffle()
-        return LayerMemories(tuple(state.shuffle_time(shuffle) for state in memory.layers))
-
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         for layer in cast(Iterator[DecoderLayer], iter(self.layers)):
             yield from layer.memory.parameters()

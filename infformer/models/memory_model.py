@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from infformer.errors import UserError
 from infformer.memory.long_term import LongTermMemory
-from infformer.memory.state import MemoryState
+from infformer.memory.state import LayerMemories, MemoryState
 from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
 from infformer.models.outputs import MemoryModelOutput
 
@@ -71,13 +71,22 @@ class MemoryModel(PreTrainedModel):
         """The long-term memories by the numbers of their layers, from 0, in the order of the memory's layers."""
         raise NotImplementedError
 
-    def shuffle_time(self, memory: Any) -> Any:
+    def time_shuffle(self) -> Tensor | None:
+        """The matrix by which `shuffle_time` puts the long-term memories in another order; None without any."""
+        memories = self.long_term_memories()
+        return next(iter(memories.values())).signal.time_shuffle() if memories else None
+
+    def shuffle_time(self, memory: Any, shuffle: Tensor | None = None) -> Any:
         """The same memory with its past in another order, a control: does the order of what is remembered matter?
 
         Each kind of memory is cut into 16 blocks of time, which change places in a fixed way (`memory.time_shuffle`).
         Rows stay apart, and an empty memory stays empty.
+
+        Args:
+            shuffle: what `time_shuffle` returns, for who shuffles many memories; computed if not given.
         """
-        raise NotImplementedError
+        shuffle = self.time_shuffle() if shuffle is None else shuffle
+        return LayerMemories(tuple(state.shuffle_time(shuffle) for state in memory.layers))
 
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         """The memory's own parameters, as against the backbone's."""
@@ -99,6 +108,18 @@ class MemoryModel(PreTrainedModel):
                 f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
                 f"{self.positions} at most"
             )
+
+    def choose_segment_length(self, wanted: int | None) -> int:
+        """The length of the segments to read: as wanted, or the memory's, or for a model without one all positions.
+
+        Raises:
+            ModelError: the model cannot read such segments, or it has no limit by which to choose.
+        """
+        length = wanted or self.segment_length or self.positions
+        if length is None:
+            raise ModelError("segment_length=null: this model has no limit of positions; say how long a segment is")
+        self.check_segment_length(length)
+        return length
 
     def _whole_rows(self, batch: int, cached: int, length: int, lengths: Tensor | None) -> Tensor | None:
         """Rows whose segment is whole and is written, bool [batch]; None where no row's can be.

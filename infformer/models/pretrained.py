@@ -267,12 +267,6 @@ class InfformerForCausalLM(MemoryModel):
         # A model that was wrapped without memory may name layers all the same.
         return dict(zip(layers, cast(Iterator[LongTermMemory], iter(self.memories)), strict=False))
 
-    def shuffle_time(self, memory: LongTermMemories) -> LongTermMemories:
-        if not self.has_memory:
-            return memory
-        shuffle = self.signal.time_shuffle()
-        return LayerMemories(tuple(state.shuffle_time(shuffle) for state in memory.layers))
-
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         return self.memories.parameters()
 
