@@ -26,14 +26,14 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"error: {error}")
     assert isinstance(config, RunConfig)
 
-    from infformer.training.loop import TrainingStopped  # what follows loads for seconds
+    from infformer.training.loop import EXIT_CODE, TrainingStopped  # what follows loads for seconds
     from infformer.training.run import run
 
     try:
         run(config)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        sys.exit(EXIT_CODE)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -32,6 +32,8 @@ def _check_at_least(option: str, value: float | None, minimum: float) -> None:
         raise ValueError(f"{option}={value}: must be at least {minimum}")
 
 
+ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
+
 TASKS: dict[str, type[TaskConfig]] = {
     "language_modelling": TaskConfig,
     "sorting": SortingConfig,
@@ -212,13 +214,28 @@ class EvaluationConfig:
 
 @dataclass
 class EngineConfig:
-    """How several processes work together."""
+    """How several processes work together. None of it changes what is learned."""
 
     name: str = "auto"
-    """`auto`: one process, or data parallel when the launcher started several."""
+    """`ddp`: every process has the whole model. `fsdp2`: weights, gradients and moments are cut up (PyTorch). `zero1`,
+    `zero2`, `zero3`: moments, and gradients, and weights are (DeepSpeed). `zero3_offload`: and all lie in the host's
+    memory. `auto`: what accelerate was configured for, `ddp` if for nothing."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's configuration, for the zero engines."""
+    config: str | None = None
+    """A JSON file with such a configuration, instead of `deepspeed`."""
+    patience: float = 1800.0
+    """Seconds without progress after which a process is given up as hanging, and the run with it."""
 
     def __post_init__(self) -> None:
-        _check_choice("engine.name", self.name, ("auto",))
+        _check_choice("engine.name", self.name, ENGINES)
+        if self.config is not None and not self.name.startswith("zero"):
+            raise ValueError(
+                f"engine.config={self.config} with engine={self.name}: a DeepSpeed configuration belongs to "
+                "engine=zero1, zero2, zero3 or zero3_offload"
+            )
+        if self.patience <= 0:
+            raise ValueError(f"engine.patience={self.patience}: must be a positive number of seconds")
 
 
 @dataclass

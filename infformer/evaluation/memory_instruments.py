@@ -54,7 +54,7 @@ class ReadSegment:
     """Of each layer, in the order of the memories."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def inspect_document(
     model: MemoryModel,
     tokens: Tensor,
@@ -143,7 +143,7 @@ def inspect_document(
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator[ReadSegment]:
     """A document segment by segment, from an empty memory.
 
@@ -227,7 +227,7 @@ def sampled_places(memory: LongTermMemory, reading: Reading) -> list[float]:
     return shares
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequence[int]) -> dict[str, Any]:
     """What a segment costs if long-term memories are empty when it is read: how much each is needed.
 

@@ -51,6 +51,7 @@ class Reader:
             cost. What is written to memory is the same: whole disjoint segments, as soon as they are read, which is
             before their tokens leave the window.
         warmup_documents: before each document, read so many of those before it into memory.
+        after_segment: called whenever a segment has been read, on all processes equally often: to cut a reading short.
 
     Raises:
         EvaluationError: the model cannot read in this way.
@@ -66,6 +67,7 @@ class Reader:
     progress: bool = True
     stride: int | None = None
     warmup_documents: int = 0
+    after_segment: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         if self.warmup_documents and not self.model.has_memory:
@@ -113,7 +115,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     return f"{reading}{f', after {warmup} documents' if warmup else ''}, {protocol['dtype']}"
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: engines that cut up weights keep what they put together here for training
 def read_documents(reader: Reader, documents: TokenizedDocuments, read: Read, title: str) -> Nats:
     """Read every document once. The model is left in evaluation mode.
 
@@ -137,6 +139,7 @@ def read_documents(reader: Reader, documents: TokenizedDocuments, read: Read, ti
             scored = segment.shift_labels.numpy() != IGNORED
             places = (first[segment.documents.numpy()] + segment.starts.numpy())[:, None] + np.arange(scored.shape[1])
             nats[places[scored]] = losses.float().cpu().numpy()[scored]
+            reader.after_segment()
     # Each token is another process's zero but in one of them, so the sum is exact.
     summed: Nats = reader.reduce(torch.from_numpy(nats).to(device)).cpu().numpy()
     return summed

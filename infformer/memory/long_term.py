@@ -274,6 +274,24 @@ class LongTermMemory(nn.Module):
             torch.zeros(batch, dtype=torch.int64, device=signal.device),
         )
 
+    def forward(
+        self,
+        hidden: Tensor,
+        state: LongTermState,
+        operators: WriteOperators | None = None,
+        offsets: Tensor | None = None,
+        whole: Tensor | None = None,
+    ) -> tuple[Reading, LongTermState]:
+        """Read the memory, and write the same segment to it where there are operators to write with.
+
+        One call, because engines that cut up weights put a module's together for the time of its call. The arguments
+        are those of `read` and `write`.
+        """
+        reading = self.read(hidden, state)
+        if operators is None:
+            return reading, state
+        return reading, self.write(hidden, state, operators, reading.attention, offsets, whole)
+
     def read(self, hidden: Tensor, state: LongTermState) -> Reading:
         """What every token of a segment sees of the past segments; exactly zero where the memory is empty.
 

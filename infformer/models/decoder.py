@@ -305,6 +305,9 @@ class DecoderForCausalLM(MemoryModel):
         layers = enumerate(cast(Iterator[DecoderLayer], iter(self.layers)))
         return {number: layer.memory.long_term for number, layer in layers if layer.memory.long_term is not None}
 
+    def sharding_units(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         for layer in cast(Iterator[DecoderLayer], iter(self.layers)):
             yield from layer.memory.parameters()

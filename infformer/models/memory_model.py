@@ -92,6 +92,10 @@ class MemoryModel(PreTrainedModel):
         """The memory's own parameters, as against the backbone's."""
         raise NotImplementedError
 
+    def sharding_units(self) -> list[nn.Module]:
+        """The modules that an engine which cuts up weights puts together, each as a whole, for the time of its call."""
+        raise NotImplementedError
+
     @property
     def vocabulary_size(self) -> int:
         """How many tokens the model knows."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
@@ -84,23 +84,39 @@ class InfformerConfig(PreTrainedConfig):
             ) from error
 
 
-@dataclass
 class _MemoryCall:
-    """One forward pass's memory on its way through the layers."""
+    """One forward pass's memory on its way through the layers, and what they make of it.
 
-    signal: ContinuousSignal
-    """The caller's, by which its layers know that the call is for them."""
-    memory: LongTermMemories
-    operators: WriteOperators
-    """For writing; all layers write at the same time, so they share them."""
-    whole: Tensor | None
-    """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
-    offsets: Tensor | None
-    traced: bool
-    """Whether what happens in each layer is wanted too."""
-    written: dict[int, LongTermState] = field(default_factory=dict)
-    divergences: dict[int, Tensor] = field(default_factory=dict)
-    traces: dict[int, LayerTrace] = field(default_factory=dict)
+    No dataclass: FSDP2 hands a copy of those to each layer, and what the layer adds to it is lost.
+
+    Args:
+        signal: the caller's, by which its layers know that the call is for them.
+        memory: before this pass.
+        operators: for writing; all layers write at the same time, so they share them. None where no row's segment can
+            be whole.
+        whole: rows whose segment is whole and is written, bool [batch].
+        offsets: of sticky samples.
+        traced: whether what happens in each layer is wanted too.
+    """
+
+    def __init__(
+        self,
+        signal: ContinuousSignal,
+        memory: LongTermMemories,
+        operators: WriteOperators | None,
+        whole: Tensor | None,
+        offsets: Tensor | None,
+        traced: bool,
+    ) -> None:
+        self.signal = signal
+        self.memory = memory
+        self.operators = operators
+        self.whole = whole
+        self.offsets = offsets
+        self.traced = traced
+        self.written: dict[int, LongTermState] = {}
+        self.divergences: dict[int, Tensor] = {}
+        self.traces: dict[int, LayerTrace] = {}
 
 
 def _attend_to_memory(
@@ -115,13 +131,8 @@ def _attend_to_memory(
         return output
     hidden = args[0] if args else kwargs["hidden_states"]
     state = call.memory.layers[index]
-    reading = layer.read(hidden, state)
+    reading, call.written[index] = layer(hidden, state, call.operators, call.offsets, call.whole)
     call.divergences[index] = layer.divergence(reading.attention)
-    call.written[index] = (
-        state
-        if call.whole is None
-        else layer.write(hidden, state, call.operators, reading.attention, call.offsets, call.whole)
-    )
     attended, *others = output
     if call.traced:
         call.traces[index] = LayerTrace(hidden, attended, reading)
@@ -270,6 +281,11 @@ class InfformerForCausalLM(MemoryModel):
     def memory_parameters(self) -> Iterator[nn.Parameter]:
         return self.memories.parameters()
 
+    def sharding_units(self) -> list[nn.Module]:
+        known = ATTENTION_PATHS.get(self.config.backbone.model_type)
+        layers = [] if known is None else list(self.backbone.get_submodule(known[0]).children())
+        return [*layers, *self.memories]
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -289,7 +305,8 @@ class InfformerForCausalLM(MemoryModel):
             return None
         segments = memory.layers[0].segments
         whole = self._whole_rows(len(segments), cached, length, lengths)
-        return _MemoryCall(self.signal, memory, self.signal.operators(segments), whole, offsets, traced)
+        operators = None if whole is None else self.signal.operators(segments)
+        return _MemoryCall(self.signal, memory, operators, whole, offsets, traced)
 
     def _auxiliary_losses(self, call: _MemoryCall | None, lengths: Tensor | None) -> dict[str, Tensor]:
         """The divergence of the densities' variance, mean over tokens, sum over layers."""

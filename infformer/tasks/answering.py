@@ -42,7 +42,7 @@ class Answers:
     """[asked]; the tokens that the model gives free running, the most likely one each time."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_forced(reader: Reader, questions: Questions, title: str) -> Forced:
     """Ask a model teacher forced; it is left in evaluation mode. All processes together.
 
@@ -57,7 +57,7 @@ def answer_forced(reader: Reader, questions: Questions, title: str) -> Forced:
     return Forced(right == 1, nats.astype(np.float32))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer(reader: Reader, questions: Questions, title: str) -> Answers:
     """Ask a model teacher forced and free running; the text is read once. It is left in evaluation mode.
 
@@ -71,14 +71,14 @@ def answer(reader: Reader, questions: Questions, title: str) -> Answers:
         asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
         memory, start = _read_text(reader, tokens, asked.shape[1])
         outcome[:2, rows] = _answer_forced(reader, tokens, memory, start, asked.shape[1])
-        outcome[2, rows] = _answer_freely(reader, tokens, memory, start, asked).cpu()
+        outcome[2, rows] = _answer_freely(reader, tokens, memory, start, asked, np.any(questions.asked, axis=0)).cpu()
     right, nats, free = _of_all_processes(reader, outcome)[:, questions.asked]
     return Answers(Forced(right == 1, nats.astype(np.float32)), free.astype(np.int64))
 
 
 def alone(reader: Reader) -> Reader:
     """The same reader without the other processes, and silent: for a look in between."""
-    return replace(reader, process=0, processes=1, reduce=lambda own: own, progress=False)
+    return replace(reader, process=0, processes=1, reduce=lambda own: own, progress=False, after_segment=lambda: None)
 
 
 def _answer_forced(
@@ -98,15 +98,27 @@ def _answer_forced(
     return torch.stack([right.to(nats.dtype), nats]).cpu().numpy()
 
 
-def _answer_freely(reader: Reader, tokens: Tensor, memory: MemoryState | None, start: int, asked: Tensor) -> Tensor:
-    """The last tokens as the model gives them where they are asked for, as they are elsewhere, [rows, end]."""
+def _answer_freely(
+    reader: Reader,
+    tokens: Tensor,
+    memory: MemoryState | None,
+    start: int,
+    asked: Tensor,
+    asked_anywhere: NDArray[np.bool_],
+) -> Tensor:
+    """The last tokens as the model gives them where they are asked for, as they are elsewhere, [rows, end].
+
+    Args:
+        asked: in each of these rows, bool [rows, end];
+        asked_anywhere: in any, also those of other processes, [end]: all read as many times.
+    """
     first = tokens.shape[1] - asked.shape[1]
     segment = tokens[:, start:first]
     given: list[Tensor] = []
     for place in range(asked.shape[1]):
         token = tokens[:, first + place]
         whole = segment.shape[1] == reader.segment_length
-        if whole or asked[:, place].any():
+        if whole or asked_anywhere[place]:
             output = _read(reader, segment, memory)
             token = torch.where(asked[:, place], output.logits[:, -1].argmax(dim=-1), token)
             if whole:
@@ -136,17 +148,21 @@ def _read(reader: Reader, segment: Tensor, memory: MemoryState | None, return_lo
 
 
 def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple[Integers, Tensor]]:
-    """The questions of this process, as many side by side as the reader allows: which, and their tokens."""
+    """The questions of this process, as many side by side as the reader allows: which, and their tokens.
+
+    Every process gets as many batches; a last one may be empty where there are no more questions.
+    """
     reader.model.eval()
     share = np.arange(reader.process, len(questions.tokens), reader.processes)
     side_by_side = -(-reader.batch_size // reader.processes)
     total = len(share) * questions.tokens.shape[1]
     silent = None if reader.progress else True
     with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent) as bar:
-        for first in range(0, len(share), side_by_side):
+        for first in range(0, -(-len(questions.tokens) // reader.processes), side_by_side):
             rows = share[first : first + side_by_side]
             tokens = torch.from_numpy(questions.tokens[rows]).to(reader.model.device)
             yield rows, tokens
+            reader.after_segment()
             bar.update(tokens.numel())
 
 

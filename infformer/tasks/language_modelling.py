@@ -18,7 +18,6 @@ from infformer.evaluation.reading import EvaluationError, Reader, describe_proto
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
-from infformer.plots.memory import plot_inspection
 from infformer.tasks.task import Validation
 
 logger = logging.getLogger(__name__)
@@ -96,22 +95,20 @@ class LanguageModelling:
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)
         print(format_table(results), flush=True)
-        return plot_results(folder / "results.json") + self._inspect(folder / "inspection")
+        return plot_results(folder / "results.json")
 
-    def _inspect(self, folder: Path) -> list[Path]:
-        """Figures of what the memory holds along the longest test document; none without a long-term memory."""
+    def inspect(self) -> dict[str, Any]:
+        """What the memory holds along the longest test document; empty without a long-term memory."""
         model = self._reader.model
         if not self._inspected_segments or self._test is None or not model.long_term_memories():
-            return []
+            return {}
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
         try:
-            found = inspect_document(model, tokens, self._inspected_segments, progress=self._reader.progress)
+            return inspect_document(model, tokens, self._inspected_segments, progress=self._reader.progress)
         except EvaluationError as error:
             logger.info("the memory is not looked into: %s", error)
-            return []
-        write_results(folder / "inspection.json", found)
-        return plot_inspection(folder / "inspection.json")
+            return {}
 
     def sample(self, step: int, tokens: int) -> str:
         """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""

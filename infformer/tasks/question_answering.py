@@ -50,6 +50,10 @@ class QuestionAnswering:
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
         return self._examination.report(results, folder)
 
+    def inspect(self) -> dict[str, Any]:
+        """Nothing: there is no long document."""
+        return {}
+
     def sample(self, step: int, tokens: int) -> str | None:
         return self._examination.sample(step, tokens)
 

@@ -66,7 +66,8 @@ class Examination(Protocol):
         """
 
     def sample(self, step: int, tokens: int) -> str | None:
-        """What the model writes, to be looked at; None if there is nothing to show. On the main process only.
+        """What the model writes, to be looked at; None if there is nothing to show. All processes
+        together.
 
         Its random numbers are its own: the training goes on as without.
 
@@ -106,6 +107,12 @@ class Task(Examination, Protocol):
 
     def measure_before(self) -> dict[str, Any]:
         """The test figures before the first step, as JSON; empty if they are not wanted. All processes together."""
+
+    def inspect(self) -> dict[str, Any]:
+        """What the memory holds in the end, as JSON that `plots.memory` draws; empty if there is nothing to look at.
+
+        All processes together.
+        """
 
     def locate(self, segment: Segment) -> list[str]:
         """Where each lane of a segment is, in words: `lane 3: 'a book' at token 512`."""

@@ -1,4 +1,4 @@
-"""A run's own record of its numbers: `metrics.jsonl`, one JSON object a line.
+"""What a run measures while it trains, and its own record of it: `metrics.jsonl`, one JSON object a line.
 
 Every line holds `step`, `tokens` (read so far) and flat keys such as `train/loss`. The file is strict JSON, which has
 no NaN and no infinity: both are written as `null`, and `null` is read back as NaN. So any JSON reader opens the file of
@@ -10,9 +10,48 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step measured; the same on every process, but for the seconds."""
+
+    loss: float
+    """Nats per token, mean over the scored tokens of the global batch, without auxiliary losses."""
+    auxiliary_losses: dict[str, float]
+    """By name, already weighted."""
+    gradient_norm: float
+    """Before clipping."""
+    scored_tokens: int
+    """Tokens predicted by the global batch."""
+    read_tokens: int
+    """Tokens read by the global batch; more, where a task scores only a part of what is read."""
+    seconds: float
+    learning_rates: dict[str, float]
+    """By the names under which they are recorded."""
+
+
+def summarise(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """One line of metrics: means over scored tokens; the gradient's norm and the learning rates of the last step."""
+    scored = [step.scored_tokens for step in steps]
+    loss = fmean([step.loss for step in steps], scored)
+    auxiliary = {
+        f"train/{name}": fmean([step.auxiliary_losses[name] for step in steps], scored)
+        for name in steps[0].auxiliary_losses
+    }
+    return {
+        "train/loss": loss,
+        "train/perplexity": math.exp(min(loss, 700)),
+        **auxiliary,
+        "train/gradient_norm": steps[-1].gradient_norm,
+        **steps[-1].learning_rates,
+        "train/tokens_per_second": sum(step.read_tokens for step in steps) / sum(step.seconds for step in steps),
+    }
 
 
 class MetricsLog:

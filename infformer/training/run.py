@@ -6,7 +6,8 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +24,11 @@ from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.errors import UserError
 from infformer.evaluation.reading import Reader
+from infformer.evaluation.report import write_results
 from infformer.memory.state import MemoryState
 from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_decoder, new_model, vocabulary_of
 from infformer.models.memory_model import MemoryModel
+from infformer.plots.memory import plot_inspection
 from infformer.plots.run import plot_run
 from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
 from infformer.tasks.language_modelling import LanguageModelling
@@ -44,14 +47,29 @@ from infformer.training.checkpoint import (
     best_checkpoint,
     load_checkpoint,
     load_weights,
+    model_tensors,
     newest_checkpoint,
+    remove_unfinished,
     what_is_wrong,
 )
-from infformer.training.loop import Loop
+from infformer.training.loop import Loop, TrainingStopped
 from infformer.training.metrics import MetricsLog
 from infformer.training.optimization import make_optimizer, make_schedule
-from infformer.training.runtime import Accelerator, seed_everything, share_of_lanes, start_processes
+from infformer.training.runtime import (
+    Accelerator,
+    highest,
+    is_zero,
+    prepare,
+    seed_everything,
+    settle_engine,
+    shard,
+    share_of_lanes,
+    start_processes,
+)
+from infformer.training.shards import Shards, TorchShards, ZeroShards
+from infformer.training.signals import StopRequested, StopSignals
 from infformer.training.tracking import NoTracker, Tracker, open_tracker
+from infformer.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +77,8 @@ FREE_TO_CHANGE = (
     "name", "output_dir", "resume", "tracker", "engine", "evaluation", "data.cache_dir", "data.workers",
     "data.validation", "data.test", "training.max_steps", "training.log_every", "training.evaluate_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.sample_tokens",
-    "training.compile", "training.gradient_checkpointing", "model.attention", "task.validation_sequences",
+    "training.compile", "training.gradient_checkpointing", "training.gradient_accumulation", "model.attention",
+    "task.validation_sequences",
     "task.test_sequences", "task.evaluation_lengths", "task.lengths", "task.depths", "task.validation_questions",
     "task.test_questions",
 )  # fmt: skip
@@ -77,45 +96,64 @@ def run(config: RunConfig) -> dict[str, Any]:
         What `results.json` holds; empty without test documents.
     """
     disable_progress_bar()
-    accelerator = start_processes(config.engine, config.training.precision)
+    training, engine = config.training, settle_engine(config.engine)
+    accelerator = start_processes(
+        engine, training.precision, training.gradient_accumulation, training.gradient_clipping
+    )
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    seed_everything(config.seed)
+    seed_everything(config.seed)  # the new weights are the same on all processes
     folder = Path(config.output_dir)
     checkpoint = _where_to_start(config, folder)
     share = _share(config, accelerator)
+    signals = StopSignals(partial(highest, accelerator))
+    watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
+
+    def after_segment() -> None:
+        watchdog.tell("measures")
+        signals.raise_if_agreed()
 
     tokenizer = _load_tokenizer(config, accelerator)
     model = build_model(config, tokenizer)
-    task = _build_task(config, tokenizer, model, accelerator, share)
+    if checkpoint is not None:
+        load_weights(checkpoint, model)
+    task = _build_task(config, tokenizer, model, accelerator, share, after_segment)
+    if accelerator.is_main_process:
+        _describe(config, folder, model, task)
+    shard(engine, accelerator, model)
     optimizer = make_optimizer(model, config.optimizer)
-    schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
-    if config.training.compile:
+    schedule = make_schedule(optimizer, config.schedule, training.max_steps)
+    if training.compile:
         model.compile()
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    # The weights are the same everywhere; what dropout draws from here on is each process's own.
-    seed_everything(config.seed + accelerator.process_index)
-    memories: list[MemoryState] = [*model.initial_memory(len(share)).split(config.training.gradient_accumulation)]
-    state = TrainingState(model, optimizer, schedule, task, memories)
+    prepared, wrapped = prepare(accelerator, model, optimizer)
+    shards: Shards = ZeroShards(model, prepared.optimizer) if is_zero(accelerator) else TorchShards(model, optimizer)
+    memory: MemoryState = model.initial_memory(len(share)).to(accelerator.device)
+    state = TrainingState(model, shards, schedule, task, memory.split(training.gradient_accumulation))
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator, share)
         logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
-    if accelerator.is_main_process:
-        _describe(config, folder, model, task)
-        MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
-        MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
     tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
+        remove_unfinished(folder / "checkpoints")
+        MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
+        MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
         tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))
     try:
-        if state.step == 0:
-            state.results_before = task.measure_before()
-        Loop(config, accelerator, prepared, state, share, folder, tracker).run()
-        results = _measure_best(state, folder)
-        if accelerator.is_main_process:
-            figures = plot_run(folder) + (task.report(results, folder) if results else [])
-            for figure in figures:
-                tracker.log_figure(figure.stem, figure, state.step)
+        with signals, watchdog:
+            if state.step == 0:
+                state.results_before = task.measure_before()
+            Loop(config, accelerator, prepared, wrapped, state, share, folder, tracker, signals, watchdog).run()
+            results = _measure_best(state, folder)
+            inspection = task.inspect()
+            if accelerator.is_main_process:
+                figures = plot_run(folder) + (task.report(results, folder) if results else [])
+                if inspection:
+                    write_results(folder / "inspection" / "inspection.json", inspection)
+                    figures += plot_inspection(folder / "inspection" / "inspection.json")
+                for figure in figures:
+                    tracker.log_figure(figure.stem, figure, state.step)
+    except StopRequested as stop:
+        raise TrainingStopped(stop.number, state.step) from stop
     finally:
         tracker.finish()
     return results
@@ -163,6 +201,7 @@ def make_reader(
     documents: int,
     stride: int | None = None,
     warmup_documents: int = 0,
+    after_segment: Callable[[], None] = lambda: None,
 ) -> Reader:
     """A reader of that many documents side by side, shared out among the processes."""
     return Reader(
@@ -176,6 +215,7 @@ def make_reader(
         accelerator.is_main_process,
         stride,
         warmup_documents,
+        after_segment,
     )
 
 
@@ -302,10 +342,18 @@ def _build_task(
     model: MemoryModel,
     accelerator: Accelerator,
     share: range,
+    after_segment: Callable[[], None],
 ) -> Task:
     """What the model is to learn; every process reads its share of the lanes."""
     training, evaluation = config.training, config.evaluation
-    reader = make_reader(accelerator, model, training.segment_length, training.precision, evaluation.batch_size)
+    reader = make_reader(
+        accelerator,
+        model,
+        training.segment_length,
+        training.precision,
+        evaluation.batch_size,
+        after_segment=after_segment,
+    )
     documents: dict[str, TokenizedDocuments] = {}
     if tokenizer is not None:
         documents = {
@@ -356,7 +404,7 @@ def _measure_best(state: TrainingState, folder: Path) -> dict[str, Any]:
     """The final figures, of the checkpoint with the lowest validation loss; empty if the task measures none."""
     best = best_checkpoint(folder / "checkpoints")
     if best is not None and state.best_step != state.step:
-        load_weights(best, state.model)
+        state.shards.put_weights(model_tensors(best, state.model))
     results = state.task.measure(str(best or folder / "checkpoints" / f"step-{state.step:08d}"))
     return {**results, "before": state.results_before or None} if results else {}
 

@@ -1,40 +1,127 @@
 """Processes, devices and precision: turns `engine=` into an Accelerator. The only file that imports accelerate.
 
-Started by `python`, `accelerate launch` or `torchrun`; the same options make the same run.
+Started by `python`, `accelerate launch` or `torchrun`; the same options make the same run. An engine decides where
+weights, gradients and Adam's moments lie; what is learned does not depend on it. CPUs talk by gloo, GPUs by their own
+backend.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from infformer.config import EngineConfig
 from infformer.errors import UserError
+from infformer.models.memory_model import MemoryModel
 
-__all__ = ["Accelerator", "seed_everything", "share_of_lanes", "start_processes"]
+__all__ = [
+    "Accelerator",
+    "highest",
+    "is_zero",
+    "prepare",
+    "seed_everything",
+    "settle_engine",
+    "shard",
+    "share_of_lanes",
+    "start_processes",
+]  # fmt: skip
 
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_PATIENCE = timedelta(days=7)
+"""Of the processes for each other: one may tokenise for hours. Who hangs in training is the watchdog's business."""
+_DECIDED_ELSEWHERE = {
+    "optimizer": "optimizer.*",
+    "scheduler": "schedule.*",
+    "fp16": "training.precision",
+    "bf16": "training.precision",
+    "torch_autocast": "training.precision",
+    "gradient_clipping": "training.gradient_clipping",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.batch_size",
+}
+"""Parts of a DeepSpeed configuration that follow from options of this project."""
 
 
 class EngineError(UserError, RuntimeError):
     """Processes or devices that cannot do what is asked."""
 
 
-def start_processes(engine: EngineConfig, precision: str) -> Accelerator:
+def settle_engine(engine: EngineConfig) -> EngineConfig:
+    """The engine that is meant: `auto` is what accelerate was configured for, or data parallel.
+
+    Raises:
+        EngineError: the launcher was configured for another engine than `engine.name`.
+    """
+    launched = _engine_of_the_launcher()
+    if engine.name == "auto":
+        return launched or replace(engine, name="ddp")
+    if launched is not None and launched.name != engine.name.removesuffix("_offload"):
+        raise EngineError(
+            f"engine.name={engine.name}, but accelerate was configured for {launched.name}: choose engine=auto to "
+            "follow that configuration, or launch with torchrun, which has none"
+        )
+    return engine
+
+
+def start_processes(
+    engine: EngineConfig, precision: str, gradient_accumulation: int = 1, gradient_clipping: float | None = None
+) -> Accelerator:
     """Join the processes that the launcher started.
+
+    Args:
+        engine: settled.
+        precision: of autocast.
+        gradient_accumulation: parts of a step,
+        gradient_clipping: and the largest norm of its gradient; DeepSpeed wants to know them at once.
 
     Raises:
         EngineError: the processes do not work together as asked. Several combinations of launcher and device fall back
             silently to lone processes that each train a model of their own.
     """
-    has_accelerator = torch.accelerator.is_available()
-    if precision == "float16" and not has_accelerator:
+    has_device = torch.accelerator.is_available()
+    zero = engine.name.startswith("zero")
+    if precision == "float16" and not has_device:
         raise EngineError("training.precision=float16: the CPU has no float16 training; use bfloat16 or float32")
-    accelerator = Accelerator(mixed_precision=_MIXED_PRECISION[precision], cpu=not has_accelerator)
+    if precision == "float16" and (zero or engine.name == "fsdp2"):
+        raise EngineError(
+            f"training.precision=float16 with engine={engine.name}: its scaled gradients are only known to engine=ddp; "
+            "use bfloat16 or float32"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    plugin = None
+    if zero:
+        plugin = _deepspeed_plugin(engine, precision, gradient_accumulation, gradient_clipping)
+        _be_launched()
+    communication = InitProcessGroupKwargs(timeout=_PATIENCE, backend=None if has_device else "gloo")
+    accelerator = Accelerator(
+        mixed_precision="no" if zero else _MIXED_PRECISION[precision],  # DeepSpeed has the same autocast of its own
+        cpu=not has_device and not zero,
+        gradient_accumulation_steps=gradient_accumulation,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[communication] if launched > 1 or zero else [],
+    )
+    if zero:
+        # Every process makes the whole model, which is cut up afterwards. Otherwise transformers would cut it up while
+        # it is made, draw other random weights, and hang where only some processes load one.
+        unset_hf_deepspeed_config()
     if accelerator.num_processes != launched:
         raise EngineError(
             f"engine.name={engine.name}: the launcher started {launched} processes, but only "
@@ -42,12 +129,50 @@ def start_processes(engine: EngineConfig, precision: str) -> Accelerator:
             "torchrun --nproc_per_node N train.py …"
         )
     data_parallel = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
-    if accelerator.distributed_type not in data_parallel:
+    if accelerator.distributed_type not in ((DistributedType.DEEPSPEED,) if zero else data_parallel):
         raise EngineError(
-            f"engine.name={engine.name} is one process or data parallel, but the launcher's configuration asks for "
-            f"{accelerator.distributed_type.value}: run `accelerate config`, or launch with torchrun"
+            f"engine.name={engine.name}, but these processes work as {accelerator.distributed_type.value}: run "
+            "`accelerate config`, or launch with torchrun"
         )
     return accelerator
+
+
+def shard(engine: EngineConfig, accelerator: Accelerator, model: MemoryModel) -> None:
+    """Cut the weights up among the processes, in place, if the engine is FSDP2 and there are several of them.
+
+    A layer is whole only while it is used. Gradients and moments are cut up in the same way. To be called before the
+    optimiser is made, as the parameters are others afterwards.
+    """
+    if engine.name != "fsdp2" or accelerator.num_processes == 1:
+        return
+    # Of the losses, which nobody changes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for unit in model.sharding_units():
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def prepare(accelerator: Accelerator, model: MemoryModel, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """The model and the optimiser as the engine wraps them; the model itself stays what is measured and saved."""
+    if isinstance(model, FSDPModule):  # nothing is left to be done but autocast
+        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    return prepared, optimizer
+
+
+def is_zero(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed keeps the weights and the moments."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def highest(accelerator: Accelerator, number: int) -> int:
+    """The highest of the numbers that the processes call this with, all together."""
+    if accelerator.num_processes == 1:
+        return number
+    numbers = torch.tensor(number, device=accelerator.device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers)
 
 
 def seed_everything(seed: int) -> None:
@@ -59,3 +184,94 @@ def share_of_lanes(accelerator: Accelerator, lanes: int) -> range:
     """The lanes of this process: an equal, contiguous part."""
     each = lanes // accelerator.num_processes
     return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+
+
+def _engine_of_the_launcher() -> EngineConfig | None:
+    """What `accelerate config` or `accelerate launch` ask for; None if for neither DeepSpeed nor FSDP."""
+    environment = os.environ
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        stage = _read_deepspeed_file(file).get("zero_optimization", {}).get("stage")
+        return EngineConfig(name=f"zero{stage}", config=file)
+    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in environment:
+        offload = {
+            part: {"device": environment.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")}
+            for part in ("offload_optimizer", "offload_param")
+        }
+        stage = int(environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"])
+        return EngineConfig(name=f"zero{stage}", deepspeed={"zero_optimization": {"stage": stage, **offload}})
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        version = environment.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise EngineError(
+                f"accelerate was configured for FSDP version {version}: choose version 2, or engine=fsdp2"
+            )
+        return EngineConfig(name="fsdp2")
+    return None
+
+
+def _deepspeed_plugin(
+    engine: EngineConfig, precision: str, gradient_accumulation: int, gradient_clipping: float | None
+) -> DeepSpeedPlugin:
+    try:
+        import deepspeed.ops
+    except ImportError as error:
+        raise EngineError(
+            f"engine={engine.name} needs DeepSpeed: pip install 'infformer[deepspeed]' (from a checkout: "
+            "pip install -e '.[deepspeed]')"
+        ) from error
+    if not torch.accelerator.is_available():
+        # Communication through shared memory would be compiled now, for a minute, or fail for want of a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed's calls under their older names.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    options = dict(engine.deepspeed) if engine.config is None else _read_deepspeed_file(engine.config)
+    stage = options.get("zero_optimization", {}).get("stage")
+    if f"zero{stage}" != engine.name.removesuffix("_offload"):
+        raise EngineError(
+            f"engine={engine.name}, but zero_optimization.stage is {stage} in {engine.config or 'engine.deepspeed'}: "
+            f"choose engine=zero{stage}, or change the stage"
+        )
+    for part, option in _DECIDED_ELSEWHERE.items():
+        if not _says_nothing(options.pop(part, None)):
+            raise EngineError(
+                f"{engine.config or 'engine.deepspeed'}: {part} is decided by {option}; remove it there, and set that"
+            )
+    options |= {
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own report of its speed alone
+        "gradient_accumulation_steps": gradient_accumulation,
+        "gradient_clipping": gradient_clipping or 0.0,
+    }
+    if precision != "float32":
+        # As everywhere: the weights are float32, and so is what processes send each other.
+        options["torch_autocast"] = {"enabled": True, "dtype": precision, "lower_precision_safe_modules": []}
+    return DeepSpeedPlugin(hf_ds_config=options)
+
+
+def _read_deepspeed_file(path: str) -> dict[str, Any]:
+    try:
+        options = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise EngineError(f"engine.config={path}: not a DeepSpeed configuration in JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise EngineError(f"engine.config={path}: a DeepSpeed configuration is an object with named parts")
+    return options
+
+
+def _says_nothing(part: Any) -> bool:
+    """Whether a part of a DeepSpeed configuration is left to whoever reads it."""
+    if isinstance(part, Mapping):
+        return part.get("enabled") in ("auto", False) or all(_says_nothing(value) for value in part.values())
+    return part in (None, "auto")
+
+
+def _be_launched() -> None:
+    """One process without a launcher is as if torchrun had started it: DeepSpeed asks for these."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from infformer.data.lanes import Segment
@@ -17,6 +17,18 @@ from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import NOT_SCORED
 from infformer.models.outputs import MemoryModelOutput
 from infformer.training.runtime import Accelerator
+
+
+@dataclass(frozen=True)
+class Part:
+    """Lanes of this process that are read side by side in one step."""
+
+    segments: Sequence[Segment]
+    """Their next ones, through which gradients flow together."""
+    memory: MemoryState
+    sticky_offsets: Sequence[Tensor | None]
+    """For each segment; None for deterministic sampling."""
+    dropout_seed: int
 
 
 @dataclass(frozen=True)
@@ -36,17 +48,15 @@ class StepResult:
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient that is not a number; the weights are as they were before the step."""
+    """A loss or a gradient that is not a number."""
 
 
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
-    parts: Sequence[Sequence[Segment]],
-    memories: Sequence[MemoryState],
+    parts: Sequence[Part],
     gradient_clipping: float | None,
-    sticky_offsets: Sequence[Sequence[Tensor | None]],
 ) -> tuple[list[MemoryState], StepResult]:
     """Forward, backward and update.
 
@@ -59,31 +69,31 @@ def train_step(
 
     Args:
         model: the prepared model.
-        parts: the lanes of this process, cut into parts that are in memory one after the other; of each part its next
-            segments, through which gradients flow together. At least one of them scores something.
-        memories: each part's memory.
-        sticky_offsets: of each part and segment; None for deterministic sampling.
+        parts: the lanes of this process, cut into parts that are in memory one after the other. At least one of their
+            segments scores something.
 
     Returns:
         Each part's memory after its last segment, without graph, and what was measured.
 
     Raises:
-        NonFiniteError: before the weights are touched.
+        NonFiniteError: on all processes. Before the weights are touched; with DeepSpeed, which does backward and update
+            in one, a gradient that is not finite is found after them.
     """
-    scored_tokens = sum(segment.global_tokens for segment in parts[0])
-    total_nats = torch.zeros((), device=accelerator.device)
-    read_tokens = torch.zeros((), device=accelerator.device)
+    scored_tokens = sum(segment.global_tokens for segment in parts[0].segments)
+    measured = torch.zeros(2, device=accelerator.device)  # nats, tokens read
     auxiliary: dict[str, Tensor] = {}
     after = []
-    for index, (segments, memory, offsets) in enumerate(zip(parts, memories, sticky_offsets, strict=True)):
-        last = index == len(parts) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            objective = torch.zeros((), device=accelerator.device)
-            for segment, offset in zip(segments, offsets, strict=True):
-                output = _read(model, segment, memory, offset)
+    loss, sums = math.nan, list[float]()
+    for index, part in enumerate(parts):
+        # Dropout belongs to the lanes of a part, whichever process has them.
+        torch.manual_seed(part.dropout_seed)
+        with accelerator.accumulate(model):
+            memory, objective = part.memory, torch.zeros((), device=accelerator.device)
+            for segment, offsets in zip(part.segments, part.sticky_offsets, strict=True):
+                output = _read(model, segment, memory, offsets)
                 assert output.memory is not None
                 memory = output.memory
-                read_tokens += segment.lengths.sum()
+                measured[1] += segment.lengths.sum()
                 if segment.global_tokens == 0:
                     continue
                 assert output.token_losses is not None
@@ -91,18 +101,23 @@ def train_step(
                 nats = output.token_losses.sum()
                 share = (segment.shift_labels != NOT_SCORED).sum() / scored_tokens
                 objective = objective + nats / scored_tokens + share * sum(output.auxiliary_losses.values())
-                total_nats += nats.detach()
+                measured[0] += nats.detach()
                 for name, value in output.auxiliary_losses.items():
                     auxiliary[name] = auxiliary.get(name, 0) + share * value.detach()
-            # Data parallel averages the gradients of the processes; the loss is a sum over them.
-            accelerator.backward(objective * accelerator.num_processes)
-        after.append(memory.detach())
-    # Also the count of tokens as float32, which is exact up to 16 million.
-    sums = accelerator.reduce(torch.stack([total_nats, read_tokens, *auxiliary.values()]), reduction="sum").tolist()
-    loss = sums[0] / scored_tokens
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), gradient_clipping or math.inf))
+            after.append(memory.detach())
+            if index == len(parts) - 1:
+                # Also the count of tokens as float32, which is exact up to 16 million.
+                own = torch.stack([*measured, *auxiliary.values()])
+                sums = accelerator.reduce(own, reduction="sum").tolist()
+                loss = sums[0] / scored_tokens
+                if not math.isfinite(loss):
+                    optimizer.zero_grad()
+                    raise NonFiniteError(f"the loss is {loss}")
+            # Data parallel averages over processes, and accelerate over parts; the loss is a sum over them.
+            accelerator.backward(objective * (accelerator.num_processes * len(parts)))
+    norm = _gradient_norm(accelerator, model, gradient_clipping)
     # With float16 an infinite gradient is how the scaler finds its scale; the optimiser then skips the step itself.
-    if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
+    if not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
         optimizer.zero_grad()
         raise NonFiniteError(f"the loss is {loss}, the gradient's norm {norm}")
     optimizer.step()
@@ -114,6 +129,12 @@ def train_step(
         scored_tokens=scored_tokens,
         read_tokens=int(sums[1]),
     )
+
+
+def _gradient_norm(accelerator: Accelerator, model: nn.Module, largest: float | None) -> float:
+    """Of all processes together, before it is clipped to the largest."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), largest or math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _read(model: nn.Module, segment: Segment, memory: MemoryState, sticky_offsets: Tensor | None) -> MemoryModelOutput:
@@ -142,3 +163,8 @@ def draw_sticky_offsets(segment: Segment, samples: int, seed: int) -> Tensor:
         for lane, read in zip(segment.lanes.tolist(), segment.reads.tolist(), strict=True)
     ]
     return torch.from_numpy(np.stack(draws)).to(segment.input_ids.device)
+
+
+def dropout_seed(seed: int, step: int, first_lane: int) -> int:
+    """What dropout draws from in one part of one step: known to every process, and after every stop."""
+    return int(np.random.SeedSequence([seed, step, first_lane]).generate_state(1, np.uint64)[0])
