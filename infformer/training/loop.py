@@ -74,6 +74,7 @@ class Loop:
     folder: Path
     """The run's."""
     tracker: Tracker
+    writer: CheckpointWriter
     signals: StopSignals
     watchdog: Watchdog
 
@@ -85,7 +86,6 @@ class Loop:
             TrainingFailedError: a loss that is not finite, or a last checkpoint that could not be written.
         """
         training, state = self.config.training, self.state
-        writer = CheckpointWriter(self.folder / "checkpoints", self.accelerator, training.keep_checkpoints)
         with self._progress_bar() as bar:
             while state.step < training.max_steps or not state.measured:
                 if state.measured:
@@ -104,9 +104,9 @@ class Loop:
                 stop = self.signals.agreed()
                 self._tell("saves")
                 if last or stop or _due(state.step, training.checkpoint_every) or state.best_step == state.step:
-                    self._save(writer, must_succeed=last or stop is not None)
+                    self._save(must_succeed=last or stop is not None)
                 else:
-                    self._finish(writer, wait=False)
+                    self._finish(wait=False)
                 if stop:
                     raise TrainingStopped(stop, state.step)
 
@@ -123,6 +123,7 @@ class Loop:
                 self.accelerator, self.prepared, self.optimizer, parts, training.gradient_clipping
             )
         except NonFiniteError as error:
+            self._finish(wait=True)  # what was good is kept
             raise TrainingFailedError(self._explain(error, segments)) from error
         rates = learning_rates(state.schedule.optimizer)
         state.schedule.step()
@@ -180,20 +181,20 @@ class Loop:
         MetricsLog(self.folder / "metrics.jsonl").write(self.state.step, self.state.tokens, **metrics)
         self.tracker.log({"tokens": self.state.tokens, **metrics}, self.state.step)
 
-    def _save(self, writer: CheckpointWriter, must_succeed: bool) -> None:
+    def _save(self, must_succeed: bool) -> None:
         """Begin to save; to the end, if the training ends here. Later on, a failure is only a warning: the next one may
         succeed.
         """
         try:
-            writer.begin(self.state, self.share)
-        except CheckpointError as error:
+            self.writer.begin(self.state, self.share)
+        except CheckpointError as error:  # of the one before
             logger.error("%s The run goes on.", error)
-            writer.begin(self.state, self.share)
-        self._finish(writer, wait=must_succeed)
+            self.writer.begin(self.state, self.share)
+        self._finish(wait=must_succeed)
 
-    def _finish(self, writer: CheckpointWriter, wait: bool) -> None:
+    def _finish(self, wait: bool) -> None:
         try:
-            writer.finish(wait)
+            self.writer.finish(wait)
         except CheckpointError as error:
             if wait:
                 raise TrainingFailedError(str(error)) from error

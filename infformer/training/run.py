@@ -43,6 +43,7 @@ from infformer.tasks.sorting import Sorting
 from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions
 from infformer.tasks.task import Examination, Task, TaskConfig
 from infformer.training.checkpoint import (
+    CheckpointWriter,
     TrainingState,
     best_checkpoint,
     load_checkpoint,
@@ -142,7 +143,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         with signals, watchdog:
             if state.step == 0:
                 state.results_before = task.measure_before()
-            Loop(config, accelerator, prepared, wrapped, state, share, folder, tracker, signals, watchdog).run()
+            writer = CheckpointWriter(folder / "checkpoints", accelerator, training.keep_checkpoints)
+            Loop(config, accelerator, prepared, wrapped, state, share, folder, tracker, writer, signals, watchdog).run()
             results = _measure_best(state, folder)
             inspection = task.inspect()
             if accelerator.is_main_process:

@@ -130,7 +130,6 @@ class ZeroShards:
                 value = tensors[f"{name}.{kind}"].to(self._stretches[0].device)
                 safe_set_full_optimizer_state(parameter, value, kind)
 
-
     def _link_moments(self) -> None:
         """In the first two stages a parameter has to know where its moments are.
 

@@ -113,8 +113,8 @@ def train_step(
                 if not math.isfinite(loss):
                     optimizer.zero_grad()
                     raise NonFiniteError(f"the loss is {loss}")
-            # Data parallel averages over processes, and accelerate over parts; the loss is a sum over them.
-            accelerator.backward(objective * (accelerator.num_processes * len(parts)))
+            # Data parallel averages over processes, accelerate over parts; the loss is a sum over both.
+            accelerator.backward(objective * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     norm = _gradient_norm(accelerator, model, gradient_clipping)
     # With float16 an infinite gradient is how the scaler finds its scale; the optimiser then skips the step itself.
     if not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):

@@ -12,6 +12,7 @@ import os
 import textwrap
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,17 +126,25 @@ class _WandbTracker:
         # The id lives in the run's folder, so that a resumed run continues its own curves.
         id_file = run_directory / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
-        self._run = wandb.init(
+        start = partial(
+            wandb.init,
             project=options.project,
             entity=options.entity,
             name=run_name,
             id=run_id,
-            resume="allow" if mode == "online" else None,
             tags=list(options.tags),
-            mode=mode,
             dir=run_directory,
             config=config,
         )
+        try:
+            self._run = start(mode=mode, resume="allow" if mode == "online" else None)
+        except wandb.errors.CommError as error:
+            logger.warning(
+                "wandb cannot be reached (%s); it records in %s, from where `wandb sync` sends it later",
+                error,
+                run_directory / "wandb",
+            )
+            self._run = start(mode="offline")
         id_file.write_text(run_id + "\n")
         # A metric of its own instead of wandb's step, which may only grow: a run resumed from a checkpoint does some
         # steps again, and wandb would drop them.

@@ -1,6 +1,6 @@
 """Runs one after the other, in processes that torchrun started: what takes longest, their start, is paid once.
 
-Called with a JSON file: a list of [configuration (YAML), fault or null]. A fault is what happens to one process of one run.
+Called with a JSON file: a list of [configuration (YAML), fault or null]. A fault is what happens to one process.
 """
 
 import json
@@ -21,7 +21,7 @@ from infformer.training import loop, run
 
 
 def main() -> None:
-    for number, (path, fault) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    for path, fault in json.loads(Path(sys.argv[1]).read_text()):
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
         run.plot_run = lambda folder: []
         loop.train_step = disturbed(train_step, fault)

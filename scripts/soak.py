@@ -1,0 +1,183 @@
+"""Kill a run again and again, and see whether it learns what a run learns that nobody disturbed.
+
+python scripts/soak.py                                # every engine, 25 kills each: hours
+python scripts/soak.py --engines one zero3 --kills 3
+python scripts/soak.py -- model=gpt2_ltm data=pg19    # of your own; options of train.py after --
+
+Of each engine one run is made in peace, and one in which a process drawn at random is killed (SIGKILL) at a time drawn
+at random: while it starts, steps, measures or saves. What is left is started anew with resume=auto. In the end every
+line of metrics and every tensor of the last checkpoint must be the same to the last bit. `--folder` holds both runs
+and `soak.json`, what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from infformer.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+ENGINES = {"one": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
+"""By name, with how many processes; `one` is one process without a launcher."""
+SETTING = (
+    "model=tiny_scratch", "model/memory=sticky", "model.architecture.resid_pdrop=0.1",
+    "model.architecture.embd_pdrop=0.1",
+    "training.segment_length=32", "training.batch_size=4", "training.bptt_segments=2", "training.log_every=3",
+    "training.checkpoint_every=4", "training.evaluate_every=25", "training.sample_every=null", "data.test=null",
+    "data.segments_per_visit=4", "evaluation.max_validation_tokens=1000", "evaluation.before=false",
+    "evaluation.inspected_segments=0",
+)  # fmt: skip
+"""Small, but with all that has to survive: dropout, sticky memory, gradients through it, short visits."""
+
+
+def main() -> None:
+    """Read the options, make the runs, say what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--kills", type=int, default=25, help="of each engine's run")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="decides who is killed, and when")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/soak"))
+    parser.add_argument("options", nargs="*", help="of train.py, instead of the small setting")
+    arguments = parser.parse_args()
+    options = [*(arguments.options or SETTING), f"training.max_steps={arguments.steps}", "resume=auto"]
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in arguments.engines:
+        outcome = soak(name, options, arguments.kills, arguments.steps, arguments.seed, arguments.folder)
+        failed = failed or bool(outcome["different"])
+        with (arguments.folder / "soak.json").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(outcome) + "\n")
+        said = (
+            f"DIFFERENT: {', '.join(outcome['different'][:5])}" if outcome["different"] else "the same to the last bit"
+        )
+        print(
+            f"{name}: {outcome['kills']} kills in {outcome['steps']} steps, {outcome['while_starting']} of them before "
+            f"the first new step, {outcome['steps_made_again']} steps made again: {outcome['compared']} numbers and "
+            f"tensors compared, {said}",
+            flush=True,
+        )
+    sys.exit(1 if failed else 0)
+
+
+def soak(name: str, options: list[str], kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Both runs of one engine, and how they differ."""
+    draw = random.Random(f"{name} {seed}")
+    peace, war = folder / f"{name}_undisturbed", folder / f"{name}_killed"
+    with _start(name, options, peace) as process:
+        _expect_success(process, peace)
+    starting = again = 0
+    for killed in tqdm(range(kills), desc=name, unit="kill", disable=None):
+        before = last_step(war)
+        # So far that the kills are spread over the run; one of five while the processes start.
+        farther = 0 if draw.random() < 0.2 else draw.randint(1, max(1, 2 * (steps - before) // (kills - killed) - 1))
+        with _start(name, options, war) as process:
+            reached = _kill_after(process, war, before + farther, draw)
+        starting += reached <= before
+        again += max(0, last_step(war) - _newest_checkpoint(war))
+    with _start(name, options, war) as process:
+        _expect_success(process, war)
+    different, compared = compare(peace, war, steps)
+    return {
+        "engine": name, "kills": kills, "steps": steps, "while_starting": starting, "steps_made_again": again,
+        "compared": compared, "different": different,
+    }  # fmt: skip
+
+
+def compare(one: Path, other: Path, steps: int) -> tuple[list[str], int]:
+    """What differs between two runs, by name, and how much was compared."""
+    lines, others = ([_without_time(line) for line in read_metrics(run / "metrics.jsonl")] for run in (one, other))
+    different = [f"step {line['step']:.0f}" for line, twin in zip(lines, others, strict=False) if line != twin]
+    if len(lines) != len(others):
+        different.append(f"{len(lines)} lines of metrics against {len(others)}")
+    tensors, twins = (_tensors(run / "checkpoints" / f"step-{steps:08d}") for run in (one, other))
+    different += sorted(tensors.keys() ^ twins.keys())
+    different += [name for name in tensors.keys() & twins.keys() if not torch.equal(tensors[name], twins[name])]
+    return different, sum(len(line) for line in lines) + len(tensors)
+
+
+def last_step(run: Path) -> int:
+    """Of the last line of metrics; 0 before the first."""
+    path = run / "metrics.jsonl"
+    return int(read_metrics(path)[-1]["step"]) if path.exists() and path.stat().st_size else 0
+
+
+def _start(name: str, options: list[str], run: Path) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that all of it can be ended together."""
+    launcher = [sys.executable]
+    if name != "one":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ENGINES[name])]
+        options = [f"engine={name}", *options]
+    run.mkdir(parents=True, exist_ok=True)
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [*launcher, "train.py", *options, f"name={run.name}", f"output_dir={json.dumps(str(run.resolve()))}"],
+            cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def _kill_after(process: subprocess.Popen[bytes], run: Path, step: int, draw: random.Random) -> int:
+    """Kill one of the processes some time after a step was reported; the last step that was reported before."""
+    deadline = time.monotonic() + 600
+    if step > last_step(run):
+        while last_step(run) < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 1))
+    else:
+        time.sleep(draw.uniform(0, 15))
+    if process.poll() is not None:
+        sys.exit(
+            f"error: the run ended by itself, with exit status {process.returncode}; see {run.parent}/{run.name}.log"
+        )
+    reached = last_step(run)
+    os.kill(draw.choice(_workers(process.pid) or [process.pid]), signal.SIGKILL)
+    try:
+        process.wait(60)  # the launcher ends the others
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return reached
+
+
+def _workers(launcher: int) -> list[int]:
+    """The processes that a launcher has started; none if it is no launcher, or has not come to it."""
+    found = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(number) for number in found]
+
+
+def _expect_success(process: subprocess.Popen[bytes], run: Path) -> None:
+    if process.wait() != 0:
+        sys.exit(f"error: exit status {process.returncode}; see {run.parent}/{run.name}.log")
+
+
+def _newest_checkpoint(run: Path) -> int:
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-????????")), default=0)
+
+
+def _without_time(line: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name != "train/tokens_per_second"}
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(checkpoint)}: {name}": tensor
+        for path in sorted(checkpoint.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+if __name__ == "__main__":
+    main()
