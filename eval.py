@@ -20,7 +20,7 @@ from infformer.evaluation.report import format_table, write_results
 from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
 from infformer.training.run import ask, make_reader
-from infformer.training.runtime import settle_engine, start_processes
+from infformer.training.runtime import EngineError, settle_engine, start_processes
 
 register_schemas()
 
@@ -41,7 +41,13 @@ def main(composed: DictConfig) -> None:
 
 def run(config: EvaluationRunConfig) -> None:
     """Read; print the table; write `results.json` and the plots."""
-    accelerator = start_processes(settle_engine(config.engine), config.precision)
+    engine = settle_engine(config.engine)
+    if engine.name != "ddp":
+        raise EngineError(
+            f"engine={engine.name} cuts the model up, and to measure, each process needs all of it: choose engine=ddp, "
+            "and launch with torchrun, or with accelerate as it is before `accelerate config`"
+        )
+    accelerator = start_processes(engine, config.precision)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
     tokenizer, documents = None, dict[str, TokenizedDocuments]()
     if config.task.vocabulary_size is None:

@@ -83,9 +83,11 @@ def soak(name: str, options: list[str], kills: int, steps: int, seed: int, folde
     for killed in tqdm(range(kills), desc=name, unit="kill", disable=None):
         before = last_step(war)
         # So far that the kills are spread over the run; one of five while the processes start.
-        farther = 0 if draw.random() < 0.2 else draw.randint(1, max(1, 2 * (steps - before) // (kills - killed) - 1))
+        farther = 0 if draw.random() < 0.2 else draw.randint(1, max(1, 2 * (steps - before) // (kills - killed + 2)))
         with _start(name, options, war) as process:
-            reached = _kill_after(process, war, before + farther, draw)
+            reached = _kill_after(process, war, before, farther, draw)
+        if reached is None:
+            sys.exit(f"error: {name} came to its end after {killed} kills; more --steps, or another --seed")
         starting += reached <= before
         again += max(0, last_step(war) - _newest_checkpoint(war))
     with _start(name, options, war) as process:
@@ -129,15 +131,21 @@ def _start(name: str, options: list[str], run: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _kill_after(process: subprocess.Popen[bytes], run: Path, step: int, draw: random.Random) -> int:
-    """Kill one of the processes some time after a step was reported; the last step that was reported before."""
-    deadline = time.monotonic() + 600
-    if step > last_step(run):
-        while last_step(run) < step and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 1))
-    else:
-        time.sleep(draw.uniform(0, 15))
+def _kill_after(
+    process: subprocess.Popen[bytes], run: Path, before: int, farther: int, draw: random.Random
+) -> int | None:
+    """Kill one of the processes when it has come so many steps farther, or while it starts if that is none.
+
+    Returns:
+        The last step that it reported; None if it came to its end before.
+    """
+    deadline = time.monotonic() + (600 if farther else draw.uniform(0, 15))
+    while last_step(run) < before + max(farther, 1) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if farther:
+        time.sleep(draw.uniform(0, 0.5))
+    if process.poll() == 0:
+        return None
     if process.poll() is not None:
         sys.exit(
             f"error: the run ended by itself, with exit status {process.returncode}; see {run.parent}/{run.name}.log"

@@ -59,6 +59,9 @@ class TrainingState:
     """Its weights and its optimiser's moments, as the engine keeps them."""
     schedule: LRScheduler
     task: Task
+    """May be a step ahead."""
+    position: dict[str, Any]
+    """Where it stood after the last step that was made."""
     memories: list[MemoryState]
     """Of the lanes of this process, part by part."""
     step: int = 0
@@ -196,6 +199,7 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
     if accelerator.scaler is not None and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
     state.task.load_state_dict(saved["task"])
+    state.position = saved["task"]
     state.memories = _load_memories(folder, state.memories, share, accelerator.device)
     state.unreported = [StepMetrics(**entry) for entry in saved["unreported"]]
     for name in ("step", "tokens", "measured", "best_loss", "best_step", "results_before"):
@@ -286,7 +290,7 @@ def _copy_of(state: TrainingState, accelerator: Accelerator, share: range) -> _C
         "measured": state.measured,
         "best_loss": state.best_loss,
         "best_step": state.best_step,
-        "task": state.task.state_dict(),
+        "task": state.position,
         "schedule": schedule,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "unreported": [asdict(entry) for entry in state.unreported],

@@ -26,6 +26,7 @@ from infformer.training.checkpoint import (
 )
 from infformer.training.metrics import MetricsLog, StepMetrics, summarise
 from infformer.training.optimization import learning_rates
+from infformer.training.prefetch import Prefetch
 from infformer.training.runtime import Accelerator
 from infformer.training.signals import StopRequested, StopSignals
 from infformer.training.step import NonFiniteError, Part, draw_sticky_offsets, dropout_seed, train_step
@@ -74,6 +75,7 @@ class Loop:
     folder: Path
     """The run's."""
     tracker: Tracker
+    prefetch: Prefetch
     writer: CheckpointWriter
     signals: StopSignals
     watchdog: Watchdog
@@ -115,7 +117,7 @@ class Loop:
         training, state = self.config.training, self.state
         self.prepared.train()
         self._tell("reads its next segments")
-        segments = state.task.next_step()
+        segments, state.position = self.prefetch.take()
         parts = [self._part(segments, number) for number in range(training.gradient_accumulation)]
         self._tell("computes")
         try:

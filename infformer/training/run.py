@@ -56,6 +56,7 @@ from infformer.training.checkpoint import (
 from infformer.training.loop import Loop, TrainingStopped
 from infformer.training.metrics import MetricsLog
 from infformer.training.optimization import make_optimizer, make_schedule
+from infformer.training.prefetch import Prefetch
 from infformer.training.runtime import (
     Accelerator,
     highest,
@@ -103,6 +104,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     )
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
+    logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
     seed_everything(config.seed)  # the new weights are the same on all processes
     folder = Path(config.output_dir)
     checkpoint = _where_to_start(config, folder)
@@ -119,8 +121,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if checkpoint is not None:
         load_weights(checkpoint, model)
     task = _build_task(config, tokenizer, model, accelerator, share, after_segment)
-    if accelerator.is_main_process:
-        _describe(config, folder, model, task)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
     shard(engine, accelerator, model)
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.schedule, training.max_steps)
@@ -129,12 +131,21 @@ def run(config: RunConfig) -> dict[str, Any]:
     prepared, wrapped = prepare(accelerator, model, optimizer)
     shards: Shards = ZeroShards(model, prepared.optimizer) if is_zero(accelerator) else TorchShards(model, optimizer)
     memory: MemoryState = model.initial_memory(len(share)).to(accelerator.device)
-    state = TrainingState(model, shards, schedule, task, memory.split(training.gradient_accumulation))
+    memories = memory.split(training.gradient_accumulation)
+    state = TrainingState(model, shards, schedule, task, task.state_dict(), memories)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator, share)
         logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
     tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
+        _describe(config, folder)
+        logger.info(
+            "%s: %s; %s parameters trained, %s of them the memory's",
+            config.name,
+            task.describe(),
+            f"{trained:,}",
+            f"{in_memory:,}",
+        )
         remove_unfinished(folder / "checkpoints")
         MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
         MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
@@ -144,7 +155,21 @@ def run(config: RunConfig) -> dict[str, Any]:
             if state.step == 0:
                 state.results_before = task.measure_before()
             writer = CheckpointWriter(folder / "checkpoints", accelerator, training.keep_checkpoints)
-            Loop(config, accelerator, prepared, wrapped, state, share, folder, tracker, writer, signals, watchdog).run()
+            prefetch = Prefetch(task, accelerator.device.type == "cuda")
+            Loop(
+                config,
+                accelerator,
+                prepared,
+                wrapped,
+                state,
+                share,
+                folder,
+                tracker,
+                prefetch,
+                writer,
+                signals,
+                watchdog,
+            ).run()
             results = _measure_best(state, folder)
             inspection = task.inspect()
             if accelerator.is_main_process:
@@ -411,7 +436,7 @@ def _measure_best(state: TrainingState, folder: Path) -> dict[str, Any]:
     return {**results, "before": state.results_before or None} if results else {}
 
 
-def _describe(config: RunConfig, folder: Path, model: MemoryModel, task: Task) -> None:
+def _describe(config: RunConfig, folder: Path) -> None:
     """Write down what is run, by which versions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -419,12 +444,6 @@ def _describe(config: RunConfig, folder: Path, model: MemoryModel, task: Task) -
     versions = {"python": platform.python_version(), "git_revision": _git_revision()}
     versions |= {package: _version(package) for package in packages}
     (folder / "versions.json").write_text(json.dumps(versions, indent=1))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
-    logger.info(
-        "%s: %s; %s parameters trained, %s of them the memory's",
-        config.name, task.describe(), f"{trained:,}", f"{in_memory:,}",
-    )  # fmt: skip
 
 
 def _as_dictionary(config: RunConfig) -> dict[str, Any]:

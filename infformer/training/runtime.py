@@ -110,6 +110,8 @@ def start_processes(
     if zero:
         plugin = _deepspeed_plugin(engine, precision, gradient_accumulation, gradient_clipping)
         _be_launched()
+    if engine.name == "fsdp2":
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # it is done by `shard`, and would be done twice
     communication = InitProcessGroupKwargs(timeout=_PATIENCE, backend=None if has_device else "gloo")
     accelerator = Accelerator(
         mixed_precision="no" if zero else _MIXED_PRECISION[precision],  # DeepSpeed has the same autocast of its own

@@ -205,3 +205,50 @@ def interrupted(after: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", step)
         yield
+
+
+ACCELERATE = {
+    "zero2": ["--use_deepspeed", "--zero_stage", "2", "--mixed_precision", "no"],
+    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--mixed_precision", "no"],
+}
+"""Options of `accelerate launch`."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_what_accelerate_was_configured_for(configure, options_of, one: Path, tmp_path: Path, name: str) -> None:
+    config = configure(tmp_path / "run", {"training.gradient_accumulation": 1})
+    command = ["accelerate", "launch", "--num_processes", "2", "--main_process_port", "0", *ACCELERATE[name]]
+    launched = subprocess.run(
+        [*command, "train.py", *options_of(config)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert f"2 process(es), engine {name}" in launched.stderr + launched.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "ddp", "fsdp2", "zero2", "zero3"])
+def test_killed_at_random(tmp_path: Path, name: str) -> None:
+    """The soak script in short."""
+    command = [sys.executable, "scripts/soak.py", "--engines", name, "--kills", "3", "--steps", "24"]
+    found = subprocess.run(
+        [*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "the same to the last bit" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep(configure, options_of, tmp_path: Path) -> None:
+    """Through submitit, on this machine."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    options = [option for option in options_of(configure(tmp_path)) if not option.startswith(("seed=", "output_dir="))]
+    sweep = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={json.dumps(str(tmp_path / 'sweep'))}", "seed=0,1"]
+    folder = f"output_dir={tmp_path}/run_${{hydra:job.num}}"
+    found = subprocess.run(
+        [sys.executable, "train.py", "-m", *sweep, *options, folder],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert len(losses(tmp_path / "run_0")) == len(losses(tmp_path / "run_1")) == 8
