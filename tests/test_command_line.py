@@ -426,14 +426,17 @@ class TestAHubThatCannotBeReached:
 
 
 class TestExitCodes:
-    def test_a_run_that_was_stopped(self, start, configure, options_of, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("number", [int(signal.SIGTERM), int(signal.SIGINT)])
+    def test_a_run_that_was_stopped(self, start, configure, options_of, tmp_path, monkeypatch, number):
+        """As batch systems understand it: put this in the queue again."""
+
         def stop(config: object) -> None:
-            raise loop.TrainingStopped(signal.SIGINT, tmp_path / "step-00000001")
+            raise loop.TrainingStopped(number, 7)
 
         monkeypatch.setattr(run, "run", stop)
         code, text = start(train_command, *options_of(configure(tmp_path / "run")))
-        assert code == 128 + signal.SIGINT
-        assert "step-00000001" in text
+        assert code == 99
+        assert f"stopped by signal {number} after step 7" in text
         assert "resume=auto" in text
 
     def test_a_run_that_failed(self, start, configure, options_of, tmp_path, monkeypatch):

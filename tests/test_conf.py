@@ -16,7 +16,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 import eval as eval_command
 import train as train_command
-from infformer.config import TASKS, EvaluationRunConfig, RunConfig, TrainingConfig
+from infformer.config import ENGINES, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
@@ -167,6 +167,41 @@ class TestTasks:
         for length in (*config.task.training_lengths, *config.task.lengths):
             assert source.draw("test", [0], 0, length, np.zeros((1, 8))).tokens.shape == (1, length)
         assert max(config.task.lengths) > 2 * config.training.segment_length + config.model.short_term_length
+
+
+class TestEngines:
+    def test_every_engine_can_be_chosen(self):
+        assert {choice for group, choice in CHOICES if group == "engine"} == set(ENGINES)
+        assert len(ENGINES) == 7
+        assert run_config().engine == evaluation_config().engine == EngineConfig("auto")
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_deepspeed_is_told_the_stage_of_its_name(self, engine):
+        chosen = run_config(f"engine={engine}").engine
+        assert evaluation_config(f"engine={engine}").engine == chosen
+        said = chosen.deepspeed.get("zero_optimization", {}).get("stage")
+        assert said == (int(engine[4]) if engine.startswith("zero") else None)
+        assert (chosen.deepspeed == {}) == (said is None)
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_only_deepspeed_takes_a_configuration_of_its_own(self, engine):
+        options = f"engine={engine}", "engine.config=mine.json"
+        if engine.startswith("zero"):
+            assert run_config(*options).engine.config == "mine.json"
+            return
+        with pytest.raises(
+            ValueError, match=rf"engine\.config=mine\.json with engine={engine}: .* engine=zero1, zero2"
+        ):
+            run_config(*options)
+
+    @pytest.mark.parametrize("patience", [0, -1])
+    def test_patience_is_positive(self, patience):
+        with pytest.raises(ValueError, match=rf"engine\.patience={patience}.*: must be a positive number of seconds"):
+            run_config(f"engine.patience={patience}")
+
+    def test_no_other_engine(self):
+        with pytest.raises(ValueError, match=r"engine\.name=zero4: choose one of auto, ddp, fsdp2, zero1, .*zero3_off"):
+            run_config("engine.name=zero4")
 
 
 def test_an_evaluation_needs_a_checkpoint():

@@ -276,6 +276,46 @@ def test_shares_add_up(model, documents, reader):
     np.testing.assert_allclose(together, whole, rtol=1e-5, atol=1e-6)
 
 
+class TestAfterSegment:
+    @pytest.mark.parametrize("stride", [None, 4])
+    @pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (4, 2), (3, 3), (8, 2), (2, 7)])
+    def test_is_called_equally_often_on_every_process(self, model, documents, reader, stride, batch_size, processes):
+        """Also on one that has less to read, or nothing; so they can agree there. With 7, two have nothing at all."""
+        events: list[str] = []
+        share = {"stride": stride, "processes": processes, "after_segment": lambda: events.append("called")}
+        hook = model.register_forward_hook(lambda *_: events.append("read"))
+        told = []
+        for process in range(processes):
+            events.clear()
+            read = reader(model, batch_size, process=process, **share)
+            read_documents(read, documents, with_memory_of(read), "some")
+            told.append(list(events))
+        hook.remove()
+        assert told == [["read", "called"] * (len(told[0]) // 2)] * processes
+        assert len(told[0]) > 2
+
+    def test_may_cut_a_reading_short(self, model, documents, reader):
+        """After as many segments as were read until then; the next reading begins anew."""
+
+        def stop() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise InterruptedError
+
+        left, forwards = 3, []
+        hook = model.register_forward_hook(lambda *_: forwards.append(None))
+        read = reader(model, after_segment=stop)
+        with pytest.raises(InterruptedError):
+            read_documents(read, documents, with_memory_of(read), "some")
+        hook.remove()
+        assert len(forwards) == 3
+        assert torch.is_grad_enabled()
+        left, plain = 10**6, reader(model)
+        again = read_documents(read, documents, with_memory_of(read), "again")
+        assert (again == read_documents(plain, documents, with_memory_of(plain), "plain")).all()
+
+
 def test_in_bfloat16(model, documents, reader):
     exact = evaluate(reader(model), documents)["nll"]
     rounded = evaluate(reader(model, precision=torch.bfloat16), documents)["nll"]

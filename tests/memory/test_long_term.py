@@ -239,6 +239,50 @@ class _Read(torch.nn.Module):
         return self.memory.read(hidden, state)
 
 
+class TestOneCall:
+    """As modules are called by engines that put their weights together for that time."""
+
+    @every_read
+    @every_write
+    def test_reads_then_writes(self, build_memory, read, write):
+        memory = build_memory(**read, **write)
+        hidden, state = random(3, 12, 6), used_state(memory, [0, 1, 3])
+        operators = memory.signal.operators(state.segments)
+        offsets = random(3, 20, seed=2).sigmoid()
+        whole = torch.tensor([True, False, True])
+        expected = memory.read(hidden, state)
+        written = memory.write(hidden, state, operators, expected.attention, offsets, whole)
+        reading, after = memory(hidden, state, operators, offsets, whole)
+        assert torch.equal(reading.context, expected.context)
+        assert torch.equal(memory.divergence(reading.attention), memory.divergence(expected.attention))
+        for name, tensor in written.named_tensors().items():
+            assert torch.equal(after.named_tensors()[name], tensor), name
+
+    @every_read
+    def test_without_operators_nothing_is_written(self, build_memory, read):
+        memory = build_memory(**read)
+        hidden, state = random(3, 5, 6), used_state(memory, [0, 1, 3])
+        reading, after = memory(hidden, state)
+        assert torch.equal(reading.context, memory.read(hidden, state).context)
+        assert after is state
+
+    @every_read
+    @every_write
+    def test_gradients_are_those_of_both(self, build_memory, read, write):
+        memory = build_memory(**read, **write)
+        inputs = [random(2, 12, 6).requires_grad_(), *memory.parameters()]
+        state = used_state(memory, [1, 2])
+        found = []
+        for call in (
+            step,
+            lambda memory, hidden, state: memory(hidden, state, memory.signal.operators(state.segments)),
+        ):
+            reading, after = call(memory, inputs[0], state)
+            passage = Passage([reading.context], [memory.divergence(reading.attention)], after.coefficients)
+            found.append(gradients(passage, inputs))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 class TestRows:
     @every_read
     def test_empty_memory_contributes_exactly_nothing(self, build_memory, read):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from infformer.data import DataError, Lanes, TokenizedDocuments, tokenize_documents
+from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, evaluate_controls
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import EvaluationError, Reader
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks import language_modelling
@@ -140,6 +141,39 @@ class TestWhatIsMeasured:
         table = capsys.readouterr().out
         assert re.search(rf"before training +{results['before']['perplexity']['token']:.3f} ", table)
         assert "another document's memory" in table
+
+
+class TestInspection:
+    """Writes nothing, so that every process can make it."""
+
+    def test_is_along_the_longest_test_document(self, documents, make, reader):
+        test = documents["test"]
+        longest = int(test.token_counts.argmax())
+        tokens = torch.from_numpy(test.tokens(longest, 0, int(test.token_counts[longest])))
+        found = make(inspected_segments=3).inspect()
+        assert found["document"]["segments"] == 3
+        assert found == inspect_document(reader.model, tokens, 3, progress=False)
+        assert json.loads(json.dumps(found)) == found
+
+    def test_is_not_made_if_not_wanted(self, make):
+        assert make(inspected_segments=0).inspect() == {}
+
+    def test_needs_a_test_document(self, make):
+        assert make(("train", "validation"), inspected_segments=3).inspect() == {}
+
+    def test_needs_a_long_term_memory(self, documents, tokenizer, backbone):
+        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0)
+        reader = Reader(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), SEGMENT, progress=False)
+        assert LanguageModelling(tokenizer, documents, lanes, reader, inspected_segments=3).inspect() == {}
+
+    def test_of_a_document_that_is_too_short_is_none(self, documents, make, reader, monkeypatch, caplog):
+        def refuse(*arguments: object, **options: object) -> None:
+            raise EvaluationError("it has only 1 segment")
+
+        monkeypatch.setattr(language_modelling, "inspect_document", refuse)
+        with caplog.at_level("INFO"):
+            assert make(inspected_segments=3).inspect() == {}
+        assert "the memory is not looked into: it has only 1 segment" in caplog.text
 
 
 class TestASample:

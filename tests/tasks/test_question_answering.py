@@ -72,3 +72,4 @@ def test_it_is_measured_by_its_examination(tmp_path: Path) -> None:
     assert task.measure("here") == {"of": "here"}
     assert task.report({"cells": []}, tmp_path) == [tmp_path / "cells.png"]
     assert task.sample(7, 5) == "5 tokens at step 7"
+    assert task.inspect() == {}

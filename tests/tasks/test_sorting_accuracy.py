@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from infformer.evaluation.reading import Reader
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.tasks.answering import answer
+from infformer.tasks.answering import answer, answer_forced
 from infformer.tasks.ideal_counters import ideal_counters
 from infformer.tasks.sorting_accuracy import evaluate_teacher_forced, format_accuracy, measure_accuracy
 from infformer.tasks.sorting_sequences import SortingConfig, as_questions, draw_sequences
@@ -131,6 +132,33 @@ def test_shares_add_up(model: InfformerForCausalLM, evaluate: Callable, processe
     for name, value in evaluate(reader(model), sequences, SYMBOLS).items():
         expected = value if isinstance(value, dict) else pytest.approx(value, rel=1e-6)  # the counters need no model
         assert figures[name] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("questions", "processes", "batch_size"), [(5, 2, 2), (4, 3, 3), (2, 5, 5), (7, 3, 9), (1, 2, 1)]
+)
+@pytest.mark.parametrize("ask", [answer, answer_forced])
+def test_all_processes_read_as_often(
+    model: InfformerForCausalLM, ask: Callable, questions: int, processes: int, batch_size: int
+) -> None:
+    """Also who has fewer questions, or none: engines that cut weights up need all of them, and so do agreements."""
+    asked = as_questions(draw(questions), SYMBOLS)
+    events: list[str] = []
+    share = {"processes": processes, "after_segment": lambda: events.append("called")}
+    told = []
+    hook = model.register_forward_hook(lambda *_: events.append("read"))
+    try:
+        for process in range(processes):
+            events.clear()
+            ask(reader(model, batch_size, process=process, **share), asked, "some")
+            told.append(list(events))
+    finally:
+        hook.remove()
+    assert told == told[:1] * processes
+    side_by_side = ceil(batch_size / processes)
+    batches = ceil(ceil(questions / processes) / side_by_side)
+    assert told[0].count("called") == batches
+    assert told[0].count("read") > batches
 
 
 def test_in_bfloat16(model: InfformerForCausalLM) -> None:

@@ -1,12 +1,44 @@
-"""The run's metrics file: strict JSON, survives a kill, and is cut back to a checkpoint at resume."""
+"""What is measured: means over tokens; the file is strict JSON, survives a kill, and is cut back at resume."""
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from infformer.training.metrics import MetricsLog, read_metrics
+from infformer.training.metrics import MetricsLog, StepMetrics, read_metrics, summarise
+
+
+def measured(loss: float, scored: int, read: int, seconds: float, **others: float) -> StepMetrics:
+    rates = {"train/learning_rate": others.pop("rate", 0.1)}
+    return StepMetrics(loss, others, 10 * loss, scored, read, seconds, rates)
+
+
+class TestSummary:
+    def test_means_are_over_tokens(self):
+        """Not over steps: of two steps the second has scored three times as much."""
+        line = summarise([measured(4.0, 10, 40, 0.5, divergence=1.0), measured(2.0, 30, 60, 1.5, divergence=0.5)])
+        assert line["train/loss"] == pytest.approx((10 * 4.0 + 30 * 2.0) / 40)
+        assert line["train/divergence"] == pytest.approx((10 * 1.0 + 30 * 0.5) / 40)
+        assert line["train/perplexity"] == pytest.approx(math.exp(2.5))
+
+    def test_speed_is_of_all_tokens_in_all_the_time(self):
+        line = summarise([measured(4.0, 10, 40, 0.5), measured(2.0, 30, 60, 1.5)])
+        assert line["train/tokens_per_second"] == 100 / 2
+
+    def test_the_rest_is_of_the_last_step(self):
+        line = summarise([measured(4.0, 10, 40, 0.5, rate=0.2), measured(2.0, 30, 60, 1.5, rate=0.3)])
+        assert (line["train/gradient_norm"], line["train/learning_rate"]) == (20.0, 0.3)
+
+    def test_a_diverged_step_is_seen(self):
+        assert math.isnan(summarise([measured(math.nan, 1, 1, 1), measured(1.0, 1, 1, 1)])["train/loss"])
+        assert summarise([measured(1e6, 1, 1, 1)])["train/perplexity"] == math.exp(700)
+
+    @pytest.mark.parametrize("loss", [0.1 + 0.2, 1e-320, 2**0.5, math.inf])
+    def test_what_a_checkpoint_holds_of_a_step_is_that_step(self, loss):
+        step = measured(loss, 3, 4, 0.1, divergence=1 / 3)
+        assert StepMetrics(**json.loads(json.dumps(asdict(step)))) == step
 
 
 def fail_on_constant(name: str) -> None:

@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,15 @@ from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.sorting_sequences import SortingConfig
 from infformer.tasks.task import Validation
 from infformer.training import checkpoint, loop
-from infformer.training.checkpoint import TrainingState, newest_checkpoint, save_checkpoint, what_is_wrong
-from infformer.training.loop import TrainingFailedError, TrainingStopped
+from infformer.training.checkpoint import FORMAT, CheckpointWriter, TrainingState, newest_checkpoint, what_is_wrong
+from infformer.training.loop import EXIT_CODE, TrainingFailedError, TrainingStopped
 from infformer.training.metrics import read_metrics
 from infformer.training.run import RunError
+from infformer.training.signals import StopSignals
 
 ROOT = Path(__file__).parents[2]
 STEPS, LAST_CHECKPOINT = 8, 6
-"""Steps of a run here, and the step of the newest checkpoint of the run that was killed in the middle."""
+"""Steps of a run here, and the step of the newest checkpoint of the run that was killed in its last step."""
 
 
 class Killed(BaseException):
@@ -60,7 +63,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint: weights, moments, memories, random state."""
+    """All tensors of a checkpoint: weights, moments, memories."""
     return {
         f"{path.name}.{name}": tensor
         for path in sorted(folder.rglob("*.safetensors"))
@@ -89,13 +92,24 @@ def checkpoints(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
+def wait_for_checkpoints() -> None:
+    """Until nothing is written in the background: threads of this process, unlike a killed one's, would go on."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+
+
 @contextmanager
 def interrupted(after: int, how: Callable[[], None]) -> Iterator[None]:
-    """Something happens when this many steps have been made, in the middle of the next one."""
+    """Something happens when this many steps have been made, in the middle of the next one.
+
+    Every step takes longer than a checkpoint takes to be written; so each gets its name after the step that follows it.
+    """
     made = 0
 
     def step(*arguments: Any) -> Any:
         nonlocal made
+        wait_for_checkpoints()
         if made == after:
             how()
         made += 1
@@ -125,11 +139,12 @@ def whole(configure, train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(configure, train, tmp_path_factory) -> Path:
-    """The folder of the same run, killed in its last but one step."""
+    """The folder of the same run, killed in its last step."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    with interrupted(LAST_CHECKPOINT, die), pytest.raises(Killed):
+    with interrupted(STEPS - 1, die), pytest.raises(Killed):
         train(configure(folder))
-    assert [record["step"] for record in records(folder)][-1] == LAST_CHECKPOINT
+    assert [record["step"] for record in records(folder)][-1] == STEPS - 1
+    assert checkpoints(folder)[-1] == LAST_CHECKPOINT
     return folder
 
 
@@ -156,29 +171,71 @@ class TestGoesOnExactly:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_asked_to_stop(self, configure, train, whole, tmp_path, number):
-        with interrupted(4, send(number)), pytest.raises(TrainingStopped, match="step-00000005") as stopped:
+        message = f"stopped by signal {int(number)} after step 5; resume=auto goes on from there"
+        with interrupted(4, send(number)), pytest.raises(TrainingStopped) as stopped:
             train(configure(tmp_path))
         assert stopped.value.number == number
+        assert str(stopped.value) == message
         assert checkpoints(tmp_path)[-1] == 5
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
 
-    @pytest.mark.parametrize("step", [3, STEPS])
-    def test_asked_to_stop_during_validation(self, configure, train, whole, tmp_path, monkeypatch, step):
-        def validate_and_stop(task: LanguageModelling) -> Validation | None:
+    @pytest.mark.parametrize(
+        ("evaluation", "time", "after"),
+        [("measure_before", 1, 0), ("validate", 1, 3), ("validate", 3, STEPS), ("measure", 1, STEPS)],
+    )
+    def test_asked_to_stop_during_an_evaluation(
+        self, configure, train, whole, tmp_path, monkeypatch, evaluation, time, after
+    ):
+        """It is left after the segment that is being read, not after the last, and made again."""
+        times, segments = 0, 0
+        original, raise_if_agreed = getattr(LanguageModelling, evaluation), StopSignals.raise_if_agreed
+
+        def evaluate(task: LanguageModelling, *arguments: Any) -> Any:
             nonlocal times
             times += 1
-            if times == {3: 1, STEPS: 3}[step]:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return validate(task)
+            return original(task, *arguments)
 
-        times, validate = 0, LanguageModelling.validate
-        monkeypatch.setattr(LanguageModelling, "validate", validate_and_stop)
-        with pytest.raises(TrainingStopped):
-            train(configure(tmp_path))
-        assert records(tmp_path)[-1].keys() >= {"train/loss"}
+        def count(signals: StopSignals) -> None:
+            nonlocal segments
+            segments += times == time
+            if segments == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise_if_agreed(signals)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LanguageModelling, evaluation, evaluate)
+            patched.setattr(StopSignals, "raise_if_agreed", count)
+            with pytest.raises(TrainingStopped, match=f"after step {after};"):
+                train(configure(tmp_path))
+        assert segments == 2
+        if after:
+            assert checkpoints(tmp_path)[-1] == after
+            assert ("train/loss" in records(tmp_path)[-1]) == (evaluation == "validate")
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
+
+    @pytest.mark.parametrize("after", [3, 5, 7])
+    def test_measured_since_the_last_line_of_metrics(self, configure, train, tmp_path, after):
+        """A checkpoint is written between two lines: it holds the steps that the next line will be the mean of."""
+        changes = {"training.log_every": 3, "evaluation.before": False, "evaluation.controls": False}
+        train(configure(tmp_path / "whole", changes))
+        assert [line["step"] for line in records(tmp_path / "whole") if "train/loss" in line] == [3, 6, STEPS]
+        with interrupted(after, die), pytest.raises(Killed):
+            train(configure(tmp_path / "killed", changes))
+        train(configure(tmp_path / "killed", {**changes, "resume": "auto"}))
+        assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+    def test_while_a_checkpoint_is_still_being_written(self, configure, train, whole, tmp_path):
+        """Neither the half of it nor what was there before is in the way."""
+        with interrupted(4, die), pytest.raises(Killed):
+            train(configure(tmp_path))
+        unfinished = tmp_path / "checkpoints" / "step-00000004.partial"
+        halve(unfinished / "model" / "model.safetensors")
+        (unfinished / "process-00007.safetensors").write_bytes(b"of a run on more processes")
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+        assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
     def test_finished_runs_only_measure_again(self, configure, train, whole, tmp_path):
         shutil.copytree(whole, tmp_path / "run", symlinks=True)
@@ -299,7 +356,11 @@ class TestInAProcessOfItsOwn:
 
     @pytest.mark.parametrize(
         ("number", "code"),
-        [(signal.SIGTERM, 143), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+        [
+            (signal.SIGTERM, EXIT_CODE),
+            (signal.SIGKILL, -9),
+            pytest.param(signal.SIGINT, EXIT_CODE, marks=pytest.mark.slow),
+        ],
     )
     def test_stopped_by_a_signal(self, configure, train, start, longer, tmp_path, number, code):
         with start() as process:
@@ -310,7 +371,7 @@ class TestInAProcessOfItsOwn:
         assert made >= 7, errors
         assert process.returncode == code, errors
         assert "Traceback" not in errors
-        assert number == signal.SIGKILL or "resume=auto goes on from it" in errors
+        assert number == signal.SIGKILL or "resume=auto goes on from there" in errors
         assert self.lines(tmp_path / "run") < self.lines(longer)  # it was not finished
         train(configure(tmp_path / "run", {**LONGER, "resume": "auto"}))
         assert records(tmp_path / "run") == records(longer)
@@ -364,7 +425,7 @@ class TestDamagedCheckpoints:
     def test_the_run_goes_on_from_the_one_before(self, configure, train, whole, folder, keep):
         """Also when no more checkpoints are kept than the damaged one, and when that one was the best."""
         halve(folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "model" / "model.safetensors")
-        with interrupted(1, die), pytest.raises(Killed):
+        with interrupted(2, die), pytest.raises(Killed):
             train(
                 configure(folder, {"resume": "auto", "training.keep_checkpoints": keep, "training.checkpoint_every": 1})
             )
@@ -378,10 +439,14 @@ class TestDamagedCheckpoints:
         train(configure(folder, {"resume": "auto"}))
         assert_same_run(folder, whole)
 
-    def test_of_another_format(self, folder):
+    def test_of_another_format(self, configure, train, whole, folder, caplog):
         state = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "state.json"
-        state.write_text(state.read_text().replace('"format": 2', '"format": 9'))
-        assert "its format is 9, this version reads 2" in str(what_is_wrong(state.parent))
+        state.write_text(state.read_text().replace(f'"format": {FORMAT}', '"format": 9'))
+        assert what_is_wrong(state.parent) == f"its format is 9, this version reads {FORMAT}"
+        assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000004"
+        assert f"{state.parent} is passed over: its format is 9" in caplog.text
+        train(configure(folder, {"resume": "auto"}))
+        assert_same_run(folder, whole)
 
 
 class TestRefused:
@@ -412,6 +477,18 @@ class TestRefused:
         before = contents(tmp_path / "run")
         with pytest.raises(DataError, match=r"the documents .* the run to be resumed had"):
             train(configure(tmp_path / "run", {**changes, "resume": "auto"}))
+        assert contents(tmp_path / "run") == before
+
+    @pytest.mark.parametrize("split", ["train", "validation", "test"])
+    def test_documents_that_are_gone(self, configure, train, texts, tmp_path, split):
+        """Also if they are still in the cache: nobody knows whether they were the same."""
+        mine = Path(shutil.copy(texts / f"{split}.jsonl", tmp_path / "mine.jsonl"))
+        changes = {f"data.{split}": str(mine), "training.max_steps": 2, "evaluation.before": False}
+        train(configure(tmp_path / "run", changes))
+        mine.unlink()
+        before = contents(tmp_path / "run")
+        with pytest.raises(DataError, match=rf"data\.{split}={mine}: no such file"):
+            train(configure(tmp_path / "run", {**changes, "training.max_steps": 3, "resume": "auto"}))
         assert contents(tmp_path / "run") == before
 
     def test_a_folder_that_holds_a_run(self, configure, train, folder):
@@ -477,13 +554,24 @@ FULL_DISKS = {
 class TestFullDisk:
     @staticmethod
     def at(step: int, full_disk: Callable[[], AbstractContextManager], monkeypatch: pytest.MonkeyPatch) -> None:
-        """The disk is full while the checkpoint of this step is written."""
+        """The disk is full while the checkpoint of this step is written and named."""
+        begin, finish = CheckpointWriter.begin, CheckpointWriter.finish
+        written = 0
 
-        def save(root: Path, state: TrainingState, *others: Any) -> Path:
-            with full_disk() if state.step == step else nullcontext():
-                return save_checkpoint(root, state, *others)
+        def begin_and_wait(writer: CheckpointWriter, state: TrainingState, share: range) -> None:
+            nonlocal written
+            writer.finish(wait=True)
+            written = state.step
+            with full_disk() if written == step else nullcontext():
+                begin(writer, state, share)
+                wait_for_checkpoints()
 
-        monkeypatch.setattr(loop, "save_checkpoint", save)
+        def finish_without_space(writer: CheckpointWriter, wait: bool) -> None:
+            with full_disk() if written == step else nullcontext():
+                finish(writer, wait)
+
+        monkeypatch.setattr(CheckpointWriter, "begin", begin_and_wait)
+        monkeypatch.setattr(CheckpointWriter, "finish", finish_without_space)
 
     @pytest.mark.parametrize("full_disk", FULL_DISKS.values(), ids=FULL_DISKS)
     def test_in_the_middle_of_a_run(self, configure, train, whole, tmp_path, monkeypatch, caplog, full_disk):
@@ -502,6 +590,67 @@ class TestFullDisk:
             with pytest.raises(TrainingFailedError, match=r"the checkpoint of step 8 could not be written.*make room"):
                 train(configure(tmp_path))
         assert checkpoints(tmp_path) == [4, 6]
+        train(configure(tmp_path, {"resume": "auto"}))
+        assert_same_run(tmp_path, whole)
+
+
+EVERY_FOUR = {"training.checkpoint_every": 4, "data.validation": None, "data.test": None}
+
+
+class TestInTheBackground:
+    """A checkpoint is of its step, however far the training is when it is written."""
+
+    def test_what_is_written_late(self, configure, train, tmp_path, monkeypatch):
+        train(configure(tmp_path / "whole", EVERY_FOUR))
+        go_on, save = threading.Event(), checkpoint.save_file
+        monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: go_on.wait(60) and save(*arguments))
+        named: list[list[str]] = []
+
+        def step(*arguments: Any) -> Any:
+            named.append([path.name for path in (tmp_path / "late" / "checkpoints").glob("step-????????")])
+            if len(named) == 7:
+                go_on.set()
+                wait_for_checkpoints()
+            return train_step(*arguments)
+
+        train_step = loop.train_step
+        monkeypatch.setattr(loop, "train_step", step)
+        train(configure(tmp_path / "late", EVERY_FOUR))
+        assert named == [[]] * 7 + [["step-00000004"]]
+        for name in ("step-00000004", "step-00000008"):
+            late, whole = (tmp_path / run / "checkpoints" / name for run in ("late", "whole"))
+            assert json.loads((late / "state.json").read_text()) == json.loads((whole / "state.json").read_text())
+            one, other = tensors(late), tensors(whole)
+            assert one.keys() == other.keys()
+            assert all(torch.equal(tensor, other[each]) for each, tensor in one.items())
+
+    def test_the_next_one_waits_for_the_one_before(self, configure, train, whole, tmp_path, monkeypatch):
+        """Slower than the steps between two checkpoints: each is written nevertheless, one after the other."""
+        save, at_once = checkpoint.save_file, list[int]()
+
+        def slowly(*arguments: Any) -> None:
+            at_once.append(sum(thread.name == "checkpoint" for thread in threading.enumerate()))
+            time.sleep(0.2)
+            save(*arguments)
+
+        monkeypatch.setattr(checkpoint, "save_file", slowly)
+        train(configure(tmp_path))
+        assert set(at_once) == {1}
+        assert_same_run(tmp_path, whole)
+
+    def test_a_fault_that_nobody_thought_of(self, configure, train, whole, tmp_path, monkeypatch, caplog):
+        """What is not whole is not called a checkpoint."""
+
+        def fail(*arguments: Any, **options: Any) -> None:
+            raise RuntimeError("something else")
+
+        with monkeypatch.context() as patched:
+            TestFullDisk.at(6, partial(patch.object, InfformerForCausalLM, "save_pretrained", fail), patched)
+            with interrupted(7, die), pytest.raises(Killed):
+                train(configure(tmp_path))
+        assert "the checkpoint of step 6 could not be written" in caplog.text
+        assert "something else" in caplog.text
+        assert checkpoints(tmp_path) == [3, 4]
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
 
@@ -537,10 +686,10 @@ class TestWhatIsKept:
 def test_a_loss_that_is_not_finite_ends_the_run(configure, train, tmp_path, monkeypatch, sticky):
     """The message says where, and what is left; from there the run can go on."""
 
-    def poisoned(accelerator: Any, model: Any, optimizer: Any, parts: Any, memories: list, *others: Any) -> Any:
+    def poisoned(accelerator: Any, model: Any, optimizer: Any, parts: list, *others: Any) -> Any:
         if optimizer.state_dict()["state"] and int(optimizer.state_dict()["state"][0]["step"]) == 4:
-            memories = [memory.map_tensors(lambda tensor: tensor * math.nan) for memory in memories]
-        return train_step(accelerator, model, optimizer, parts, memories, *others)
+            parts = [replace(part, memory=part.memory.map_tensors(lambda tensor: tensor * math.nan)) for part in parts]
+        return train_step(accelerator, model, optimizer, parts, *others)
 
     train_step = loop.train_step
     with monkeypatch.context() as patched:

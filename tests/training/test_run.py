@@ -165,6 +165,15 @@ class TestTheSameLosses:
         assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-6)
         assert results["nll"] == pytest.approx(json.loads((reference / "results.json").read_text())["nll"], rel=1e-6)
 
+    def test_cut_into_other_parts_after_a_stop(self, configure, train, without_dropout, reference, tmp_path):
+        """The only option of `training` that changes how a step is computed and may be another when a run goes on."""
+        changes = {**without_dropout, "schedule.name": "constant", "data.test": None}
+        train(configure(tmp_path / "one", changes))
+        for steps, parts in ((3, 2), (5, 4), (8, 1)):
+            cut = {"training.max_steps": steps, "training.gradient_accumulation": parts, "resume": "auto"}
+            train(configure(tmp_path / "another", {**changes, **cut}))
+        assert losses(tmp_path / "another") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
     @pytest.mark.slow
     @pytest.mark.parametrize("bptt_segments", [1, 2])
     def test_with_two_processes(self, configure, train, options_of, without_dropout, tmp_path, bptt_segments):
@@ -308,6 +317,9 @@ class LastTokens:
         (folder / "results.json").write_text(json.dumps(results))
         return []
 
+    def inspect(self) -> dict[str, Any]:
+        return {}
+
     def sample(self, step: int, tokens: int) -> None:
         return None
 
@@ -327,7 +339,7 @@ def train_another(train) -> Callable[[RunConfig], None]:
 
     def start(config: RunConfig) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "_build_task", lambda *arguments: LastTokens(arguments[-1]))
+            patch.setattr(run, "_build_task", lambda *arguments: LastTokens(arguments[-2]))
             train(config)
 
     return start

@@ -19,10 +19,18 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import NOT_SCORED
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.training.step import NonFiniteError, StepResult, draw_sticky_offsets, train_step
+from infformer.training.step import (
+    NonFiniteError,
+    Part,
+    StepResult,
+    draw_sticky_offsets,
+    dropout_seed,
+    train_step,
+)
 
 SEGMENT, LANES = 16, 4
 Gradients = dict[str, Tensor]
+NewAccelerator = Callable[[int], Accelerator]
 
 
 @dataclass
@@ -36,20 +44,25 @@ class Step:
 
 
 @pytest.fixture
-def accelerator() -> Accelerator:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    return Accelerator(cpu=True)
+def accelerator() -> NewAccelerator:
+    """One for steps of so many parts."""
+
+    def new(parts: int) -> Accelerator:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return Accelerator(cpu=True, gradient_accumulation_steps=parts)
+
+    return new
 
 
 @pytest.fixture
 def model(backbone) -> Callable[..., InfformerForCausalLM]:
-    """Without dropout, with a memory in which every weight is random."""
+    """Without dropout, unless asked for, with a memory in which every weight is random."""
 
-    def build(**options) -> InfformerForCausalLM:
+    def build(dropout: float = 0.0, **options) -> InfformerForCausalLM:
         torch.manual_seed(1)
         config = copy.deepcopy(backbone.config)
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
         stock = type(backbone)(config)
         sizes = {"segment_length": SEGMENT, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
         model = InfformerForCausalLM.from_backbone(stock, LongTermMemoryConfig(**{**sizes, **options}))
@@ -86,13 +99,14 @@ def segments() -> list[Segment]:
 
 
 def step(
-    accelerator: Accelerator,
+    accelerator: NewAccelerator,
     model: InfformerForCausalLM,
     segments: Sequence[Segment],
     parts: int = 1,
     memory: MemoryState | None = None,
     gradient_clipping: float | None = None,
     offsets: Callable[[Segment], Tensor | None] = lambda segment: None,
+    dropout_seeds: Sequence[int] | None = None,
 ) -> Step:
     model = copy.deepcopy(model)
     optimizer = SGD(model.parameters(), 0.5)
@@ -104,14 +118,17 @@ def step(
     optimizer.register_step_pre_hook(remember)
     rows = LANES // parts
     cut = [[segment.rows(slice(first, first + rows)) for segment in segments] for first in range(0, LANES, rows)]
+    memories = (memory or model.initial_memory(LANES)).split(parts)
+    seeds = dropout_seeds or range(parts)
     memories, result = train_step(
-        accelerator,
+        accelerator(parts),
         model,
         optimizer,
-        cut,
-        (memory or model.initial_memory(LANES)).split(parts),
+        [
+            Part(own, before, [offsets(segment) for segment in own], seed)
+            for own, before, seed in zip(cut, memories, seeds, strict=True)
+        ],
         gradient_clipping,
-        [[offsets(segment) for segment in part] for part in cut],
     )
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(tensor.requires_grad for memory in memories for tensor in memory.named_tensors().values())
@@ -281,6 +298,11 @@ class TestSegmentsInWhichNothingIsScored:
         assert saved(0, 0, 2) == saved(0, 2) == saved(2) < saved(2, 2)
 
 
+def part(model: InfformerForCausalLM, segments: Sequence[Segment], memory: MemoryState | None = None) -> Part:
+    """All lanes at once."""
+    return Part(segments, memory or model.initial_memory(LANES), [None] * len(segments), 0)
+
+
 class TestALossThatIsNotFinite:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_stops_before_the_weights_change(self, accelerator, model, segments, value):
@@ -293,7 +315,7 @@ class TestALossThatIsNotFinite:
         before = copy.deepcopy(some.state_dict())
         optimizer = SGD(some.parameters(), 0.5, momentum=0.9)
         with pytest.raises(NonFiniteError, match="the loss is nan"):
-            train_step(accelerator, some, optimizer, [[segment]], [memory], 1.0, [[None]])
+            train_step(accelerator(1), some, optimizer, [part(some, [segment], memory)], 1.0)
         assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
         assert optimizer.state_dict()["state"] == {}
         assert all(parameter.grad is None for parameter in some.parameters())
@@ -303,16 +325,81 @@ class TestALossThatIsNotFinite:
         some.backbone.transformer.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
         before = copy.deepcopy(some.state_dict())
         with pytest.raises(NonFiniteError, match="the gradient's norm nan"):
-            train_step(
-                accelerator,
-                some,
-                SGD(some.parameters(), 0.5),
-                [segments[:1]],
-                [some.initial_memory(LANES)],
-                None,
-                [[None]],
-            )
+            train_step(accelerator(1), some, SGD(some.parameters(), 0.5), [part(some, segments[:1])], None)
         assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
+        assert all(parameter.grad is None for parameter in some.parameters())
+
+    @pytest.mark.parametrize("bad", [0, 1])
+    def test_of_one_part_of_several(self, accelerator, model, segments, bad):
+        """Whichever it is: the gradients of the parts before it are forgotten too, and the last has made none."""
+        some = model()
+        before = copy.deepcopy(some.state_dict())
+        cut = [segments[0].rows(slice(first, first + 2)) for first in (0, 2)]
+        memories = some.initial_memory(LANES).split(2)
+        memories[bad] = memories[bad].map_tensors(
+            lambda tensor: torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor + 1
+        )
+        parts = [
+            Part([replace(own, reset=torch.zeros_like(own.reset))], memory, [None], 0)
+            for own, memory in zip(cut, memories, strict=True)
+        ]
+        new, backwards = accelerator(2), list[Tensor]()
+        backward = new.backward
+        new.backward = lambda loss: backwards.append(loss.detach()) or backward(loss)
+        with pytest.raises(NonFiniteError, match="the loss is nan"):
+            train_step(new, some, SGD(some.parameters(), 0.5), parts, 1.0)
+        assert len(backwards) == 1
+        assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
+        assert all(parameter.grad is None for parameter in some.parameters())
+
+
+class TestDropout:
+    """What is dropped belongs to the lanes of a part and to the step, not to whoever computes it."""
+
+    RATE = 0.2
+
+    def test_is_there(self, accelerator, model, segments):
+        """So that the other tests mean something."""
+        dropped, kept = (step(accelerator, model(rate), segments) for rate in (self.RATE, 0.0))
+        assert dropped.result.loss != kept.result.loss
+
+    def test_is_drawn_from_the_seed_alone(self, accelerator, model, segments):
+        some = model(self.RATE)
+        torch.manual_seed(5)
+        one = step(accelerator, some, segments, dropout_seeds=[7])
+        torch.rand(100)  # what others have drawn meanwhile
+        same, other = (step(accelerator, some, segments, dropout_seeds=[seed]) for seed in (7, 8))
+        assert same.result == one.result
+        assert all(torch.equal(gradient, one.gradients[name]) for name, gradient in same.gradients.items())
+        assert other.result.loss != one.result.loss
+
+    def test_is_the_same_wherever_its_part_stands(self, accelerator, model, segments):
+        """Two parts of lanes that read the same: which comes first does not matter, only what each draws from."""
+        some = model(self.RATE)
+        twice = [segment.rows(torch.tensor([0, 1, 0, 1])) for segment in segments]
+        first, swapped, same = (
+            step(accelerator, some, twice, 2, dropout_seeds=seeds) for seeds in ([3, 4], [4, 3], [3, 3])
+        )
+        assert swapped.result.loss == pytest.approx(first.result.loss, rel=1e-6)
+        assert_close(swapped.gradients, first.gradients)
+        assert same.result.loss != pytest.approx(first.result.loss, rel=1e-6)
+        for one, other in ((first, swapped), (swapped, first)):
+            for name, tensor in one.memory.select_rows(torch.tensor([0, 1])).named_tensors().items():
+                assert torch.equal(tensor, other.memory.select_rows(torch.tensor([2, 3])).named_tensors()[name]), name
+
+    def test_seeds_differ_by_run_step_and_lane(self):
+        seeds = {
+            dropout_seed(seed, made, lane)
+            for seed in (0, 1, 2**32 - 1)
+            for made in (0, 1, 2, 10**6)
+            for lane in (0, 1, 2, 63)
+        }
+        assert len(seeds) == 3 * 4 * 4
+        assert all(0 <= seed < 2**64 for seed in seeds)
+        torch.manual_seed(max(seeds))
+
+    def test_a_seed_is_known_to_everybody(self):
+        assert dropout_seed(3, 5, 8) == dropout_seed(3, 5, 8)
 
 
 class TestStickyOffsets:

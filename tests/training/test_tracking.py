@@ -93,6 +93,48 @@ def test_wandb_without_a_login_is_an_error_that_names_the_way_out(tmp_path, wand
     assert not (tmp_path / "run" / "wandb_id").exists()
 
 
+class TestWandbThatCannotBeReached:
+    """The run begins, and records on this machine; `wandb sync` sends it later."""
+
+    @staticmethod
+    def assert_records_offline(folder, figure, caplog):
+        with caplog.at_level(logging.WARNING):
+            report_everything(open_tracker(TrackerConfig("wandb"), "run", folder, CONFIG), figure)
+        assert "wandb cannot be reached" in caplog.text
+        assert "wandb sync" in caplog.text
+        run_id = (folder / "wandb_id").read_text().strip()
+        assert len(list((folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))) == 1
+        assert list((folder / "wandb").glob("offline-run-*/files/media/images/plots/training_*.png"))
+
+    @pytest.mark.parametrize("call", ["login", "init"])
+    def test_in_either_call(self, tmp_path, figure, wandb, monkeypatch, caplog, call):
+        """To log in asks the server, too."""
+        original = {name: getattr(wandb, name) for name in ("login", "init")}
+
+        def login(**options):
+            if call == "login":
+                raise wandb.errors.CommError("no route to host")
+            return True
+
+        def init(**options):
+            if options["mode"] == "online":
+                raise wandb.errors.CommError("no route to host")
+            return original["init"](**options)
+
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setattr(wandb, "login", login)
+        monkeypatch.setattr(wandb, "init", init)
+        self.assert_records_offline(tmp_path / "run", figure, caplog)
+
+    @pytest.mark.slow
+    def test_at_a_closed_port(self, tmp_path, figure, wandb, monkeypatch, caplog):
+        """wandb waits for a while before it gives up."""
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+        self.assert_records_offline(tmp_path / "run", figure, caplog)
+
+
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
 def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatch, name, module):
     real_import = builtins.__import__
