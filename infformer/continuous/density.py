@@ -33,7 +33,9 @@ class Gaussian(NamedTuple):
 
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]."""
-        return standard_normal_cumulative((positions - self.mean.unsqueeze(-1)) * self.variance.rsqrt().unsqueeze(-1))
+        return standard_normal_cumulative(
+            (positions - self.mean.unsqueeze(-1)).mul_(self.variance.rsqrt().unsqueeze(-1))
+        )
 
 
 class TruncatedParabola(NamedTuple):
