@@ -1,11 +1,13 @@
 """Reading a signal with normal densities, E_p[ψ]ᵀ V, without the expectations of all queries at once.
 
 The expectations are computed tile by tile, in tiles that fit into the processor's cache, and once more in the backward
-pass: nothing of the size queries × functions is kept. To `torch.compile` each pass is one operator.
+pass: nothing of the size queries × functions is kept. To `torch.compile` each pass is one operator. On CUDA, in float32
+and where Triton is installed, `gaussian_read_triton` does the work.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -41,6 +43,10 @@ def gaussian_read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tenso
 
 @torch.library.custom_op("infformer::gaussian_read", mutates_args=())
 def _read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor) -> Tensor:
+    if _can_use_triton(values):
+        from infformer.continuous import gaussian_read_triton
+
+        return gaussian_read_triton.read(mean, variance, centres, widths, values)
     grouped = _by_width(values, len(widths))
     context = _read_shape(mean, variance, centres, widths, values)
     rows, mean_rows, variance_rows = context.flatten(0, 1), mean.flatten(0, 1), variance.flatten(0, 1)
@@ -59,6 +65,10 @@ def _read_backward(
     With δ = mean − c, s = variance + w² and m_i = Σ_c r ∂L/∂r δⁱ for each width: ∂L/∂mean = −Σ_w m₁/s and
     ∂L/∂variance = Σ_w (m₂/s − m₀)/(2s).
     """
+    if _can_use_triton(values):
+        from infformer.continuous import gaussian_read_triton
+
+        return gaussian_read_triton.read_backward(upstream, mean, variance, centres, widths, values)
     grouped, upstream = _by_width(values, len(widths)), upstream.flatten(0, 1)
     mean_rows, variance_rows = mean.flatten(0, 1), variance.flatten(0, 1)
     of_mean, of_variance = (mean.new_empty(mean_rows.shape) for _ in range(2))
@@ -74,6 +84,10 @@ def _read_backward(
         of_mean[tile] = -(first / spread).sum(-1)
         of_variance[tile] = ((second / spread - zeroth) / (2 * spread)).sum(-1)
     return of_mean.view(mean.shape), of_variance.view(mean.shape), _by_centre(of_values, values.shape, len(widths))
+
+
+def _can_use_triton(values: Tensor) -> bool:
+    return values.is_cuda and values.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
 
 
 class _Expectation(NamedTuple):
