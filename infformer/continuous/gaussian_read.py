@@ -23,6 +23,7 @@ ACCELERATED_EXPECTATIONS = 2**27
 """The same on an accelerator, which is to be kept busy."""
 
 
+@torch.library.custom_op("infformer::gaussian_read", mutates_args=())
 def gaussian_read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor) -> Tensor:
     """Σ_j r_j v_j with r_j = E_p[ψ_j] = 𝒩(mean; c_j, variance + w_j²), for each query's p = 𝒩(mean, variance).
 
@@ -38,11 +39,6 @@ def gaussian_read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tenso
     Returns:
         [batch, heads, queries, size].
     """
-    return _read(mean, variance, centres, widths, values)
-
-
-@torch.library.custom_op("infformer::gaussian_read", mutates_args=())
-def _read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor) -> Tensor:
     if _can_use_triton(values):
         from infformer.continuous import gaussian_read_triton
 
@@ -129,7 +125,7 @@ def _by_centre(grouped: Tensor, shape: torch.Size, widths: int) -> Tensor:
     return grouped.unflatten(1, (widths, -1)).transpose(1, 2).reshape(shape)
 
 
-@_read.register_fake
+@gaussian_read.register_fake
 def _read_shape(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor) -> Tensor:
     return values.new_empty(*mean.shape, values.shape[-1])
 
@@ -150,4 +146,4 @@ def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, No
     return of_mean, of_variance, None, None, of_values
 
 
-_read.register_autograd(_differentiate, setup_context=_save)
+gaussian_read.register_autograd(_differentiate, setup_context=_save)
