@@ -1,7 +1,8 @@
 """Where a query looks: densities on the line, and what they see of a basis.
 
-Each class answers the same two questions: `expectation(basis)`, the weights r_j = E_p[ψ_j] [..., N] with which a query
-reads the N coefficients, and `cumulative(positions, basis)`, the mass to the left of P positions [..., P].
+Each class answers the same three questions: `expectation(basis)`, the weights r_j = E_p[ψ_j] [..., N] with which a
+query reads the N coefficients; `read(grid, values)`, what it reads with them, rᵀV, of values [batch, heads, N, size] by
+densities [batch, heads, queries]; and `cumulative(positions, basis)`, the mass to the left of P positions [..., P].
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infformer.continuous.basis import GaussianBasis, gaussian, standard_normal_cumulative
+from infformer.continuous.basis import GaussianBasis, GaussianGrid, gaussian, standard_normal_cumulative
+from infformer.continuous.gaussian_read import gaussian_read
 
 
 class Gaussian(NamedTuple):
@@ -25,9 +27,15 @@ class Gaussian(NamedTuple):
         """E_p[ψ_j] = 𝒩(mean; c_j, variance + w_j²), shape [..., N]."""
         return gaussian(self.mean.unsqueeze(-1), basis.centres, self.variance.unsqueeze(-1) + basis.widths.square())
 
+    def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
+        """E_p[ψ]ᵀ V, shape [batch, heads, queries, size], without the expectations of all queries at once."""
+        return gaussian_read(self.mean, self.variance, grid.centres, grid.widths, values)
+
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]."""
-        return standard_normal_cumulative((positions - self.mean.unsqueeze(-1)) * self.variance.rsqrt().unsqueeze(-1))
+        return standard_normal_cumulative(
+            (positions - self.mean.unsqueeze(-1)).mul_(self.variance.rsqrt().unsqueeze(-1))
+        )
 
 
 class TruncatedParabola(NamedTuple):
@@ -64,6 +72,10 @@ class TruncatedParabola(NamedTuple):
         )
         return integral / (2 * self.variance.unsqueeze(-1))
 
+    def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
+        """E_p[ψ]ᵀ V, shape [batch, heads, queries, size]."""
+        return self.expectation(grid.basis) @ values
+
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]: ½ + (3x − x³)/4 at x = (t − μ)/a in [−1, 1]."""
         x = ((positions - self.mean.unsqueeze(-1)) / self.radius.unsqueeze(-1)).clamp(-1, 1)
@@ -85,7 +97,11 @@ class Slots(NamedTuple):
         A coefficient times the height of its function is what it adds to the signal at its own centre: of the size of
         the signal, where a coefficient alone is smaller by a factor of the width.
         """
-        return self.weights / (math.sqrt(2 * math.pi) * basis.widths)
+        return self.weights * _heights(basis)
+
+    def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
+        """E_p[ψ]ᵀ V, shape [batch, heads, queries, size]; the heights go with the values, of which there are fewer."""
+        return self.weights @ (_heights(grid.basis).unsqueeze(-1) * values)
 
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]."""
@@ -108,6 +124,11 @@ def variance_divergence(variance: Tensor, prior_variance: float) -> Tensor:
     """KL(𝒩(m, variance) ‖ 𝒩(m, prior_variance)) = ½(ρ − ln ρ − 1), ρ = variance / prior_variance; same shape."""
     ratio = variance / prior_variance
     return 0.5 * (ratio - torch.log(ratio) - 1)
+
+
+def _heights(basis: GaussianBasis) -> Tensor:
+    """ψ_j(c_j), shape [N]."""
+    return 1 / (math.sqrt(2 * math.pi) * basis.widths)
 
 
 def _standard_normal(z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.basis import GaussianBasis, negligible
 
 
 def ridge_operator(design: Tensor, ridge: float, weights: Tensor | None = None) -> Tensor:
@@ -75,6 +75,12 @@ def next_operators(
         weights[..., :samples] = past_weight.to(positions).unsqueeze(-1)
     operator = ridge_operator(basis.evaluate(positions), ridge, weights)
     return operator[..., :samples, :], operator[..., samples : samples + length, :]
+
+
+def rounded(operator: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operator in a shorter type; there, what is negligible beside the largest of its entries is zero."""
+    largest = operator.abs().amax(dim=(-2, -1), keepdim=True)
+    return operator.masked_fill(operator.abs() < negligible(dtype) * largest, 0).to(dtype)
 
 
 def even_steps(count: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.basis import GaussianBasis, GaussianGrid
 from infformer.continuous.density import (
     Density,
     Gaussian,
@@ -25,7 +25,7 @@ from infformer.continuous.density import (
     match_moments,
     variance_divergence,
 )
-from infformer.continuous.regression import even_steps, first_operator, next_operators
+from infformer.continuous.regression import even_steps, first_operator, next_operators, rounded
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 from infformer.memory.time_shuffle import shuffled_positions
@@ -154,6 +154,12 @@ class ContinuousSignal(nn.Module):
     def basis(self) -> GaussianBasis:
         return GaussianBasis(self.centres, self.widths)
 
+    @property
+    def grid(self) -> GaussianGrid:
+        """The same functions, by centre and width."""
+        widths = len(self.config.widths)
+        return GaussianGrid(self.centres[::widths], self.widths[:widths])
+
     def operators(self, segments: Tensor) -> WriteOperators:
         """Operators for rows that have written `segments` (int64, [batch]) segments so far."""
         config = self.config
@@ -163,7 +169,7 @@ class ContinuousSignal(nn.Module):
             counts, rows = segments.clamp(min=1).unique(return_inverse=True)
             contraction = counts.double() / (counts + 1)
             past, new = (
-                operator.to(self.new.dtype)[rows]
+                rounded(operator, self.new.dtype)[rows]
                 for operator in next_operators(
                     self._exact_basis(),
                     config.segment_length,
@@ -214,14 +220,11 @@ class ContinuousSignal(nn.Module):
             basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
             rate = torch.tensor(config.contraction_rate, dtype=torch.float64)
             past, new = next_operators(basis, config.segment_length, config.past_samples, rate, config.ridge)
-            buffers = {
-                "centres": basis.centres,
-                "widths": basis.widths,
-                "first": first_operator(basis, config.segment_length, config.ridge).unsqueeze(0),
-                "past": past.unsqueeze(0),
-                "new": new.unsqueeze(0),
-            }
-        return {name: tensor.to(device, dtype) for name, tensor in buffers.items()}
+            first = first_operator(basis, config.segment_length, config.ridge)
+            buffers = {"centres": basis.centres.to(dtype), "widths": basis.widths.to(dtype)}
+            for name, operator in {"first": first, "past": past, "new": new}.items():
+                buffers[name] = rounded(operator, dtype).unsqueeze(0)
+        return {name: tensor.to(device) for name, tensor in buffers.items()}
 
 
 class LongTermMemory(nn.Module):
@@ -305,7 +308,7 @@ class LongTermMemory(nn.Module):
             hidden = hidden.to(state.coefficients.dtype)
             attention = self._attention(hidden, state.coefficients)
             values = self._split_heads(_project(self.value, state.coefficients))
-            expected = attention.expectation(self.signal.basis) @ values
+            expected = attention.read(self.signal.grid, values)
             return Reading(_project(self.output, expected.transpose(1, 2).flatten(2)), attention)
 
     def write(
@@ -330,8 +333,9 @@ class LongTermMemory(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             basis = self.signal.basis
             hidden = self.gated(hidden.to(state.coefficients.dtype))
-            samples = basis.evaluate(self.past_positions(attention, offsets).to(hidden)) @ state.coefficients
-            coefficients = operators.past.mT @ samples + operators.new.mT @ hidden
+            # From coefficients to samples to coefficients: one matrix [batch or 1, N, N], which needs no gradient.
+            carried = operators.past.mT @ basis.evaluate(self.past_positions(attention, offsets).to(hidden))
+            coefficients = carried @ state.coefficients + operators.new.mT @ hidden
         segments = state.segments + 1
         if whole is not None:
             coefficients = torch.where(whole.view(-1, 1, 1), coefficients, state.coefficients)

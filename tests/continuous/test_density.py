@@ -8,7 +8,7 @@ from scipy import integrate
 from torch import Tensor
 
 from infformer.continuous import naive
-from infformer.continuous.basis import GaussianBasis
+from infformer.continuous.basis import GaussianBasis, GaussianGrid
 from infformer.continuous.density import Gaussian, Slots, TruncatedParabola, match_moments, variance_divergence
 
 MEANS = [-0.2, 0.0, 0.31, 0.5, 1.0]
@@ -91,6 +91,27 @@ def test_all_of_the_mass_is_one(family):
     far = torch.tensor([-40.0, 40.0], dtype=torch.float64)
     expected = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(PLACES), 2)
     torch.testing.assert_close(FAMILIES[family](*all_places()).cumulative(far, BASIS), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "slots"])
+def test_read_is_the_expectation_times_the_values(family):
+    """The same for every density, with its gradients."""
+    grid = GaussianGrid(torch.linspace(0, 1, 5, dtype=torch.float64), torch.tensor([0.03, 0.2], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 3, 10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    if family == "slots":
+        scores = torch.randn(2, 3, 7, 10, generator=generator, dtype=torch.float64)
+        density = Slots(scores.softmax(-1).requires_grad_())
+    else:
+        places = torch.rand(2, 2, 3, 7, generator=generator, dtype=torch.float64) + 0.01
+        density = FAMILIES[family](*(place.requires_grad_() for place in places.unbind(0)))
+    actual, expected = density.read(grid, values), density.expectation(grid.basis) @ values
+    upstream = torch.randn(2, 3, 7, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        *(torch.autograd.grad(result, (*density, values), upstream) for result in (actual, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_radius_is_the_end_of_the_parabola():

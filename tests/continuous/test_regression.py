@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from infformer.continuous import naive
-from infformer.continuous.basis import GaussianBasis
-from infformer.continuous.regression import even_steps, first_operator, next_operators, ridge_operator
+from infformer.continuous.basis import GaussianBasis, negligible
+from infformer.continuous.regression import even_steps, first_operator, next_operators, ridge_operator, rounded
 
 BASIS = GaussianBasis.even_grid(8, [0.05, 0.1])
 RIDGES = [1e-3, 0.5, 20.0]
@@ -141,3 +141,22 @@ class TestLimits:
 def test_even_steps():
     assert even_steps(4).tolist() == [0.25, 0.5, 0.75, 1.0]
     assert even_steps(4).dtype == torch.float64
+
+
+def test_rounded_operators_hold_normal_numbers_or_zero():
+    """The published sizes: far from its sample an operator decays to numbers that float32 hardly has."""
+    basis = GaussianBasis.even_grid(512, [0.005, 0.01])
+    for operator in next_operators(basis, 512, 512, torch.tensor(0.5, dtype=torch.float64), 0.5):
+        assert (operator.float().abs() < torch.finfo(torch.float32).tiny).any()
+        short = rounded(operator, torch.float32)
+        largest = operator.abs().max()
+        assert short.dtype == torch.float32
+        assert short[short != 0].abs().min() >= 0.99 * negligible(torch.float32) * largest
+        assert (short - operator).abs().max() <= 1e-7 * largest
+        assert ((short - operator).abs() <= 1e-7 * operator.abs())[operator.abs() > 1e-13 * largest].all()
+
+
+def test_rounded_operators_of_several_contractions_apart():
+    operators = torch.tensor([1.0, 1e-20], dtype=torch.float64).view(2, 1, 1) * torch.eye(3, dtype=torch.float64)
+    assert torch.equal(rounded(operators, torch.float32), operators.float())
+    assert torch.equal(rounded(operators, torch.float64), operators)
