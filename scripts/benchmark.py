@@ -7,7 +7,7 @@ python scripts/benchmark.py stream                # an endless document: late se
 
 Contestants take turns, round by round, in one process. A command prints medians, quartiles and ratios, writes them
 with every round's seconds as JSON lines, and `step` and `stream` draw a figure. A floor is the time that the arithmetic
-takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at the start.
+takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from benchmarks import (
     training_loop,
     training_step,
 )
-from benchmarks.machine import PRECISIONS, measure_machine
+from benchmarks.machine import PRECISIONS, Setting, measure_machine
+from benchmarks.measuring import Clock
 
 from infformer.plots.benchmark import plot_context, plot_parts
 
@@ -72,10 +73,12 @@ def main() -> None:
         sys.exit(run_all(device, options.folder, options.rows))
     if options.threads:
         torch.set_num_threads(options.threads)
-    comparison = options.compare(options, measure_machine(device, options.precision))
-    print(f"\n{comparison}\n")
+    setting = Setting(Clock(device, options.clock), options.precision)
+    comparison = options.compare(options, setting)
+    machine = measure_machine(setting)
+    print(f"\n{comparison.format(machine)}\n")
     path = options.json or options.folder / f"{options.command}.jsonl"
-    comparison.write(path)
+    comparison.write(path, machine)
     print(f"written: {path}")
     if options.command in FIGURES:
         print(f"drawn: {FIGURES[options.command](path)}")
@@ -92,6 +95,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compile", action="store_true", help="torch.compile what can be (not the literal equations)"
     )
     measured.add_argument("--threads", type=int, help="of the CPU; torch's choice without")
+    measured.add_argument(
+        "--clock", choices=("wall", "process"), default="wall", help="process: what this process had of the processors"
+    )
     measured.add_argument("--warmup", type=int, default=3, help="rounds that do not count")
     measured.add_argument("--json", type=Path, help="the results file; FOLDER/COMMAND.jsonl without")
     measured.add_argument("--profile", action="store_true", help="print the operators that take the most time")
@@ -139,6 +145,8 @@ def _check(parser: argparse.ArgumentParser, options: Any) -> None:
             parser.error(f"--{name} {' '.join(map(str, values))}: must be at least {smallest}")
     if options.command != "all" and options.hidden % options.heads:
         parser.error(f"--hidden {options.hidden} --heads {options.heads}: the heads must divide the width")
+    if options.command != "all" and options.clock == "process" and options.device != "cpu":
+        parser.error(f"--clock process --device {options.device}: only a processor has such a clock; take wall")
     try:
         torch.empty(0, device=options.device)
     except (AssertionError, RuntimeError) as error:

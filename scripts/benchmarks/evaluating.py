@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import infformer
-from benchmarks.machine import PRECISIONS, Machine
+from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
 from benchmarks.models import model_sizes, new_model
 from benchmarks.report import Comparison, Result, paired
@@ -31,7 +31,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Without controls, beside the same segments read by the model alone.
 
     Raises:
@@ -48,20 +48,20 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
 
     options.functions = options.samples = options.segment
     sizes = model_sizes(options, "gpt2")
-    model = new_model(sizes, "gpt2", memory=True).to(machine.device).eval()
+    model = new_model(sizes, "gpt2", memory=True).to(setting.device).eval()
     if options.compile:
         model.compile()
     tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
     novels = tokenize_documents(DataConfig(source="sample", max_documents=sizes.batch), "test", tokenizer)
     documents = novels.beginnings(len(novels) * (options.segments * sizes.segment + 1))
-    reader = Reader(model, sizes.segment, len(documents), PRECISIONS[machine.precision], progress=False)
-    segments = [read.to(machine.device) for read in read_once(documents, len(documents), sizes.segment)]
+    reader = Reader(model, sizes.segment, len(documents), PRECISIONS[setting.precision], progress=False)
+    segments = [read.to(setting.device) for read in read_once(documents, len(documents), sizes.segment)]
 
     @torch.inference_mode()
     def forward_alone() -> None:
         memory = None
         for read in segments:
-            with machine.autocast():
+            with setting.autocast():
                 memory = model(
                     read.input_ids,
                     memory=memory,
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
         evaluate(reader, documents)
 
     contestants = {"forward alone": Contestant(forward_alone), "evaluation": Contestant(whole_evaluation)}
-    seconds = take_turns(contestants, options.rounds, options.warmup, machine.device)
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     tokens = int((documents.token_counts - 1).sum())
     results = [
         Result(name, values, figures={"tokens_per_second": tokens / summarize(values).median})
@@ -83,4 +83,4 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     names = ("layers", "hidden", "heads", "vocabulary", "segment", "segments", "compile")
     chosen = {name: getattr(options, name) for name in names} | {"documents": len(documents)}
     ratio = paired("evaluation / forward alone", seconds["evaluation"], seconds["forward alone"])
-    return Comparison("evaluation", machine, chosen, results, [ratio])
+    return Comparison("evaluation", chosen, results, [ratio])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import Machine
+from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
 from benchmarks.models import model_sizes, new_model, new_window_model
 from benchmarks.report import Comparison, Result, paired
@@ -36,7 +36,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """All read the same prompt, then write in turns.
 
     Raises:
@@ -48,15 +48,15 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     sizes = model_sizes(options, "rotary")
     prompt = torch.randint(sizes.vocabulary, (options.prompt * sizes.segment,))
     writers = {
-        name: _writer(new_model(sizes, "rotary", memory=memory), prompt, sizes.segment, machine, options.compile)
+        name: _writer(new_model(sizes, "rotary", memory=memory), prompt, sizes.segment, setting, options.compile)
         for name, memory in (("with memory", True), ("without", False))
     }
     for window in options.windows:
         network = InfformerForCausalLM.from_backbone(new_window_model(sizes, window * sizes.segment))
         # One segment without end: its key-value cache is what the window covers.
-        writers[f"window of {window} segments"] = _writer(network, prompt, sys.maxsize, machine, options.compile)
+        writers[f"window of {window} segments"] = _writer(network, prompt, sys.maxsize, setting, options.compile)
     contestants = {name: Contestant(lambda write=write: write(sizes.segment)) for name, write in writers.items()}
-    seconds = take_turns(contestants, options.rounds, options.warmup, machine.device)
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     results = [
         Result(name, values, figures={"tokens_per_second": sizes.segment / summarize(values).median})
         for name, values in seconds.items()
@@ -67,20 +67,20 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
         if name != "with memory"
     ]
     chosen = {name: getattr(options, name) for name in (*SMALL, "prompt", "windows", "compile")}
-    return Comparison("generate", machine, chosen, results, ratios)
+    return Comparison("generate", chosen, results, ratios)
 
 
 def _writer(
-    model: MemoryModel, prompt: torch.Tensor, segment_length: int, machine: Machine, compiled: bool
+    model: MemoryModel, prompt: torch.Tensor, segment_length: int, setting: Setting, compiled: bool
 ) -> Callable[[int], list[int]]:
     """A function that writes so many more tokens; the prompt is read now."""
-    model.to(machine.device).eval()
+    model.to(setting.device).eval()
     if compiled:
         model.compile()
     tokens = sample_tokens(model, prompt, segment_length)
 
     def write(count: int) -> list[int]:
-        with machine.autocast():
+        with setting.autocast():
             return list(islice(tokens, count))
 
     write(1)

@@ -40,9 +40,22 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(median, lower, upper)
 
 
-def take_turns(
-    contestants: dict[str, Contestant], rounds: int, warmup: int, device: torch.device
-) -> dict[str, list[float]]:
+class Clock(NamedTuple):
+    """How seconds are taken."""
+
+    device: torch.device
+    kind: str = "wall"
+    """`wall`, or `process`: the seconds that this process had a processor, all threads together. On a machine that does
+    other work as well, with one thread, this is nearer to what a call takes."""
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter() if self.kind == "wall" else time.process_time()
+
+
+def take_turns(contestants: dict[str, Contestant], rounds: int, warmup: int, clock: Clock) -> dict[str, list[float]]:
     """The seconds of every contestant in every round.
 
     All run once, in their order, then all again: a machine that becomes slower for a while does so for all of them.
@@ -54,18 +67,10 @@ def take_turns(
     for _ in range(warmup + rounds):
         for name, contestant in contestants.items():
             contestant.prepare()
-            synchronize(device)
-            start = time.perf_counter()
+            start = clock.now()
             contestant.run()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock.now() - start)
     return {name: values[warmup:] for name, values in seconds.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -99,6 +104,7 @@ def profile_table(call: Callable[[], object], device: torch.device, rows: int = 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         call()
-        synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import arithmetic
 from benchmarks.arithmetic import NO_WORK, Sizes
-from benchmarks.machine import Machine
+from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, take_turns
 from benchmarks.models import memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
@@ -96,7 +96,7 @@ def add_commands(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Time and memory of both, after they were found to compute the same.
 
     Raises:
@@ -110,28 +110,28 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
         basis_functions=options.functions,
         past_samples=options.samples,
     )
-    passes = new_passes(sizes, options.command, machine, options.compile)
-    _check_agreement(passes, machine.precision)
+    passes = new_passes(sizes, options.command, setting, options.compile)
+    _check_agreement(passes, setting.precision)
     seconds = take_turns(
-        {name: Contestant(each) for name, each in passes.items()}, options.rounds, options.warmup, machine.device
+        {name: Contestant(each) for name, each in passes.items()}, options.rounds, options.warmup, setting.clock
     )
     work = NO_WORK
     if options.command != "write":
         work += arithmetic.read(sizes, backward=True)
     if options.command != "read":
         work += arithmetic.write(sizes, backward=True)
-    peaks = {name: peak_extra_bytes(each, machine.device) for name, each in passes.items()}
+    peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
     results = [Result(name, seconds[name], work, figures={"peak_extra_bytes": peaks[name]}) for name in passes]
     ratios = [
         paired("naive / ours, time", seconds["naive"], seconds["ours"]),
         Ratio("ours / naive, peak extra memory", [peaks["ours"] / peaks["naive"]]),
     ]
-    profiles = {name: profile_table(each, machine.device) for name, each in passes.items()} if options.profile else {}
+    profiles = {name: profile_table(each, setting.device) for name, each in passes.items()} if options.profile else {}
     chosen = {name: getattr(options, name) for name in ("batch", "segment", "functions", "samples", "hidden", "heads")}
-    return Comparison(options.command, machine, chosen | {"compile": options.compile}, results, ratios, profiles)
+    return Comparison(options.command, chosen | {"compile": options.compile}, results, ratios, profiles)
 
 
-def new_passes(sizes: Sizes, command: str, machine: Machine, compiled: bool) -> dict[str, Callable[[], list[Tensor]]]:
+def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> dict[str, Callable[[], list[Tensor]]]:
     """`ours` and `naive`: calls that return what is computed, and the gradients of all that goes in.
 
     The segment and the old signal go in, and where something is read the memory's weights; so does the gradient of what
@@ -144,31 +144,31 @@ def new_passes(sizes: Sizes, command: str, machine: Machine, compiled: bool) -> 
     nn.init.normal_(ours.output.weight, std=0.02)
     literal = LiteralMemory(config, sizes.hidden, sizes.heads, signal)
     literal.load_state_dict(ours.state_dict())
-    ours.to(machine.device)
-    literal.to(machine.device)
+    ours.to(setting.device)
+    literal.to(setting.device)
 
     shape = (sizes.batch, sizes.segment, sizes.hidden)
-    segments = [torch.randn(shape, device=machine.device) for _ in range(3)]
+    segments = [torch.randn(shape, device=setting.device) for _ in range(3)]
     state = ours.initial_state(sizes.batch)
     with torch.no_grad():
         for earlier in segments[:2]:
             attention = ours.read(earlier, state).attention
             state = ours.write(earlier, state, signal.operators(state.segments), attention)
-    upstream = [torch.randn(shape, device=machine.device), torch.randn_like(state.coefficients)]
+    upstream = [torch.randn(shape, device=setting.device), torch.randn_like(state.coefficients)]
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     for name, memory in {"ours": ours, "naive": literal}.items():
         with torch.no_grad():
             attention = memory.read(segments[2], state).attention
-        calls[name] = _new_pass(memory, command, machine, segments[2], state, attention, upstream)
+        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream)
         if compiled and name == "ours":
-            calls[name] = _new_pass(memory, command, machine, segments[2], state, attention, upstream, torch.compile)
+            calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream, torch.compile)
     return calls
 
 
 def _new_pass(
     memory: LongTermMemory,
     command: str,
-    machine: Machine,
+    setting: Setting,
     segment: Tensor,
     state: LongTermState,
     looked: Density,
@@ -200,7 +200,7 @@ def _new_pass(
         return outputs
 
     def whole_pass() -> list[Tensor]:
-        with machine.autocast():
+        with setting.autocast():
             outputs = forward(hidden, before)
         return [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
 

@@ -65,6 +65,8 @@ def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM
                 n_layer=sizes.layers,
                 n_head=sizes.heads,
                 n_inner=sizes.feed_forward,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         )
     else:

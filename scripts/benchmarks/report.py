@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.arithmetic import Work
 from benchmarks.machine import Machine
-from benchmarks.measuring import Summary, summarize
+from benchmarks.measuring import summarize
 
 
 @dataclass
@@ -42,7 +42,6 @@ class Comparison:
     """Everything that one command measured."""
 
     name: str
-    machine: Machine
     options: dict[str, Any]
     """Sizes and choices."""
     results: list[Result]
@@ -50,61 +49,28 @@ class Comparison:
     profiles: dict[str, str] = field(default_factory=dict)
     """Tables of operators, by contestant; where asked for."""
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, machine: Machine) -> None:
         """As JSON lines: of each contestant and part, and of each ratio, one line with all that it takes to read it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        shared = {"comparison": self.name, "machine": self.machine.describe(), "options": self.options}
-        lines = [shared | self._describe(result) for result in self.results]
+        shared = {"comparison": self.name, "machine": machine.describe(), "options": self.options}
+        lines = [shared | _describe(result, machine) for result in self.results]
         lines += [
             shared | {"kind": "ratio", "name": ratio.name, **_statistics("ratio", ratio.values)}
             for ratio in self.ratios
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        tables = [
-            format_table(["", "median", "quartiles", *_columns(self.results)], list(map(self._row, self.results)))
-        ]
+    def format(self, machine: Machine) -> str:
+        """Tables to be read, with the floors on this machine."""
+        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        cells = [_cells(result, machine) for result in self.results]
+        names = list(dict.fromkeys(name for row in cells for name in row))
+        tables = [format_table(names, [[row.get(name, "") for name in names] for row in cells])]
         if self.ratios:
-            rows = [[ratio.name, *_spread(summarize(ratio.values), "{:.3f}".format)] for ratio in self.ratios]
+            rows = [[ratio.name, *_spread(ratio.values, "{:.3f}".format)] for ratio in self.ratios]
             tables.append(format_table(["ratio", "median", "quartiles"], rows))
         profiles = [f"{name}\n{table}" for name, table in self.profiles.items()]
-        return "\n\n".join([f"{self.name}: {sizes}\n{self.machine}", *tables, *profiles])
-
-    def _describe(self, result: Result) -> dict[str, Any]:
-        line = {
-            "kind": "part" if result.part else "contestant",
-            "name": result.name,
-            **_statistics("seconds", result.seconds),
-            **result.figures,
-        }
-        if result.work is not None:
-            line |= {"flops": result.work.flops, "bytes": result.work.bytes}
-            line |= {"floor_seconds": result.work.floor(self.machine)}
-        return line
-
-    def _row(self, result: Result) -> list[str]:
-        median, spread = _spread(summarize(result.seconds), format_seconds)
-        row = ["  " * result.part + result.name, median, spread]
-        seconds = summarize(result.seconds).median
-        for column in _columns(self.results):
-            match column:
-                case "floor" | "× floor" | "GFLOP/s" | "of peak" if result.work is None or seconds == 0:
-                    row.append("")
-                case "floor":
-                    row.append(format_seconds(result.work.floor(self.machine)))
-                case "× floor":
-                    floor = result.work.floor(self.machine)
-                    row.append(f"{seconds / floor:.2f}" if floor else "")
-                case "GFLOP/s":
-                    row.append(f"{result.work.flops / seconds / 1e9:,.1f}" if result.work.flops else "")
-                case "of peak":
-                    share = result.work.flops / seconds / self.machine.matmul_flops
-                    row.append(f"{share:.3f}" if share else "")
-                case _:
-                    row.append(_format_figure(column, result.figures.get(column)))
-        return row
+        return "\n\n".join([f"{self.name}: {options}\n{machine}", *tables, *profiles])
 
 
 def paired(name: str, above: Sequence[float], below: Sequence[float]) -> Ratio:
@@ -130,26 +96,39 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def _columns(results: list[Result]) -> list[str]:
-    computed = ["floor", "× floor"] if any(result.work for result in results) else []
-    computed += ["GFLOP/s", "of peak"] if any(result.work and result.work.flops for result in results) else []
-    figures = {name: None for result in results for name, value in result.figures.items() if _is_shown(value)}
-    return computed + list(figures)
+def _cells(result: Result, machine: Machine) -> dict[str, str]:
+    """A row of the table, by the names of its columns."""
+    seconds = summarize(result.seconds).median
+    median, quartiles = _spread(result.seconds, format_seconds)
+    cells = {"": "  " * result.part + result.name, "median": median, "quartiles": quartiles}
+    if result.work is not None:
+        floor = result.work.floor(machine)
+        cells |= {"floor": format_seconds(floor), "× floor": f"{seconds / floor:.2f}"}
+        if result.work.flops:
+            speed = result.work.flops / seconds
+            cells |= {"GFLOP/s": f"{speed / 1e9:,.1f}", "of peak": f"{speed / machine.matmul_flops:.3f}"}
+    for name, value in result.figures.items():
+        if isinstance(value, int | float):
+            is_size = name.endswith("_bytes")
+            cells[name] = f"{value / 2**20:,.1f} MiB" if is_size else f"{value:,.{1 if value < 100 else 0}f}"
+    return cells
 
 
-def _is_shown(value: Any) -> bool:
-    return isinstance(value, int | float | str)
+def _describe(result: Result, machine: Machine) -> dict[str, Any]:
+    """The same as it is recorded."""
+    line = {
+        "kind": "part" if result.part else "contestant",
+        "name": result.name,
+        **_statistics("seconds", result.seconds),
+        **result.figures,
+    }
+    if result.work is not None:
+        line |= {"flops": result.work.flops, "bytes": result.work.bytes, "floor_seconds": result.work.floor(machine)}
+    return line
 
 
-def _format_figure(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if name.endswith("bytes"):
-        return f"{value / 2**20:,.1f} MiB"
-    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
-
-
-def _spread(summary: Summary, form: Any) -> tuple[str, str]:
+def _spread(values: list[float], form: Callable[[float], str]) -> tuple[str, str]:
+    summary = summarize(values)
     return form(summary.median), f"{form(summary.lower)} – {form(summary.upper)}"
 
 

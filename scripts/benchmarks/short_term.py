@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import Machine
+from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.memory.layer import MemoryConfig
@@ -31,12 +31,12 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Training steps with and without short-term memory, beside what the attention lengths let one expect."""
     lengths = {"without": 0, "with": options.memory}
-    steps = {name: _training_step(options, length, machine) for name, length in lengths.items()}
+    steps = {name: _training_step(options, length, setting) for name, length in lengths.items()}
     contestants = {name: Contestant(step) for name, step in steps.items()}
-    seconds = take_turns(contestants, options.rounds, options.warmup, machine.device)
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     multiplications = {name: multiplications_per_token(options, length) for name, length in lengths.items()}
     tokens = options.batch * options.segment
     results = [
@@ -57,7 +57,7 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
         Ratio("by the attention lengths alone", [1 / attention]),
     ]
     names = ("positions", "layers", "hidden", "heads", "vocabulary", "segment", "memory", "batch", "compile")
-    return Comparison("decoder", machine, {name: getattr(options, name) for name in names}, results, ratios)
+    return Comparison("decoder", {name: getattr(options, name) for name in names}, results, ratios)
 
 
 def multiplications_per_token(options: argparse.Namespace, memory: int) -> float:
@@ -73,7 +73,7 @@ def multiplications_per_token(options: argparse.Namespace, memory: int) -> float
     return options.layers * (by_segment + by_context + attention) + options.vocabulary * hidden
 
 
-def _training_step(options: argparse.Namespace, memory: int, machine: Machine) -> Callable[[], None]:
+def _training_step(options: argparse.Namespace, memory: int, setting: Setting) -> Callable[[], None]:
     """Forward, backward and update, with a memory that is full."""
     config = DecoderConfig(
         vocab_size=options.vocabulary,
@@ -84,9 +84,9 @@ def _training_step(options: argparse.Namespace, memory: int, machine: Machine) -
         positions=options.positions,
         memory=MemoryConfig(options.segment, memory) if memory else None,
     )
-    model = DecoderForCausalLM(config).to(machine.device)
+    model = DecoderForCausalLM(config).to(setting.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(options.vocabulary, (options.batch, options.segment), device=machine.device)
+    tokens = torch.randint(options.vocabulary, (options.batch, options.segment), device=setting.device)
     full = None
     for _ in range(-(-memory // options.segment)):
         with torch.no_grad():
@@ -95,7 +95,7 @@ def _training_step(options: argparse.Namespace, memory: int, machine: Machine) -
         model.compile()
 
     def step() -> None:
-        with machine.autocast():
+        with setting.autocast():
             loss = model(tokens, shift_labels=tokens, memory=full).loss
         loss.backward()
         optimizer.step()

@@ -1,7 +1,7 @@
 """Reading one endless document, segment by segment, as an evaluation does: does it become slower, or larger?
 
 Two streams with memory take turns: one is a thousand and more segments into its document, the other begins anew again
-and again and is timed around its eighth segment. So a machine that becomes slower or faster does not pass for a memory
+and again and is timed around its eighth segment. So a setting that becomes slower or faster does not pass for a memory
 that does.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import arithmetic
 from benchmarks.arithmetic import Sizes, Work
-from benchmarks.machine import Machine
+from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, summarize, take_turns
 from benchmarks.models import (
     BACKBONES,
@@ -41,21 +41,21 @@ SMALL = {
 class Stream:
     """A model in one document of random tokens."""
 
-    def __init__(self, model: Any, sizes: Sizes, machine: Machine, compiled: bool = False) -> None:
+    def __init__(self, model: Any, sizes: Sizes, setting: Setting, compiled: bool = False) -> None:
         self.segments = 0
         """How many it has read."""
-        self._model = model.to(machine.device).eval()
+        self._model = model.to(setting.device).eval()
         if compiled:
             model.compile()
         self._sizes = sizes
-        self._machine = machine
+        self._setting = setting
         self._memory: Any = None
 
     @torch.inference_mode()
     def read(self) -> None:
         """Read and score one more segment."""
-        tokens = random_tokens(self._sizes, self._machine.device)
-        with self._machine.autocast():
+        tokens = random_tokens(self._sizes, self._setting.device)
+        with self._setting.autocast():
             output = self._model(tokens[:, :-1], shift_labels=tokens[:, 1:], memory=self._memory, return_logits=False)
         self._memory = output.memory
         self.segments += 1
@@ -89,7 +89,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Bring one stream far into its document; then all contestants read in turns.
 
     Raises:
@@ -109,14 +109,14 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     torch.manual_seed(0)
     sizes = model_sizes(options, options.backbone)
     model = new_model(sizes, options.backbone, memory=True)
-    early, late = Stream(model, sizes, machine, options.compile), Stream(model, sizes, machine)
+    early, late = Stream(model, sizes, setting, options.compile), Stream(model, sizes, setting)
     # Before anybody else has taken memory: the peak of the process, soon and in the end.
     late.begin_again()
     while late.segments < EARLY.stop:
         late.read()
-    process_early = _peak_process_bytes(machine.device)
-    track = _read_up_to(late, first - 1 - options.warmup, machine)
-    process_late = _peak_process_bytes(machine.device)
+    process_early = _peak_process_bytes(setting.device)
+    track = _read_up_to(late, first - 1 - options.warmup, setting)
+    process_late = _peak_process_bytes(setting.device)
 
     streams = {EARLY_NAME: early, LATE_NAME: late}
     others: dict[str, Any] = {"without": new_model(sizes, options.backbone, memory=False)}
@@ -124,11 +124,11 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
         f"window of {k} segments": WindowReader(new_window_model(sizes, k * sizes.segment)) for k in options.windows
     }
     for name, other in others.items():
-        streams[name] = Stream(other, sizes, machine, options.compile)
-        _read_up_to(streams[name], 1 + max(options.windows, default=0), machine)  # the windows are full then
+        streams[name] = Stream(other, sizes, setting, options.compile)
+        _read_up_to(streams[name], 1 + max(options.windows, default=0), setting)  # the windows are full then
     contestants = {name: Contestant(stream.read) for name, stream in streams.items()}
     contestants[EARLY_NAME] = Contestant(early.read, early.stay_early)
-    seconds = take_turns(contestants, options.rounds, options.warmup, machine.device)
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
 
     reach = {EARLY_NAME: 8, LATE_NAME: options.segments, "without": 1}
     reach |= {f"window of {window} segments": window for window in options.windows}
@@ -139,7 +139,7 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
             "reach_tokens": reach[name] * sizes.segment,
             "tokens_per_second": sizes.tokens / summarize(seconds[name]).median,
             "memory_bytes": stream.remembered_bytes,
-            "peak_extra_bytes": peak_extra_bytes(stream.read, machine.device),
+            "peak_extra_bytes": peak_extra_bytes(stream.read, setting.device),
         }
         results.append(Result(name, seconds[name], work[name], figures=figures))
     results[0].figures["peak_process_bytes"] = process_early
@@ -152,10 +152,10 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     ]
     ratios += [paired(f"with memory / {name}, time", seconds[LATE_NAME], seconds[name]) for name in others]
     chosen = {name: getattr(options, name) for name in ("backbone", "batch", *SMALL, "windows", "segments", "compile")}
-    return Comparison("stream", machine, chosen, results, ratios)
+    return Comparison("stream", chosen, results, ratios)
 
 
-def _read_up_to(stream: Stream, segment: int, machine: Machine) -> list[tuple[int, float]]:
+def _read_up_to(stream: Stream, segment: int, setting: Setting) -> list[tuple[int, float]]:
     """Read on up to this segment of the document.
 
     Returns:
@@ -163,7 +163,7 @@ def _read_up_to(stream: Stream, segment: int, machine: Machine) -> list[tuple[in
     """
     track, seconds = [], []
     while stream.segments < segment:
-        seconds += take_turns({"": Contestant(stream.read)}, 1, 0, machine.device)[""]
+        seconds += take_turns({"": Contestant(stream.read)}, 1, 0, setting.clock)[""]
         if len(seconds) == 50:
             track.append((stream.segments, summarize(seconds).median))
             seconds = []
@@ -183,7 +183,7 @@ def _work(sizes: Sizes, windows: list[int]) -> dict[str, Work]:
 
 
 def _peak_process_bytes(device: torch.device) -> int:
-    """The most that this process has held so far: on CUDA of the device's memory, elsewhere of the machine's."""
+    """The most that this process has held so far: on CUDA of the device's memory, elsewhere of the setting's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -7,7 +7,6 @@ second model of the same kind is taken: they take turns by way of the run's trac
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,8 @@ from unittest import mock
 
 import infformer
 from benchmarks.arithmetic import Sizes
-from benchmarks.machine import Machine
-from benchmarks.measuring import synchronize
+from benchmarks.machine import Setting
+from benchmarks.measuring import Clock
 from benchmarks.models import memory_config, model_sizes
 from benchmarks.report import Comparison, Result, paired
 from benchmarks.training_step import GPT2_SMALL, TrainingStep, add_model_options, work_of_steps
@@ -37,12 +36,12 @@ class _EnoughError(Exception):
 class TurnTaker:
     """A tracker that takes a bare step after every step of the loop."""
 
-    def __init__(self, bare_step: TrainingStep, rounds: int, warmup: int, machine: Machine) -> None:
+    def __init__(self, bare_step: TrainingStep, rounds: int, warmup: int, clock: Clock) -> None:
         self.seconds: dict[str, list[float]] = {"train.py": [], "bare step": []}
         self._bare_step = bare_step
         self._turns = rounds + warmup
-        self._machine = machine
-        self._start = time.perf_counter()
+        self._clock = clock
+        self._start = clock.now()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """The loop has taken a step, and has recorded it."""
@@ -51,8 +50,7 @@ class TurnTaker:
         for name in self.seconds:
             if name == "bare step":
                 self._bare_step()
-            synchronize(self._machine.device)
-            now = time.perf_counter()
+            now = self._clock.now()
             self.seconds[name].append(now - self._start)
             self._start = now
         if step == self._turns:
@@ -77,7 +75,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Train on the sample's novels until all rounds were measured.
 
     Raises:
@@ -90,25 +88,25 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
 
     sizes = model_sizes(options, "gpt2")
     with TemporaryDirectory() as folder:
-        config = _run_config(sizes, machine, options.compile, Path(folder))
-        bare = TrainingStep(run.build_model(config, load_tokenizer(TOKENIZER)), sizes, machine)
+        config = _run_config(sizes, setting, options.compile, Path(folder))
+        bare = TrainingStep(run.build_model(config, load_tokenizer(TOKENIZER)), sizes, setting)
         if options.compile:
             bare.model.compile()
         work = work_of_steps(sizes, [], bare.model)["with memory"]
-        # A run compiles at its first steps, and its first report is of a machine that is still cold.
+        # A run compiles at its first steps, and its first report is of a setting that is still cold.
         warmup = max(options.warmup, 2)
-        tracker = TurnTaker(bare, options.rounds, warmup, machine)
+        tracker = TurnTaker(bare, options.rounds, warmup, setting.clock)
         with mock.patch.object(run, "open_tracker", return_value=tracker), suppress(_EnoughError):
             run.run(config)
     seconds = {name: values[warmup:] for name, values in tracker.seconds.items()}
     results = [Result(name, values, work) for name, values in seconds.items()]
     chosen = {name: getattr(options, name) for name in ("batch", *GPT2_SMALL, "compile")}
     return Comparison(
-        "loop", machine, chosen, results, [paired("train.py / bare step", seconds["train.py"], seconds["bare step"])]
+        "loop", chosen, results, [paired("train.py / bare step", seconds["train.py"], seconds["bare step"])]
     )
 
 
-def _run_config(sizes: Sizes, machine: Machine, compiled: bool, folder: Path) -> RunConfig:
+def _run_config(sizes: Sizes, setting: Setting, compiled: bool, folder: Path) -> RunConfig:
     """A run on as many novels as there are lanes, which reports every step and measures nothing else."""
     from infformer.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
     from infformer.data.options import DataConfig
@@ -138,7 +136,7 @@ def _run_config(sizes: Sizes, machine: Machine, compiled: bool, folder: Path) ->
             max_steps=10**9,
             batch_size=sizes.batch,
             segment_length=sizes.segment,
-            precision=machine.precision,
+            precision=setting.precision,
             compile=compiled,
             log_every=1,
             evaluate_every=None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import arithmetic
 from benchmarks.arithmetic import NO_WORK, Sizes, Work
-from benchmarks.machine import Machine
+from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, summarize, take_turns
 from benchmarks.models import (
     BACKBONES,
@@ -36,19 +36,19 @@ class TrainingStep:
         model: reads a segment, `model(tokens, shift_labels=…, memory=…, sticky_offsets=…, return_logits=False)`.
     """
 
-    def __init__(self, model: Any, sizes: Sizes, machine: Machine) -> None:
-        self.model = model.to(machine.device).train()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=machine.device.type == "cuda")
+    def __init__(self, model: Any, sizes: Sizes, setting: Setting) -> None:
+        self.model = model.to(setting.device).train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device.type == "cuda")
         self._sizes = sizes
-        self._machine = machine
+        self._setting = setting
         self._memory: Any = None
 
     def __call__(self) -> None:
-        device = self._machine.device
+        device = self._setting.device
         tokens = random_tokens(self._sizes, device)
         samples = self.model.sticky_samples
         offsets = torch.rand(self._sizes.batch, samples, device=device) if samples else None
-        with self._machine.autocast():
+        with self._setting.autocast():
             output = self.model(
                 tokens[:, :-1],
                 shift_labels=tokens[:, 1:],
@@ -97,7 +97,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(compare=compare)
 
 
-def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Whole steps and the parts of the one with memory, in turns.
 
     Raises:
@@ -111,14 +111,14 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     torch.manual_seed(0)
     sizes = model_sizes(options, options.backbone)
     steps = {
-        "with memory": TrainingStep(new_model(sizes, options.backbone, memory=True), sizes, machine),
-        "without": TrainingStep(new_model(sizes, options.backbone, memory=False), sizes, machine),
+        "with memory": TrainingStep(new_model(sizes, options.backbone, memory=True), sizes, setting),
+        "without": TrainingStep(new_model(sizes, options.backbone, memory=False), sizes, setting),
     }
     for window in options.windows:
         reader = WindowReader(new_window_model(sizes, window * sizes.segment))
-        steps[f"window of {window} segments"] = TrainingStep(reader, sizes, machine)
+        steps[f"window of {window} segments"] = TrainingStep(reader, sizes, setting)
     ours = steps["with memory"]
-    parts = new_parts(ours, sizes, machine, torch.compile if options.compile else lambda function: function)
+    parts = new_parts(ours, sizes, setting, torch.compile if options.compile else lambda function: function)
     if options.compile:
         for step in steps.values():
             step.model.compile()
@@ -126,12 +126,12 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     warmup = max(options.warmup, *(window + 1 for window in options.windows), 2)
     contestants = {name: Contestant(step) for name, step in steps.items()}
     contestants |= {name: Contestant(part) for name, part in parts.items()}
-    seconds = take_turns(contestants, options.rounds, warmup, machine.device)
+    seconds = take_turns(contestants, options.rounds, warmup, setting.clock)
 
     work = work_of_steps(sizes, options.windows, ours.model)
     part_work = work_of_parts(sizes, ours.model)
     tokens = {name: sizes.tokens / summarize(seconds[name]).median for name in steps}
-    peaks = {name: peak_extra_bytes(step, machine.device) for name, step in steps.items()}
+    peaks = {name: peak_extra_bytes(step, setting.device) for name, step in steps.items()}
     results = [
         Result(
             name,
@@ -154,9 +154,9 @@ def compare(options: argparse.Namespace, machine: Machine) -> Comparison:
     )
     profiles = {}
     if options.profile:
-        profiles = {name: profile_table(steps[name], machine.device) for name in ("with memory", "without")}
+        profiles = {name: profile_table(steps[name], setting.device) for name in ("with memory", "without")}
     chosen = {name: getattr(options, name) for name in ("backbone", "batch", *GPT2_SMALL, "windows", "compile")}
-    return Comparison("step", machine, chosen, results, ratios, profiles)
+    return Comparison("step", chosen, results, ratios, profiles)
 
 
 def work_of_steps(sizes: Sizes, windows: list[int], model: InfformerForCausalLM) -> dict[str, Work]:
@@ -187,14 +187,14 @@ def work_of_parts(sizes: Sizes, model: InfformerForCausalLM) -> dict[str, Work]:
 
 
 def new_parts(
-    step: TrainingStep, sizes: Sizes, machine: Machine, transform: Callable[[Any], Any]
+    step: TrainingStep, sizes: Sizes, setting: Setting, transform: Callable[[Any], Any]
 ) -> dict[str, Callable[[], None]]:
     """The parts of a step with memory, one by one; in their order they leave the gradients that the last one takes.
 
     Args:
         transform: of the forward passes, `torch.compile` or none.
     """
-    model, device = step.model, machine.device
+    model, device = step.model, setting.device
     head, signal = model.backbone.get_output_embeddings(), model.signal
     shape = (sizes.batch, sizes.segment, sizes.hidden)
     upstream = torch.randn(shape, device=device) / sizes.tokens
@@ -234,7 +234,7 @@ def new_parts(
         ]
 
     def there_and_back(forward: Callable[[], Tensor | list[Tensor]]) -> None:
-        with machine.autocast():
+        with setting.autocast():
             outputs = forward()
         outputs = outputs if isinstance(outputs, list) else [outputs]
         torch.autograd.backward(outputs, [upstream.to(output.dtype) if output.dim() else None for output in outputs])
@@ -242,7 +242,7 @@ def new_parts(
             leaf.grad = None
 
     def write() -> None:
-        with machine.autocast():
+        with setting.autocast():
             written()
 
     return {
