@@ -70,7 +70,7 @@ def main() -> None:
     options = parse_options()
     device = torch.device(options.device)
     if options.command == "all":
-        sys.exit(run_all(device, options.folder, options.rows))
+        sys.exit(run_all(device, options.folder, options.rows, options.options))
     if options.threads:
         torch.set_num_threads(options.threads)
     setting = Setting(Clock(device, options.clock), options.precision)
@@ -109,13 +109,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])
     every_row.add_argument("--rows", nargs="*", help=f"only some of {', '.join(ROWS_ON_GPU)}")
+    every_row.add_argument("options", nargs="*", help="of all rows, after --, such as -- --threads 1 --clock process")
     options = parser.parse_args(arguments)
     _check(parser, options)
     return options
 
 
-def run_all(device: torch.device, folder: Path, chosen: list[str] | None = None) -> int:
-    """Every row in a process of its own, so that no row finds the memory of another; the exit status."""
+def run_all(device: torch.device, folder: Path, chosen: list[str] | None, options: list[str]) -> int:
+    """Every row in a process of its own, so that no row finds the memory of another; the exit status.
+
+    Args:
+        chosen: names of rows; all if not given.
+        options: added to those of every row.
+    """
     rows = ROWS_ON_GPU if device.type == "cuda" else ROWS_ON_CPU
     unknown = set(chosen or []) - rows.keys()
     if unknown:
@@ -124,7 +130,7 @@ def run_all(device: torch.device, folder: Path, chosen: list[str] | None = None)
     for name, row in rows.items():
         if chosen and name not in chosen:
             continue
-        command = [*shlex.split(row), "--device", str(device), "--json", str(folder / f"{name}.jsonl")]
+        command = [*shlex.split(row), "--device", str(device), "--json", str(folder / f"{name}.jsonl"), *options]
         print(f"== {name}: python scripts/benchmark.py {shlex.join(command)}", flush=True)
         start = time.perf_counter()
         status = subprocess.run([sys.executable, __file__, *command], check=False).returncode

@@ -159,9 +159,8 @@ def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> 
     for name, memory in {"ours": ours, "naive": literal}.items():
         with torch.no_grad():
             attention = memory.read(segments[2], state).attention
-        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream)
-        if compiled and name == "ours":
-            calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream, torch.compile)
+        transform = torch.compile if compiled and name == "ours" else lambda function: function
+        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream, transform)
     return calls
 
 
@@ -173,14 +172,14 @@ def _new_pass(
     state: LongTermState,
     looked: Density,
     upstream: list[Tensor],
-    transform: Callable[[Any], Any] = lambda function: function,
+    transform: Callable[[Any], Any],
 ) -> Callable[[], list[Tensor]]:
     """One forward and backward pass.
 
     Args:
         looked: where the segment looked, for a write alone.
         upstream: gradients of the context and of the coefficients.
-        transform: of the forward pass.
+        transform: of the forward pass, `torch.compile` or none.
     """
     hidden = segment.clone().requires_grad_()
     coefficients = state.coefficients.clone().requires_grad_()
