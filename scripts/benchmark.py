@@ -2,12 +2,12 @@
 
 python scripts/benchmark.py all                   # every row that this machine can run; on a GPU within ten minutes
 python scripts/benchmark.py layer                 # one layer's memory, read and written, against the literal equations
-python scripts/benchmark.py step --profile        # a training step with memory, against one without, and its parts
+python scripts/benchmark.py step --parts          # a training step with memory, against one without, and its parts
 python scripts/benchmark.py stream                # an endless document: late segments against early ones
 
-Contestants take turns, round by round, in one process. A command prints medians, quartiles and ratios, writes them
-with every round's seconds as JSON lines, and `step` and `stream` draw a figure. A floor is the time that the arithmetic
-takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at the end.
+Contestants take turns, round by round, in one process. A command prints medians, quartiles and ratios, and writes them
+with every round's seconds as JSON lines; `stream` and `step --parts` draw a figure. A floor is the time that the
+arithmetic takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at the end.
 """
 
 from __future__ import annotations
@@ -35,32 +35,29 @@ from benchmarks.measuring import Clock
 
 from infformer.plots.benchmark import plot_context, plot_parts
 
-FIGURES = {"step": plot_parts, "stream": plot_context}
-
 ROWS_ON_CPU = {
     "read": "read",
     "write": "write",
     "layer": "layer",
-    "step": "step",
+    "step": "step --parts",
     "step_windows": "step --backbone rotary --windows 2 4 8 --layers 2 --rounds 5",
-    "loop": "loop --layers 4",
+    "loop": "loop --rounds 10",
     "stream": "stream",
     "generate": "generate",
 }
 """What `all` runs without a GPU: its rows by name, each in a process of its own."""
 
 ROWS_ON_GPU = {
-    "read": "read --precision bfloat16 --batch 8 --rounds 100",
-    "read_compiled": "read --precision bfloat16 --batch 8 --rounds 100 --compile",
-    "write": "write --precision bfloat16 --batch 8 --rounds 100",
-    "layer": "layer --precision bfloat16 --batch 8 --rounds 100",
     "step": "step --precision bfloat16 --batch 8 --compile --rounds 50",
-    "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 20",
     "loop": "loop --precision bfloat16 --batch 8 --compile --rounds 50",
+    "read": "read --precision bfloat16 --batch 8 --compile --rounds 100",
+    "layer": "layer --precision bfloat16 --batch 8 --rounds 100",
+    "step_parts": "step --parts --precision bfloat16 --batch 8 --rounds 20",
+    "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 20",
     "stream": "stream --layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 "
     "--samples 512 --precision bfloat16",
     "generate": "generate --layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 "
-    "--samples 512 --precision bfloat16 --windows 2 4 8 --rounds 3",
+    "--samples 512 --precision bfloat16 --windows 8 --warmup 1 --rounds 2",
 }
 """The same on one."""
 
@@ -80,8 +77,10 @@ def main() -> None:
     path = options.json or options.folder / f"{options.command}.jsonl"
     comparison.write(path, machine)
     print(f"written: {path}")
-    if options.command in FIGURES:
-        print(f"drawn: {FIGURES[options.command](path)}")
+    if options.command == "stream":
+        print(f"drawn: {plot_context(path)}")
+    if options.command == "step" and options.parts:
+        print(f"drawn: {plot_parts(path)}")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -376,7 +376,7 @@ class TestModels:
 
 class TestCommands:
     def test_step(self, run, capsys, tmp_path):
-        printed, lines = run(capsys, f"step {MODEL} --backbone rotary --windows 2 --rounds 2 --profile")
+        printed, lines = run(capsys, f"step {MODEL} --backbone rotary --windows 2 --parts --rounds 2 --profile")
         assert [name for name, line in lines.items() if line["kind"] == "contestant"] == [
             "with memory", "without", "window of 2 segments",
         ]  # fmt: skip

@@ -54,7 +54,7 @@ def plot_parts(path: Path) -> Path:
     """Draw what the parts of a training step take, beside their floors.
 
     Args:
-        path: results of `step`.
+        path: results of `step --parts`.
 
     Returns:
         The figure written, beside the file and under its name.

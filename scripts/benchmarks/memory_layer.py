@@ -122,10 +122,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         work += arithmetic.write(sizes, backward=True)
     peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
     results = [Result(name, seconds[name], work, figures={"peak_extra_bytes": peaks[name]}) for name in passes]
-    ratios = [
-        paired("naive / ours, time", seconds["naive"], seconds["ours"]),
-        Ratio("ours / naive, peak extra memory", [peaks["ours"] / peaks["naive"]]),
-    ]
+    own = [name for name in passes if name != "naive"]
+    ratios = [paired(f"naive / {name}, time", seconds["naive"], seconds[name]) for name in own]
+    ratios += [Ratio(f"{name} / naive, peak extra memory", [peaks[name] / peaks["naive"]]) for name in own]
     profiles = {name: profile_table(each, setting.device) for name, each in passes.items()} if options.profile else {}
     chosen = {name: getattr(options, name) for name in ("batch", "segment", "functions", "samples", "hidden", "heads")}
     return Comparison(options.command, chosen | {"compile": options.compile}, results, ratios, profiles)
@@ -135,7 +134,7 @@ def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> 
     """`ours` and `naive`: calls that return what is computed, and the gradients of all that goes in.
 
     The segment and the old signal go in, and where something is read the memory's weights; so does the gradient of what
-    comes out. Before, two segments were written.
+    comes out. Before, two segments were written. Where asked for, `ours, compiled` stands between the two.
     """
     torch.manual_seed(0)
     config = memory_config(sizes)
@@ -159,9 +158,16 @@ def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> 
     for name, memory in {"ours": ours, "naive": literal}.items():
         with torch.no_grad():
             attention = memory.read(segments[2], state).attention
-        transform = torch.compile if compiled and name == "ours" else lambda function: function
-        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream, transform)
+        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream, _as_it_is)
+        if compiled and memory is ours:
+            calls["ours, compiled"] = _new_pass(
+                memory, command, setting, segments[2], state, attention, upstream, torch.compile
+            )
     return calls
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
 
 
 def _new_pass(
@@ -179,7 +185,7 @@ def _new_pass(
     Args:
         looked: where the segment looked, for a write alone.
         upstream: gradients of the context and of the coefficients.
-        transform: of the forward pass, `torch.compile` or none.
+        transform: of the forward pass, such as `torch.compile`.
     """
     hidden = segment.clone().requires_grad_()
     coefficients = state.coefficients.clone().requires_grad_()
@@ -207,10 +213,12 @@ def _new_pass(
 
 
 def _check_agreement(passes: dict[str, Callable[[], list[Tensor]]], precision: str) -> None:
-    for one, other in zip(passes["ours"](), passes["naive"](), strict=True):
-        difference = ((one - other).abs().max() / other.abs().max()).item()
-        if not difference <= AGREEMENT[precision]:
-            raise ArithmeticError(
-                f"ours and the literal equations differ by {difference:.1e} of the largest entry, and may by "
-                f"{AGREEMENT[precision]:.0e}: a comparison of their speed would mean nothing"
-            )
+    expected = passes["naive"]()
+    for name, computed in passes.items():
+        for one, other in zip(computed(), expected, strict=True):
+            difference = ((one - other).abs().max() / other.abs().max()).item()
+            if not difference <= AGREEMENT[precision]:
+                raise ArithmeticError(
+                    f"{name} and the literal equations differ by {difference:.1e} of the largest entry, and may by "
+                    f"{AGREEMENT[precision]:.0e}: a comparison of their speed would mean nothing"
+                )

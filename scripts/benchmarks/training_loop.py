@@ -17,7 +17,7 @@ from unittest import mock
 import infformer
 from benchmarks.arithmetic import Sizes
 from benchmarks.machine import Setting
-from benchmarks.measuring import Clock
+from benchmarks.measuring import Clock, summarize
 from benchmarks.models import memory_config, model_sizes
 from benchmarks.report import Comparison, Result, paired
 from benchmarks.training_step import GPT2_SMALL, TrainingStep, add_model_options, work_of_steps
@@ -99,7 +99,10 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         with mock.patch.object(run, "open_tracker", return_value=tracker), suppress(_EnoughError):
             run.run(config)
     seconds = {name: values[warmup:] for name, values in tracker.seconds.items()}
-    results = [Result(name, values, work) for name, values in seconds.items()]
+    results = [
+        Result(name, values, work, figures={"tokens_per_second": sizes.tokens / summarize(values).median})
+        for name, values in seconds.items()
+    ]
     chosen = {name: getattr(options, name) for name in ("batch", *GPT2_SMALL, "compile")}
     return Comparison(
         "loop", chosen, results, [paired("train.py / bare step", seconds["train.py"], seconds["bare step"])]

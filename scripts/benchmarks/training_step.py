@@ -93,12 +93,13 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--windows", type=int, nargs="*", default=[], help="also with attention to so many segments (rotary backbone)"
     )
+    parser.add_argument("--parts", action="store_true", help="also what the parts of the step with memory take")
     parser.add_argument("--rounds", type=int, default=10)
     parser.set_defaults(compare=compare)
 
 
 def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
-    """Whole steps and the parts of the one with memory, in turns.
+    """Whole steps, and the parts of the one with memory where asked for, in turns.
 
     Raises:
         SystemExit: windows for a backbone that has no positions for them.
@@ -118,7 +119,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         reader = WindowReader(new_window_model(sizes, window * sizes.segment))
         steps[f"window of {window} segments"] = TrainingStep(reader, sizes, setting)
     ours = steps["with memory"]
-    parts = new_parts(ours, sizes, setting, torch.compile if options.compile else lambda function: function)
+    parts = new_parts(ours, sizes, setting, options.compile) if options.parts else {}
     if options.compile:
         for step in steps.values():
             step.model.compile()
@@ -142,13 +143,14 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         for name in steps
     ]
     results[1:1] = [Result(name, seconds[name], part_work[name], part=True) for name in parts]
-    together = [sum(values) for values in zip(*(seconds[name] for name in parts), strict=True)]
     ratios = [
         paired(f"with memory / {name}", seconds["with memory"], seconds[name])
         for name in steps
         if name != "with memory"
     ]
-    ratios.append(paired("the parts together / with memory", together, seconds["with memory"]))
+    if parts:
+        together = [sum(values) for values in zip(*(seconds[name] for name in parts), strict=True)]
+        ratios.append(paired("the parts together / with memory", together, seconds["with memory"]))
     ratios.append(
         Ratio("with memory / without, by the operations", [work["with memory"].flops / work["without"].flops])
     )
@@ -186,14 +188,9 @@ def work_of_parts(sizes: Sizes, model: InfformerForCausalLM) -> dict[str, Work]:
     }
 
 
-def new_parts(
-    step: TrainingStep, sizes: Sizes, setting: Setting, transform: Callable[[Any], Any]
-) -> dict[str, Callable[[], None]]:
-    """The parts of a step with memory, one by one; in their order they leave the gradients that the last one takes.
-
-    Args:
-        transform: of the forward passes, `torch.compile` or none.
-    """
+def new_parts(step: TrainingStep, sizes: Sizes, setting: Setting, compiled: bool) -> dict[str, Callable[[], None]]:
+    """The parts of a step with memory, one by one; in their order they leave the gradients that the last one takes."""
+    transform: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
     model, device = step.model, setting.device
     head, signal = model.backbone.get_output_embeddings(), model.signal
     shape = (sizes.batch, sizes.segment, sizes.hidden)
