@@ -103,7 +103,10 @@ def _held(line: dict[str, Any]) -> float:
 
 def _machine(line: dict[str, Any]) -> str:
     machine = line["machine"]
-    return f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, {machine['precision']}"
+    device = machine["name"]
+    if machine["device"] == "cpu":
+        device += f", {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{device}, torch {machine['torch']}, {machine['precision']}"
 
 
 def _read(path: Path) -> Lines:

@@ -198,8 +198,9 @@ def _new_pass(
     def forward(hidden: Tensor, before: LongTermState) -> list[Tensor]:
         outputs, attention = [], looked
         if command != "write":
-            context, attention = memory.read(hidden, before)
-            outputs.append(context)
+            reading = memory.read(hidden, before)
+            outputs.append(reading.context)
+            attention = reading.attention
         if command != "read":
             outputs.append(memory.write(hidden, before, operators, attention).coefficients)
         return outputs
