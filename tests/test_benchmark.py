@@ -401,7 +401,7 @@ class TestCommands:
         assert late["memory_bytes"] == early["memory_bytes"] == 2 * (8 * 16 * 4 + 8)
         assert late["peak_extra_bytes"] == early["peak_extra_bytes"] > 0
         assert late["peak_process_bytes"] >= early["peak_process_bytes"] > 2**24
-        assert [segment for segment, _ in late["seconds_by_segment"]] == [62]
+        assert [segment for segment, _ in late["times_early_by_segment"]] == [61]
         # What a full window leaves for the next segment: keys and values of both layers.
         assert lines["window of 3 segments"]["memory_bytes"] == 2 * 2 * (3 * 8 - 1) * 16 * 4
         assert lines["without"]["memory_bytes"] == 0

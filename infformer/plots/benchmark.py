@@ -20,19 +20,19 @@ def plot_context(path: Path) -> Path:
     """Draw time and memory of reading a segment against how much of the document is in reach.
 
     Args:
-        path: results of `stream`. The stream with memory is a line through all that it has read; the longer windows of
-            attention are points, each a model of its own.
+        path: results of `stream`. The stream with memory is a line through all that it has read, each time beside an
+            early segment's; the longer windows of attention are points, each a model of its own.
 
     Returns:
         The figure written, beside the file and under its name.
     """
     lines = [line for line in _read(path) if line["kind"] == "contestant"]
-    late = next(line for line in lines if "seconds_by_segment" in line)
+    late = next(line for line in lines if "times_early_by_segment" in line)
     early = next(line for line in lines if line["name"].endswith("early"))
     others = [line for line in lines if not line["name"].startswith("with memory")]
     segment = late["options"]["segment"]
     track = [(early["reach_tokens"], early["median_seconds"])]
-    track += [(number * segment, seconds) for number, seconds in late["seconds_by_segment"]]
+    track += [(number * segment, early["median_seconds"] * times) for number, times in late["times_early_by_segment"]]
     track += [(late["reach_tokens"], late["median_seconds"])]
 
     figure = new_figure(10.5, 4.2)

@@ -16,7 +16,7 @@ import torch
 from benchmarks import arithmetic
 from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, peak_extra_bytes, summarize, take_turns
+from benchmarks.measuring import Clock, Contestant, peak_extra_bytes, summarize, take_turns
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
@@ -60,11 +60,15 @@ class Stream:
         self._memory = output.memory
         self.segments += 1
 
+    def read_up_to(self, segment: int) -> None:
+        """Read on until so many segments were read."""
+        while self.segments < segment:
+            self.read()
+
     def begin_again(self) -> None:
         """Another document, read up to where its early segments are timed."""
         self._memory, self.segments = None, 0
-        while self.segments < EARLY.start - 1:
-            self.read()
+        self.read_up_to(EARLY.start - 1)
 
     def stay_early(self) -> None:
         """Begin again where the next segment is no early one."""
@@ -111,11 +115,10 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     model = new_model(sizes, options.backbone, memory=True)
     early, late = Stream(model, sizes, setting, options.compile), Stream(model, sizes, setting)
     # Before anybody else has taken memory: the peak of the process, soon and in the end.
-    late.begin_again()
-    while late.segments < EARLY.stop:
-        late.read()
+    early.begin_again()
+    late.read_up_to(EARLY.stop)
     process_early = _peak_process_bytes(setting.device)
-    track = _read_up_to(late, first - 1 - options.warmup, setting)
+    track = _follow(late, early, first - 1 - options.warmup, setting.clock)
     process_late = _peak_process_bytes(setting.device)
 
     streams = {EARLY_NAME: early, LATE_NAME: late}
@@ -125,7 +128,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     }
     for name, other in others.items():
         streams[name] = Stream(other, sizes, setting, options.compile)
-        _read_up_to(streams[name], 1 + max(options.windows, default=0), setting)  # the windows are full then
+        streams[name].read_up_to(1 + max(options.windows, default=0))  # the windows are full then
     contestants = {name: Contestant(stream.read) for name, stream in streams.items()}
     contestants[EARLY_NAME] = Contestant(early.read, early.stay_early)
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
@@ -143,7 +146,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         }
         results.append(Result(name, seconds[name], work[name], figures=figures))
     results[0].figures["peak_process_bytes"] = process_early
-    results[1].figures |= {"peak_process_bytes": process_late, "seconds_by_segment": track}
+    results[1].figures |= {"peak_process_bytes": process_late, "times_early_by_segment": track}
     extra = [result.figures["memory_bytes"] + result.figures["peak_extra_bytes"] for result in results[:2]]
     ratios = [
         paired("late / early, time", seconds[LATE_NAME], seconds[EARLY_NAME]),
@@ -155,18 +158,23 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     return Comparison("stream", chosen, results, ratios)
 
 
-def _read_up_to(stream: Stream, segment: int, setting: Setting) -> list[tuple[int, float]]:
-    """Read on up to this segment of the document.
+def _follow(late: Stream, early: Stream, segment: int, clock: Clock) -> list[tuple[int, float]]:
+    """Read on up to this segment; every fifth is timed, and one of the early stream beside it.
 
     Returns:
-        For every 50 segments the number of the last and the median of their seconds.
+        For every 50 segments the number of the last, and the median of what one took by what an early one took.
     """
-    track, seconds = [], []
-    while stream.segments < segment:
-        seconds += take_turns({"": Contestant(stream.read)}, 1, 0, setting.clock)[""]
-        if len(seconds) == 50:
-            track.append((stream.segments, summarize(seconds).median))
-            seconds = []
+    contestants = {"late": Contestant(late.read), "early": Contestant(early.read, early.stay_early)}
+    track, ratios = [], []
+    while late.segments < segment:
+        if late.segments % 5:
+            late.read()
+            continue
+        seconds = take_turns(contestants, rounds=1, warmup=0, clock=clock)
+        ratios.append(seconds["late"][0] / seconds["early"][0])
+        if len(ratios) == 10:
+            track.append((late.segments, summarize(ratios).median))
+            ratios = []
     return track
 
 
