@@ -1,178 +1,161 @@
-"""How fast it is, as ratios of what ran side by side.
+"""How fast it is, as ratios of what ran side by side, and how near to what the arithmetic allows.
 
-python scripts/benchmark.py decoder                     # a training step with short-term memory, against one without
-python scripts/benchmark.py evaluation                  # what eval.py does, against the forward passes alone
+python scripts/benchmark.py all                   # every row that this machine can run; on a GPU within ten minutes
+python scripts/benchmark.py layer                 # one layer's memory, read and written, against the literal equations
+python scripts/benchmark.py step --parts          # a training step with memory, against one without, and its parts
+python scripts/benchmark.py stream                # an endless document: late segments against early ones
 
-Contestants take turns, step by step, in one process; of each the median is taken, after a warm-up.
+Contestants take turns, round by round, in one process. A command prints medians, quartiles and ratios, and writes them
+with every round's seconds as JSON lines; `stream` and `step --parts` draw a figure. A floor is the time that the
+arithmetic takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from benchmarks import (
+    evaluating,
+    generating,
+    memory_layer,
+    short_term,
+    streaming,
+    training_loop,
+    training_step,
+)
+from benchmarks.machine import PRECISIONS, Setting, measure_machine
+from benchmarks.measuring import Clock
 
-import infformer
-from infformer.data.options import DataConfig
-from infformer.data.reading import read_once
-from infformer.data.tokenization import tokenize_documents
-from infformer.evaluation.perplexity import evaluate
-from infformer.evaluation.reading import Reader
-from infformer.memory.layer import MemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
-from infformer.models.loading import load_tokenizer
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.plots.benchmark import plot_context, plot_parts
+
+ROWS_ON_CPU = {
+    "read": "read",
+    "write": "write",
+    "layer": "layer",
+    "step": "step --parts",
+    "step_windows": "step --backbone rotary --windows 2 4 8 --layers 2 --rounds 5",
+    "loop": "loop --rounds 10",
+    "stream": "stream",
+    "generate": "generate",
+}
+"""What `all` runs without a GPU: its rows by name, each in a process of its own."""
+
+ROWS_ON_GPU = {
+    "step": "step --precision bfloat16 --batch 8 --compile --rounds 50",
+    "loop": "loop --precision bfloat16 --batch 8 --compile --rounds 50",
+    "read": "read --precision bfloat16 --batch 8 --compile --rounds 100",
+    "layer": "layer --precision bfloat16 --batch 8 --rounds 100",
+    "step_parts": "step --parts --precision bfloat16 --batch 8 --rounds 20",
+    "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 20",
+    "stream": "stream --layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 "
+    "--samples 512 --precision bfloat16",
+    "generate": "generate --layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 "
+    "--samples 512 --precision bfloat16 --windows 8 --warmup 1 --rounds 2",
+}
+"""The same on one."""
 
 
 def main() -> None:
-    """Read the options and run the comparison."""
+    """Read the options and run one comparison, or all."""
+    options = parse_options()
+    device = torch.device(options.device)
+    if options.command == "all":
+        sys.exit(run_all(device, options.folder, options.rows, options.options))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    setting = Setting(Clock(device, options.clock), options.precision)
+    comparison = options.compare(options, setting)
+    machine = measure_machine(setting)
+    print(f"\n{comparison.format(machine)}\n")
+    path = options.json or options.folder / f"{options.command}.jsonl"
+    comparison.write(path, machine)
+    print(f"written: {path}")
+    if options.command == "stream":
+        print(f"drawn: {plot_context(path)}")
+    if options.command == "step" and options.parts:
+        print(f"drawn: {plot_parts(path)}")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument("--folder", type=Path, default=Path("outputs/benchmark"), help="where results go")
+    everywhere.add_argument("--device", default=str(torch.accelerator.current_accelerator() or "cpu"))
+    measured = argparse.ArgumentParser(add_help=False, parents=[everywhere])
+    measured.add_argument("--precision", choices=PRECISIONS, default="float32", help="of autocast")
+    measured.add_argument(
+        "--compile", action="store_true", help="torch.compile what can be (not the literal equations)"
+    )
+    measured.add_argument("--threads", type=int, help="of the CPU; torch's choice without")
+    measured.add_argument(
+        "--clock", choices=("wall", "process"), default="wall", help="process: what this process had of the processors"
+    )
+    measured.add_argument("--warmup", type=int, default=3, help="rounds that do not count")
+    measured.add_argument("--json", type=Path, help="the results file; FOLDER/COMMAND.jsonl without")
+    measured.add_argument("--profile", action="store_true", help="print the operators that take the most time")
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    decoder = commands.add_parser("decoder", help="the decoder with short-term memory, against the same without")
-    decoder.add_argument("--positions", choices=("relative", "rotary"), default="relative")
-    decoder.add_argument("--layers", type=int, default=4)
-    decoder.add_argument("--hidden", type=int, default=256)
-    decoder.add_argument("--heads", type=int, default=4)
-    decoder.add_argument("--vocabulary", type=int, default=4096)
-    decoder.add_argument("--segment", type=int, default=128)
-    decoder.add_argument("--memory", type=int, default=128)
-    decoder.add_argument("--batch", type=int, default=8)
-    decoder.add_argument("--rounds", type=int, default=20)
-    decoder.set_defaults(compare=compare_decoders)
-    evaluation = commands.add_parser("evaluation", help="perplexity with all its figures, against forward passes alone")
-    evaluation.add_argument("--layers", type=int, default=12)
-    evaluation.add_argument("--hidden", type=int, default=768)
-    evaluation.add_argument("--heads", type=int, default=12)
-    evaluation.add_argument("--vocabulary", type=int, default=50257)
-    evaluation.add_argument("--segment", type=int, default=512)
-    evaluation.add_argument("--documents", type=int, default=2, help="read side by side; up to 4")
-    evaluation.add_argument("--segments", type=int, default=4, help="of each document")
-    evaluation.add_argument("--rounds", type=int, default=5)
-    evaluation.set_defaults(compare=compare_evaluation)
-    arguments = parser.parse_args()
-    arguments.compare(arguments)
+    commands = parser.add_subparsers(required=True, dest="command")
+    memory_layer.add_commands(commands, [measured])
+    for comparison in (training_step, training_loop, streaming, generating, short_term, evaluating):
+        comparison.add_command(commands, [measured])
+    every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])
+    every_row.add_argument("--rows", nargs="*", help=f"only some of {', '.join(ROWS_ON_GPU)}")
+    every_row.add_argument("options", nargs="*", help="of all rows, after --, such as -- --threads 1 --clock process")
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    return options
 
 
-def compare_decoders(arguments: argparse.Namespace) -> None:
-    """Training steps with and without short-term memory, beside what the attention lengths let one expect."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    lengths = {"without": 0, "with": arguments.memory}
-    steps = {name: _training_step(arguments, length, device) for name, length in lengths.items()}
-    seconds = _median_seconds(steps, arguments.rounds, device)
-    work = {name: _multiplications(arguments, length) for name, length in lengths.items()}
-    tokens = arguments.batch * arguments.segment
-    for name, length in lengths.items():
-        print(
-            f"{name:<8} short-term memory of {length:>5} tokens: {tokens / seconds[name]:>10,.0f} tokens/s, "
-            f"{1e3 * seconds[name]:.1f} ms a step, {work[name] / 1e6:.2f} M multiplications a token"
-        )
-    attention = (arguments.memory + arguments.segment) / arguments.segment
-    print(
-        f"throughput with / without: {seconds['without'] / seconds['with']:.3f}; by the multiplications "
-        f"{work['without'] / work['with']:.3f}; by the attention lengths alone {1 / attention:.3f} ({device}, "
-        f"{arguments.positions} positions)"
-    )
+def run_all(device: torch.device, folder: Path, chosen: list[str] | None, options: list[str]) -> int:
+    """Every row in a process of its own, so that no row finds the memory of another; the exit status.
 
-
-def compare_evaluation(arguments: argparse.Namespace) -> None:
-    """Documents, bookkeeping and figures, without controls, beside the same segments read by the model alone."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    backbone = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=arguments.vocabulary,
-            n_positions=arguments.segment,
-            n_embd=arguments.hidden,
-            n_layer=arguments.layers,
-            n_head=arguments.heads,
-        )
-    )
-    segment = arguments.segment
-    memory = LongTermMemoryConfig(segment, basis_functions=segment, past_samples=segment, sticky=True)
-    model = InfformerForCausalLM.from_backbone(backbone, memory).to(device).eval()
-    tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
-    novels = tokenize_documents(DataConfig(source="sample", max_documents=arguments.documents), "test", tokenizer)
-    documents = novels.beginnings(len(novels) * (arguments.segments * segment + 1))
-    reader = Reader(model, segment, len(documents), progress=False)
-    segments = [read.to(device) for read in read_once(documents, len(documents), segment)]
-
-    @torch.inference_mode()
-    def forward_alone() -> None:
-        memory = None
-        for read in segments:
-            memory = model(
-                read.input_ids, memory=memory, reset=read.reset, shift_labels=read.shift_labels, lengths=read.lengths
-            ).memory
-
-    def whole_evaluation() -> None:
-        evaluate(reader, documents)
-
-    contestants = {"forward alone": forward_alone, "evaluation": whole_evaluation}
-    seconds = _median_seconds(contestants, arguments.rounds, device)
-    tokens = int((documents.token_counts - 1).sum())
-    for name, taken in seconds.items():
-        print(f"{name:<14} {tokens / taken:>10,.0f} tokens/s, {taken:.3f} s for {tokens:,} tokens")
-    ratio = seconds["evaluation"] / seconds["forward alone"]
-    print(f"evaluation / forward alone: {ratio:.3f} ({device}, {len(documents)} documents side by side)")
-
-
-def _multiplications(arguments: argparse.Namespace, memory: int) -> float:
-    """Of one token of a forward pass, all layers and the vocabulary; backward takes twice as many again.
-
-    Queries, outputs and feed-forward are computed for the segment, keys and values for all that attention sees. Scores
-    and sums take one multiplication each per entry and channel, scores by distance one more.
+    Args:
+        chosen: names of rows; all if not given.
+        options: added to those of every row.
     """
-    hidden, seen = arguments.hidden, memory + arguments.segment
-    by_segment = 2 * hidden**2 + 8 * hidden**2
-    by_context = 2 * hidden**2 * seen / arguments.segment
-    attention = (3 if arguments.positions == "relative" else 2) * seen * hidden
-    return arguments.layers * (by_segment + by_context + attention) + arguments.vocabulary * hidden
+    rows = ROWS_ON_GPU if device.type == "cuda" else ROWS_ON_CPU
+    unknown = set(chosen or []) - rows.keys()
+    if unknown:
+        sys.exit(f"error: --rows {' '.join(sorted(unknown))}: choose from {', '.join(rows)}")
+    failed = []
+    for name, row in rows.items():
+        if chosen and name not in chosen:
+            continue
+        command = [*shlex.split(row), "--device", str(device), "--json", str(folder / f"{name}.jsonl"), *options]
+        print(f"== {name}: python scripts/benchmark.py {shlex.join(command)}", flush=True)
+        start = time.perf_counter()
+        status = subprocess.run([sys.executable, __file__, *command], check=False).returncode
+        print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if status != 0:
+            failed.append(name)
+    if failed:
+        print(f"not measured: {', '.join(failed)}; the errors stand above", file=sys.stderr)
+    return min(len(failed), 1)
 
 
-def _training_step(arguments: argparse.Namespace, memory: int, device: torch.device) -> Callable[[], None]:
-    """Forward, backward and update, with a memory that is full."""
-    config = DecoderConfig(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        feed_forward_size=4 * arguments.hidden,
-        positions=arguments.positions,
-        memory=MemoryConfig(arguments.segment, memory) if memory else None,
-    )
-    model = DecoderForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(arguments.vocabulary, (arguments.batch, arguments.segment), device=device)
-    full = None
-    for _ in range(-(-memory // arguments.segment)):
-        with torch.no_grad():
-            full = model(tokens, memory=full, return_logits=False).memory
-
-    def step() -> None:
-        loss = model(tokens, shift_labels=tokens, memory=full).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _median_seconds(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Of each contestant, in turns; the first fifth of the rounds is warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[rounds // 5 :]) for name, values in seconds.items()}
+def _check(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Before any long work."""
+    for name, value in vars(options).items():
+        smallest = 0 if name == "warmup" else 1
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and not isinstance(number, bool) and number < smallest for number in values):
+            parser.error(f"--{name} {' '.join(map(str, values))}: must be at least {smallest}")
+    if options.command != "all" and options.hidden % options.heads:
+        parser.error(f"--hidden {options.hidden} --heads {options.heads}: the heads must divide the width")
+    if options.command != "all" and options.clock == "process" and options.device != "cpu":
+        parser.error(f"--clock process --device {options.device}: only a processor has such a clock; take wall")
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

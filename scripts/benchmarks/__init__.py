@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py compares, one file each, and how it measures."""

@@ -1,0 +1,86 @@
+"""What eval.py does, with its documents, bookkeeping and figures, against the forward passes alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import infformer
+from benchmarks.machine import PRECISIONS, Setting
+from benchmarks.measuring import Contestant, summarize, take_turns
+from benchmarks.models import model_sizes, new_model
+from benchmarks.report import Comparison, Result, paired
+from infformer.models.loading import load_tokenizer
+
+
+def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """`evaluation`."""
+    text = "perplexity with all its figures, against forward passes alone"
+    parser = commands.add_parser("evaluation", help=text, parents=parents)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=50257)
+    parser.add_argument("--segment", type=int, default=512)
+    parser.add_argument("--documents", dest="batch", type=int, default=2, help="read side by side; up to 4")
+    parser.add_argument("--segments", type=int, default=4, help="of each document")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.set_defaults(compare=compare)
+
+
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
+    """Without controls, beside the same segments read by the model alone.
+
+    Raises:
+        SystemExit: the documents cannot be read without the library that reads them.
+    """
+    try:
+        from infformer.data.options import DataConfig
+        from infformer.data.reading import read_once
+        from infformer.data.tokenization import tokenize_documents
+        from infformer.evaluation.perplexity import evaluate
+        from infformer.evaluation.reading import Reader
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: eval.py cannot be measured here: {error.name} is not installed") from error
+
+    options.functions = options.samples = options.segment
+    sizes = model_sizes(options, "gpt2")
+    model = new_model(sizes, "gpt2", memory=True).to(setting.device).eval()
+    if options.compile:
+        model.compile()
+    tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
+    novels = tokenize_documents(DataConfig(source="sample", max_documents=sizes.batch), "test", tokenizer)
+    documents = novels.beginnings(len(novels) * (options.segments * sizes.segment + 1))
+    reader = Reader(model, sizes.segment, len(documents), PRECISIONS[setting.precision], progress=False)
+    segments = [read.to(setting.device) for read in read_once(documents, len(documents), sizes.segment)]
+
+    @torch.inference_mode()
+    def forward_alone() -> None:
+        memory = None
+        for read in segments:
+            with setting.autocast():
+                memory = model(
+                    read.input_ids,
+                    memory=memory,
+                    reset=read.reset,
+                    shift_labels=read.shift_labels,
+                    lengths=read.lengths,
+                ).memory
+
+    def whole_evaluation() -> None:
+        evaluate(reader, documents)
+
+    contestants = {"forward alone": Contestant(forward_alone), "evaluation": Contestant(whole_evaluation)}
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
+    tokens = int((documents.token_counts - 1).sum())
+    results = [
+        Result(name, values, figures={"tokens_per_second": tokens / summarize(values).median})
+        for name, values in seconds.items()
+    ]
+    names = ("layers", "hidden", "heads", "vocabulary", "segment", "segments", "compile")
+    chosen = {name: getattr(options, name) for name in names} | {"documents": len(documents)}
+    ratio = paired("evaluation / forward alone", seconds["evaluation"], seconds["forward alone"])
+    return Comparison("evaluation", chosen, results, [ratio])

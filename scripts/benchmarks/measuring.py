@@ -1,0 +1,110 @@
+"""Seconds and bytes: contestants in turns, and the memory that one call takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def _nothing() -> None:
+    pass
+
+
+class Contestant(NamedTuple):
+    """What takes part in a comparison."""
+
+    run: Callable[[], object]
+    """Timed, once a round."""
+    prepare: Callable[[], object] = _nothing
+    """Called before each turn, and not timed."""
+
+
+class Summary(NamedTuple):
+    """The middle of some values, and between which of them the middle half lies."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return Summary(values[0], values[0], values[0])
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Summary(median, lower, upper)
+
+
+class Clock(NamedTuple):
+    """How seconds are taken."""
+
+    device: torch.device
+    kind: str = "wall"
+    """`wall`, or `process`: the seconds that this process had a processor, all threads together. On a machine that does
+    other work as well, with one thread, this is nearer to what a call takes."""
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter() if self.kind == "wall" else time.process_time()
+
+
+def take_turns(contestants: dict[str, Contestant], rounds: int, warmup: int, clock: Clock) -> dict[str, list[float]]:
+    """The seconds of every contestant in every round.
+
+    All run once, in their order, then all again: a machine that becomes slower for a while does so for all of them.
+
+    Args:
+        warmup: rounds before those that count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(warmup + rounds):
+        for name, contestant in contestants.items():
+            contestant.prepare()
+            start = clock.now()
+            contestant.run()
+            seconds[name].append(clock.now() - start)
+    return {name: values[warmup:] for name, values in seconds.items()}
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """How much more memory torch holds at one moment of a call than before it.
+
+    On CUDA by the allocator's own count. On the CPU by every allocation and release that torch's allocator reports to
+    the profiler: tensors, and the scratch memory that operators ask torch for; not what a library such as oneDNN takes
+    from the system by itself. Both are the same at every repetition.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def profile_table(call: Callable[[], object], device: torch.device, rows: int = 15) -> str:
+    """The operators of a call that take the most time, as torch's profiler prints them."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45)

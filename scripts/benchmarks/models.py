@@ -1,0 +1,143 @@
+"""The models that are compared: one backbone with a memory, without, and with a longer window of attention.
+
+Random weights. `gpt2` is the published backbone. It has a position for each token of a segment and no more, so it
+cannot look further; `rotary` is what somebody would take who wants to: a Llama, and with a window the Mistral of the
+same sizes. The two are the same network but for the window (no grouped queries here), and the Mistral's key-value cache
+keeps what the window covers. The project's own decoder with a short-term memory is no such contestant: it keeps hidden
+states, as Transformer-XL does, and projects them to keys and values anew for every segment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import Cache
+
+from benchmarks.arithmetic import Sizes
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
+from infformer.models.outputs import MemoryModelOutput
+from infformer.models.pretrained import InfformerForCausalLM
+
+BACKBONES = ("gpt2", "rotary")
+
+
+def memory_config(sizes: Sizes) -> LongTermMemoryConfig:
+    """A sticky memory, the published one but for its sizes."""
+    return LongTermMemoryConfig(
+        segment_length=sizes.segment,
+        basis_functions=sizes.basis_functions,
+        past_samples=sizes.past_samples,
+        sticky=True,
+    )
+
+
+def model_sizes(options: Any, backbone: str) -> Sizes:
+    """The sizes that the command line gives, by the names of `add_model_options`."""
+    wide = 4 * options.hidden
+    return Sizes(
+        batch=options.batch,
+        segment=options.segment,
+        hidden=options.hidden,
+        heads=options.heads,
+        layers=options.layers,
+        vocabulary=options.vocabulary,
+        basis_functions=options.functions,
+        past_samples=options.samples,
+        # Three matrices of two thirds of the width weigh as much as two.
+        feed_forward=wide if backbone == "gpt2" else 2 * wide // 3,
+        feed_forward_matrices=2 if backbone == "gpt2" else 3,
+    )
+
+
+def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM:
+    """A backbone with a sticky memory beside each attention that does contribute something, or without."""
+    network: GPT2LMHeadModel | LlamaForCausalLM
+    if backbone == "gpt2":
+        network = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=sizes.vocabulary,
+                n_positions=sizes.segment,
+                n_embd=sizes.hidden,
+                n_layer=sizes.layers,
+                n_head=sizes.heads,
+                n_inner=sizes.feed_forward,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    else:
+        network = LlamaForCausalLM(LlamaConfig(**_rotary(sizes)))
+    model = InfformerForCausalLM.from_backbone(network, memory_config(sizes) if memory else None)
+    for layer in model.memories:
+        nn.init.normal_(layer.output.weight, std=0.02)
+    return model
+
+
+def new_window_model(sizes: Sizes, window: int) -> MistralForCausalLM:
+    """The rotary backbone in which every token attends to the last `window` tokens."""
+    return MistralForCausalLM(MistralConfig(**_rotary(sizes), sliding_window=window))
+
+
+class WindowReader(nn.Module):
+    """Reads a document segment by segment as the models with memories do; its memory is a key-value cache."""
+
+    def __init__(self, network: MistralForCausalLM) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        shift_labels: Tensor,
+        memory: Cache | None = None,
+        sticky_offsets: None = None,
+        return_logits: bool = False,
+    ) -> MemoryModelOutput:
+        read = self.network.model(input_ids, past_key_values=memory, use_cache=True)
+        losses = chunked_token_losses(read.last_hidden_state, cross_entropy(self.network.lm_head), shift_labels)
+        return MemoryModelOutput(loss=losses.mean(), token_losses=losses, memory=read.past_key_values)
+
+    @property
+    def sticky_samples(self) -> int:
+        return 0
+
+
+def without_graph(memory: Any) -> Any:
+    """What a model remembers, cut off from the graph that made it; a key-value cache in place."""
+    if not isinstance(memory, Cache):
+        return None if memory is None else memory.detach()
+    for layer in memory.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return memory
+
+
+def tensor_bytes(memory: Any) -> int:
+    """Bytes of what a model remembers between two segments."""
+    if memory is None:
+        return 0
+    if isinstance(memory, Cache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in memory.layers)
+    return sum(tensor.nbytes for tensor in memory.named_tensors().values())
+
+
+def random_tokens(sizes: Sizes, device: torch.device) -> Tensor:
+    """One segment of each row and the token after it, [batch, segment + 1]."""
+    return torch.randint(sizes.vocabulary, (sizes.batch, sizes.segment + 1), device=device)
+
+
+def _rotary(sizes: Sizes) -> dict[str, Any]:
+    return {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.feed_forward,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads,
+        "max_position_embeddings": 2**20,
+        "tie_word_embeddings": True,
+    }

@@ -1,0 +1,251 @@
+"""A whole training step: with memory, without, and with a longer window of attention; and what its parts take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import arithmetic
+from benchmarks.arithmetic import NO_WORK, Sizes, Work
+from benchmarks.machine import Setting
+from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, summarize, take_turns
+from benchmarks.models import (
+    BACKBONES,
+    WindowReader,
+    model_sizes,
+    new_model,
+    new_window_model,
+    random_tokens,
+    without_graph,
+)
+from benchmarks.report import Comparison, Ratio, Result, paired
+from infformer.memory.long_term import LongTermMemory, LongTermState
+from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
+from infformer.models.pretrained import InfformerForCausalLM
+
+
+class TrainingStep:
+    """Forward, backward, clipping and AdamW, on a stream of random tokens; what is remembered goes on.
+
+    Args:
+        model: reads a segment, `model(tokens, shift_labels=…, memory=…, sticky_offsets=…, return_logits=False)`.
+    """
+
+    def __init__(self, model: Any, sizes: Sizes, setting: Setting) -> None:
+        self.model = model.to(setting.device).train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device.type == "cuda")
+        self._sizes = sizes
+        self._setting = setting
+        self._memory: Any = None
+
+    def __call__(self) -> None:
+        device = self._setting.device
+        tokens = random_tokens(self._sizes, device)
+        samples = self.model.sticky_samples
+        offsets = torch.rand(self._sizes.batch, samples, device=device) if samples else None
+        with self._setting.autocast():
+            output = self.model(
+                tokens[:, :-1],
+                shift_labels=tokens[:, 1:],
+                memory=self._memory,
+                sticky_offsets=offsets,
+                return_logits=False,
+            )
+        output.loss.backward()
+        self.update()
+        self._memory = without_graph(output.memory)
+
+    def update(self) -> None:
+        """Clip, step, and forget the gradients."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def add_model_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """The sizes of a model; `model_sizes` reads them."""
+    parser.add_argument("--layers", type=int, default=defaults["layers"])
+    parser.add_argument("--hidden", type=int, default=defaults["hidden"])
+    parser.add_argument("--heads", type=int, default=defaults["heads"])
+    parser.add_argument("--vocabulary", type=int, default=defaults["vocabulary"])
+    parser.add_argument("--segment", type=int, default=defaults["segment"])
+    parser.add_argument("--functions", type=int, default=defaults["functions"], help="N, basis functions")
+    parser.add_argument("--samples", type=int, default=defaults["samples"], help="M, points where the past is sampled")
+    parser.add_argument("--batch", type=int, default=1)
+
+
+GPT2_SMALL = {
+    "layers": 12, "hidden": 768, "heads": 12, "vocabulary": 50257, "segment": 512, "functions": 512, "samples": 512,
+}  # fmt: skip
+
+
+def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """`step`."""
+    text = "a training step with memory, against the same without"
+    parser = commands.add_parser("step", help=text, parents=parents)
+    parser.add_argument("--backbone", choices=BACKBONES, default="gpt2")
+    add_model_options(parser, **GPT2_SMALL)
+    parser.add_argument(
+        "--windows", type=int, nargs="*", default=[], help="also with attention to so many segments (rotary backbone)"
+    )
+    parser.add_argument("--parts", action="store_true", help="also what the parts of the step with memory take")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.set_defaults(compare=compare)
+
+
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
+    """Whole steps, and the parts of the one with memory where asked for, in turns.
+
+    Raises:
+        SystemExit: windows for a backbone that has no positions for them.
+    """
+    if options.windows and options.backbone == "gpt2":
+        raise SystemExit(
+            f"error: --windows {' '.join(map(str, options.windows))} with --backbone gpt2: it has no positions beyond "
+            "its segment; add --backbone rotary"
+        )
+    torch.manual_seed(0)
+    sizes = model_sizes(options, options.backbone)
+    steps = {
+        "with memory": TrainingStep(new_model(sizes, options.backbone, memory=True), sizes, setting),
+        "without": TrainingStep(new_model(sizes, options.backbone, memory=False), sizes, setting),
+    }
+    for window in options.windows:
+        reader = WindowReader(new_window_model(sizes, window * sizes.segment))
+        steps[f"window of {window} segments"] = TrainingStep(reader, sizes, setting)
+    ours = steps["with memory"]
+    parts = new_parts(ours, sizes, setting, options.compile) if options.parts else {}
+    if options.compile:
+        for step in steps.values():
+            step.model.compile()
+    # The windows have to be full.
+    warmup = max(options.warmup, *(window + 1 for window in options.windows), 2)
+    contestants = {name: Contestant(step) for name, step in steps.items()}
+    contestants |= {name: Contestant(part) for name, part in parts.items()}
+    seconds = take_turns(contestants, options.rounds, warmup, setting.clock)
+
+    work = work_of_steps(sizes, options.windows, ours.model)
+    part_work = work_of_parts(sizes, ours.model)
+    tokens = {name: sizes.tokens / summarize(seconds[name]).median for name in steps}
+    peaks = {name: peak_extra_bytes(step, setting.device) for name, step in steps.items()}
+    results = [
+        Result(
+            name,
+            seconds[name],
+            work[name],
+            figures={"tokens_per_second": tokens[name], "peak_extra_bytes": peaks[name]},
+        )
+        for name in steps
+    ]
+    results[1:1] = [Result(name, seconds[name], part_work[name], part=True) for name in parts]
+    ratios = [
+        paired(f"with memory / {name}", seconds["with memory"], seconds[name])
+        for name in steps
+        if name != "with memory"
+    ]
+    if parts:
+        together = [sum(values) for values in zip(*(seconds[name] for name in parts), strict=True)]
+        ratios.append(paired("the parts together / with memory", together, seconds["with memory"]))
+    ratios.append(
+        Ratio("with memory / without, by the operations", [work["with memory"].flops / work["without"].flops])
+    )
+    profiles = {}
+    if options.profile:
+        profiles = {name: profile_table(steps[name], setting.device) for name in ("with memory", "without")}
+    chosen = {name: getattr(options, name) for name in ("backbone", "batch", *GPT2_SMALL, "windows", "compile")}
+    return Comparison("step", chosen, results, ratios, profiles)
+
+
+def work_of_steps(sizes: Sizes, windows: list[int], model: InfformerForCausalLM) -> dict[str, Work]:
+    """Of each contestant, forward and backward and update."""
+    parts = work_of_parts(sizes, model)
+    memory = sum(parameter.numel() for parameter in model.memory_parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - memory
+    common = arithmetic.head(sizes, backward=True) + arithmetic.optimizer(parameters)
+    work = {
+        "with memory": sum(parts.values(), NO_WORK),
+        "without": common + arithmetic.backbone(sizes, backward=True),
+    }
+    for window in windows:
+        attention = arithmetic.backbone(sizes, backward=True, window=window * sizes.segment)
+        work[f"window of {window} segments"] = common + attention
+    return work
+
+
+def work_of_parts(sizes: Sizes, model: InfformerForCausalLM) -> dict[str, Work]:
+    """Of the parts of a step with memory. What is written is read by the next step, through which no gradient flows."""
+    return {
+        "backbone": arithmetic.backbone(sizes, backward=True),
+        "head and loss": arithmetic.head(sizes, backward=True),
+        "memory, read": arithmetic.read(sizes, backward=True) * sizes.layers,
+        "memory, write": arithmetic.write(sizes, backward=False) * sizes.layers,
+        "clipping and AdamW": arithmetic.optimizer(sum(parameter.numel() for parameter in model.parameters())),
+    }
+
+
+def new_parts(step: TrainingStep, sizes: Sizes, setting: Setting, compiled: bool) -> dict[str, Callable[[], None]]:
+    """The parts of a step with memory, one by one; in their order they leave the gradients that the last one takes."""
+    transform: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
+    model, device = step.model, setting.device
+    head, signal = model.backbone.get_output_embeddings(), model.signal
+    shape = (sizes.batch, sizes.segment, sizes.hidden)
+    upstream = torch.randn(shape, device=device) / sizes.tokens
+    tokens = random_tokens(sizes, device)
+    with torch.no_grad():
+        memory = None
+        for _ in range(2):
+            memory = model(tokens[:, :-1], memory=memory, return_logits=False).memory
+    states = memory.layers
+    last, *hidden = (torch.randn(shape, device=device, requires_grad=True) for _ in range(1 + len(states)))
+    with torch.no_grad():
+        readings = map(LongTermMemory.read, model.memories, hidden, states)
+        attentions = [reading.attention for reading in readings]
+    offsets = torch.rand(sizes.batch, model.sticky_samples, device=device)
+
+    @transform
+    def hidden_states() -> Tensor:
+        return model.backbone.base_model(tokens[:, :-1]).last_hidden_state
+
+    @transform
+    def loss() -> Tensor:
+        return chunked_token_losses(last, cross_entropy(head), tokens[:, 1:]).mean()
+
+    @transform
+    def contexts() -> list[Tensor]:
+        return [
+            layer.read(segment, state).context
+            for layer, segment, state in zip(model.memories, hidden, states, strict=True)
+        ]
+
+    @transform
+    def written() -> list[LongTermState]:
+        operators = signal.operators(states[0].segments)
+        return [
+            layer.write(segment, state, operators, attention, offsets)
+            for layer, segment, state, attention in zip(model.memories, hidden, states, attentions, strict=True)
+        ]
+
+    def there_and_back(forward: Callable[[], Tensor | list[Tensor]]) -> None:
+        with setting.autocast():
+            outputs = forward()
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        torch.autograd.backward(outputs, [upstream.to(output.dtype) if output.dim() else None for output in outputs])
+        for leaf in (last, *hidden):
+            leaf.grad = None
+
+    def write() -> None:
+        with setting.autocast():
+            written()
+
+    return {
+        "backbone": partial(there_and_back, hidden_states),
+        "head and loss": partial(there_and_back, loss),
+        "memory, read": partial(there_and_back, contexts),
+        "memory, write": write,
+        "clipping and AdamW": step.update,
+    }
