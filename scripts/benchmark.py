@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from benchmarks import (
+    density_read,
     evaluating,
     generating,
     memory_layer,
@@ -38,6 +39,7 @@ from infformer.plots.benchmark import plot_context, plot_parts
 ROWS_ON_CPU = {
     "read": "read",
     "write": "write",
+    "density": "density",
     "layer": "layer",
     "step": "step --parts",
     "step_windows": "step --backbone rotary --windows 2 4 8 --layers 2 --rounds 5",
@@ -51,6 +53,8 @@ ROWS_ON_GPU = {
     "step": "step --precision bfloat16 --batch 8 --compile --rounds 50",
     "loop": "loop --precision bfloat16 --batch 8 --compile --rounds 50",
     "read": "read --precision bfloat16 --batch 8 --compile --rounds 100",
+    "density": "density --batch 8 --rounds 200",
+    "density_wide": "density --batch 8 --rounds 200 --deviation 1",
     "layer": "layer --precision bfloat16 --batch 8 --rounds 100",
     "step_parts": "step --parts --precision bfloat16 --batch 8 --rounds 20",
     "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 20",
@@ -104,7 +108,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     memory_layer.add_commands(commands, [measured])
-    for comparison in (training_step, training_loop, streaming, generating, short_term, evaluating):
+    for comparison in (density_read, training_step, training_loop, streaming, generating, short_term, evaluating):
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])
     every_row.add_argument("--rows", nargs="*", help=f"only some of {', '.join(ROWS_ON_GPU)}")

@@ -329,6 +329,30 @@ class TestLayer:
         assert run(capsys, f"layer {LAYER} --compile")[1]["ours"]["options"]["compile"] is True
 
 
+class TestDensity:
+    def test_both_read_the_same(self):
+        sizes = module("arithmetic").Sizes(batch=2, segment=9, hidden=16, heads=4, basis_functions=8, past_samples=9)
+        for deviation in (0.01, 1.0):
+            passes = module("density_read").new_passes(sizes, deviation, new_machine().setting)
+            for one, other in zip(passes["ours"](), passes["eager"](), strict=True):
+                assert other.any()
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+    def test_arithmetic(self):
+        """Counted where autograd differentiates product by product."""
+        arithmetic = module("arithmetic")
+        sizes = arithmetic.Sizes(batch=2, segment=9, hidden=16, heads=4, basis_functions=8, past_samples=9)
+        passes = module("density_read").new_passes(sizes, 0.1, new_machine().setting)
+        assert count(passes["eager"]) == arithmetic.density_read(sizes, backward=True).flops
+        parts = arithmetic.read(sizes, backward=False).flops
+        assert parts > arithmetic.density_read(sizes, backward=False).flops > 0
+
+    def test_command(self, run, capsys):
+        _, lines = run(capsys, "density --segment 9 --functions 8 --hidden 16 --heads 4 --rounds 2")
+        ours, eager = lines["ours"]["seconds"], lines["eager"]["seconds"]
+        assert lines["eager / ours, time"]["ratio"] == [one / other for one, other in zip(eager, ours, strict=True)]
+
+
 class TestModels:
     def test_the_window_moves_with_the_tokens(self):
         """A token sees as many tokens as the window has, whatever their segment, and none before."""

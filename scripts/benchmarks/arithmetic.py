@@ -76,6 +76,15 @@ def read(sizes: Sizes, backward: bool) -> Work:
     return work + Work(2 * flops, FLOAT * (3 * segment + 2 * signal + 2 * weights)) if backward else work
 
 
+def density_read(sizes: Sizes, backward: bool) -> Work:
+    """r·V of all heads, from the densities and the values; backward gives each of r and V a gradient by one product."""
+    b, length, functions, d = sizes.batch, sizes.segment, sizes.basis_functions, sizes.hidden
+    flops = 2 * b * length * functions * d
+    queries, values, context = 2 * b * sizes.heads * length, b * functions * d, b * length * d
+    work = Work(flops, FLOAT * (queries + values + context))
+    return work + Work(2 * flops, FLOAT * (2 * queries + 2 * values + context)) if backward else work
+
+
 def write(sizes: Sizes, backward: bool) -> Work:
     """One layer's sticky write: Ψ(t)·B at M points, then G_pastᵀ and G_newᵀ on M and T rows.
 

@@ -1,0 +1,87 @@
+"""The innermost product alone: values read with normal densities, against the expectations as a whole times the values.
+
+The second is the formula in torch's own operators, which keeps several numbers for every query and every function. On
+CUDA the first is a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import arithmetic
+from benchmarks.arithmetic import Sizes
+from benchmarks.machine import Setting
+from benchmarks.measuring import Contestant, peak_extra_bytes, take_turns
+from benchmarks.models import memory_config
+from benchmarks.report import Comparison, Ratio, Result, paired
+from infformer.continuous.density import Gaussian
+from infformer.memory.long_term import ContinuousSignal
+
+
+def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """`density`."""
+    text = "the read's innermost product, forward and backward, against the formula in torch's own operators"
+    parser = commands.add_parser("density", help=text, parents=parents)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--segment", type=int, default=512, help="queries")
+    parser.add_argument("--functions", type=int, default=512, help="N, basis functions")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--deviation", type=float, default=0.05, help="of the densities, as a part of the memory")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.set_defaults(compare=compare)
+
+
+def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
+    """Both with the same densities, whose means lie anywhere."""
+    sizes = Sizes(
+        batch=options.batch,
+        segment=options.segment,
+        hidden=options.hidden,
+        heads=options.heads,
+        basis_functions=options.functions,
+        past_samples=options.segment,
+    )
+    passes = new_passes(sizes, options.deviation, setting)
+    contestants = {name: Contestant(each) for name, each in passes.items()}
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
+    peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
+    work = arithmetic.density_read(sizes, backward=True)
+    results = [Result(name, seconds[name], work, figures={"peak_extra_bytes": peaks[name]}) for name in passes]
+    ratios = [
+        paired("eager / ours, time", seconds["eager"], seconds["ours"]),
+        Ratio("ours / eager, peak extra memory", [peaks["ours"] / peaks["eager"]]),
+    ]
+    chosen = {
+        name: getattr(options, name) for name in ("batch", "segment", "functions", "hidden", "heads", "deviation")
+    }
+    return Comparison("density", chosen, results, ratios)
+
+
+def new_passes(sizes: Sizes, deviation: float, setting: Setting) -> dict[str, Callable[[], list[Tensor]]]:
+    """`ours` and `eager`: calls that return what is read, and the gradients of means, variances and values."""
+    torch.manual_seed(0)
+    signal = ContinuousSignal(memory_config(sizes)).to(setting.device)
+    shape = (sizes.batch, sizes.heads, sizes.segment)
+    size = sizes.hidden // sizes.heads
+    mean = torch.rand(shape, device=setting.device, requires_grad=True)
+    variance = torch.full(shape, deviation**2, device=setting.device, requires_grad=True)
+    values = torch.randn(*shape[:2], sizes.basis_functions, size, device=setting.device, requires_grad=True)
+    upstream = torch.randn(*shape, size, device=setting.device)
+
+    def ours() -> Tensor:
+        return Gaussian(mean, variance).read(signal.grid, values)
+
+    def eager() -> Tensor:
+        return Gaussian(mean, variance).expectation(signal.basis) @ values
+
+    def whole_pass(forward: Callable[[], Tensor]) -> list[Tensor]:
+        read = forward()
+        return [read, *torch.autograd.grad(read, [mean, variance, values], upstream)]
+
+    return {"ours": lambda: whole_pass(ours), "eager": lambda: whole_pass(eager)}
