@@ -26,6 +26,7 @@ from benchmarks import (
     evaluating,
     generating,
     memory_layer,
+    saving,
     short_term,
     streaming,
     training_loop,
@@ -44,6 +45,7 @@ ROWS_ON_CPU = {
     "step": "step --parts",
     "step_windows": "step --backbone rotary --windows 2 4 8 --layers 2 --rounds 5",
     "loop": "loop --rounds 10",
+    "save": "save",
     "stream": "stream",
     "generate": "generate",
 }
@@ -108,7 +110,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     memory_layer.add_commands(commands, [measured])
-    for comparison in (density_read, training_step, training_loop, streaming, generating, short_term, evaluating):
+    for comparison in (
+        density_read, training_step, training_loop, saving, streaming, generating, short_term, evaluating,
+    ):  # fmt: skip
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])
     every_row.add_argument("--rows", nargs="*", help=f"only some of {', '.join(ROWS_ON_GPU)}")
