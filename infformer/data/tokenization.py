@@ -49,12 +49,18 @@ def tokenize_documents(
             it and the others find it done.
 
     Raises:
-        DataError: the documents cannot be read, or one is too short to be learnt from.
+        DataError: the documents cannot be read, one is too short to be learnt from, or their tokens cannot be kept.
     """
     with main_process_first or nullcontext():
         folder = config.cache_folder / f"{split}-{_key(config, split, tokenizer)}"
         if not folder.exists():
-            _make(folder, config, split, tokenizer)
+            try:
+                _make(folder, config, split, tokenizer)
+            except OSError as error:
+                raise DataError(
+                    f"data.cache_dir={config.cache_folder}: the tokens cannot be kept there ({error}); make room or "
+                    "get access, or name another folder."
+                ) from error
         return TokenizedDocuments.open(folder)
 
 

@@ -50,9 +50,10 @@ def answer_forced(reader: Reader, questions: Questions, title: str) -> Forced:
         title: of the progress bar.
     """
     outcome = np.zeros((2, *questions.answers.shape))
-    for rows, tokens in _batches(reader, questions, title):
+    for rows, counted, tokens in _batches(reader, questions, title):
         memory, start = _read_text(reader, tokens, questions.answers.shape[1])
-        outcome[:, rows] = _answer_forced(reader, tokens, memory, start, questions.answers.shape[1])
+        found = _answer_forced(reader, tokens, memory, start, questions.answers.shape[1])
+        outcome[:, rows[:counted]] = found[:, :counted]
     right, nats = _of_all_processes(reader, outcome)[:, questions.asked]
     return Forced(right == 1, nats.astype(np.float32))
 
@@ -67,13 +68,15 @@ def answer(reader: Reader, questions: Questions, title: str) -> Answers:
         title: of the progress bar.
     """
     outcome = np.zeros((3, *questions.answers.shape))
-    for rows, tokens in _batches(reader, questions, title):
+    for rows, counted, tokens in _batches(reader, questions, title):
         asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
         memory, start = _read_text(reader, tokens, asked.shape[1])
-        outcome[:2, rows] = _answer_forced(reader, tokens, memory, start, asked.shape[1])
-        outcome[2, rows] = _answer_freely(reader, tokens, memory, start, asked, np.any(questions.asked, axis=0)).cpu()
-    right, nats, free = _of_all_processes(reader, outcome)[:, questions.asked]
-    return Answers(Forced(right == 1, nats.astype(np.float32)), free.astype(np.int64))
+        forced = _answer_forced(reader, tokens, memory, start, asked.shape[1])
+        free = _answer_freely(reader, tokens, memory, start, asked, np.any(questions.asked, axis=0)).cpu()
+        outcome[:2, rows[:counted]] = forced[:, :counted]
+        outcome[2, rows[:counted]] = free[:counted]
+    right, nats, free_running = _of_all_processes(reader, outcome)[:, questions.asked]
+    return Answers(Forced(right == 1, nats.astype(np.float32)), free_running.astype(np.int64))
 
 
 def alone(reader: Reader) -> Reader:
@@ -147,10 +150,13 @@ def _read(reader: Reader, segment: Tensor, memory: MemoryState | None, return_lo
         return reader.model(segment, memory=memory, return_logits=return_logits)
 
 
-def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple[Integers, Tensor]]:
-    """The questions of this process, as many side by side as the reader allows: which, and their tokens.
+def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:
+    """The questions of this process, as many side by side as the reader allows.
 
-    Every process gets as many batches; a last one may be empty where there are no more questions.
+    Every process gets as many batches. One that has no more questions reads the first of all once more, for nothing.
+
+    Returns:
+        Which questions, how many of them count, and their tokens.
     """
     reader.model.eval()
     share = np.arange(reader.process, len(questions.tokens), reader.processes)
@@ -160,10 +166,11 @@ def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple
     with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent) as bar:
         for first in range(0, -(-len(questions.tokens) // reader.processes), side_by_side):
             rows = share[first : first + side_by_side]
-            tokens = torch.from_numpy(questions.tokens[rows]).to(reader.model.device)
-            yield rows, tokens
+            read = rows if len(rows) else np.zeros(1, dtype=np.int64)
+            tokens = torch.from_numpy(questions.tokens[read]).to(reader.model.device)
+            yield read, len(rows), tokens
             reader.after_segment()
-            bar.update(tokens.numel())
+            bar.update(len(rows) * tokens.shape[1])
 
 
 def _of_all_processes(reader: Reader, outcome: NDArray[np.float64]) -> NDArray[np.float32]:

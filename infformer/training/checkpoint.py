@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -182,7 +181,7 @@ class CheckpointWriter:
                     state.task.tokenizer.save_pretrained(partial / "model")
                 save_file(copy.moments, partial / "optimizer.safetensors")
                 (partial / "state.json").write_text(json.dumps(copy.shared, indent=1))
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is: what is not whole must not be taken for it
             self._error = error
 
 

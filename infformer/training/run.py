@@ -138,17 +138,11 @@ def run(config: RunConfig) -> dict[str, Any]:
         logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
     tracker: Tracker = NoTracker()
     if accelerator.is_main_process:
-        _describe(config, folder)
+        _open_record(config, folder, state.step)
         logger.info(
             "%s: %s; %s parameters trained, %s of them the memory's",
-            config.name,
-            task.describe(),
-            f"{trained:,}",
-            f"{in_memory:,}",
-        )
-        remove_unfinished(folder / "checkpoints")
-        MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
-        MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
+            config.name, task.describe(), f"{trained:,}", f"{in_memory:,}",
+        )  # fmt: skip
         tracker = open_tracker(config.tracker, config.name, folder, _as_dictionary(config))
     try:
         with signals, watchdog:
@@ -436,14 +430,27 @@ def _measure_best(state: TrainingState, folder: Path) -> dict[str, Any]:
     return {**results, "before": state.results_before or None} if results else {}
 
 
-def _describe(config: RunConfig, folder: Path) -> None:
-    """Write down what is run, by which versions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def _open_record(config: RunConfig, folder: Path, step: int) -> None:
+    """Write down what is run, by which versions; forget what a run that was stopped did after this step.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
     packages = ("infformer", "torch", "transformers", "accelerate", "datasets", "hydra-core")
     versions = {"python": platform.python_version(), "git_revision": _git_revision()}
     versions |= {package: _version(package) for package in packages}
-    (folder / "versions.json").write_text(json.dumps(versions, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        (folder / "versions.json").write_text(json.dumps(versions, indent=1))
+        remove_unfinished(folder / "checkpoints")
+        MetricsLog(folder / "metrics.jsonl").truncate_after(step)
+        MetricsLog(folder / "samples.jsonl").truncate_after(step)
+    except OSError as error:
+        raise RunError(
+            f"output_dir={folder}: nothing can be written there ({error}); make room or get access, or set output_dir= "
+            "to another place"
+        ) from error
 
 
 def _as_dictionary(config: RunConfig) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def settle_engine(engine: EngineConfig) -> EngineConfig:
     """
     launched = _engine_of_the_launcher()
     if engine.name == "auto":
-        return launched or replace(engine, name="ddp")
+        return replace(launched or EngineConfig(name="ddp"), patience=engine.patience)
     if launched is not None and launched.name != engine.name.removesuffix("_offload"):
         raise EngineError(
             f"engine.name={engine.name}, but accelerate was configured for {launched.name}: choose engine=auto to "
@@ -193,15 +193,15 @@ def _engine_of_the_launcher() -> EngineConfig | None:
     environment = os.environ
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
-        stage = _read_deepspeed_file(file).get("zero_optimization", {}).get("stage")
-        return EngineConfig(name=f"zero{stage}", config=file)
+        return EngineConfig(name=_zero_name(_stage(_read_deepspeed_file(file)), file), config=file)
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in environment:
         offload = {
             part: {"device": environment.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")}
             for part in ("offload_optimizer", "offload_param")
         }
         stage = int(environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"])
-        return EngineConfig(name=f"zero{stage}", deepspeed={"zero_optimization": {"stage": stage, **offload}})
+        name = _zero_name(stage, "the configuration of accelerate")
+        return EngineConfig(name=name, deepspeed={"zero_optimization": {"stage": stage, **offload}})
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
@@ -228,7 +228,7 @@ def _deepspeed_plugin(
     # DeepSpeed's calls under their older names.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     options = dict(engine.deepspeed) if engine.config is None else _read_deepspeed_file(engine.config)
-    stage = options.get("zero_optimization", {}).get("stage")
+    stage = _stage(options)
     if f"zero{stage}" != engine.name.removesuffix("_offload"):
         raise EngineError(
             f"engine={engine.name}, but zero_optimization.stage is {stage} in {engine.config or 'engine.deepspeed'}: "
@@ -258,6 +258,18 @@ def _read_deepspeed_file(path: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise EngineError(f"engine.config={path}: a DeepSpeed configuration is an object with named parts")
     return options
+
+
+def _stage(options: Mapping[str, Any]) -> Any:
+    """Of ZeRO, as a DeepSpeed configuration gives it."""
+    zero = options.get("zero_optimization")
+    return zero.get("stage") if isinstance(zero, Mapping) else None
+
+
+def _zero_name(stage: Any, where: str) -> str:
+    if stage not in (1, 2, 3):
+        raise EngineError(f"{where}: zero_optimization.stage is {stage}; make it 1, 2 or 3, or launch with torchrun")
+    return f"zero{stage}"
 
 
 def _says_nothing(part: Any) -> bool:

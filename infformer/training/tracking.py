@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from matplotlib.image import imread
 
@@ -118,7 +118,11 @@ class _WandbTracker:
 
         # Asked of wandb itself, as there are many places to log in from: the environment, netrc, settings files.
         mode: Any = options.mode or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
-        if mode == "online" and not wandb.login(prompt=False):
+        try:
+            somebody = mode != "online" or wandb.login(prompt=False)
+        except wandb.errors.CommError as error:
+            mode, somebody = _record_offline(error, run_directory), True
+        if not somebody:
             raise TrackerError(
                 "tracker.name=wandb, but nobody is logged in to wandb. Run `wandb login`, or record on this machine "
                 "alone with tracker.mode=offline (or WANDB_MODE=offline), or choose another tracker."
@@ -139,12 +143,7 @@ class _WandbTracker:
         try:
             self._run = start(mode=mode, resume="allow" if mode == "online" else None)
         except wandb.errors.CommError as error:
-            logger.warning(
-                "wandb cannot be reached (%s); it records in %s, from where `wandb sync` sends it later",
-                error,
-                run_directory / "wandb",
-            )
-            self._run = start(mode="offline")
+            self._run = start(mode=_record_offline(error, run_directory))
         id_file.write_text(run_id + "\n")
         # A metric of its own instead of wandb's step, which may only grow: a run resumed from a checkpoint does some
         # steps again, and wandb would drop them.
@@ -165,6 +164,15 @@ class _WandbTracker:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def _record_offline(error: Exception, run_directory: Path) -> Literal["offline"]:
+    """The mode of a run that begins without wandb's server."""
+    logger.warning(
+        "wandb cannot be reached, or does not know the key (%s); it records in %s, from where `wandb sync` can send it",
+        error, run_directory / "wandb",
+    )  # fmt: skip
+    return "offline"
 
 
 class _TensorBoardTracker:

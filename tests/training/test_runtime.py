@@ -232,13 +232,13 @@ class TestDeepSpeedsConfiguration:
             "gradient_clipping": "auto",
             "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": "auto",
-            "steps_per_print": 2000,
+            "wall_clock_breakdown": True,
         }
         engine = EngineConfig("zero2", config=write(tmp_path / "mine.json", options))
         made = runtime._deepspeed_plugin(engine, precision, 4, 0.5).hf_ds_config.config
         assert made["gradient_accumulation_steps"] == 4
         assert made["gradient_clipping"] == 0.5
-        assert made["steps_per_print"] == 2000
+        assert made["wall_clock_breakdown"] is True
         assert ("torch_autocast" in made) == (precision == "bfloat16")
         assert not {"fp16", "bf16", "train_batch_size"} & made.keys()
 
