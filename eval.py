@@ -19,7 +19,7 @@ from infformer.evaluation.perplexity import measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
-from infformer.training.run import ask, make_reader
+from infformer.training.building import ask, make_reader
 from infformer.training.runtime import EngineError, settle_engine, start_processes
 
 register_schemas()

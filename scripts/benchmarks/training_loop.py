@@ -83,13 +83,14 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """
     try:
         from infformer.training import run
+        from infformer.training.building import build_model
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: train.py cannot be measured here: {error.name} is not installed") from error
 
     sizes = model_sizes(options, "gpt2")
     with TemporaryDirectory() as folder:
         config = _run_config(sizes, setting, options.compile, Path(folder))
-        bare = TrainingStep(run.build_model(config, load_tokenizer(TOKENIZER)), sizes, setting)
+        bare = TrainingStep(build_model(config, load_tokenizer(TOKENIZER)), sizes, setting)
         if options.compile:
             bare.model.compile()
         work = work_of_steps(sizes, [], bare.model)["with memory"]

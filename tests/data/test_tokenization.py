@@ -247,7 +247,7 @@ def test_a_failure_leaves_nothing_behind(
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenization, "_summarize", full)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(DataError, match=r"data\.cache_dir=.*no space left"):
             tokenize_documents(config, "train", tokenizer)
     assert os.listdir(config.cache_folder) == []
     assert len(tokenize_documents(config, "train", tokenizer)) == 3
@@ -306,7 +306,7 @@ def test_a_place_that_cannot_be_taken_is_an_error(
         raise PermissionError("not here")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError, match="not here"):
+    with pytest.raises(DataError, match=r"data\.cache_dir=.*not here"):
         tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
 
 

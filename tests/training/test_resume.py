@@ -37,7 +37,7 @@ from infformer.training import checkpoint, loop
 from infformer.training.checkpoint import FORMAT, CheckpointWriter, TrainingState, newest_checkpoint, what_is_wrong
 from infformer.training.loop import EXIT_CODE, TrainingFailedError, TrainingStopped
 from infformer.training.metrics import read_metrics
-from infformer.training.run import RunError
+from infformer.training.resuming import RunError
 from infformer.training.signals import StopSignals
 
 ROOT = Path(__file__).parents[2]

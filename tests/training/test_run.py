@@ -19,7 +19,7 @@ from infformer.data import Segment
 from infformer.tasks.task import Validation
 from infformer.training import run
 from infformer.training.metrics import read_metrics
-from infformer.training.run import RunError
+from infformer.training.resuming import RunError
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
@@ -275,7 +275,7 @@ class LastTokens:
     tokenizer = None
 
     def __init__(self, share: range) -> None:
-        self.share, self.steps = share, 0
+        self.share, self.steps, self.validations = share, 0, 0
 
     def next_step(self) -> list[Segment]:
         lanes, generator = torch.tensor(self.share), torch.Generator().manual_seed(self.steps)
@@ -304,14 +304,15 @@ class LastTokens:
         self.steps = state["steps"]
 
     def measure_before(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"validations": self.validations}
 
     def validate(self) -> Validation:
         """Best after the sixth step."""
-        return Validation(abs(self.steps - 5), {"validation/steps": self.steps}, "fine")
+        self.validations += 1
+        return Validation(abs(self.validations - 2), {"validation/number": self.validations}, "fine")
 
     def measure(self, checkpoint: str) -> dict[str, Any]:
-        return {"steps": self.steps, "checkpoint": checkpoint}
+        return {"validations": self.validations, "checkpoint": checkpoint}
 
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
         (folder / "results.json").write_text(json.dumps(results))
@@ -339,7 +340,7 @@ def train_another(train) -> Callable[[RunConfig], None]:
 
     def start(config: RunConfig) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "_build_task", lambda *arguments: LastTokens(arguments[-2]))
+            patch.setattr(run, "build_task", lambda *arguments: LastTokens(arguments[-2]))
             train(config)
 
     return start
@@ -356,15 +357,16 @@ def another(configure, train_another, tmp_path_factory) -> Path:
 class TestAnotherTask:
     def test_is_trained_and_measured_in_its_own_way(self, another):
         lines = read_metrics(another / "metrics.jsonl")
-        assert [line["validation/steps"] for line in lines if "validation/steps" in line] == [3, 6, 8]
+        validations = {line["step"]: line["validation/number"] for line in lines if "validation/number" in line}
+        assert validations == {3: 1, 6: 2, 8: 3}
         training = [line for line in lines if "train/loss" in line]
         assert [line["tokens"] for line in training] == [4 * 48 * step for step in range(1, 9)]
         assert training[-1]["train/divergence"] > 0
         best = another / "checkpoints" / "step-00000006"
         assert json.loads((another / "results.json").read_text()) == {
-            "steps": 8,
+            "validations": 3,
             "checkpoint": str(best.resolve()),
-            "before": {"steps": 0},
+            "before": {"validations": 0},
         }
         assert {path.name for path in (best / "model").iterdir()} == {"config.json", "model.safetensors"}
         assert not (another / "samples.jsonl").exists()

@@ -1,0 +1,199 @@
+"""What a run is made of, from its configuration: tokenizer, model, documents, task, reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from infformer.config import RunConfig
+from infformer.data.lanes import Lanes
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.data.word_vocabulary import word_tokenizer
+from infformer.evaluation.reading import Reader
+from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_decoder, new_model, vocabulary_of
+from infformer.models.memory_model import MemoryModel
+from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
+from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.needle import NeedleConfig, NeedleInABook
+from infformer.tasks.passkey import Passkey, PasskeyConfig
+from infformer.tasks.question_answering import QuestionAnswering
+from infformer.tasks.question_stream import QuestionStream
+from infformer.tasks.questions import QuestionSource
+from infformer.tasks.retrieval import Retrieval
+from infformer.tasks.retrieval_questions import RetrievalSource
+from infformer.tasks.sorting import Sorting
+from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions
+from infformer.tasks.task import Examination, Task, TaskConfig
+from infformer.training.runtime import Accelerator
+
+
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> MemoryModel:
+    """The model that a run trains.
+
+    Args:
+        tokenizer: None for a task without text.
+
+    Raises:
+        ModelError, ValueError: it cannot be loaded or does not fit the tokenizer or the segment.
+    """
+    chosen, segment_length = config.model, config.training.segment_length
+    model: MemoryModel
+    if chosen.pretrained is not None:
+        kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
+        model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, **kernel)
+    else:
+        if tokenizer is not None:
+            vocabulary = vocabulary_of(tokenizer)
+        else:
+            vocabulary = {"vocab_size": config.task.vocabulary_size}
+        architecture = {**vocabulary, **chosen.architecture}
+        if chosen.is_decoder:
+            model = new_decoder(architecture, chosen.decoder_memory(segment_length))
+        else:
+            model = new_model(architecture, chosen.memory, chosen.memory_layers, chosen.attention)
+    if tokenizer is not None:
+        check_fit(model, tokenizer)
+    model.check_segment_length(segment_length)
+    if config.training.freeze_backbone:
+        model.backbone.requires_grad_(False)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def make_reader(
+    accelerator: Accelerator,
+    model: MemoryModel,
+    segment_length: int,
+    precision: str,
+    documents: int,
+    stride: int | None = None,
+    warmup_documents: int = 0,
+    after_segment: Callable[[], None] = lambda: None,
+) -> Reader:
+    """A reader of that many documents side by side, shared out among the processes."""
+    return Reader(
+        model,
+        segment_length,
+        documents,
+        getattr(torch, precision),
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda sums: accelerator.reduce(sums, reduction="sum"),
+        accelerator.is_main_process,
+        stride,
+        warmup_documents,
+        after_segment,
+    )
+
+
+def ask(
+    task: TaskConfig,
+    reader: Reader,
+    controls: bool,
+    data: DataConfig,
+    documents: Mapping[str, TokenizedDocuments],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[QuestionSource, Examination]:
+    """The questions of a task other than language modelling, and how a model is measured by them.
+
+    Args:
+        reader: of the texts.
+        controls: measure also what the model knows without its memory.
+        data, documents: those in which something is hidden, by split; `test` are those to measure by.
+        tokenizer: of the documents; None for a task of symbols.
+
+    Raises:
+        DataError: the model, the documents or the tokenizer do not do for this task.
+    """
+    window = reader.segment_length + reader.model.short_term_length
+    if isinstance(task, SortingConfig):
+        return SortingQuestions(task), Sorting(task, reader, window)
+    source: RetrievalSource
+    if isinstance(task, AssociativeRecallConfig):
+        source = AssociativeRecall(task)
+    else:
+        assert tokenizer is not None
+        if isinstance(task, PasskeyConfig):
+            source = Passkey(task, documents, tokenizer, data.beginning_of_document)
+        else:
+            assert isinstance(task, NeedleConfig)
+            source = NeedleInABook(task, documents, tokenizer, data.beginning_of_document)
+    return source, Retrieval(task, source, reader, window, controls, tokenizer)
+
+
+def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the documents; None for a task without text."""
+    if config.task.vocabulary_size is not None:
+        return None
+    if config.model.tokenizer == "words":
+        return word_tokenizer(config.data, accelerator.main_process_first())
+    option = "model.pretrained" if config.model.tokenizer is None else "model.tokenizer"
+    return load_tokenizer(config.model.tokenizer or str(config.model.pretrained), option)
+
+
+def build_task(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: MemoryModel,
+    accelerator: Accelerator,
+    share: range,
+    after_segment: Callable[[], None],
+) -> Task:
+    """What the model is to learn; every process reads its share of the lanes."""
+    training, evaluation = config.training, config.evaluation
+    reader = make_reader(
+        accelerator,
+        model,
+        training.segment_length,
+        training.precision,
+        evaluation.batch_size,
+        after_segment=after_segment,
+    )
+    documents: dict[str, TokenizedDocuments] = {}
+    if tokenizer is not None:
+        documents = {
+            split: _tokenize(config, split, tokenizer, model, accelerator)
+            for split in ("train", "validation", "test")
+            if split == "train" or getattr(config.data, split) is not None
+        }
+    if not config.task.is_language_modelling:
+        source, examination = ask(config.task, reader, evaluation.controls, config.data, documents, tokenizer)
+        stream = QuestionStream(source, training.batch_size, training.segment_length, config.seed, share)
+        return QuestionAnswering(stream, examination, tokenizer)
+    assert tokenizer is not None
+    lanes = Lanes(
+        documents["train"],
+        training.batch_size,
+        training.segment_length,
+        config.seed,
+        shuffle=config.data.shuffle,
+        segments_per_visit=config.data.segments_per_visit,
+        share=share,
+    )
+    return LanguageModelling(
+        tokenizer,
+        documents,
+        lanes,
+        reader,
+        bptt_segments=training.bptt_segments,
+        before=evaluation.before,
+        controls=evaluation.controls,
+        inspected_segments=evaluation.inspected_segments,
+        max_validation_tokens=evaluation.max_validation_tokens,
+    )
+
+
+def _tokenize(
+    config: RunConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: MemoryModel,
+    accelerator: Accelerator,
+) -> TokenizedDocuments:
+    documents = tokenize_documents(config.data, split, tokenizer, accelerator.main_process_first())
+    documents.check_vocabulary(model.vocabulary_size)
+    return documents
