@@ -174,7 +174,7 @@ class TestMoves:
 
 
 def test_a_process_that_hangs_is_named(configure, launch, tmp_path: Path) -> None:
-    config = configure(tmp_path, {"engine": replace(engine("ddp"), patience=4.0)})
+    config = configure(tmp_path, {"engine": replace(engine("ddp"), patience=10.0)})
     launched = launch([config], {0: {"process": 1, "step": 3, "how": "sleep"}})
     assert launched.outcomes == []
     assert "process 1 computes (step 2)" in launched.errors
