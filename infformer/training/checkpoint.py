@@ -236,16 +236,18 @@ def best_checkpoint(root: Path) -> Path | None:
 
 
 def remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Keep the last `keep` whole checkpoints and the best; leave nothing half written behind."""
+    """Keep the last `keep` whole checkpoints and the best.
+
+    What other processes are writing at this moment, perhaps of the next checkpoint already, is not touched.
+    """
     best = best_checkpoint(root)
     folders = sorted(root.glob("step-????????"))
     kept = [folder for folder in folders if what_is_wrong(folder) is None][-keep:]
     for folder in folders:
         if folder < kept[0] and folder.resolve() != best:
-            os.replace(
-                folder, root / f"{folder.name}.partial"
-            )  # if killed now, nothing looks like a checkpoint but is none
-    remove_unfinished(root)
+            removed = root / f"{folder.name}.partial"  # if killed now, nothing looks like a checkpoint but is none
+            os.replace(folder, removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def load_weights(folder: Path, model: MemoryModel) -> None:

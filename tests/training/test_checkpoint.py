@@ -1,11 +1,14 @@
 """What a checkpoint holds, and what it does not grow by."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from infformer.training.checkpoint import remove_old_checkpoints
 
 LANES, LAYERS, BASIS_FUNCTIONS, WIDTH = 4, 2, 8, 16
 
@@ -50,3 +53,14 @@ def test_nothing_needs_unpickling(checkpoints: list[Path]) -> None:
         for path in checkpoints[-1].rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
+
+
+def test_removing_old_ones_leaves_what_another_process_has_begun(checkpoints: list[Path], tmp_path: Path) -> None:
+    for checkpoint in checkpoints:
+        shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    begun = tmp_path / "step-00000009.partial"
+    begun.mkdir()
+    (begun / "process-00001.safetensors").touch()
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoints[-1].name, begun.name}
+    assert (begun / "process-00001.safetensors").exists()
