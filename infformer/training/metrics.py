@@ -18,8 +18,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """What one optimiser step measured; the same on every process, but for the seconds."""
+class StepResult:
+    """What one optimiser step measured; the same on every process."""
 
     loss: float
     """Nats per token, mean over the scored tokens of the global batch, without auxiliary losses."""
@@ -31,7 +31,14 @@ class StepMetrics:
     """Tokens predicted by the global batch."""
     read_tokens: int
     """Tokens read by the global batch; more, where a task scores only a part of what is read."""
+
+
+@dataclass(frozen=True)
+class StepMetrics(StepResult):
+    """The same with what is recorded beside it."""
+
     seconds: float
+    """Of this process."""
     learning_rates: dict[str, float]
     """By the names under which they are recorded."""
 

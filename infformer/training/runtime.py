@@ -33,6 +33,7 @@ from infformer.models.memory_model import MemoryModel
 
 __all__ = [
     "Accelerator",
+    "EngineError",
     "highest",
     "is_zero",
     "prepare",
@@ -41,7 +42,7 @@ __all__ = [
     "shard",
     "share_of_lanes",
     "start_processes",
-]  # fmt: skip
+]
 
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _PATIENCE = timedelta(days=7)

@@ -16,6 +16,7 @@ from infformer.data.lanes import Segment
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import NOT_SCORED
 from infformer.models.outputs import MemoryModelOutput
+from infformer.training.metrics import StepResult
 from infformer.training.runtime import Accelerator
 
 
@@ -29,22 +30,6 @@ class Part:
     sticky_offsets: Sequence[Tensor | None]
     """For each segment; None for deterministic sampling."""
     dropout_seed: int
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step measured; the same on every process."""
-
-    loss: float
-    """Nats per token, mean over the scored tokens of the global batch, without auxiliary losses."""
-    auxiliary_losses: dict[str, float]
-    """By name, already weighted."""
-    gradient_norm: float
-    """Before clipping."""
-    scored_tokens: int
-    """Tokens predicted by the global batch."""
-    read_tokens: int
-    """Tokens read by the global batch; more, where a task scores only a part of what is read."""
 
 
 class NonFiniteError(ArithmeticError):
