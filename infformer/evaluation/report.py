@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from infformer.durable import write_text
 from infformer.evaluation.comparison import verdict
 from infformer.evaluation.reading import describe_protocol
 
@@ -16,10 +16,7 @@ RECENCY_IN_WORDS = {"within_window": "within the window", "beyond_window": "befo
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write `results.json`, at once or not at all. As JSON has no infinity and no NaN, both are written as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(_strict(results), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(_strict(results), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def format_table(results: dict[str, Any]) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from infformer.durable import replacing
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,10 @@ class MetricsLog:
         """
         if not self.path.exists():
             return
-        temporary = self.path.with_name(self.path.name + ".partial")
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(self.path) as file:
             for line, record in _whole_lines(self.path):
                 if record["step"] <= step:
                     file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

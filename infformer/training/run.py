@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import RunConfig
+from infformer.durable import write_text
 from infformer.evaluation.report import write_results
 from infformer.memory.state import MemoryState
 from infformer.plots.memory import plot_inspection
@@ -178,8 +179,8 @@ def _open_record(config: RunConfig, folder: Path, step: int) -> None:
     versions |= {package: _version(package) for package in packages}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        (folder / "versions.json").write_text(json.dumps(versions, indent=1))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_text(folder / "versions.json", json.dumps(versions, indent=1))
         remove_unfinished(folder / "checkpoints")
         MetricsLog(folder / "metrics.jsonl").truncate_after(step)
         MetricsLog(folder / "samples.jsonl").truncate_after(step)

@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, also after a full disk, a kill or a power failure.
+
+What is written gets a temporary name beside its place, is handed to the disk, and only then takes its own name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A text file (UTF-8) to be written, which takes the place of `path` when the block ends without an error.
+
+    One process at a time may write to a path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once or not at all; where there was one, it stays until the new one is on the disk."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def synchronise(folder: Path) -> None:
+    """Return when all that lies in a folder, and in folders in it, is on the disk; to be called before a `rename`."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(place, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _synchronise_names(Path(place))
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Give a file or a folder that is on the disk its name, and return when that is on the disk too.
+
+    Raises:
+        OSError: also where `path` is a folder that holds something.
+    """
+    os.replace(temporary, path)
+    _synchronise_names(path.parent)
+
+
+def _synchronise_names(folder: Path) -> None:
+    """The names in a folder; not every file system can, and none has lost its files by that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
