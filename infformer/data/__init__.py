@@ -4,7 +4,7 @@ from infformer.data.errors import DataError
 from infformer.data.lanes import IGNORED, Lanes, Segment
 from infformer.data.options import DataConfig
 from infformer.data.reading import read_once
-from infformer.data.sources import Document, read_documents
+from infformer.data.sources import Document, check_sources, read_documents
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Lanes",
     "Segment",
     "TokenizedDocuments",
+    "check_sources",
     "read_documents",
     "read_once",
     "tokenize_documents",

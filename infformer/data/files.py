@@ -44,7 +44,7 @@ def find_files(patterns: Sequence[str], option: str) -> list[Path]:
         option: the option they were given by, such as `data.train`, for the errors.
 
     Raises:
-        DataError: a pattern names nothing, or something of a kind that is not known.
+        DataError: a pattern names nothing, something of a kind that is not known, or something that cannot be read.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -58,6 +58,7 @@ def find_files(patterns: Sequence[str], option: str) -> list[Path]:
             raise DataError(f"{option}={pattern}: no such file; give a path or a glob (seen from {os.getcwd()}).")
         for match in matches:
             _check_kind(match, option)
+            _check_readable(match, option)
         found.update(matches)
     return sorted(found)
 
@@ -175,15 +176,32 @@ def _check_kind(path: Path, option: str) -> None:
                 f"{' or '.join(COMPRESSED)}), {' '.join(PARQUET)} and folders written by save_to_disk; rename or "
                 "convert it."
             )
-    elif (path / "dataset_dict.json").exists():
+    elif os.path.exists(path / "dataset_dict.json"):
         raise DataError(f"{option}: {path} holds several splits; name one of them, such as {option}={path}/train.")
     elif not _is_saved(path):
         raise DataError(f"{option}: {path} is a folder; name the files in it, such as '{option}={path}/**/*.txt'.")
 
 
+def _check_readable(path: Path, option: str) -> None:
+    """Look at a file without waiting for anything: a pipe without a writer would never open."""
+    if path.is_dir():
+        return
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{option}: {path} is a link to {os.readlink(path)}, which does not exist; mend or remove it.")
+    if not path.is_file():
+        raise DataError(f"{option}: {path} is a pipe or a device and not a file; write what comes out of it to a file.")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise DataError(f"{option}: {path} cannot be read ({error.strerror}); get access, or name another.") from error
+    if empty:
+        raise _empty(path)
+
+
 def _is_saved(path: Path) -> bool:
     """Whether `Dataset.save_to_disk` wrote this folder."""
-    return (path / "state.json").exists() and (path / "dataset_info.json").exists()
+    return os.path.exists(path / "state.json") and os.path.exists(path / "dataset_info.json")
 
 
 def _plain(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ def load_split(repository: str, subset: str | None, split: str) -> Any:
         HubError: no such dataset.
     """
     asked = f"data.repository={repository} data.subset={subset or 'null'}"
-    folder = Path(repository).expanduser()
+    check_repository(repository)
+    folder = Path(os.path.expanduser(repository))
     if folder.is_dir():
         # The library takes no notice when a file of the folder changes, so each state of it has a cache of its own.
         own = Path(datasets.config.HF_DATASETS_CACHE, "local_folders", _state(folder))
         return _load(str(folder), subset, split, asked, cache_dir=str(own))
-    if folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") > 1:
-        raise DataError(f"data.repository={repository}: there is no such folder (seen from {Path.cwd()}).")
     problem = problem_with_the_hub("dataset", repository, "data.repository")
     if problem is None:
         return _load(repository, subset, split, asked)
@@ -44,13 +44,25 @@ def load_split(repository: str, subset: str | None, split: str) -> Any:
         ) from error
 
 
+def check_repository(repository: str) -> None:
+    """Make sure that what can only be a local folder is one.
+
+    Raises:
+        DataError: it is not.
+    """
+    folder = Path(os.path.expanduser(repository))
+    is_path = folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") > 1
+    if is_path and not folder.is_dir():
+        raise DataError(f"data.repository={repository}: there is no such folder (seen from {Path.cwd()}).")
+
+
 def describe_split(repository: str, subset: str | None, split: str) -> str:
     """Names the content of a split: it changes with the revision on the hub, or with the files of a local folder.
 
     Raises:
         DataError: as `load_split`.
     """
-    folder = Path(repository).expanduser()
+    folder = Path(os.path.expanduser(repository))
     state = _state(folder) if folder.is_dir() else "hub"
     return f"{state} {load_split(repository, subset, split)._fingerprint}"
 

@@ -11,6 +11,9 @@ from infformer.data.errors import DataError
 SOURCES = ("sample", "hub", "files")
 SPLITS = ("train", "validation", "test")
 
+_LARGEST = 10**12  # more than any text has; what it is multiplied by must fit 64 bits
+_MOST_WORKERS = 256
+
 
 @dataclass
 class DataConfig:
@@ -84,19 +87,31 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise DataError(f"data.source={self.source}: there is no such source; choose one of {', '.join(SOURCES)}.")
-        if self.source == "hub" and not self.repository:
+        if self.source == "hub" and not (self.repository or "").strip():
             raise DataError(
-                "data.repository=null: data.source=hub needs the dataset's name on the hub, such as "
-                "data.repository=Salesforce/wikitext, or a local folder laid out like one."
+                f"data.repository={'null' if self.repository is None else self.repository}: data.source=hub needs the "
+                "dataset's name on the hub, such as data.repository=Salesforce/wikitext, or a local folder laid out "
+                "like one."
             )
-        if not self.text_field:
+        if not self.text_field.strip():
             raise DataError("data.text_field=: name the field that holds the text, such as data.text_field=text.")
+        for option, without in (
+            ("id_field", "null for `id` or the row"),
+            ("subset", "null where there is but one"),
+            ("cache_dir", "null for the usual place"),
+        ):
+            value = getattr(self, option)
+            if value is not None and not value.strip():
+                raise DataError(f"data.{option}={value}: this is empty; give a name, or {without}.")
         for option in ("max_documents", "max_document_characters", "max_held_out_characters", "segments_per_visit"):
             value = getattr(self, option)
-            if value is not None and value < 1:
-                raise DataError(f"data.{option}={value}: give a number of at least 1, or null for no limit.")
-        if self.workers < 1:
-            raise DataError(f"data.workers={self.workers}: at least one process must tokenise; set data.workers=1.")
+            if value is not None and not (isinstance(value, int) and 1 <= value <= _LARGEST):
+                raise DataError(f"data.{option}={value}: give a whole number from 1 to 10^12, or null for no limit.")
+        if not (isinstance(self.workers, int) and 1 <= self.workers <= _MOST_WORKERS):
+            raise DataError(
+                f"data.workers={self.workers}: give a whole number of processes from 1 to {_MOST_WORKERS}; more than "
+                "the machine has cores gain nothing."
+            )
 
     def places(self, split: str) -> list[str]:
         """What the option of a split names: the splits of a hub dataset (one), the paths and globs of files.
@@ -110,9 +125,10 @@ class DataConfig:
         value = getattr(self, split)
         remedy = f"set data.{split}= to " + ("a path or a glob" if self.source == "files" else "the name of a split")
         if value is None or value == "":
-            raise DataError(f"data.{split}=null: this run needs {split} documents and has none; {remedy}.")
+            given = "null" if value is None else ""
+            raise DataError(f"data.{split}={given}: this run needs {split} documents and has none; {remedy}.")
         places = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
-        if not places or not all(isinstance(place, str) and place for place in places):
+        if not places or not all(isinstance(place, str) and place.strip() for place in places):
             raise DataError(f"data.{split}={value}: this names no documents; {remedy}.")
         if self.source != "files" and len(places) > 1:
             raise DataError(f"data.{split}={value}: only data.source=files takes a list; {remedy} (a+b joins two).")
@@ -127,4 +143,4 @@ class DataConfig:
     def cache_folder(self) -> Path:
         """Where tokenised documents are kept, as an absolute path that need not exist yet."""
         chosen = self.cache_dir or os.environ.get("INFFORMER_CACHE") or "~/.cache/infformer"
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.expanduser(chosen)).absolute()

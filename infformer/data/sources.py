@@ -49,6 +49,21 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
         yield Document(document.id, text)
 
 
+def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
+    """Make sure, before any work, that there is something to read for each of these splits.
+
+    Files are looked for and opened; what is in them is not read. A dataset of the hub is not asked for.
+
+    Raises:
+        DataError: something is missing, of an unknown kind, empty or not to be read; the message names the option.
+    """
+    for split in splits:
+        if config.source == "hub":
+            hub.check_repository(_hub_names(config, split)[0])
+        else:
+            _files(config, split)
+
+
 def describe_source(config: DataConfig, split: str) -> list[Any]:
     """What the documents of a split are read from, as JSON: it changes whenever a file or the dataset does.
 

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from infformer.data import DataConfig, DataError, hub, read_documents
+from infformer.data import DataConfig, DataError, check_sources, hub, read_documents
 from infformer.data.sources import describe_source
 from infformer.hub import HubError, problem_with_the_hub
 
@@ -242,16 +243,85 @@ def test_a_split_that_is_no_path(value: object) -> None:
     [
         ({"source": "web"}, "data.source=web: there is no such source; choose one of sample, hub, files"),
         ({"source": "hub"}, "data.repository=null: data.source=hub needs"),
-        ({"max_documents": 0}, "data.max_documents=0: give a number of at least 1"),
+        ({"max_documents": 0}, "data.max_documents=0: give a whole number from 1"),
         ({"max_document_characters": -1}, "data.max_document_characters=-1"),
         ({"segments_per_visit": 0}, "data.segments_per_visit=0"),
         ({"workers": 0}, "data.workers=0"),
+        ({"max_documents": float("nan")}, "data.max_documents=nan: give a whole number from 1"),
+        ({"max_document_characters": 10**30}, "data.max_document_characters=10+: give a whole number from 1 to 10"),
+        ({"segments_per_visit": 0.5}, "data.segments_per_visit=0.5: give a whole number"),
+        ({"workers": float("nan")}, "data.workers=nan"),
+        ({"workers": 100_000}, "data.workers=100000: give a whole number of processes from 1 to 256"),
         ({"text_field": ""}, "data.text_field="),
+        ({"text_field": " "}, "data.text_field="),
+        ({"id_field": ""}, "data.id_field=: this is empty; give a name, or null for `id`"),
+        ({"subset": ""}, "data.subset=: this is empty"),
+        ({"cache_dir": ""}, "data.cache_dir=: this is empty"),
+        ({"source": "hub", "repository": " "}, "data.repository= : data.source=hub needs"),
     ],
 )
 def test_options_that_no_run_can_use(options: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         DataConfig(**options)
+
+
+def a_link_to_nothing(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere.txt"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "data.test={path}: no such file; give a path or a glob"),
+        (a_link_to_nothing, "data.test: {path} is a link to {folder}/nowhere.txt, which does not exist"),
+        (os.mkfifo, "data.test: {path} is a pipe or a device and not a file"),
+        (Path.mkdir, "data.test: {path} is a folder; name the files in it"),
+        (Path.touch, "{path}: the file is empty"),
+    ],
+)
+def test_files_of_every_split_are_looked_at_before_any_is_read(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "test.txt")
+    (tmp_path / "train.txt").write_text("x")
+    config = DataConfig(source="files", train=f"{tmp_path}/train.txt", test=f"{tmp_path}/test.txt")
+    check_sources(config, ["train"])
+    for splits in (["train", "test"], ["test"]):
+        with pytest.raises(DataError) as error:
+            check_sources(config, splits)
+        assert message.format(path=tmp_path / "test.txt", folder=tmp_path) in str(error.value)
+    with pytest.raises(DataError):  # and by itself it does not hang
+        next(read_documents(config, "test"))
+
+
+def test_a_file_that_may_not_be_read_is_found_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test.txt").write_text("x")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    with pytest.raises(DataError, match=r"data.test: .*test.txt cannot be read \(Permission denied\); get access"):
+        check_sources(DataConfig(source="files", test=f"{tmp_path}/test.txt"), ["test"])
+
+
+def test_splits_that_name_nothing_are_found_before_any_is_read(tmp_path: Path) -> None:
+    check_sources(DataConfig(), ["train", "validation", "test"])
+    check_sources(DataConfig(source="hub", repository="owner/books"), ["train"])  # the hub is not asked
+    for options, message in (
+        ({"train": []}, r"data.train=\[\]: this names no documents"),
+        ({"train": ""}, r"data.train=: this run needs train documents"),
+        ({"train": " "}, r"data.train= : this names no documents"),
+        ({"train": "dev"}, r"data.train=dev: the sample has the splits"),
+        ({"source": "files", "train": "["}, r"data.train=\[: no such file"),
+        ({"source": "files", "train": "~nobody/a.txt"}, r"data.train=~nobody/a.txt: no such file"),
+        ({"source": "hub", "repository": f"{tmp_path}/books"}, r"data.repository=.*books: there is no such folder"),
+        ({"source": "hub", "repository": "~nobody/books"}, r"data.repository=~nobody/books: there is no such folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_sources(DataConfig(**options), ["train"])
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------
