@@ -263,24 +263,24 @@ class DecoderForCausalLM(MemoryModel):
         sticky_offsets: Tensor | None = None,
         return_logits: bool | None = None,
         return_traces: bool = False,
-        past_key_values: tuple[Tensor, ...] | None = None,
+        segment_cache: tuple[Tensor, ...] | None = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
         """Read one segment of each row, of at most `segment_length` tokens.
 
         Args:
-            past_key_values, use_cache: what each layer's attention saw of the segment so far, to generate within it;
-                such tokens are not written. The others are those of every `MemoryModel`.
+            segment_cache, use_cache: what each layer's attention saw of the segment so far, to generate within it; such
+                tokens are not written. The others are those of every `MemoryModel`.
         """
         memory = self.initial_memory(len(input_ids)) if memory is None else memory
         memory = memory if reset is None else memory.reset_rows(reset)
-        before = 0 if past_key_values is None else past_key_values[0].shape[1]
+        before = 0 if segment_cache is None else segment_cache[0].shape[1]
         around = self._surroundings(memory, input_ids, before, lengths, sticky_offsets, return_traces)
 
         hidden = self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size))
         outputs: list[LayerOutput] = []
         for index, layer in enumerate(self.layers):
-            past = None if past_key_values is None else past_key_values[index]
+            past = None if segment_cache is None else segment_cache[index]
             outputs.append(layer(hidden, memory.layers[index], past, around))
             hidden = outputs[-1].hidden
         hidden = self.dropout(hidden if self.final_norm is None else self.final_norm(hidden))
@@ -289,7 +289,7 @@ class DecoderForCausalLM(MemoryModel):
             memory=LayerMemories(tuple(layer.state for layer in outputs)),
             auxiliary_losses=self._auxiliary_losses(outputs, memory, lengths),
             traces=tuple(layer.trace for layer in outputs if layer.trace is not None) if return_traces else None,
-            past_key_values=tuple(layer.segment for layer in outputs) if use_cache else None,
+            segment_cache=tuple(layer.segment for layer in outputs) if use_cache else None,
         )
         scored = self._score(output, hidden, self.vocabulary.token_losses, labels, shift_labels, lengths)
         if return_logits or (return_logits is None and not scored):

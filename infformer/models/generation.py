@@ -57,8 +57,8 @@ def sample_tokens(
 
     unread, cache = segment, None
     while True:
-        output = model(unread, memory=memory, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(unread, memory=memory, segment_cache=cache, use_cache=True)
+        cache = output.segment_cache
         logits = output.logits[0, -1].float().cpu()
         if temperature == 0:
             token = logits.argmax(keepdim=True)

@@ -144,6 +144,12 @@ class MemoryModel(PreTrainedModel):
             return None
         return torch.ones(batch, dtype=torch.bool, device=self.device) if lengths is None else lengths == length
 
+    def checkpoint_activations(self) -> None:
+        """Compute each layer anew in the backward pass instead of keeping what is inside it: less memory, more time."""
+        # The newer of transformers' two names, where it has it; the older one is deprecated there.
+        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:

@@ -25,7 +25,11 @@ class LayerTrace(NamedTuple):
 
 @dataclass
 class MemoryModelOutput(ModelOutput):
-    """One type, whatever is switched on; what was not asked for is None."""
+    """One type, whatever is switched on; what was not asked for is None.
+
+    A mapping, as Hugging Face's Trainer and DeepSpeed want it. Beside `loss` and `logits` its names are none of
+    transformers' own, which renames those of every `ModelOutput` together with its own.
+    """
 
     loss: Tensor | None = None
     """Mean of `token_losses` over scored tokens, plus the auxiliary losses; a scalar. With labels only."""
@@ -40,5 +44,5 @@ class MemoryModelOutput(ModelOutput):
     """Scalars by name, already weighted."""
     traces: tuple[LayerTrace, ...] | None = None
     """What happened in each layer that has a memory, in the order of the memory's layers. With `return_traces` only."""
-    past_key_values: Any = None
-    """The backbone's key-value cache within the segment, with `use_cache=True`."""
+    segment_cache: Any = None
+    """What attention keeps of the segment so far, to go on within it: with `use_cache=True`, until the next segment."""

@@ -7,6 +7,7 @@ so that a recomputed layer (gradient checkpointing) reads the memory it read the
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -156,6 +157,7 @@ class InfformerForCausalLM(MemoryModel):
     def __init__(self, config: InfformerConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone) if backbone is None else backbone
+        self._cache_argument = cache_argument(self.backbone)
         memory = config.memory_config
         self.memories = nn.ModuleList()
         self.segment_length: int | None = None
@@ -219,30 +221,30 @@ class InfformerForCausalLM(MemoryModel):
         sticky_offsets: Tensor | None = None,
         return_logits: bool | None = None,
         return_traces: bool = False,
-        past_key_values: Any = None,
+        segment_cache: Any = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
         """Read one segment of each row, of at most `segment_length` tokens.
 
         Args:
-            past_key_values, use_cache: the backbone's cache, to generate within a segment. The others are those of
-                every `MemoryModel`.
+            segment_cache, use_cache: the backbone's key-value cache, to generate within a segment. The others are those
+                of every `MemoryModel`.
         """
         batch, length = input_ids.shape
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cached = 0 if segment_cache is None else segment_cache.get_seq_length()
         if memory is None:
             memory = self.initial_memory(batch)
         if reset is not None:
             memory = memory.reset_rows(reset)
         call = self._begin(memory, cached, length, lengths, sticky_offsets, return_traces)
-        cache = {"past_key_values": past_key_values, "use_cache": use_cache}
+        cache = {self._cache_argument: segment_cache, "use_cache": use_cache}
         if self.config.backbone.model_type in ATTENTION_PATHS:
             read = self.backbone.base_model(input_ids, memory_call=call, **cache)
             hidden, head = read.last_hidden_state, self.backbone.get_output_embeddings()
         else:  # without memory, and perhaps with more between hidden states and logits than a matrix
             read = self.backbone(input_ids, **cache)
             hidden, head = read.logits, nn.Identity()
-        output = MemoryModelOutput(past_key_values=read.past_key_values if use_cache else None)
+        output = MemoryModelOutput(segment_cache=read[self._cache_argument] if use_cache else None)
         output.memory = (
             LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
         )
@@ -322,6 +324,11 @@ class InfformerForCausalLM(MemoryModel):
         loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()]
         if isinstance(module, ContinuousSignal) or (isinstance(module, LongTermMemory) and not all(loaded)):
             module.reset_parameters()
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a stock model calls its key-value cache, as an argument and in its output: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _attention_modules(backbone: PreTrainedModel) -> list[nn.Module]:

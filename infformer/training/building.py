@@ -60,7 +60,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     if config.training.freeze_backbone:
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_activations()
     return model
 
 

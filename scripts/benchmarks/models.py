@@ -20,7 +20,7 @@ from benchmarks.arithmetic import Sizes
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
 from infformer.models.outputs import MemoryModelOutput
-from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 
 BACKBONES = ("gpt2", "rotary")
 
@@ -98,9 +98,10 @@ class WindowReader(nn.Module):
         sticky_offsets: None = None,
         return_logits: bool = False,
     ) -> MemoryModelOutput:
-        read = self.network.model(input_ids, past_key_values=memory, use_cache=True)
+        name = cache_argument(self.network)
+        read = self.network.model(input_ids, **{name: memory}, use_cache=True)
         losses = chunked_token_losses(read.last_hidden_state, cross_entropy(self.network.lm_head), shift_labels)
-        return MemoryModelOutput(loss=losses.mean(), token_losses=losses, memory=read.past_key_values)
+        return MemoryModelOutput(loss=losses.mean(), token_losses=losses, memory=read[name])
 
     @property
     def sticky_samples(self) -> int:

@@ -359,14 +359,14 @@ class TestWithinASegment:
         segment = tokens(seed=7)
         logits, cache = [], None
         for piece in segment.split([2, 1, 1, 2], dim=1):
-            output = model(piece, memory=state, past_key_values=cache, use_cache=True)
+            output = model(piece, memory=state, segment_cache=cache, use_cache=True)
             logits.append(output.logits)
-            cache = output.past_key_values
+            cache = output.segment_cache
             assert_same_memory(output.memory, state)
         whole = model(segment, memory=state)
         tolerance = 1e-10 if positions == "relative" else 1e-5
         torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=tolerance, atol=tolerance)
-        assert whole.past_key_values is None
+        assert whole.segment_cache is None
 
     @every_memory
     @pytest.mark.parametrize(("length", "temperature"), [(1, 1), (2 * SEGMENT, 0)])
@@ -639,14 +639,13 @@ class TestGradients:
         sum(losses).backward()
         return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
     @every_memory
     def test_gradient_checkpointing_changes_nothing(self, memory):
         model = trained(memory)
         calls = [watch(layer.attention) for layer in model.layers]
         losses, gradients = self.train_four_segments(model)
         assert [len(made) for made in calls] == [4, 4]
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_activations()
         again, gradients_again = self.train_four_segments(model)
         assert [len(made) for made in calls] == [4 + 2 * 4] * 2  # recomputed
         assert torch.equal(torch.stack(losses), torch.stack(again))
@@ -892,9 +891,9 @@ class TestErrors:
 
     def test_a_segment_continued_past_its_end(self):
         model = trained(MEMORIES["short"])
-        cache = model(tokens(), use_cache=True).past_key_values
+        cache = model(tokens(), use_cache=True).segment_cache
         with pytest.raises(UserError, match="7 tokens are more than the memory's segment of 6"):
-            model(tokens(length=1), past_key_values=cache, use_cache=True)
+            model(tokens(length=1), segment_cache=cache, use_cache=True)
 
     def test_without_memory_there_is_no_longest_segment(self):
         assert trained()(tokens(length=40)).logits.shape == (2, 40, VOCABULARY)

@@ -277,7 +277,7 @@ class TestErrors:
         model = new_model()
         output = model(tokens(), use_cache=True)
         with pytest.raises(ValueError, match="13 tokens are more than the memory's segment of 12"):
-            model(tokens(length=1), past_key_values=output.past_key_values, use_cache=True)
+            model(tokens(length=1), segment_cache=output.segment_cache, use_cache=True)
 
     @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
     def test_reentrant_checkpointing(self, new_model):
@@ -581,7 +581,6 @@ class TestGradients:
         sum(losses).backward()
         return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
     @some_memories
     def test_gradient_checkpointing_changes_nothing(self, model, options):
         wrapped = model(**options, input_gate=True)
@@ -591,7 +590,7 @@ class TestGradients:
                 module.register_forward_hook(lambda *_: calls.append(True))
         losses, gradients = self.train_three_segments(wrapped)
         assert len(calls) == 2 * 3
-        wrapped.gradient_checkpointing_enable()
+        wrapped.checkpoint_activations()
         calls.clear()
         again, gradients_again = self.train_three_segments(wrapped)
         assert len(calls) == 2 * 2 * 3  # recomputed
@@ -640,10 +639,10 @@ class TestGeneration:
         for _ in range(SEGMENT - 5):
             logits = wrapped(text, memory=memory).logits[:, -1]
             new = cached if cache is None else cached[:, -1:]
-            output = wrapped(new, memory=memory, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = wrapped(new, memory=memory, segment_cache=cache, use_cache=True)
+            cache = output.segment_cache
             torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-5)
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
             cached = torch.cat([cached, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         assert torch.equal(text, cached)
-        assert wrapped(text, memory=memory).past_key_values is None
+        assert wrapped(text, memory=memory).segment_cache is None

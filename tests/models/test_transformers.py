@@ -1,0 +1,116 @@
+"""What we use of transformers, in the oldest version that is admitted as in the newest."""
+
+import copy
+import dataclasses
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import convert_to_fp32
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, modeling_outputs
+from transformers.utils import logging as transformers_logging
+
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.generation import continue_text
+from infformer.models.memory_model import MemoryModel
+from infformer.models.outputs import MemoryModelOutput
+from infformer.models.pretrained import InfformerForCausalLM, cache_argument
+
+SEGMENT, VOCABULARY = 8, 50
+KINDS = ("gpt2", "llama", "decoder")
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 20, "max_position_embeddings": 64}
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=0)
+    )
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest, backbone, llama) -> MemoryModel:
+    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=16)
+    if request.param == "decoder":
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return DecoderForCausalLM(DecoderConfig(**sizes, memory=MemoryConfig(SEGMENT, SEGMENT, long_term=memory)))
+    return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone if request.param == "gpt2" else llama), memory)
+
+
+@pytest.fixture
+def deprecations() -> Iterator[list[str]]:
+    """What warns of a name that will go, by Python's warnings as by transformers' log, which repeats nothing."""
+    transformers_logging.warning_once.cache_clear()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+        said += [str(warning.message) for warning in caught]
+    logger.removeHandler(handler)
+    assert [message for message in said if "deprecated" in message or "will be removed" in message] == []
+
+
+@pytest.mark.usefixtures("deprecations")
+def test_nothing_deprecated_is_used(model, tmp_path: Path):
+    text = torch.randint(1, VOCABULARY, (2, 2 * SEGMENT))
+    model.checkpoint_activations()
+    memory = None
+    for segment in text.split(SEGMENT, dim=1):
+        output = model.train()(segment, labels=segment, memory=memory, return_traces=True)
+        memory = output.memory
+    output.loss.backward()
+    continue_text(model.eval(), text[0, :-3], 6, SEGMENT)
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)(text[:, :SEGMENT])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_stock_model_takes_and_gives_its_cache_by_the_name_that_is_found(kind, backbone, llama):
+    stock = backbone if kind == "gpt2" else llama
+    text = torch.randint(1, VOCABULARY, (1, 6))
+    name = cache_argument(stock.base_model)
+    with torch.no_grad():
+        begun = stock.base_model.eval()(text[:, :4], use_cache=True)
+        continued = stock.base_model(text[:, 4:], **{name: begun[name]}, use_cache=True).last_hidden_state
+        whole = stock.base_model(text).last_hidden_state
+    torch.testing.assert_close(continued, whole[:, 4:])
+
+
+class TestTheOutput:
+    """A mapping of transformers' kind, with names of its own, which no version of transformers takes for another's."""
+
+    values = {field.name: torch.zeros(1) for field in dataclasses.fields(MemoryModelOutput)}  # noqa: RUF012
+
+    def test_shares_no_names_with_those_of_transformers_but_loss_and_logits(self):
+        kinds = [kind for kind in vars(modeling_outputs).values() if dataclasses.is_dataclass(kind)]
+        theirs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+        assert len(theirs) > 10
+        assert theirs & set(self.values) == {"loss", "logits"}
+
+    def test_keeps_every_field_however_it_is_given_and_taken(self):
+        output = MemoryModelOutput(**self.values)
+        given_later = MemoryModelOutput()
+        for name, value in self.values.items():
+            setattr(given_later, name, value)
+        for same in (output, given_later, pickle.loads(pickle.dumps(output)), copy.copy(output)):
+            assert type(same) is MemoryModelOutput
+            assert list(same) == list(self.values)
+            assert all(getattr(same, name) is same[name] is not None for name in self.values)
+
+    @pytest.mark.parametrize("converted", [convert_to_fp32, lambda output: tree_map(Tensor.float, output)])
+    def test_what_data_parallel_and_precision_do_to_it_leaves_its_names(self, converted):
+        output = converted(MemoryModelOutput(**{name: value.half() for name, value in self.values.items()}))
+        assert type(output) is MemoryModelOutput
+        assert {name: value.dtype for name, value in output.items()} == dict.fromkeys(self.values, torch.float32)
