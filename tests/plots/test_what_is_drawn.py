@@ -1,0 +1,550 @@
+"""The numbers of results files, read back from what is drawn of them: no line has another sign, scale, place or name.
+
+Files hold few numbers, all different, so that none can stand for another.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from infformer.plots import plot_results, plot_run
+from infformer.plots.benchmark import plot_context, plot_parts
+from infformer.plots.comparison import plot_comparison
+from infformer.plots.memory import plot_inspection
+from infformer.plots.sorting import plot_accuracy
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE
+
+Drawn = Callable[[Callable[[Path], Any], Any], dict[str, Figure]]
+Points = dict[str, list[list[float]]]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Drawn:
+    """The figures that a function draws of a file's content, by the names of theirs; none becomes a picture."""
+
+    def draw(plot: Callable[[Path], Any], content: Any, name: str = "results.json") -> dict[str, Figure]:
+        figures: dict[str, Figure] = {}
+        file = tmp_path_factory.mktemp("drawn") / name
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).stem: figure}))
+            plot(file)
+        return figures
+
+    return draw
+
+
+def lines_of(axes: Axes) -> Points:
+    """The points of each line that has a name, [[x, …], [y, …]]."""
+    named = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    return {
+        str(line.get_label()): [np.asarray(each, dtype=float).tolist() for each in line.get_data()] for line in named
+    }
+
+
+def assert_lines(axes: Axes, expected: Points) -> None:
+    """They are drawn, in this order, and no others."""
+    found = lines_of(axes)
+    assert list(found) == list(expected)
+    for name, points in expected.items():
+        assert np.array(found[name]) == pytest.approx(np.array(points), nan_ok=True), name
+
+
+def words(axes: Axes) -> tuple[str, str, str]:
+    """Title and what the axes are, with their units."""
+    return axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()
+
+
+def ticks(axes: Axes, which: str) -> list[str]:
+    return [text.get_text() for text in getattr(axes, f"get_{which}ticklabels")()]
+
+
+class TestARun:
+    LINES = (
+        {
+            "step": 1,
+            "tokens": 100,
+            "train/loss": 4.5,
+            "train/learning_rate": 0.01,
+            "train/memory_learning_rate": 0.05,
+            "train/gradient_norm": 2.0,
+            "train/divergence": 0.125,
+            "train/tokens_per_second": 700.0,
+        },
+        {"step": 1, "tokens": 100, "validation/loss": 4.25, "validation/perplexity": 70.0, "validation/accuracy": 0.3},
+        {
+            "step": 2,
+            "tokens": 300,
+            "train/loss": None,
+            "train/learning_rate": 0.02,
+            "train/memory_learning_rate": 0.06,
+            "train/gradient_norm": 3.0,
+            "train/divergence": 0.25,
+            "train/tokens_per_second": 800.0,
+        },
+        {"step": 2, "tokens": 300, "validation/loss": 3.75, "validation/perplexity": 42.0, "validation/accuracy": 0.4},
+    )
+
+    def test_every_metric_is_against_the_tokens_read(self, drawn):
+        content = "".join(f"{json.dumps(line)}\n" for line in self.LINES)
+        figure = drawn(lambda path: plot_run(path.parent), content, "metrics.jsonl")["training"]
+        panels = {words(axes)[0]: axes for axes in figure.axes}
+        expected: dict[str, tuple[str, Points]] = {
+            "Loss": (
+                "nats per token",
+                {"training": [[100, 300], [4.5, math.nan]], "validation": [[100, 300], [4.25, 3.75]]},
+            ),
+            "Validation perplexity": ("per token", {"validation": [[100, 300], [70, 42]]}),
+            "Validation accuracy": ("share of the answers", {"validation": [[100, 300], [0.3, 0.4]]}),
+            "Learning rate": (
+                "step size",
+                {"backbone": [[100, 300], [0.01, 0.02]], "memory": [[100, 300], [0.05, 0.06]]},
+            ),
+            "Gradient norm": ("before clipping", {"all parameters": [[100, 300], [2, 3]]}),
+            "Divergence of the densities": ("nats, times its weight", {"all layers": [[100, 300], [0.125, 0.25]]}),
+            "Speed": ("tokens per second", {"all processes": [[100, 300], [700, 800]]}),
+        }
+        assert list(panels) == list(expected)
+        for title, (unit, lines) in expected.items():
+            assert words(panels[title]) == (title, "tokens read", unit)
+            assert panels[title].get_yscale() == ("log" if title == "Gradient norm" else "linear")
+            assert_lines(panels[title], lines)
+        names = [text.get_text() for text in panels["Loss"].get_legend().get_texts()]
+        assert names == ["training", "validation"]
+        colours = {line.get_label(): line.get_color() for line in panels["Learning rate"].lines}
+        assert colours == {"backbone": BLUE, "memory": GREEN}
+
+
+def situation(nats: list[float], recency: list[float], positions: list[float]) -> dict[str, Any]:
+    """Figures of three documents, of which one has no tokens: nats of the documents, by recency and by position."""
+    return {
+        "per_document": [
+            {"id": name, "tokens": tokens, "nll": nll}
+            for name, tokens, nll in zip(("one", "two", "none"), (10, 20, 0), nats, strict=True)
+        ],
+        "by_recency": [
+            {"previous_occurrence": name, "tokens": tokens, "nll": nll}
+            for name, tokens, nll in zip(
+                ("within_window", "beyond_window", "never"), (5, 1500, 0), recency, strict=True
+            )
+        ],
+        "by_position": [
+            {"from": first, "to": last, "tokens": tokens, "nll": nll}
+            for (first, last), tokens, nll in zip(
+                ((0, 64), (64, 128), (128, 256)), (128, 32, 0), positions, strict=True
+            )
+        ],
+    }
+
+
+class TestAnEvaluation:
+    CONTENT: dict[str, Any] = {  # noqa: RUF012, no test changes it
+        **situation([30.0, 50.0, 0.0], [10.0, 3000.0, 0.0], [256.0, 96.0, 0.0]),
+        "controls": {
+            "memory_off": situation([31.0, 48.0, 0.0], [11.0, 3600.0, 0.0], [320.0, 128.0, 0.0]),
+            "memory_of_another_document": situation([33.0, 54.0, 0.0], [12.0, 4200.0, 0.0], [384.0, 160.0, 0.0]),
+            "memory_shuffled_in_time": situation([30.5, 51.0, 0.0], [9.0, 3150.0, 0.0], [288.0, 112.0, 0.0]),
+        },
+    }
+    NAMES = ("memory off", "memory of another document", "memory shuffled in time")
+    COLOURS = (GREY, ORANGE, GREEN)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def figures(cls, drawn) -> dict[str, Figure]:
+        figures = drawn(plot_results, cls.CONTENT)
+        assert list(figures) == ["loss_by_position", "gain_by_recency", "gain_by_document"]
+        return figures
+
+    def test_loss_is_per_token_in_the_middle_of_each_stretch(self, figures):
+        (axes,) = figures["loss_by_position"].axes
+        middles = [math.sqrt(1 * 64), math.sqrt(65 * 128)]
+        losses = ([2, 3], [2.5, 4], [3, 5], [2.25, 3.5])
+        names = ("memory", *self.NAMES)
+        assert_lines(axes, {name: [middles, loss] for name, loss in zip(names, losses, strict=True)})
+        assert [line.get_color() for line in axes.lines] == [BLUE, *self.COLOURS]
+        assert axes.get_xscale() == "log"
+        assert axes.get_yscale() == "linear"
+        assert words(axes) == ("Loss by position", "distance from the document's start (tokens)", "nats per token")
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(names)
+
+    def test_gain_by_recency_is_what_a_token_costs_more_under_the_control(self, figures):
+        (axes,) = figures["gain_by_recency"].axes
+        heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+        assert heights == {
+            "memory off": pytest.approx([0.2, 0.4]),
+            "memory of another document": pytest.approx([0.4, 0.8]),
+            "memory shuffled in time": pytest.approx([-0.2, 0.1]),
+        }
+        assert list(heights) == list(self.NAMES)
+        places = [[bar.get_center()[0] for bar in bars] for bars in axes.containers]
+        assert places == pytest.approx(np.array([[-0.8 / 3, 1 - 0.8 / 3], [0, 1], [0.8 / 3, 1 + 0.8 / 3]]))
+        assert [to_hex(bars[0].get_facecolor()).upper() for bars in axes.containers] == list(self.COLOURS)
+        assert ticks(axes, "x") == [
+            "within the window\n5 tokens\n2.00 nats each",
+            "before the window\n1,500 tokens\n2.00 nats each",
+        ]
+        assert words(axes)[1:] == ("", "rise under the control (nats per token)")
+
+    def test_gain_by_document_is_how_much_its_perplexity_rises(self, figures):
+        """In the order of the first control, under which the second document reads better."""
+        (axes,) = figures["gain_by_document"].axes
+
+        def rise(*nats: float) -> list[float]:
+            return [100 * math.expm1(each) for each in nats]
+
+        assert_lines(
+            axes,
+            {
+                "memory off": [rise(-2 / 20, 1 / 10), [1, 2]],
+                "memory of another document": [rise(4 / 20, 3 / 10), [1, 2]],
+                "memory shuffled in time": [rise(1 / 20, 0.5 / 10), [1, 2]],
+            },
+        )
+        assert ticks(axes, "y") == ["two", "one"]
+        assert not axes.yaxis_inverted()
+        assert words(axes)[1:] == ("rise of perplexity under the control (%)", "")
+
+
+class TestAComparison:
+    @staticmethod
+    def row(value: float | None, low: float = 0.0, high: float = 0.0) -> dict[str, Any]:
+        return {"tokens": 10, "nats_per_token": value, "interval": None if value is None else [low, high]}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def panels(cls, drawn) -> list[Axes]:
+        content = {
+            "a": {"checkpoint": "control"},
+            "b": {"checkpoint": "sticky"},
+            "protocol": "disjoint segments of 64, float32",
+            "difference": cls.row(-0.5, -0.75, -0.25),
+            "by_position": [
+                {"from": 0, "to": 64, **cls.row(0.25, -0.125, 0.5)},
+                {"from": 64, "to": 2048, **cls.row(None)},
+                {"from": 2048, "to": 4096, **cls.row(-1.5, -2.0, -1.0)},
+            ],
+            "by_recency": [
+                {"previous_occurrence": "within_window", **cls.row(0.375, 0.3, 0.4)},
+                {"previous_occurrence": "beyond_window", **cls.row(-0.875, -0.9, -0.8)},
+                {"previous_occurrence": "never", **cls.row(0.0625, 0.0, 0.1)},
+            ],
+            "per_document": [
+                {"id": name, "nats_per_token": value} for name, value in zip("abc", (0.25, -0.75, -0.5), strict=True)
+            ],
+        }
+        figure = drawn(plot_comparison, content)["comparison"]
+        assert figure.get_suptitle() == "A: control    B: sticky\ndisjoint segments of 64, float32"
+        return figure.axes
+
+    def test_each_class_has_its_difference_and_its_interval(self, panels):
+        axes = panels[0]
+        intervals, values = {}, {}
+        for line in axes.lines:
+            x, y = (np.asarray(each).tolist() for each in line.get_data())
+            if line.get_marker() == "o":
+                values[y[0]] = x[0]
+            elif y != [0, 1]:  # the vertical at no difference
+                intervals[y[0]] = x
+        assert ticks(axes, "y") == [
+            "all tokens",
+            "tokens 0 – 64",
+            "tokens 2,048 – 4,096",
+            "occurred within the window",
+            "occurred before the window",
+            "did not occur before",
+        ]
+        assert values == dict(enumerate([-0.5, 0.25, -1.5, 0.375, -0.875, 0.0625]))
+        assert intervals == dict(
+            enumerate([[-0.75, -0.25], [-0.125, 0.5], [-2.0, -1.0], [0.3, 0.4], [-0.9, -0.8], [0.0, 0.1]])
+        )
+        assert axes.yaxis_inverted()
+        assert axes.get_xlabel() == "nats per token, B less A (below 0: B is better)"
+
+    def test_documents_stand_in_the_order_of_their_differences(self, panels):
+        axes = panels[1]
+        points = next(each for each in axes.collections if isinstance(each, PathCollection))
+        assert points.get_offsets().tolist() == [[1, -0.75], [2, -0.5], [3, 0.25]]
+        assert [to_hex(colour).upper() for colour in points.get_facecolors()] == [BLUE, BLUE, ORANGE]
+        stems = next(each for each in axes.collections if isinstance(each, LineCollection))
+        ends = [segment.tolist() for segment in stems.get_segments()]
+        assert ends == [[[1, 0], [1, -0.75]], [[2, 0], [2, -0.5]], [[3, 0], [3, 0.25]]]
+        assert words(axes) == (
+            "By document: B is better on 2 of 3",
+            "documents, in the order of the difference",
+            "nats per token, B less A",
+        )
+
+
+class TestAnInspection:
+    """Two layers, numbered 1 and 4, two heads, three segments of which two found something in memory."""
+
+    @staticmethod
+    def heads(start: float, step: float) -> list[list[list[float]]]:
+        """[segments][layers][heads], all different."""
+        return [[[start + step * (4 * s + 2 * layer + h) for h in range(2)] for layer in range(2)] for s in range(2)]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def figures(cls, drawn) -> dict[str, Figure]:
+        content = {
+            "memory": {"segment_length": 8, "basis_functions": 16, "layers": [1, 4]},
+            "reading": {
+                "segment": [1, 2],
+                "tokens": [8, 2],
+                "centre": cls.heads(0.1, 0.1),
+                "centre_spread": cls.heads(0.01, 0.01),
+                "width": cls.heads(0.3, 0.05),
+                "width_spread": cls.heads(0.02, 0.5),
+                "tokens_back": cls.heads(3, 1),
+                "contribution": [[0.25, 0.5], [0.75, 1.0]],
+                "nats": [3.0, 2.0],
+                "nats_without_layer": [[3.5, 2.75], [2.25, 3.0]],
+                "nats_without_memory": [4.0, 2.5],
+            },
+            "writing": {
+                "segment": [1, 2],
+                "sampled_places": [
+                    [[0.5, 0.25, 0.25, 0.0], [0.125, 0.125, 0.5, 0.25]],
+                    [[0.0, 0.0, 0.25, 0.75], [1, 0, 0, 0]],
+                ],
+            },
+            "reconstruction": [
+                {"segments": 1, "tokens_back": [4.5], "limit": 1.0, "total": [0.5, 0.75], "by_age": [[0.4], [0.6]]},
+                {
+                    "segments": 3,
+                    "tokens_back": [4.5, 12.5, 20.5],
+                    "limit": 0.625,
+                    "total": [0.25, None],
+                    "by_age": [[0.9, 0.7, None], [0.8, 0.3, -0.2]],
+                },
+            ],
+        }
+        return drawn(plot_inspection, content, "inspection.json")
+
+    def test_reconstruction_by_age_is_that_after_the_last_write(self, figures):
+        axes, _ = figures["reconstruction"].axes
+        ages = [4.5, 12.5, 20.5]
+        assert_lines(axes, {"layer 1": [ages, [0.9, 0.7, math.nan]], "layer 4": [ages, [0.8, 0.3, -0.2]]})
+        limits = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+        assert limits == [0.625]
+        assert axes.get_xscale() == "log"
+        assert axes.get_xlim() == pytest.approx((4.5 / 1.3, 20.5 * 1.3))
+        assert axes.get_ylim()[1] == 1.02
+        assert words(axes) == ("What is left after 24 tokens", "age (tokens back)", "R² of a segment's hidden states")
+
+    def test_reconstruction_of_all_is_against_what_was_written(self, figures):
+        _, axes = figures["reconstruction"].axes
+        assert_lines(
+            axes,
+            {
+                "layer 1": [[8, 24], [0.5, 0.25]],
+                "layer 4": [[8, 24], [0.75, math.nan]],
+                "limit N / tokens written": [[8, 24], [1.0, 0.625]],
+            },
+        )
+        assert axes.get_xscale() == "log"
+        assert axes.get_xlim() == pytest.approx((8 / 1.3, 24 * 1.3))
+        assert words(axes)[1:] == ("tokens written", "R² of all hidden states")
+
+    def test_a_layer_costs_what_is_lost_without_it_over_all_tokens(self, figures):
+        axes, _ = figures["losses"].axes
+        (bars,) = axes.containers
+        costs = [(8 * 0.5 + 2 * 0.25) / 10, (8 * -0.25 + 2 * 1.0) / 10, (8 * 1.0 + 2 * 0.5) / 10]
+        assert [bar.get_height() for bar in bars] == pytest.approx(costs)
+        assert ticks(axes, "x") == ["1", "4", "all"]
+        assert [text.get_text() for text in axes.texts] == [f"{cost:+.4f}" for cost in costs]
+        assert [to_hex(bar.get_facecolor()).upper() for bar in bars] == [BLUE, BLUE, ORANGE]
+        assert words(axes) == ("Loss without a memory", "layer whose memory is empty", "more nats per token")
+
+    def test_along_the_document_it_is_what_each_segment_costs_more_without_any(self, figures):
+        _, axes = figures["losses"].axes
+        (gains,) = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [each.tolist() for each in map(np.asarray, gains.get_data())] == [[8, 16], [1.0, 0.5]]
+        (mean,) = [line for line in axes.lines if line.get_label() == "mean"]
+        assert mean.get_ydata()[0] == pytest.approx(0.9)
+        assert words(axes) == ("Without any, along the document", "tokens read", "more nats per token")
+
+    def test_contribution_of_each_layer(self, figures):
+        (axes,) = figures["contribution"].axes
+        assert_lines(axes, {"layer 1": [[8, 16], [0.25, 0.75]], "layer 4": [[8, 16], [0.5, 1.0]]})
+        assert axes.get_ylim()[0] == 0
+        assert words(axes) == (
+            "What the memory adds to self-attention",
+            "tokens read",
+            "‖memory‖ / ‖self-attention‖",
+        )
+        (legend,) = figures["contribution"].legends
+        assert [text.get_text() for text in legend.get_texts()] == ["layer 1", "layer 4"]
+
+    @pytest.mark.parametrize(
+        ("figure", "start", "step", "spread", "unit"),
+        [
+            ("density_centres", 0.1, 0.1, (0.01, 0.01), "place in the memory (1: newest)"),
+            ("density_widths", 0.3, 0.05, (0.02, 0.5), "standard deviation (memory: 1)"),
+            ("density_tokens_back", 3, 1, None, "tokens before the segment"),
+        ],
+    )
+    def test_each_layer_has_a_panel_and_each_head_a_line(self, figures, figure, start, step, spread, unit):
+        panels = figures[figure].axes
+        assert [words(axes) for axes in panels] == [("layer 1", "tokens read", unit), ("layer 4", "tokens read", "")]
+        for layer, axes in enumerate(panels):
+            values = {
+                f"head {head}": [start + step * (2 * layer + head), start + step * (4 + 2 * layer + head)]
+                for head in range(2)
+            }
+            assert_lines(axes, {head: [[8, 16], along] for head, along in values.items()})
+            assert axes.get_yscale() == ("linear" if figure == "density_centres" else "log")
+            assert len(axes.collections) == (0 if spread is None else 2)
+            for head, area in enumerate(axes.collections):
+                around = [spread[0] + spread[1] * (4 * segment + 2 * layer + head) for segment in range(2)]
+                for (x, middle), each in zip(zip((8, 16), values[f"head {head}"], strict=True), around, strict=True):
+                    found = [y for place, y in area.get_paths()[0].vertices if place == x]
+                    lowest = middle - each if figure == "density_centres" else max(middle - each, middle / 10)
+                    assert (min(found), max(found)) == pytest.approx((lowest, middle + each))
+        if figure == "density_centres":
+            assert panels[0].get_ylim() == (-0.02, 1.02)
+
+    def test_samples_are_beside_those_of_an_even_spread(self, figures):
+        one, four, bar = figures["sticky_samples"].axes
+        expected = {
+            "layer 1": (one, [[2.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 3.0]]),
+            "layer 4": (four, [[0.5, 4.0], [0.5, 0.0], [2.0, 0.0], [1.0, 0.0]]),
+        }
+        for title, (axes, density) in expected.items():
+            assert words(axes)[:2] == (title, "tokens read")
+            (mesh,) = [each for each in axes.collections if isinstance(each, QuadMesh)]
+            assert np.array_equal(mesh.get_array(), density)
+            corners = mesh.get_coordinates()
+            assert corners[0, :, 0].tolist() == [8, 16, 24]
+            assert corners[:, 0, 1].tolist() == [0, 0.25, 0.5, 0.75, 1]
+            assert (mesh.norm.vmin, mesh.norm.vmax) == (0.25, 4)
+        assert one.get_ylabel() == "place in the memory (1: newest)"
+        assert ticks(bar, "y") == ["¼", "½", "1", "2", "4"]
+        assert bar.get_ylabel() == "samples, 1: as many as evenly"
+
+
+class TestSorting:
+    def test_every_length_has_a_row_and_every_measure_a_column(self, drawn):
+        def curves(start: float) -> dict[str, list[float]]:
+            return {
+                "accuracy_by_position": [start, start + 0.01],
+                "accuracy_free_running_by_position": [start + 0.02, start + 0.03],
+            }
+
+        counters = ("last_2048", "last_half", "noise_3_percent", "noise_1_percent", "chance")
+        lengths = [
+            {
+                "length": length,
+                **curves(base),
+                "ideal_counters": {name: curves(base + 0.04 * n) for n, name in enumerate(counters, start=1)},
+            }
+            for length, base in ((1000, 0.1), (20000, 0.5))
+        ]
+        axes = drawn(plot_accuracy, {"lengths": lengths})["accuracy_by_position"].axes
+        for panel, (length, name, start) in zip(
+            axes,
+            [
+                ("1,000", "teacher forced", 0.1),
+                ("1,000", "free running", 0.12),
+                ("20,000", "teacher forced", 0.5),
+                ("20,000", "free running", 0.52),
+            ],
+            strict=True,
+        ):
+            assert words(panel) == (f"{length} symbols, {name}", "place in the answer", "accuracy")
+            expected = {
+                counter.replace("_", " "): [[1, 2], [start + 0.04 * n, start + 0.04 * n + 0.01]]
+                for n, counter in enumerate(counters, start=1)
+            }
+            assert_lines(panel, {**expected, "this model": [[1, 2], [start, start + 0.01]]})
+            assert panel.get_ylim() == (-0.02, 1.02)
+
+
+MACHINE = {"name": "a card", "device": "cpu", "threads": 2, "torch": "2", "precision": "float32"}
+MEBIBYTE = 2**20
+
+
+class TestABenchmark:
+    def test_context(self, drawn):
+        """Milliseconds and MiB against what is in reach: along the stream with memory, at each longer window."""
+
+        def contestant(name: str, reach: int, seconds: float, remembered: int, extra: int, **others: Any) -> str:
+            line = {
+                "kind": "contestant",
+                "name": name,
+                "reach_tokens": reach,
+                "median_seconds": seconds,
+                "memory_bytes": remembered * MEBIBYTE,
+                "peak_extra_bytes": extra * MEBIBYTE,
+                "machine": MACHINE,
+                "options": {"segment": 512},
+            }
+            return json.dumps({**line, **others})
+
+        content = "\n".join(
+            [
+                contestant("with memory, early", 1024, 0.25, 3, 4),
+                contestant("with memory, late", 65536, 0.5, 3, 5, times_early_by_segment=[[10, 1.5], [20, 1.75]]),
+                contestant("window of 2 segments", 2048, 0.75, 16, 32),
+                contestant("window of 4 segments", 4096, 1.25, 64, 128),
+                json.dumps({"kind": "ratio"}),
+            ]
+        )
+        time, memory = drawn(plot_context, content, "stream.jsonl")["stream"].axes
+        assert_lines(
+            time,
+            {
+                "with memory": [[1024, 5120, 10240, 65536], [250, 375, 437.5, 500]],
+                "window alone": [[2048, 4096], [750, 1250]],
+            },
+        )
+        assert_lines(memory, {"with memory": [[1024, 65536], [7, 8]], "window alone": [[2048, 4096], [48, 192]]})
+        reach = "tokens of the document in reach"
+        assert words(time) == ("Time", reach, "milliseconds for a segment of 512 tokens")
+        assert words(memory) == (
+            "Memory beside the weights",
+            reach,
+            "MiB: remembered, and held at the peak",
+        )
+        for axes in (time, memory):
+            assert axes.get_xscale() == "log"
+            assert axes.get_ylim()[0] == 0
+        assert time.figure.get_suptitle() == "a card, 2 threads, torch 2, float32"
+
+    def test_parts(self, drawn):
+        rows = [("part", "read", 0.25, 0.2, 0.4, 0.1), ("part", "write", 0.5, 0.45, 0.6, 0.3)]
+        rows.append(("contestant", "with", 1.0, 0.9, 1.3, 0.7))
+        content = "\n".join(
+            json.dumps(
+                {
+                    "kind": kind,
+                    "name": name,
+                    "median_seconds": median,
+                    "quartiles_seconds": [low, high],
+                    "floor_seconds": floor,
+                    "machine": MACHINE,
+                }
+            )
+            for kind, name, median, low, high, floor in rows
+        )
+        (axes,) = drawn(plot_parts, content, "step.jsonl")["step"].axes
+        bars = {bars.get_label(): bars for bars in axes.containers if bars.get_label() in ("measured", "floor")}
+        assert [bar.get_width() for bar in bars["measured"]] == [0.25, 0.5, 1.0]
+        assert [bar.get_width() for bar in bars["floor"]] == [0.1, 0.3, 0.7]
+        (spread,) = [each for each in axes.collections if isinstance(each, LineCollection)]
+        assert np.array([segment[:, 0] for segment in spread.get_segments()]) == pytest.approx(
+            np.array([[0.2, 0.4], [0.45, 0.6], [0.9, 1.3]])
+        )
+        assert ticks(axes, "y") == ["read", "write", "whole step"]
+        assert axes.yaxis_inverted()
+        assert words(axes)[1] == "seconds; bars between the quartiles"
