@@ -2,11 +2,14 @@
 
 import os
 
-# Before the libraries are imported: nothing here may reach for the network.
+# Before the libraries are imported: nothing here may reach for the network, and workers side by side share the cores.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,15 @@ MEMORY = {
 }
 Train = Callable[..., dict[str, Any]]
 Configure = Callable[..., RunConfig]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs an extra is skipped where it is not installed, each by itself."""
+    for mark in item.iter_markers("needs"):
+        try:
+            metadata.distribution(mark.args[0])
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{mark.args[0]} is not installed")
 
 
 @pytest.fixture(scope="session")

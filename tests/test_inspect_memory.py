@@ -53,7 +53,8 @@ def test_a_page_that_needs_no_other_file(script, checkpoint, monkeypatch, tmp_pa
     assert "64 tokens in 4 segments of 16" in page
     loss = found["reading"]["nats_without_memory"][0] - found["reading"]["nats"][0]
     assert loss == pytest.approx(0, abs=1e-6)  # a new memory adds nothing
-    assert not re.search(r"\bnan\b|None|no value", page.split("</style>")[1])
+    text = re.sub(r'src="data:[^"]*"', "", page.split("</style>")[1])  # a picture's letters may spell anything
+    assert not re.search(r"\bnan\b|None|no value", text)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_every_command_is_one_that_is_run_somewhere() -> None:
     """By the tests here, or by .ci/run, which installs the package and runs pytest."""
     others = {command for command in COMMANDS if command not in RUNS}
     assert others == {
-        "pip install -e '.[dev]'",
+        "pip install -e '.[dev]' -c constraints.txt",
         "python -m pytest",
         "python scripts/reproduce_sorting.py",  # tests/test_scripts.py
         "python scripts/compare.py outputs/control outputs/tiny",  # tests/evaluation/test_comparison.py

@@ -22,8 +22,22 @@ where_kernels_run = pytest.mark.skipif(not CAN_RUN, reason="run by test_in_the_i
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run here")
 def test_in_the_interpreter():
     """In a process of its own: what Triton brings along is compiled or interpreted from its import on."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "--dist",
+        "no",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+    ]
+    result = subprocess.run(
+        [*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 

@@ -25,6 +25,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from infformer.harness.adapter import InfformerLM  # noqa: E402
 
+pytestmark = pytest.mark.needs("lm_eval")
+
 SEGMENT = 8
 TEXTS = {
     "ship": "the ship went over the deep sea " * 5 + "to the wind",
@@ -150,7 +152,8 @@ def test_what_a_task_cannot_have_is_found_before_anything_is_written(adapter, mo
 
 
 def test_without_memory_and_within_a_segment_it_is_the_stock_adapter(models, tokenizer, checkpoints, tmp_path):
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.models import huggingface
+
     models["none"].backbone.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     stock = huggingface.HFLM(str(tmp_path), device="cpu", dtype="float32", batch_size=2)

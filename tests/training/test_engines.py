@@ -5,9 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,20 @@ from infformer.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
+DEEPSPEED = find_spec("deepspeed") is not None
+"""Whether it is installed: the engines that need it run, or are skipped, each by itself."""
 Launch = Callable[..., "Launched"]
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; an engine of DeepSpeed's is tested where that is installed."""
+    return [
+        pytest.param(name, marks=pytest.mark.needs("deepspeed") if name.startswith("zero") else ()) for name in names
+    ]
+
+
+def installed(names: Iterable[str]) -> list[str]:
+    return [name for name in names if DEEPSPEED or not name.startswith("zero")]
 
 
 def engine(name: str) -> EngineConfig:
@@ -88,13 +102,14 @@ def one(configure, train, tmp_path_factory) -> Path:
 def finished(configure, launch, tmp_path_factory) -> dict[str, Path]:
     """The folders of the same run by every engine on two processes, each with one of the two parts of a step."""
     root = tmp_path_factory.mktemp("engines")
-    runs = [configure(root / name, {"engine": engine(name), "training.gradient_accumulation": 1}) for name in ENGINES]
+    names = installed(ENGINES)
+    runs = [configure(root / name, {"engine": engine(name), "training.gradient_accumulation": 1}) for name in names]
     launched = launch(runs)
-    assert launched.outcomes == [None] * len(ENGINES), launched.errors
-    return {name: root / name for name in ENGINES}
+    assert launched.outcomes == [None] * len(names), launched.errors
+    return {name: root / name for name in names}
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", cases(ENGINES))
 def test_learns_what_one_process_learns(finished: dict[str, Path], one: Path, name: str) -> None:
     """Dropout and stickiness included, and measured alike."""
     assert losses(finished[name]) == pytest.approx(losses(one), rel=1e-6)
@@ -133,8 +148,9 @@ def moved(configure, train, launch, without_dropout, tmp_path_factory) -> Path:
     with interrupted(2), pytest.raises(TrainingStopped):
         train(configure(root / "moving"))
     two = {"training.gradient_accumulation": 1, "resume": "auto"}
-    runs = [configure(root / "moving", {**two, "engine": engine(name)}) for name in STOPPED_AFTER]
-    made = [after - before for before, after in pairwise([2, *STOPPED_AFTER.values()])]
+    stopped_after = {name: STOPPED_AFTER[name] for name in installed(STOPPED_AFTER)}
+    runs = [configure(root / "moving", {**two, "engine": engine(name)}) for name in stopped_after]
+    made = [after - before for before, after in pairwise([2, *stopped_after.values()])]
     faults = {number: {"process": 1, "step": steps, "how": "term"} for number, steps in enumerate(made)}
     for parts in (1, 2):
         split = {"training.gradient_accumulation": parts, **long_run(without_dropout)}
@@ -143,9 +159,9 @@ def moved(configure, train, launch, without_dropout, tmp_path_factory) -> Path:
     faults[len(runs) - 1] = {"process": 1, "step": 3, "how": "nan"}
     launched = launch(runs, faults)
     assert len(launched.outcomes) == len(runs), launched.errors
-    for name, outcome in zip(STOPPED_AFTER, launched.outcomes, strict=False):
+    for after, outcome in zip(stopped_after.values(), launched.outcomes, strict=False):
         assert outcome is not None
-        assert f"after step {STOPPED_AFTER[name]}" in outcome
+        assert f"after step {after}" in outcome
     assert launched.outcomes[-3:-1] == [None, None], launched.errors
     assert "the loss is nan" in str(launched.outcomes[-1])
     train(configure(root / "moving", {"resume": "auto"}))
@@ -215,7 +231,7 @@ ACCELERATE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ACCELERATE)
+@pytest.mark.parametrize("name", cases(ACCELERATE))
 def test_what_accelerate_was_configured_for(configure, options_of, one: Path, tmp_path: Path, name: str) -> None:
     config = configure(tmp_path / "run", {"training.gradient_accumulation": 1})
     command = ["accelerate", "launch", "--num_processes", "2", "--main_process_port", "0", *ACCELERATE[name]]
@@ -228,7 +244,7 @@ def test_what_accelerate_was_configured_for(configure, options_of, one: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", cases(["one", "ddp", "fsdp2", "zero2", "zero3"]))
 def test_killed_at_random(tmp_path: Path, name: str) -> None:
     """The soak script in short."""
     command = [sys.executable, "scripts/soak.py", "--engines", name, "--kills", "3", "--steps", "24"]
@@ -240,9 +256,9 @@ def test_killed_at_random(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("hydra-submitit-launcher")
 def test_a_sweep(configure, options_of, tmp_path: Path) -> None:
     """Through submitit, on this machine."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     options = [option for option in options_of(configure(tmp_path)) if not option.startswith(("seed=", "output_dir="))]
     sweep = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={json.dumps(str(tmp_path / 'sweep'))}", "seed=0,1"]
     folder = f"output_dir={tmp_path}/run_${{hydra:job.num}}"

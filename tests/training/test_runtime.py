@@ -152,12 +152,9 @@ class TestPrecision:
             start_processes(EngineConfig(name, ZERO[1]), "float16")
 
 
+@pytest.mark.needs("deepspeed")
 class TestDeepSpeedsConfiguration:
     """What is wrong with it is said before any process is waited for."""
-
-    @pytest.fixture(autouse=True)
-    def deepspeed(self) -> None:
-        pytest.importorskip("deepspeed")
 
     @pytest.mark.parametrize("name", ["auto", "zero2"])
     def test_that_is_not_there(self, launched, tmp_path, name):

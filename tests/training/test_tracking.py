@@ -25,7 +25,8 @@ def figure(tmp_path):
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
     """wandb as on a machine where nobody has configured it or logged in."""
-    package = pytest.importorskip("wandb")
+    import wandb as package
+
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -50,8 +51,10 @@ def test_no_tracker_writes_nothing(tmp_path, figure):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.needs("tensorboard")
 def test_tensorboard_receives_everything(tmp_path, figure):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     report_everything(open_tracker(TrackerConfig("tensorboard"), "run", tmp_path / "run", CONFIG), figure)
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -73,6 +76,7 @@ def test_nested_configuration_becomes_flat_plain_values():
     }
 
 
+@pytest.mark.needs("wandb")
 def test_wandb_offline_receives_everything_and_resumes_the_same_run(tmp_path, figure, wandb):
     options = TrackerConfig("wandb", mode="offline", tags=["test"])
     report_everything(open_tracker(options, "run", tmp_path / "run", CONFIG), figure)
@@ -87,12 +91,14 @@ def test_wandb_offline_receives_everything_and_resumes_the_same_run(tmp_path, fi
     assert (tmp_path / "run" / "wandb_id").read_text() == run_id
 
 
+@pytest.mark.needs("wandb")
 def test_wandb_without_a_login_is_an_error_that_names_the_way_out(tmp_path, wandb):
     with pytest.raises(RuntimeError, match=r"tracker\.mode=offline \(or WANDB_MODE=offline\)"):
         open_tracker(TrackerConfig("wandb"), "run", tmp_path / "run", CONFIG)
     assert not (tmp_path / "run" / "wandb_id").exists()
 
 
+@pytest.mark.needs("wandb")
 class TestWandbThatCannotBeReached:
     """The run begins, and records on this machine; `wandb sync` sends it later."""
 
