@@ -5,38 +5,22 @@ By the perplexity of documents, or by another task: `task=passkey 'task.lengths=
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from infformer.config import EvaluationRunConfig, register_schemas
+from infformer.config import EvaluationRunConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
-from infformer.errors import UserError
 from infformer.evaluation.perplexity import measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
 from infformer.training.building import ask, make_reader
+from infformer.training.command_line import start
 from infformer.training.runtime import EngineError, settle_engine, start_processes
 
-register_schemas()
 
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
-def main(composed: DictConfig) -> None:
+def main() -> None:
     """Compose the configuration, check it, measure, report."""
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluationRunConfig), composed))
-    except (OmegaConfBaseException, ValueError) as error:
-        sys.exit(f"error: {error}")
-    assert isinstance(config, EvaluationRunConfig)
-    try:
-        run(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start("eval", EvaluationRunConfig, Path(__file__).parent / "conf", run)
 
 
 def run(config: EvaluationRunConfig) -> None:

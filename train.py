@@ -6,26 +6,19 @@ Options are Hydra's: `conf/` holds their groups, `infformer/config.py` is their 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from infformer.config import RunConfig, register_schemas
-from infformer.errors import UserError
-
-register_schemas()
+from infformer.config import RunConfig
+from infformer.training.command_line import start
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(composed: DictConfig) -> None:
+def main() -> None:
     """Compose the configuration, check it, run it."""
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
-    except (OmegaConfBaseException, ValueError) as error:
-        sys.exit(f"error: {error}")
-    assert isinstance(config, RunConfig)
+    start("train", RunConfig, Path(__file__).parent / "conf", train)
 
+
+def train(config: RunConfig) -> None:
+    """Run; a run that was stopped ends with the exit code by which it can be told."""
     from infformer.training.loop import EXIT_CODE, TrainingStopped  # what follows loads for seconds
     from infformer.training.run import run
 
@@ -34,8 +27,6 @@ def main(composed: DictConfig) -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_CODE)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Every choice that `conf/` offers is one that the typed tree accepts, and the published ones are what they say."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -9,18 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import OmegaConf
 
-import eval as eval_command
-import train as train_command
 from infformer.config import ENGINES, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
 from infformer.tasks.associative_recall import AssociativeRecall
+from infformer.training.command_line import OptionError, compose
 
 CONF = Path(__file__).parents[1] / "conf"
 FOLLOWING = {"training", *(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
@@ -35,27 +30,10 @@ EXPERIMENTS_WITHOUT_TEXT = {"sorting": "sorting_4k", "sorting_small": "sorting_s
 PUBLISHED_DATA = ["wikitext103", "pg19"]
 
 
-@pytest.fixture(autouse=True)
-def hydra_of_the_test() -> Iterator[None]:
-    assert train_command.main
-    assert eval_command.main  # importing them has registered the typed trees
-    yield
-    HydraConfig.instance().cfg = None
-
-
-def composed(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        whole = compose(name, list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(whole)
-    return OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
-
-
 @cache
 def run_config(*overrides: str) -> RunConfig:
     """What a command line means; not to be changed, as it is kept."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed("train", *overrides)))
-    assert isinstance(config, RunConfig)
-    return config
+    return compose("train", RunConfig, CONF, overrides)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -126,21 +104,15 @@ def test_a_model_without_text_alone_has_nothing_to_learn(model):
         run_config(f"model={model}")
 
 
+def evaluation_config(*overrides: str) -> EvaluationRunConfig:
+    return compose("eval", EvaluationRunConfig, CONF, ["checkpoint=here", *overrides])
+
+
 @pytest.mark.parametrize("data", [choice for group, choice in CHOICES if group == "data"])
 def test_evaluations_of_every_data(data):
-    config = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(EvaluationRunConfig), composed("eval", f"data={data}", "checkpoint=here"))
-    )
-    assert isinstance(config, EvaluationRunConfig)
+    config = evaluation_config(f"data={data}")
     assert config.checkpoint == "here"
     assert config.data == run_config(f"data={data}").data
-
-
-def evaluation_config(*overrides: str) -> EvaluationRunConfig:
-    composition = composed("eval", "checkpoint=here", *overrides)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluationRunConfig), composition))
-    assert isinstance(config, EvaluationRunConfig)
-    return config
 
 
 class TestTasks:
@@ -205,8 +177,8 @@ class TestEngines:
 
 
 def test_an_evaluation_needs_a_checkpoint():
-    with pytest.raises(MissingMandatoryValue, match="checkpoint"):
-        _ = composed("eval").checkpoint
+    with pytest.raises(OptionError, match="checkpoint=: this must be given"):
+        compose("eval", EvaluationRunConfig, CONF, [])
 
 
 def test_what_is_chosen_with_a_model_belongs_to_one():

@@ -1,0 +1,294 @@
+"""From the options of a command line to the typed tree of a run, or to a sentence about the one that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from infformer.config import TASKS, register_schemas
+from infformer.errors import UserError
+from infformer.tasks.task import TaskConfig
+
+Options = TypeVar("Options")
+
+
+class OptionError(UserError, ValueError):
+    """An option that there is not, or that cannot have this value."""
+
+
+def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], None]) -> None:
+    """Compose what the command line asks for, check it, and run it; an error that a user can mend ends in a sentence.
+
+    Args:
+        name: of the primary configuration in `conf`.
+        kind: the typed tree that it has to fit.
+        conf: the folder of the groups.
+        run: what is done with it; with `--multirun` several times.
+
+    Raises:
+        SystemExit: an option or something else that a user can mend is wrong.
+    """
+    register_schemas()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here: Hydra's own words about them would mislead
+    running = False
+
+    def task(composed: DictConfig) -> None:
+        nonlocal running
+        running = True
+        try:
+            run(check(composed, kind))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        running = False
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
+    except Exception as error:
+        if running:
+            raise
+        arguments = get_args_parser().parse_args()
+        conf = Path(arguments.config_path or conf)
+        sys.exit(f"error: {explain(error, arguments.config_name or name, kind, conf, arguments.overrides)}")
+
+
+def compose(name: str, kind: type[Options], conf: Path, overrides: Sequence[str]) -> Options:
+    """What `start` would run, by the options of a command line.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    register_schemas()
+    try:
+        composed = _compose(name, conf, overrides)
+    except Exception as error:
+        raise explain(error, name, kind, conf, overrides) from error
+    return check(composed, kind)
+
+
+def check(composed: DictConfig, kind: type[Options]) -> Options:
+    """The typed tree of a configuration as Hydra composed it.
+
+    Raises:
+        UserError: it has options that there are not, or values that cannot be.
+    """
+    for option, value in _unknown(composed, kind):
+        raise _no_such_option(f"{option}={value}", option, kind)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))  # type: ignore[return-value]
+    except UserError:
+        raise
+    except MissingMandatoryValue as error:
+        raise OptionError(f"{error.full_key}=: this must be given; set {error.full_key}= to a value") from error
+    except OmegaConfBaseException as error:
+        raise OptionError(f"{error.full_key}: {_first_line(error)}; mend this value, or leave it out") from error
+    except ValueError as error:
+        raise OptionError(_as_typed(_first_line(error), composed)) from error
+
+
+def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides: Sequence[str]) -> UserError:
+    """Say what is wrong with a command line that Hydra could not compose.
+
+    Args:
+        error: what Hydra raised.
+        overrides: the options as they are typed.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OverrideParseException):
+        return OptionError(
+            f"{error.override}: this cannot be read as an option ({_first_line(error)}); type name=value, and quote "
+            "a value with special characters twice: 'name=\"a=b\"'"
+        )
+    typed = OverridesParser.create().parse_overrides(list(overrides))
+    chosen: list[Override] = []
+    values: list[Override] = []
+    for override in typed:
+        choices = sorted(path.stem for path in (conf / override.key_or_group).glob("*.yaml"))
+        choice = override._value
+        chooses = bool(choices or override.package) and not isinstance(choice, dict)
+        (chosen if chooses else values).append(override)
+        if not chooses or override.is_delete() or override.is_sweep_override():
+            continue
+        if str(error).startswith("Multiple values for ") and override.is_add():
+            return OptionError(f"{_line(override)}: this is chosen already; type it without +")
+        if not isinstance(choice, str) or (isinstance(error, MissingConfigException) and choice not in choices):
+            return OptionError(
+                f"{_line(override)}: there is no such choice{_perhaps(str(choice), choices)}; choose one of "
+                f"{', '.join(choices)}"
+            )
+    try:
+        base = _compose(name, conf, [_line(override) for override in chosen])
+    except Exception:
+        return OptionError(_in_one_line(error))
+    for override in values:
+        ours = not override.key_or_group.startswith("hydra.") and not override.is_sweep_override()
+        problem = _problem(override, base, kind) if ours else None
+        if problem is not None:
+            return problem
+    return OptionError(_in_one_line(error))
+
+
+def _compose(name: str, conf: Path, overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
+        composed = hydra.compose(name, list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(composed.copy())
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def _problem(override: Override, base: DictConfig, kind: type[Any]) -> OptionError | None:
+    """What is wrong with one option, seen from what the chosen groups make; None if nothing is."""
+    option, line = override.key_or_group, _line(override)
+    *parents, last = option.split(".")
+    node: Any = base
+    for depth, parent in enumerate(parents):
+        if not isinstance(node, DictConfig) or parent not in node:
+            return _no_such_option(line, option, kind)
+        node = node._get_node(parent)  # as it is: a value may refer to others that are wrong themselves
+        if node is None or node._is_none():
+            path = ".".join(parents[: depth + 1])
+            memory = "sticky" if path == "model.memory" else parent
+            return OptionError(
+                f"{line}: {path} is null in this run, so it has no options; choose a memory that has it, such as "
+                f"model/memory={memory}, or leave this option out"
+            )
+    kind_of_node = OmegaConf.get_type(node)
+    if not isinstance(node, DictConfig) or not dataclasses.is_dataclass(kind_of_node):
+        if not isinstance(node, DictConfig) or last in node or override.is_add() or override.is_force_add():
+            return None
+        near = _perhaps(last, [str(name) for name in node])
+        return OptionError(f"{line}: there is no {option} in this run{near}; to add it, type +{line}")
+    declared = typing.get_type_hints(kind_of_node).get(last)
+    if declared is None:
+        return _no_such_option(line, option, kind)
+    if override.is_delete():
+        return None
+    try:
+        OmegaConf.update(base.copy(), option, override.value(), merge=True)
+    except (OmegaConfBaseException, AssertionError) as error:
+        return OptionError(f"{line}: {_in_words(declared) or _first_line(error)}")
+    return None
+
+
+def _unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The options of a composed tree that its types do not have, and their values."""
+    found: list[tuple[str, Any]] = []
+    hints = typing.get_type_hints(kind)
+    for name in map(str, node):
+        inner = node._get_node(name)
+        option = prefix + name
+        if name not in hints:
+            found.append((option, "…" if isinstance(inner, DictConfig) else inner))
+        elif isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():
+            inner_kind = OmegaConf.get_type(inner)
+            if inner_kind is not None and dataclasses.is_dataclass(inner_kind):
+                found += _unknown(inner, inner_kind, f"{option}.")
+    return found
+
+
+def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
+    group, _, last = option.rpartition(".")
+    tasks = [name for name, options in TASKS.items() if last in typing.get_type_hints(options)]
+    if group == "task" and tasks:
+        chosen = " or ".join(f"task={name}" for name in tasks)
+        return OptionError(f"{typed}: the task of this run has no such option; leave it out, or choose {chosen}")
+    options = _options(kind)
+    names = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in options}, n=3, cutoff=0.7)
+    alike = [name for near in names for name in options if name.rpartition(".")[2] == near]
+    alike.sort(key=lambda name: (name.rpartition(".")[2] != last, name.rpartition(".")[0] != group))
+    there = dict.fromkeys(name.rpartition(".")[2] for name in options if name.rpartition(".")[0] == group)
+    return OptionError(
+        f"{typed}: there is no option {option}{_perhaps(option, options, alike)}"
+        + (f"; {group or 'there'} {'has' if group else 'are'} {', '.join(there)}" if there else "")
+    )
+
+
+def _perhaps(name: str, known: Sequence[str], first: Sequence[str] = ()) -> str:
+    """` (did you mean …?)`, if something known is like a name."""
+    near = list(dict.fromkeys([*first, *difflib.get_close_matches(name, known, n=3, cutoff=0.85 if first else 0.7)]))
+    return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
+
+
+def _options(kind: type[Any], prefix: str = "") -> list[str]:
+    """Every option and every group of a typed tree, the options of every task among them."""
+    found: list[str] = []
+    for name, declared in typing.get_type_hints(kind).items():
+        found.append(prefix + name)
+        inner: Any = _without_none(declared)
+        if dataclasses.is_dataclass(inner):
+            variants: list[Any] = list(TASKS.values()) if inner is TaskConfig else [inner]
+            found += [option for variant in variants for option in _options(variant, f"{prefix}{name}.")]
+    return found
+
+
+def _without_none(declared: Any) -> Any:
+    if isinstance(declared, types.UnionType) or typing.get_origin(declared) is typing.Union:
+        return next(part for part in typing.get_args(declared) if part is not type(None))
+    return declared
+
+
+def _in_words(declared: Any) -> str:
+    """What a value of this type must be."""
+    inner = _without_none(declared)
+    words = {
+        int: "must be a whole number",
+        float: "must be a number",
+        bool: "must be true or false",
+        str: "must be a text",
+        list[int]: "must be a list of whole numbers, such as [0,2]",
+        list[float]: "must be a list of numbers, such as [0.9,0.999]",
+        list[str]: "must be a list of texts, such as [one,two]",
+    }
+    if dataclasses.is_dataclass(inner):
+        return f"this is a group, whose options are set one by one: {', '.join(typing.get_type_hints(inner))}"
+    if typing.get_origin(inner) is dict:
+        return "must be fields with values, such as {name: value}"
+    said = words.get(inner, "")
+    return f"{said}, or null" if said and inner is not declared else said
+
+
+def _as_typed(message: str, composed: DictConfig) -> str:
+    """Blame a value that follows another option on that one: `${a.b}` was typed as `a.b`."""
+    match = re.match(r"([\w.]+)=([^\s:,]+):? ", message)
+    if match is None:
+        return message
+    parent, _, last = match[1].rpartition(".")
+    node = OmegaConf.select(composed, parent) if parent else composed
+    raw = node._get_node(last) if isinstance(node, DictConfig) and last in node else None
+    followed = None if raw is None else re.fullmatch(r"\$\{([\w.]+)\}", str(raw._value()))
+    if followed is None:
+        return message
+    return f"{followed[1]}={match[2]}, which {match[1]} follows: {message[match.end() :]}"
+
+
+def _line(override: Override) -> str:
+    return str(override.input_line)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _in_one_line(error: Exception) -> str:
+    """Hydra's own words, but for its advice to add what there is not."""
+    lines = [str(error), str(error.__cause__ or "")]
+    kept = [line for text in lines for line in text.splitlines() if not line.startswith(("To append", "    "))]
+    return " ".join(" ".join(kept).split()) or type(error).__name__
