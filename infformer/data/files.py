@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from infformer.data.cache import checksum
 from infformer.data.errors import DataError
 
 TEXT = (".txt", ".text", ".md", ".tokens", ".raw")
@@ -69,10 +70,26 @@ def name_files(paths: Sequence[Path]) -> list[str]:
     return [(path if path.is_dir() else _plain(path).with_suffix("")).relative_to(shared).as_posix() for path in paths]
 
 
-def file_stamps(path: Path) -> list[tuple[str, int, int]]:
-    """The path, size in bytes and time of change in ns of a file, or of each file in a folder that is not hidden."""
-    members = sorted(member for member in path.rglob("[!.]*") if member.is_file()) if path.is_dir() else [path]
-    return [(str(member.absolute()), member.stat().st_size, member.stat().st_mtime_ns) for member in members]
+def describe_content(path: Path) -> list[tuple[str, str]]:
+    """The name and a checksum of the content of a file, or of each file in a folder that is not hidden.
+
+    Everything is read for it, at about a gigabyte a second: sizes and time stamps can stay while a text changes.
+
+    Raises:
+        DataError: something cannot be read, or is neither a file nor a folder.
+    """
+    members = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    found = []
+    for member in members:
+        if member.is_dir():
+            continue
+        if member.exists() and not member.is_file():
+            raise DataError(f"{member} is a pipe or a device and not a file; remove it from the folder.")
+        try:
+            found.append((member.relative_to(path.parent).as_posix(), checksum(member)))
+        except OSError as error:
+            raise DataError(f"{member}: cannot be read ({error.strerror}); get access to it, or remove it.") from error
+    return found
 
 
 def is_text(path: Path) -> bool:
@@ -140,6 +157,8 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); {remedy}.") from error
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
+            raise DataError(f"{place}: JSON that cannot be read ({error}); {remedy}.") from error
         if not isinstance(fields, dict):
             raise DataError(f"{place}: JSON, but a {type(fields).__name__} and not an object; {remedy}.")
         yield Row(place, f"{name}:{number}", fields)
@@ -149,6 +168,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=_ROWS_AT_A_TIME):
+                batch.validate(full=True)
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}); get or write the file anew.") from error
@@ -158,9 +178,22 @@ def _saved_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         # The library cannot open what it saves of a dataset without rows.
         if json.loads((path / "state.json").read_text())["_data_files"]:
-            yield from datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+            yield from valid_rows(datasets.load_from_disk(str(path)))
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged folder makes the library raise
         raise DataError(f"{path}: not a whole saved dataset ({error}); save it anew with save_to_disk.") from error
+
+
+def valid_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset`, each looked at first: a damaged one would end the process.
+
+    Raises:
+        pyarrow.ArrowInvalid: a row is damaged.
+    """
+    for table in dataset.with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
+        table.validate(full=True)
+        yield from table.to_pylist()
 
 
 def _empty(path: Path) -> DataError:

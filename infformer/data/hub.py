@@ -10,7 +10,7 @@ import datasets
 from datasets.packaged_modules.cache.cache import Cache
 
 from infformer.data.errors import DataError
-from infformer.data.files import file_stamps
+from infformer.data.files import describe_content
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 
 
@@ -68,7 +68,7 @@ def describe_split(repository: str, subset: str | None, split: str) -> str:
 
 
 def _state(folder: Path) -> str:
-    return hashlib.sha256(json.dumps(file_stamps(folder)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(describe_content(folder)).encode()).hexdigest()[:16]
 
 
 def _load(path: str, subset: str | None, split: str, asked: str, cache_dir: str | None = None) -> Any:

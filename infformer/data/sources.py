@@ -6,9 +6,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import xxhash
+
 from infformer.data import hub
 from infformer.data.errors import DataError
-from infformer.data.files import Row, file_stamps, find_files, is_text, name_files, read_lines, read_rows
+from infformer.data.files import (
+    Row,
+    describe_content,
+    find_files,
+    is_text,
+    name_files,
+    read_lines,
+    read_rows,
+    valid_rows,
+)
 from infformer.data.options import SPLITS, DataConfig
 from infformer.data.wikitext import articles
 
@@ -21,6 +33,8 @@ class Document:
 
     id: str
     text: str
+    digest: str = ""
+    """Alike for equal texts, also where other parts of them were cut off; empty: not known."""
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
@@ -46,7 +60,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
-        yield Document(document.id, text)
+        yield Document(document.id, text, _digest(document.text))
 
 
 def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
@@ -65,14 +79,14 @@ def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
 
 
 def describe_source(config: DataConfig, split: str) -> list[Any]:
-    """What the documents of a split are read from, as JSON: it changes whenever a file or the dataset does.
+    """What the documents of a split are read from, as JSON: it changes whenever the files' content or the dataset does.
 
     Raises:
         DataError: there is nothing to read.
     """
     if config.source == "hub":
         return ["hub", hub.describe_split(*_hub_names(config, split))]
-    return [stamp for path, _ in _files(config, split) for stamp in file_stamps(path)]
+    return [["file", name, describe_content(path)] for path, name in _files(config, split)]
 
 
 def _documents(config: DataConfig, split: str) -> Iterator[tuple[str, Document]]:
@@ -113,8 +127,12 @@ def _hub_rows(config: DataConfig, split: str) -> Iterator[Row]:
     wanted = {config.text_field, config.id_field or "id"} & set(dataset.column_names)
     if config.text_field not in wanted:
         raise _no_field(source, "text_field", config.text_field, dataset.column_names)
-    for number, fields in enumerate(dataset.select_columns(sorted(wanted)), start=1):
-        yield Row(f"{source}, row {number}", f"{place}:{number}", fields)
+    try:
+        for number, fields in enumerate(valid_rows(dataset.select_columns(sorted(wanted))), start=1):
+            yield Row(f"{source}, row {number}", f"{place}:{number}", fields)
+    except (OSError, pa.ArrowInvalid) as error:
+        files = ", ".join(sorted({str(Path(file["filename"]).parent) for file in dataset.cache_files}))
+        raise DataError(f"{source}: damaged ({error}); remove {files}, from where it is then made anew.") from error
 
 
 def _hub_names(config: DataConfig, split: str) -> tuple[str, str | None, str]:
@@ -161,6 +179,11 @@ def _no_field(place: str, option: str, field: str, fields: Iterable[str]) -> Dat
         f"{place}: data.{option}={field}, and there is no such field (or nothing in it); there are "
         f"{', '.join(fields) or 'none'}; set data.{option}= to one of them."
     )
+
+
+def _digest(text: str) -> str:
+    """A checksum of a text, without the white space around it, in which formats differ."""
+    return xxhash.xxh3_64_hexdigest(text.strip().encode(errors="surrogatepass"))
 
 
 def _beginning(text: str, limit: int | None) -> str:

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import logging
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from infformer.data.cache import find_or_make
+from infformer.data.encoding import Encoder, vocabulary_size
 from infformer.data.errors import DataError
 from infformer.data.options import DataConfig
 from infformer.data.sources import Document, describe_source, read_documents
 
-_LAYOUT = 1  # of a folder of tokenised documents; raised when an older one can no longer be read
+_LAYOUT = 2  # of a folder of tokenised documents; raised when an older one can no longer be read
 _SUMMARY = "summary.json"
 _DOCUMENTS_AT_A_TIME = 16  # a document may be a whole book
+_NAMED = 5  # documents named in a message
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +40,9 @@ def tokenize_documents(
 ) -> "TokenizedDocuments":
     """The documents of one split as tokens, from the cache or made now.
 
-    What is in the cache is used only if the files (or the revision on the hub), the options that matter and the
-    tokenizer are the same. Several processes may call this at the same time: a folder of the cache appears whole or not
-    at all.
+    What is in the cache is used only if the content of the files (or the revision on the hub), the options that matter
+    and the tokenizer are the same, and if it is as it was written; what is damaged is made anew, with a warning.
+    Several processes may call this at the same time: a folder of the cache appears whole or not at all.
 
     Args:
         config: where the documents are and how they are cut.
@@ -53,14 +56,7 @@ def tokenize_documents(
     """
     with main_process_first or nullcontext():
         folder = config.cache_folder / f"{split}-{_key(config, split, tokenizer)}"
-        if not folder.exists():
-            try:
-                _make(folder, config, split, tokenizer)
-            except OSError as error:
-                raise DataError(
-                    f"data.cache_dir={config.cache_folder}: the tokens cannot be kept there ({error}); make room or "
-                    "get access, or name another folder."
-                ) from error
+        find_or_make(folder, lambda place: _make(place, folder.name, config, split, tokenizer))
         return TokenizedDocuments.open(folder)
 
 
@@ -95,6 +91,9 @@ class TokenizedDocuments:
     _start_in_chunk: NDArray[np.int64]
     """[documents]; where in its chunk a document begins."""
 
+    digests: list[str] = field(default_factory=list)
+    """[documents]; alike for equal texts, however they were cut. Empty where they are not known."""
+
     @classmethod
     def open(cls, folder: Path) -> Self:
         """The documents that were written into a folder of the cache."""
@@ -112,6 +111,7 @@ class TokenizedDocuments:
             _chunks=[chunk.values.to_numpy(zero_copy_only=True) for chunk in lists],
             _chunk_of=np.repeat(np.arange(len(lists)), [len(chunk) for chunk in lists]),
             _start_in_chunk=np.concatenate([offset[:-1] for offset in offsets]),
+            digests=table.column("digest").to_pylist(),
         )
 
     @classmethod
@@ -128,8 +128,8 @@ class TokenizedDocuments:
             DataError: a document has fewer than 2 tokens, and such are not to be left out.
         """
         texts = list(texts)
-        batch = {"id": [document.id for document in texts], "text": [document.text for document in texts]}
-        columns = _tokenize(batch, tokenizer, first, skip_short)
+        batch = {name: [getattr(document, name) for document in texts] for name in ("id", "text", "digest")}
+        columns = _tokenize(batch, Encoder(tokenizer), first, skip_short)
         tokens = [np.array(row, dtype=np.int64) for row in columns["tokens"]]
         return cls(
             ids=columns["id"],
@@ -140,6 +140,7 @@ class TokenizedDocuments:
             _chunks=tokens,
             _chunk_of=np.arange(len(tokens)),
             _start_in_chunk=np.zeros(len(tokens), dtype=np.int64),
+            digests=columns["digest"],
         )
 
     def __len__(self) -> int:
@@ -219,50 +220,69 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _make(folder: Path, config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenise under a temporary name; take the final one when whole, unless another process was faster."""
-    first = _first_token(tokenizer) if config.beginning_of_document else None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        texts = Path(temporary, "texts.arrow")
-        found = _write_texts(texts, tqdm(read_documents(config, split), f"reading {split}", unit=" documents"))
-        if not found:
-            raise DataError(
-                f"data.{split}={', '.join(config.places(split))}: there is no document in it; name another."
+def warn_of_shared_documents(documents: Mapping[str, TokenizedDocuments]) -> None:
+    """Say by name which documents are in two splits: what was trained on measures nothing but learning by heart.
+
+    Args:
+        documents: those of each split, by its name.
+    """
+    for first, second in combinations(documents, 2):
+        names = dict(zip(documents[first].digests, documents[first].ids, strict=False))
+        shared = [
+            name if names[digest] == name else f"{name} (in {first}: {names[digest]})"
+            for name, digest in zip(documents[second].ids, documents[second].digests, strict=False)
+            if digest in names
+        ]
+        if shared:
+            log.warning(
+                "%d of %d documents of %s are in %s too: %s; figures on them do not show what a model makes of new "
+                "text: take them out of one of data.%s= and data.%s=",
+                len(shared),
+                len(documents[second]),
+                second,
+                first,
+                ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else ""),
+                first,
+                second,
             )
-        tokens = np.dtype(np.uint16) if len(tokenizer) <= 2**16 else np.dtype(np.int32)
-        documents = datasets.Dataset.from_file(str(texts)).map(
-            partial(_tokenize, encode=tokenizer, first=first, skip_short=config.skip_short_documents),
-            batched=True,
-            batch_size=_DOCUMENTS_AT_A_TIME,
-            writer_batch_size=_DOCUMENTS_AT_A_TIME,
-            num_proc=config.workers if config.workers > 1 else None,
-            remove_columns=["text"],
-            features=datasets.Features(
-                id=datasets.Value("string"),
-                tokens=datasets.List(datasets.Value(tokens.name)),
-                words=datasets.Value("int64"),
-                bytes=datasets.Value("int64"),
-            ),
-            cache_file_name=str(Path(temporary, "tokens.arrow")),
-            load_from_cache_file=False,
-            new_fingerprint=folder.name,
-            desc=f"tokenising {split}",
-        )
-        skipped = found - len(documents)
-        if skipped == found:
-            raise DataError(f"data.{split}: every one of its {found} document(s) has fewer than 2 tokens; name others.")
-        if skipped:
-            log.warning("%d of %d documents of %s have fewer than 2 tokens and are left out", skipped, found, split)
-        whole = Path(temporary, "whole")
-        documents.save_to_disk(str(whole))
-        (whole / _SUMMARY).write_text(json.dumps(_summarize(_rows(documents))))
-        try:
-            whole.rename(folder)
-        except OSError:
-            # Another process has just put the same documents there.
-            if not folder.exists():
-                raise
+
+
+def _make(place: Path, fingerprint: str, config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Tokenise a split; returns the folder in `place` in which the tokens are."""
+    first = _first_token(tokenizer) if config.beginning_of_document else None
+    texts = place / "texts.arrow"
+    found = _write_texts(texts, tqdm(read_documents(config, split), f"reading {split}", unit=" documents"))
+    if not found:
+        raise DataError(f"data.{split}={', '.join(config.places(split))}: there is no document in it; name another.")
+    tokens = np.dtype(np.uint16) if vocabulary_size(tokenizer) <= 2**16 else np.dtype(np.int32)
+    documents = datasets.Dataset.from_file(str(texts)).map(
+        partial(_tokenize, encode=Encoder(tokenizer), first=first, skip_short=config.skip_short_documents),
+        batched=True,
+        batch_size=_DOCUMENTS_AT_A_TIME,
+        writer_batch_size=_DOCUMENTS_AT_A_TIME,
+        num_proc=config.workers if config.workers > 1 else None,
+        remove_columns=["text"],
+        features=datasets.Features(
+            id=datasets.Value("string"),
+            digest=datasets.Value("string"),
+            tokens=datasets.List(datasets.Value(tokens.name)),
+            words=datasets.Value("int64"),
+            bytes=datasets.Value("int64"),
+        ),
+        cache_file_name=str(place / "tokens.arrow"),
+        load_from_cache_file=False,
+        new_fingerprint=fingerprint,
+        desc=f"tokenising {split}",
+    )
+    skipped = found - len(documents)
+    if skipped == found:
+        raise DataError(f"data.{split}: every one of its {found} document(s) has fewer than 2 tokens; name others.")
+    if skipped:
+        log.warning("%d of %d documents of %s have fewer than 2 tokens and are left out", skipped, found, split)
+    whole = place / "whole"
+    documents.save_to_disk(str(whole))
+    (whole / _SUMMARY).write_text(json.dumps(_summarize(_rows(documents))))
+    return whole
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -277,23 +297,22 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _write_texts(path: Path, documents: Any) -> int:
     """Put documents into a file that processes can share, a few at a time; returns how many there were."""
-    schema = pa.schema([("id", pa.string()), ("text", pa.large_string())])
+    schema = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("digest", pa.string())])
     count = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for document in documents:
-            stream.write_batch(pa.record_batch([[document.id], [document.text]], schema=schema))
+            stream.write_batch(pa.record_batch([[document.id], [document.text], [document.digest]], schema=schema))
             count += 1
     return count
 
 
 def _tokenize(
-    batch: dict[str, list[str]], encode: Callable[..., Any], first: int | None, skip_short: bool
+    batch: dict[str, list[str]], encode: Encoder, first: int | None, skip_short: bool
 ) -> dict[str, list[Any]]:
-    # Not verbose: it would warn that a book is longer than the model's context.
-    encoded = encode(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     start = [] if first is None else [first]
-    result: dict[str, list[Any]] = {"id": [], "tokens": [], "words": [], "bytes": []}
-    for name, text, following in zip(batch["id"], batch["text"], encoded, strict=True):
+    result: dict[str, list[Any]] = {"id": [], "digest": [], "tokens": [], "words": [], "bytes": []}
+    encoded = encode(batch["id"], batch["text"])
+    for name, text, digest, following in zip(batch["id"], batch["text"], batch["digest"], encoded, strict=True):
         tokens = start + following
         if len(tokens) < 2:
             if skip_short:
@@ -303,6 +322,7 @@ def _tokenize(
                 "set data.skip_short_documents=true."
             )
         result["id"].append(name)
+        result["digest"].append(digest)
         result["tokens"].append(tokens)
         result["words"].append(len(text.split()))
         result["bytes"].append(len(text.encode()))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers.pre_tokenizers import Split
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from infformer.data.cache import find_or_make
 from infformer.data.errors import DataError
 from infformer.data.options import DataConfig
 from infformer.data.sources import describe_source, read_documents
@@ -21,9 +21,10 @@ from infformer.data.sources import describe_source, read_documents
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
 
+_WORDS = "words.txt"
 _LINE_END = f" {END_OF_LINE} "  # what "\n" becomes before words are cut
 _WHITE_SPACE = r"[\s\x1c-\x1f]+"  # what `str.split` takes for it
-_LAYOUT = 1  # of a cached vocabulary; raised when an older one can no longer be read
+_LAYOUT = 2  # of a cached vocabulary; raised when an older one can no longer be read
 
 
 def word_tokenizer(
@@ -47,10 +48,9 @@ def word_tokenizer(
         DataError: the documents cannot be read, or there is no word in them.
     """
     with main_process_first or nullcontext():
-        path = config.cache_folder / f"words-{_key(config)}.txt"
-        if not path.exists():
-            _make(path, config)
-        return _tokenizer(path.read_text(encoding="utf-8").split("\n"))
+        folder = config.cache_folder / f"words-{_key(config)}"
+        find_or_make(folder, lambda place: _make(place, config))
+        return _tokenizer((folder / _WORDS).read_text(encoding="utf-8").split("\n"))
 
 
 def _key(config: DataConfig) -> str:
@@ -64,14 +64,12 @@ def _key(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _make(path: Path, config: DataConfig) -> None:
-    """Write the words under a temporary name, one a line; take the final name when whole."""
-    words = _words_by_frequency(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        whole = Path(temporary, "whole")
-        whole.write_text("\n".join(words), encoding="utf-8")
-        whole.replace(path)  # if another process was faster, by the same
+def _make(place: Path, config: DataConfig) -> Path:
+    """Count the words; returns the folder in `place` in which they are, one a line."""
+    folder = place / "whole"
+    folder.mkdir()
+    (folder / _WORDS).write_text("\n".join(_words_by_frequency(config)), encoding="utf-8")
+    return folder
 
 
 def _words_by_frequency(config: DataConfig) -> list[str]:

@@ -1,16 +1,30 @@
+import errno
+import itertools
 import json
 import logging
 import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from infformer.data import DataConfig, DataError, Document, Lanes, TokenizedDocuments, tokenization, tokenize_documents
+from infformer.data import (
+    DataConfig,
+    DataError,
+    Document,
+    Lanes,
+    TokenizedDocuments,
+    cache,
+    tokenization,
+    tokenize_documents,
+)
 
 Make = Callable[..., PreTrainedTokenizerFast]
 TEXTS = {"a": "Zwei Übel\n in a row", "b": "x", "c": "and the third one"}
@@ -39,12 +53,18 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
     make = tokenization._make
 
-    def count(folder: Path, *arguments: Any) -> None:
-        make(folder, *arguments)
-        folders.append(folder)
+    def count(place: Path, name: str, *arguments: Any) -> Path:
+        whole = make(place, name, *arguments)
+        folders.append(place.parent / name)
+        return whole
 
     monkeypatch.setattr(tokenization, "_make", count)
     return folders
+
+
+def kept(config: DataConfig) -> list[str]:
+    """What is in the cache, without its lock."""
+    return sorted(set(os.listdir(config.cache_folder)) - {".lock"})
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -175,7 +195,7 @@ def test_what_was_made_is_found(config: DataConfig, make_tokenizer: Make, made: 
     assert len(made) == 1
     assert whole(first) == whole(again)
     assert first.fingerprint == again.fingerprint
-    assert os.listdir(config.cache_folder) == [made[0].name]  # and nothing is left of the work
+    assert kept(config) == [made[0].name]  # and nothing is left of the work
 
 
 def test_another_text_is_made_anew(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
@@ -204,7 +224,7 @@ def test_the_fingerprint_is_that_of_the_content(config: DataConfig, make_tokeniz
         write(Path(config.train), texts)
         config.skip_short_documents = True
         assert tokenize_documents(config, "train", tokenizer).fingerprint != before
-    assert len(made) == 5
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize(
@@ -249,33 +269,155 @@ def test_a_failure_leaves_nothing_behind(
         patch.setattr(tokenization, "_summarize", full)
         with pytest.raises(DataError, match=r"data\.cache_dir=.*no space left"):
             tokenize_documents(config, "train", tokenizer)
-    assert os.listdir(config.cache_folder) == []
+    assert kept(config) == []
     assert len(tokenize_documents(config, "train", tokenizer)) == 3
 
 
-def test_half_made_documents_of_a_killed_process_are_not_used(
+def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_makes_is_not(
     config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = make_tokenizer(eos_token="</s>")
+    key = tokenization._key(config, "train", tokenizer)
+    left, older, made_now = (config.cache_folder / f".{name}" for name in (f"train-{key}.x", f"words-{key}.txt.y", "z"))
+    living = config.cache_folder / f".test-{key}.w"
+    for folder in (left, older, made_now, living):
+        (folder / "whole").mkdir(parents=True)
+        (folder / "texts.arrow").write_bytes(b"half a text")
+    (left / "lock").touch()
+    with filelock.FileLock(living / "lock"):
+        assert whole(tokenize_documents(config, "train", tokenizer)).keys() == TEXTS.keys()
+    assert kept(config) == sorted([f"train-{key}", living.name, made_now.name])  # and what is not the cache's own stays
 
-    class Kept(tokenization.tempfile.TemporaryDirectory):
-        """What is left when there is no time to clean up."""
 
-        def __exit__(self, *_: Any) -> None:
-            self._finalizer.detach()
+def test_what_a_process_was_making_when_it_was_killed_is_removed(tmp_path: Path) -> None:
+    """The lock in it ends with its process."""
+    folder = tmp_path / f"train-{32 * '0'}"
 
-    def killed(_: Any) -> None:
-        raise KeyboardInterrupt
+    def killed(place: Path) -> Path:
+        (place / "texts.arrow").write_bytes(b"half a text")
+        os.kill(os.getpid(), signal.SIGKILL)
+        return place
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenization.tempfile, "TemporaryDirectory", Kept)
-        patch.setattr(tokenization, "_summarize", killed)
-        with pytest.raises(KeyboardInterrupt):
-            tokenize_documents(config, "train", tokenizer)
-    (left,) = config.cache_folder.iterdir()
-    assert (left / "whole" / "state.json").exists()
-    assert whole(tokenize_documents(config, "train", tokenizer)).keys() == TEXTS.keys()
-    assert len(os.listdir(config.cache_folder)) == 2
+    def make(place: Path) -> Path:
+        (place / "whole").mkdir()
+        return place / "whole"
+
+    child = os.fork()
+    if child == 0:
+        try:
+            cache.find_or_make(folder, killed)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (left,) = tmp_path.glob(f".{folder.name}.*")
+    assert (left / "texts.arrow").exists()
+    cache.find_or_make(folder, make)
+    assert sorted(os.listdir(tmp_path)) == [".lock", folder.name]
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def make_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": Path.unlink,
+    "a byte changed": change_a_byte,
+    "another object": lambda path: path.write_bytes(b"{}"),
+    "no object": lambda path: path.write_bytes(b"[" * 100_000),
+    "a pipe": make_a_pipe,
+}
+FILES = ("data-00000-of-00001.arrow", "state.json", "dataset_info.json", "summary.json", "checksums.json")
+
+
+def test_all_damage_to_tokens_is_found(config: DataConfig, make_tokenizer: Make, tmp_path: Path) -> None:
+    tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+    (folder,) = config.cache_folder.glob("train-*")
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    assert cache._damage(folder) is None
+    for name, damage in itertools.product(FILES, DAMAGE):
+        copy = shutil.copytree(folder, tmp_path / f"{name} {damage}")
+        DAMAGE[damage](copy / name)
+        assert cache._damage(copy) is not None, (name, damage)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("data-00000-of-00001.arrow", "cut"),
+        ("data-00000-of-00001.arrow", "a byte changed"),
+        ("state.json", "missing"),
+        ("summary.json", "a pipe"),
+        ("checksums.json", "emptied"),
+    ],
+)
+def test_damaged_tokens_are_made_anew_with_a_warning(
+    config: DataConfig, make_tokenizer: Make, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>")
+    before = tokenize_documents(config, "train", tokenizer)
+    tokens = whole(before)
+    (folder,) = config.cache_folder.glob("train-*")
+    DAMAGE[damage](folder / name)
+    after = tokenize_documents(config, "train", tokenizer)
+    assert f"{folder} in the cache is damaged ({name} is" in caplog.text
+    assert whole(after) == tokens
+    assert after.fingerprint == before.fingerprint
+    assert kept(config) == [folder.name]
+    caplog.clear()
+    assert whole(tokenize_documents(config, "train", tokenizer)) == tokens
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("damage", ["a file", "an empty folder", "a file too many"])
+def test_a_place_in_the_cache_that_holds_something_else_is_made_anew(
+    config: DataConfig, make_tokenizer: Make, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>")
+    tokens = whole(tokenize_documents(config, "train", tokenizer))
+    (folder,) = config.cache_folder.glob("train-*")
+    if damage == "a file too many":
+        (folder / "data-00001-of-00002.arrow").write_bytes(b"")
+    else:
+        shutil.rmtree(folder)
+        folder.touch() if damage == "a file" else folder.mkdir()
+    assert whole(tokenize_documents(config, "train", tokenizer)) == tokens
+    assert "in the cache is damaged" in caplog.text
+    assert kept(config) == [folder.name]
+
+
+def test_a_text_changed_with_the_same_size_and_time_is_made_anew(
+    config: DataConfig, make_tokenizer: Make, made: list[Path]
+) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>")
+    tokenize_documents(config, "train", tokenizer)
+    path = Path(config.train)
+    stamp = path.stat()
+    write(path, TEXTS | {"c": "and the other one"})  # of the same length
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert path.stat().st_size == stamp.st_size
+    assert path.stat().st_mtime_ns == stamp.st_mtime_ns
+    assert tokenizer.decode(whole(tokenize_documents(config, "train", tokenizer))["c"][1:]) == "and the other one"
+    assert len(made) == 2
+
+
+def test_the_same_text_elsewhere_is_found(
+    config: DataConfig, make_tokenizer: Make, made: list[Path], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>")
+    tokenize_documents(config, "train", tokenizer)
+    (tmp_path / "elsewhere").mkdir()
+    config.train = shutil.copy(config.train, tmp_path / "elsewhere")
+    tokenize_documents(config, "train", tokenizer)
+    assert len(made) == 1
 
 
 def test_two_processes_that_race(
@@ -296,7 +438,47 @@ def test_two_processes_that_race(
     assert len(made) == 2
     assert made[0] == made[1]
     assert whole(mine) == whole(others[0])
-    assert os.listdir(config.cache_folder) == [made[0].name]
+    assert kept(config) == [made[0].name]
+
+
+def test_two_processes_that_find_the_same_damage_keep_one_folder(
+    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>")
+    tokens = whole(tokenize_documents(config, "train", tokenizer))
+    (folder,) = config.cache_folder.glob("train-*")
+    (folder / "state.json").unlink()
+    summarize = tokenization._summarize
+    stamps: list[int] = []
+
+    def after_the_other(documents: Any) -> dict[str, Any]:
+        monkeypatch.setattr(tokenization, "_summarize", summarize)
+        tokenize_documents(config, "train", tokenizer)
+        stamps.append(folder.stat().st_ino)
+        return summarize(documents)
+
+    monkeypatch.setattr(tokenization, "_summarize", after_the_other)
+    assert whole(tokenize_documents(config, "train", tokenizer)) == tokens
+    assert stamps == [folder.stat().st_ino]  # the one that came second left what the first one may have opened
+    assert kept(config) == [folder.name]
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("owner", "attribute"), [(Path, "mkdir"), (os, "fsync"), (cache.tempfile, "mkdtemp")])
+def test_a_full_or_read_only_cache_is_found_before_anything_is_read(
+    config: DataConfig,
+    make_tokenizer: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    attribute: str,
+) -> None:
+    monkeypatch.setattr(owner, attribute, full)
+    monkeypatch.setattr(tokenization, "read_documents", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(DataError, match=r"data\.cache_dir=.*No space left.*; make room or get access, or name another"):
+        tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
 
 
 def test_a_place_that_cannot_be_taken_is_an_error(
@@ -308,6 +490,26 @@ def test_a_place_that_cannot_be_taken_is_an_error(
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(DataError, match=r"data\.cache_dir=.*not here"):
         tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+
+
+def test_a_cache_that_is_a_file_is_an_error(config: DataConfig, make_tokenizer: Make, tmp_path: Path) -> None:
+    config.cache_dir = config.train
+    with pytest.raises(DataError, match=r"data\.cache_dir=.*a.jsonl: the tokens cannot be kept there"):
+        tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+
+
+def test_a_file_system_without_locks_does(
+    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    tokenizer = make_tokenizer(eos_token="</s>")
+    left = config.cache_folder / f".train-{32 * '0'}.x"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(cache.FileLock, "acquire", refuse)
+    assert len(tokenize_documents(config, "train", tokenizer)) == 3
+    assert left.exists()  # it cannot be known whether somebody is filling it
 
 
 def test_the_main_process_goes_first(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
@@ -327,7 +529,7 @@ def test_errors_of_reading_come_through(config: DataConfig, make_tokenizer: Make
     Path(config.train).write_text('{"text": "x"}\n{"text": "y')
     with pytest.raises(DataError, match=r"a.jsonl, line 2: not JSON"):
         tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
-    assert os.listdir(config.cache_folder) == []
+    assert kept(config) == []
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

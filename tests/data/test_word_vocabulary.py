@@ -2,7 +2,7 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,22 @@ def all_tokens(documents: TokenizedDocuments) -> list[list[int]]:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The vocabularies that were made, not found."""
     paths: list[Path] = []
-    make = word_vocabulary._make
+    find_or_make = word_vocabulary.find_or_make
 
-    def count(path: Path, config: DataConfig) -> None:
-        make(path, config)
-        paths.append(path)
+    def count(folder: Path, make: Callable[[Path], Path]) -> None:
+        def counted(place: Path) -> Path:
+            paths.append(folder)
+            return make(place)
 
-    monkeypatch.setattr(word_vocabulary, "_make", count)
+        find_or_make(folder, counted)
+
+    monkeypatch.setattr(word_vocabulary, "find_or_make", count)
     return paths
+
+
+def kept(config: DataConfig) -> list[str]:
+    """What is in the cache, without its lock."""
+    return sorted(set(os.listdir(config.cache_folder)) - {".lock"})
 
 
 def test_frequent_words_first_and_ties_by_first_appearance(config: DataConfig) -> None:
@@ -127,9 +135,9 @@ def test_saved_and_loaded(config: DataConfig, tmp_path: Path) -> None:
     )
     # What was tokenised with the one is found with the other.
     tokenize_documents(config, "train", tokenizer)
-    kept = sorted(os.listdir(config.cache_folder))
+    before = kept(config)
     tokenize_documents(config, "train", loaded)
-    assert sorted(os.listdir(config.cache_folder)) == kept
+    assert kept(config) == before
 
 
 def test_documents_as_tokens(config: DataConfig) -> None:
@@ -160,7 +168,7 @@ def test_what_was_made_is_found(config: DataConfig, made: list[Path]) -> None:
     config.max_held_out_characters, config.skip_short_documents, config.beginning_of_document = 5, True, False
     assert words_of(word_tokenizer(config)) == words_of(first)
     assert len(made) == 1
-    assert os.listdir(config.cache_folder) == [made[0].name]  # and nothing is left of the work
+    assert kept(config) == [made[0].name]  # and nothing is left of the work
 
 
 @pytest.mark.parametrize(
@@ -194,27 +202,57 @@ def test_a_failure_leaves_nothing_behind(config: DataConfig, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", half)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(DataError, match=r"data\.cache_dir=.*no space left"):
             word_tokenizer(config)
-    assert os.listdir(config.cache_folder) == []
+    assert kept(config) == []
     assert len(word_tokenizer(config)) == 9
 
 
 def test_two_processes_that_race(config: DataConfig, made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one is done at the worst moment: when everything is ready to be put in place."""
-    replace = Path.replace
+    """The other one is done at the worst moment: when the words have been counted."""
+    count = word_vocabulary._words_by_frequency
     others: list[PreTrainedTokenizerFast] = []
 
-    def after_the_other(path: Path, target: Path) -> Path:
-        monkeypatch.setattr(Path, "replace", replace)
+    def after_the_other(config: DataConfig) -> list[str]:
+        monkeypatch.setattr(word_vocabulary, "_words_by_frequency", count)
         others.append(word_tokenizer(config))
-        return path.replace(target)
+        return count(config)
 
-    monkeypatch.setattr(Path, "replace", after_the_other)
+    monkeypatch.setattr(word_vocabulary, "_words_by_frequency", after_the_other)
     mine = word_tokenizer(config)
     assert len(made) == 2
     assert words_of(mine) == words_of(others[0])
-    assert os.listdir(config.cache_folder) == [made[0].name]
+    assert kept(config) == [made[0].name]
+
+
+@pytest.mark.parametrize("name", ["words.txt", "checksums.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_text(""),
+    ],
+    ids=["missing", "cut", "emptied"],
+)
+def test_a_damaged_vocabulary_is_made_anew_with_a_warning(
+    config: DataConfig,
+    made: list[Path],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    damage: Callable[[Path], object],
+) -> None:
+    words = words_of(word_tokenizer(config))
+    damage(made[0] / name)
+    assert words_of(word_tokenizer(config)) == words
+    assert f"{made[0]} in the cache is damaged ({name} is" in caplog.text
+    assert len(made) == 2
+
+
+def test_a_cache_that_cannot_be_used_is_said_in_a_sentence(config: DataConfig) -> None:
+    config.cache_dir = config.train
+    with pytest.raises(DataError, match=r"data\.cache_dir=.*a.jsonl: the tokens cannot be kept there"):
+        word_tokenizer(config)
 
 
 def test_the_main_process_goes_first(config: DataConfig, made: list[Path]) -> None:
@@ -235,7 +273,7 @@ def test_no_words(config: DataConfig, texts: dict[str, str]) -> None:
     write(Path(config.train), texts)
     with pytest.raises(DataError, match=r"data\.train=.*a\.jsonl: there is no word in it"):
         word_tokenizer(config)
-    assert not config.cache_folder.exists()
+    assert kept(config) == []
 
 
 def test_no_training_documents(config: DataConfig) -> None:
