@@ -231,7 +231,7 @@ def warn_of_shared_documents(documents: Mapping[str, TokenizedDocuments]) -> Non
         shared = [
             name if names[digest] == name else f"{name} (in {first}: {names[digest]})"
             for name, digest in zip(documents[second].ids, documents[second].digests, strict=False)
-            if digest in names
+            if digest and digest in names
         ]
         if shared:
             log.warning(

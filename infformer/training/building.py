@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from infformer.config import RunConfig
 from infformer.data.lanes import Lanes
 from infformer.data.options import DataConfig
-from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents, warn_of_shared_documents
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.reading import Reader
 from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_decoder, new_model, vocabulary_of
@@ -160,6 +160,8 @@ def build_task(
             for split in ("train", "validation", "test")
             if split == "train" or getattr(config.data, split) is not None
         }
+        if accelerator.is_main_process:
+            warn_of_shared_documents(documents)
     if not config.task.is_language_modelling:
         source, examination = ask(config.task, reader, evaluation.controls, config.data, documents, tokenizer)
         stream = QuestionStream(source, training.batch_size, training.segment_length, config.seed, share)

@@ -173,6 +173,8 @@ def test_cut_and_false_compression(tmp_path: Path, ending: str) -> None:
         ('{"text": "cut in ha', "not JSON (Unterminated string starting at at column 10)"),
         ('["text"]', "JSON, but a list and not an object"),
         ('"text"', "JSON, but a str and not an object"),
+        ('{"text": ' + "[" * 100_000, "JSON that cannot be read (maximum recursion depth exceeded"),
+        ('{"text": "x", "n": ' + "9" * 10_000 + "}", "JSON that cannot be read (Exceeds the limit"),
     ],
 )
 def test_bad_json(tmp_path: Path, line: str, words: str) -> None:
@@ -215,12 +217,53 @@ def test_unknown_kinds(tmp_path: Path) -> None:
     assert read(f"{tmp_path}/all/train") == PAIRS
 
 
-def test_damaged_tables(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    assert "a.parquet: not a whole Parquet file" in refused(f"{tmp_path}/a.parquet")
+def change_bytes(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = b"\xff" * 64
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": Path.unlink,
+    "bytes changed": change_bytes,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("a.parquet", "cut"),
+        ("a.parquet", "emptied"),
+        *(("saved/data-00000-of-00001.arrow", damage) for damage in DAMAGE),
+        *(("saved/state.json", damage) for damage in DAMAGE),
+    ],
+)
+def test_damaged_tables(tmp_path: Path, name: str, damage: str) -> None:
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
-    next((tmp_path / "saved").glob("*.arrow")).unlink()
-    assert "saved: not a whole saved dataset" in refused(f"{tmp_path}/saved")
+    place = tmp_path / name.split("/")[0]
+    DAMAGE[damage](tmp_path / name)
+    assert str(place) in refused(str(place))
+
+
+def test_deep_json_in_a_saved_dataset(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text("[" * 100_000)
+    assert "saved: not a whole saved dataset (maximum recursion" in refused(f"{tmp_path}/saved")
+
+
+def test_a_pipe_in_a_folder_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    os.mkfifo(tmp_path / "saved" / "train.jsonl")
+    for options in (
+        {"source": "files", "train": f"{tmp_path}/saved"},
+        {"source": "hub", "repository": f"{tmp_path}/saved"},
+    ):
+        with pytest.raises(DataError, match=r"saved/train.jsonl is a pipe or a device and not a file; remove it"):
+            describe_source(DataConfig(**options), "train")
 
 
 @pytest.mark.parametrize("source", ["files", "hub", "sample"])

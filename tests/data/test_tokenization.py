@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from infformer.data import (
@@ -25,6 +26,7 @@ from infformer.data import (
     tokenization,
     tokenize_documents,
 )
+from infformer.data.tokenization import warn_of_shared_documents
 
 Make = Callable[..., PreTrainedTokenizerFast]
 TEXTS = {"a": "Zwei Übel\n in a row", "b": "x", "c": "and the third one"}
@@ -136,6 +138,18 @@ def test_large_vocabularies(config: DataConfig, make_tokenizer: Make) -> None:
     documents.check_vocabulary(70_002)
     with pytest.raises(DataError, match=r"hold token 70001, and the model knows tokens 0 to 70000 only"):
         documents.check_vocabulary(70_001)
+
+
+def test_a_vocabulary_with_holes_keeps_its_numbers(config: DataConfig) -> None:
+    """There are few tokens, and 16 bits do not hold their numbers."""
+    write(Path(config.train), {"a": "sea the sea"})
+    model = Tokenizer(models.WordLevel({"the": 3, "sea": 70_000}, "the"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config.beginning_of_document = False
+    documents = tokenize_documents(config, "train", PreTrainedTokenizerFast(tokenizer_object=model))
+    assert whole(documents) == {"a": [70_000, 3, 70_000]}
+    with pytest.raises(DataError, match=r"hold token 70000, and the model knows tokens 0 to 1 only"):
+        documents.check_vocabulary(2)
 
 
 def test_what_a_document_begins_with(config: DataConfig, make_tokenizer: Make) -> None:
@@ -591,3 +605,40 @@ class TestFromTexts:
         documents = TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, None, skip_short=True)
         assert documents.ids == ["a", "c"]
         assert len(TokenizedDocuments.from_texts(self.DOCUMENTS[1:2], tokenizer, None, skip_short=True)) == 0
+
+
+class TestSharedDocuments:
+    """A document is the same by its text, whatever it is called and however it was cut."""
+
+    def documents(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, TokenizedDocuments]:
+        write(folder / "train.jsonl", {"a": "one two three four", "b": "of its own", "c": "\n the same \n"})
+        write(folder / "validation.jsonl", {"a": "another of this name", "e": "one two three four"})
+        write(folder / "test.jsonl", {"c": "the same", "f": "of nobody else"})
+        files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        config = DataConfig(source="files", **files, max_held_out_characters=8, cache_dir=str(folder / "cache"))
+        return {split: tokenize_documents(config, split, tokenizer) for split in files}
+
+    def test_are_named_in_a_warning(
+        self, tmp_path: Path, make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        documents = self.documents(tmp_path, make_tokenizer(eos_token="</s>"))
+        warn_of_shared_documents(documents)
+        of_validation, of_test = caplog.messages
+        assert "1 of 2 documents of validation are in train too: e (in train: a); figures on them" in of_validation
+        assert "1 of 2 documents of test are in train too: c; figures on them" in of_test
+        assert "take them out of one of data.train= and data.test=" in of_test
+
+    def test_are_none_where_the_texts_differ(
+        self, tmp_path: Path, make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        documents = self.documents(tmp_path, make_tokenizer(eos_token="</s>"))
+        warn_of_shared_documents({split: documents[split] for split in ("validation", "test")})
+        unknown = TokenizedDocuments.from_texts([Document("x", "y"), Document("z", "y")], make_tokenizer(), 0)
+        warn_of_shared_documents({"train": unknown, "test": unknown})
+        assert caplog.text == ""
+
+    def test_are_few_of_many_by_name(self, make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
+        texts = [Document(f"d{number}", "text", digest=str(number)) for number in range(9)]
+        documents = TokenizedDocuments.from_texts(texts, make_tokenizer(), 0)
+        warn_of_shared_documents({"train": documents, "test": documents})
+        assert "9 of 9 documents of test are in train too: d0, d1, d2, d3, d4, ...; figures" in caplog.text
