@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -127,6 +129,45 @@ class TestTheFolder:
     def test_samples_do_not_change_what_is_learned(self, finished, configure, train, tmp_path):
         train(configure(tmp_path, {"training.evaluate_every": None, "evaluation.before": False}))
         assert losses(tmp_path) == losses(finished)
+
+
+class TestTheFinalFigures:
+    """Of a run that is at its best after its first step, whose rate is zero, and spoils its weights afterwards."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spoilt(cls, configure, train, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("spoilt") / "run"
+        changes = {
+            "training.max_steps": 3,
+            "training.evaluate_every": 1,
+            "training.checkpoint_every": None,
+            "schedule.warmup_steps": 1,
+            "schedule.name": "constant",
+            "optimizer.learning_rate": 1.0,
+            "optimizer.memory_learning_rate": 1.0,
+            "evaluation.inspected_segments": 2,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, path, **_: None)  # nobody looks at it
+            train(configure(folder, changes))
+        return folder
+
+    def test_are_those_of_the_best_checkpoint(self, spoilt):
+        """The weights before training, to the last bit; so its figures are those from before training."""
+        lines = read_metrics(spoilt / "metrics.jsonl")
+        first, *others = [line["validation/loss"] for line in lines if "validation/loss" in line]
+        assert min(others) > first + 1
+        results = json.loads((spoilt / "results.json").read_text())
+        before = results.pop("before")
+        assert {name: results[name] for name in before} == before
+        assert results["protocol"]["checkpoint"] == str((spoilt / "checkpoints" / "best").resolve())
+        assert Path(results["protocol"]["checkpoint"]).name == "step-00000001"
+
+    def test_and_so_is_what_the_memory_holds(self, spoilt, texts):
+        """A memory that was never trained adds nothing."""
+        inspection = json.loads((spoilt / "inspection" / "inspection.json").read_text())
+        assert np.array(inspection["reading"]["contribution"]).max() == 0
 
 
 @pytest.fixture(scope="module")
