@@ -5,6 +5,11 @@ By the perplexity of documents, or by another task: `task=passkey 'task.lengths=
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 from pathlib import Path
 
 from infformer.config import EvaluationRunConfig
@@ -67,4 +72,4 @@ def run(config: EvaluationRunConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -5,7 +5,11 @@ Options are Hydra's: `conf/` holds their groups, `infformer/config.py` is their 
 
 from __future__ import annotations
 
-import sys
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 from pathlib import Path
 
 from infformer.config import RunConfig
@@ -25,9 +29,8 @@ def train(config: RunConfig) -> None:
     try:
         run(config)
     except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        raise command.Ended(str(stopped), EXIT_CODE) from stopped
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -72,7 +72,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     checkpoint = where_to_start(config, folder)
     share = _share(config, accelerator)
-    signals = StopSignals(partial(highest, accelerator))
+    signals = StopSignals(partial(highest, accelerator), shows=accelerator.is_main_process)
     watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
 
     def after_segment() -> None:
@@ -107,8 +107,8 @@ def run(config: RunConfig) -> dict[str, Any]:
             config.name, task.describe(), f"{trained:,}", f"{in_memory:,}",
         )  # fmt: skip
         tracker = open_tracker(config.tracker, config.name, folder, as_dictionary(config))
-    try:
-        with signals, watchdog:
+    with signals, watchdog:  # to the last: who asks for an end may ask again
+        try:
             if state.step == 0:
                 state.results_before = task.measure_before()
             writer = CheckpointWriter(folder / "checkpoints", accelerator, training.keep_checkpoints)
@@ -136,10 +136,10 @@ def run(config: RunConfig) -> dict[str, Any]:
                     figures += plot_inspection(folder / "inspection" / "inspection.json")
                 for figure in figures:
                     tracker.log_figure(figure.stem, figure, state.step)
-    except StopRequested as stop:
-        raise TrainingStopped(stop.number, state.step) from stop
-    finally:
-        tracker.finish()
+        except StopRequested as stop:
+            raise TrainingStopped(stop.number, state.step) from stop
+        finally:
+            tracker.finish()
     return results
 
 

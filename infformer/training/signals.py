@@ -1,11 +1,16 @@
-"""Stopping when asked: SIGTERM and SIGINT end a run with a checkpoint, on all processes after the same step."""
+"""Stopping when asked: SIGTERM, SIGHUP and SIGINT end a run with a checkpoint, on all processes after the same step."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
+
+INSISTENCE = 3
+"""So many times SIGINT has to come to interrupt at once: the second may have been sent along with the first."""
 
 
 class StopRequested(Exception):  # noqa: N818, it is no error
@@ -21,22 +26,27 @@ class StopRequested(Exception):  # noqa: N818, it is no error
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
+    """Notes SIGTERM, SIGHUP and SIGINT instead of dying of them; the third SIGINT interrupts at once.
 
-    Use as a context manager, in the main thread. Outside of it signals do what they always do.
+    SIGHUP that was ignored before, by `nohup`, remains ignored. Use as a context manager, in the main thread. Outside
+    of it signals do what they always do.
 
     Args:
         highest: the highest of the numbers that the processes call it with, all together.
+        shows: tells whoever sends SIGINT, perhaps with a key, what comes of it.
     """
 
-    def __init__(self, highest: Callable[[int], int]) -> None:
+    def __init__(self, highest: Callable[[int], int], shows: bool = False) -> None:
         self._highest = highest
+        self._shows = shows
         self._requested = 0
+        self._interrupts = 0
         self._previous: dict[int, signal.Handlers | int | object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -60,6 +70,16 @@ class StopSignals:
             raise StopRequested(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._requested = number
+        self._requested = self._requested or number
+        if number != signal.SIGINT:
+            return
+        self._interrupts += 1
+        if self._interrupts >= INSISTENCE:
+            raise KeyboardInterrupt(
+                f"interrupted by the {INSISTENCE}rd SIGINT, without a checkpoint; resume=auto goes on from the newest"
+            )
+        if self._shows:
+            left = INSISTENCE - self._interrupts
+            text = f"\nSIGINT: this step is finished and saved; {left} more interrupt{'s' * (left == 1)} it at once\n"
+            with suppress(OSError):  # print() may be what was interrupted
+                os.write(2, text.encode())

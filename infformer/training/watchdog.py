@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -54,7 +55,10 @@ class Watchdog:
         """There is progress: `step 7: computes` comes next."""
         self._last = time.monotonic()
         if self._processes > 1:
-            _store().set(_key(self._process), what)
+            with suppress(
+                RuntimeError
+            ):  # the launcher kept the store and is gone, and the checkpoint is yet to be written
+                _store().set(_key(self._process), what)
 
     def _watch(self) -> None:
         while not self._finished.wait(min(1.0, self._patience / 4)):

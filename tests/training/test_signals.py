@@ -2,13 +2,22 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
 from infformer.training.signals import StopRequested, StopSignals
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+EACH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """As if someone looked on, and no `nohup` had started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def alone() -> StopSignals:
@@ -16,7 +25,7 @@ def alone() -> StopSignals:
     return StopSignals(lambda number: number)
 
 
-@BOTH
+@EACH
 def test_a_signal_is_noted_and_nothing_else(number: int) -> None:
     with alone() as signals:
         assert signals.agreed() is None
@@ -28,7 +37,7 @@ def test_a_signal_is_noted_and_nothing_else(number: int) -> None:
     assert stop.value.number == number
 
 
-@BOTH
+@EACH
 def test_what_another_process_was_sent_counts_as_much(number: int) -> None:
     told: list[int] = []
     signals = StopSignals(lambda own: told.append(own) or max(own, int(number)))
@@ -46,12 +55,43 @@ def test_processes_that_were_sent_different_signals_agree_on_one() -> None:
     assert found == [signal.SIGTERM, signal.SIGTERM]
 
 
-@BOTH
-def test_who_insists_interrupts_at_once(number: int) -> None:
-    with alone():
+@EACH
+def test_the_second_interrupt_changes_nothing_and_the_third_interrupts_at_once(number: int) -> None:
+    """A launcher or a nervous finger sends two."""
+    with alone() as signals:
         os.kill(os.getpid(), number)
-        with pytest.raises(KeyboardInterrupt):
+        for _ in range(3 - (number == signal.SIGINT) - 1):
             os.kill(os.getpid(), signal.SIGINT)
+        assert signals.agreed() == number
+        with pytest.raises(KeyboardInterrupt, match="resume=auto"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_who_interrupts_is_told_what_comes_of_it_by_the_main_process_alone(capfd) -> None:
+    for shows in (True, False):
+        with StopSignals(lambda number: number, shows):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        said = capfd.readouterr().err.split("\n")
+        assert said == (
+            ["", "SIGINT: this step is finished and saved; 2 more interrupt it at once", ""] if shows else [""]
+        )
+
+
+def test_a_hangup_that_nohup_ignores_remains_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with alone() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.agreed() is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_the_first_signal_is_the_one_that_is_told() -> None:
+    """An interrupt ends `accelerate launch`, whose end then terminates the process."""
+    with alone() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agreed() == signal.SIGINT
 
 
 def test_schedulers_may_ask_more_than_once() -> None:
@@ -62,7 +102,7 @@ def test_schedulers_may_ask_more_than_once() -> None:
 
 
 def test_afterwards_signals_do_what_they_did_before() -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     with suppress(ZeroDivisionError), alone():
         assert all(signal.getsignal(number) not in before for number in numbers)

@@ -52,6 +52,16 @@ def test_if_the_store_is_gone_the_run_ends_too(ended, monkeypatch, caplog):
     assert "unknown (connection reset by peer)" in caplog.text
 
 
+def test_a_store_that_is_gone_with_the_launcher_does_not_keep_a_checkpoint_from_being_written(monkeypatch):
+    class Gone:
+        def set(self, key: str, value: str) -> None:
+            raise torch.distributed.DistNetworkError("broken pipe")
+
+    monkeypatch.setattr(watchdog, "_store", Gone)
+    with Watchdog(0, 2, patience=60) as watching:
+        watching.tell("saves")
+
+
 def test_progress_is_left_in_peace(ended, tell_for_the_other):
     tell_for_the_other("begins")
     pause = threading.Event()
