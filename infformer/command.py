@@ -128,8 +128,9 @@ def _another_says(sentence: str) -> bool:
 def _outlasting(stream: object, descriptor: int) -> io.TextIOWrapper:
     """A standard stream that is written to for nothing when whoever read it has gone."""
     assert isinstance(stream, io.TextIOWrapper)
+    raw: io.RawIOBase = _Outlasting(descriptor, "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Outlasting(descriptor, "wb", closefd=False)),
+        io.BufferedWriter(raw),
         encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
     )  # fmt: skip
 
