@@ -20,7 +20,9 @@ from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
 from infformer.training.building import ask, make_reader
 from infformer.training.command_line import start
-from infformer.training.runtime import EngineError, settle_engine, start_processes
+from infformer.training.evaluation_folder import check_that_it_may_be_written, evaluation_folder, write_record
+from infformer.training.folder import held
+from infformer.training.runtime import Accelerator, EngineError, settle_engine, start_processes
 
 
 def main() -> None:
@@ -36,7 +38,12 @@ def run(config: EvaluationRunConfig) -> None:
             f"engine={engine.name} cuts the model up, and to measure, each process needs all of it: choose engine=ddp, "
             "and launch with torchrun, or with accelerate as it is before `accelerate config`"
         )
-    accelerator = start_processes(engine, config.precision)
+    accelerator, folder = start_processes(engine, config.precision), evaluation_folder(config)
+    with held(accelerator, folder, lambda: check_that_it_may_be_written(config, folder)):
+        _measure(config, accelerator, folder)
+
+
+def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path) -> None:
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
     tokenizer, documents = None, dict[str, TokenizedDocuments]()
     if config.task.vocabulary_size is None:
@@ -52,7 +59,6 @@ def run(config: EvaluationRunConfig) -> None:
         stride=config.stride,
         warmup_documents=config.warmup_documents,
     )
-    folder = Path(config.output_dir)
     if tokenizer is not None:
         first = accelerator.main_process_first()
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
@@ -68,6 +74,7 @@ def run(config: EvaluationRunConfig) -> None:
         if accelerator.is_main_process:
             examination.report(results, folder)
     if accelerator.is_main_process:
+        write_record(config, folder)
         print(f"written to {folder / 'results.json'}")
 
 

@@ -336,8 +336,12 @@ class EvaluationRunConfig:
     """Tokens of a decoder's short-term memory, which may be longer than in training. Null: as in training."""
     tokenizer: str | None = None
     """A folder or a hub name. Null: the model's."""
-    output_dir: str = "outputs/evaluation"
-    """Where `results.json` and the plots go."""
+    output_dir: str | None = None
+    """Where `results.json` and the plots go. Null: a folder in `outputs/evaluation`, called by the checkpoint and by
+    what is asked of it."""
+    overwrite: bool = False
+    """Write over what `output_dir` holds, if it is a training run or another evaluation. False: that is an error; the
+    same evaluation writes over its own results."""
 
     def __post_init__(self) -> None:
         _check_choice("split", self.split, ("train", "validation", "test"))

@@ -38,16 +38,18 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def synchronise(folder: Path) -> None:
-    """Return when all that lies in a folder, and in folders in it, is on the disk; to be called before a `rename`."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            descriptor = os.open(os.path.join(place, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _synchronise_names(Path(place))
+def synchronise(path: Path) -> None:
+    """Return when a file, or a folder with all that lies in it, is on the disk: to be called before a `rename`."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            synchronise(inner)
+        _synchronise_names(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def rename(temporary: Path, path: Path) -> None:
@@ -62,9 +64,9 @@ def rename(temporary: Path, path: Path) -> None:
 
 def _synchronise_names(folder: Path) -> None:
     """The names in a folder; not every file system can, and none has lost its files by that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)

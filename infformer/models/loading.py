@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
@@ -166,7 +167,7 @@ def _load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
     else:
         problem = problem_with_the_hub("model", name, option)
     try:
-        return kind.from_pretrained(name, local_files_only=problem is not None, **kwargs)
+        loaded = kind.from_pretrained(name, local_files_only=problem is not None, **kwargs)
     except Exception as error:  # whatever a broken folder makes the libraries raise
         if problem is not None:
             raise ModelError(
@@ -175,3 +176,15 @@ def _load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
             ) from error
         reason = " ".join(str(error).split())
         raise ModelError(f"{option}={name}: no {kind.__name__} could be loaded from there: {reason}") from error
+    if isinstance(loaded, nn.Module):
+        _check_finite(loaded, f"{option}={name}")
+    return loaded
+
+
+def _check_finite(model: nn.Module, what: str) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(
+                f"{what}: the weights {name} there are not finite (NaN or infinite), so nothing that the model says "
+                "means anything; take an earlier checkpoint"
+            )

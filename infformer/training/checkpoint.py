@@ -4,14 +4,15 @@
         model/                       a Hugging Face folder, with the tokenizer if there is one
         optimizer.safetensors        Adam's moments, by parameter
         process-00000.safetensors    of each process: its lanes and their memory
-        state.json                   step, tokens, where the task stands, schedule, best, format
-        manifest.json                sizes of all files, written last
+        state.json                   step, tokens, where the task stands, schedule, best
+        manifest.json                format; size and checksum of every file; written last
     checkpoints/best -> step-…       the lowest validation loss
 
 Weights and moments are whole, however the engine keeps them, and memory is stored by lane; so neither the engine nor
 the number of processes matters to who goes on. There is no random state: every draw is a function of the seed and of
 where it is made. A checkpoint is written while the training goes on, from a copy in the main process's memory (12 bytes
-a parameter), under a temporary name, and renamed when whole. Nothing in it is unpickled.
+a parameter), under a temporary name, and renamed when all of it is on the disk. What is not finite is never saved.
+Nothing in a checkpoint is unpickled.
 """
 
 from __future__ import annotations
@@ -21,31 +22,39 @@ import logging
 import os
 import shutil
 import threading
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from infformer.durable import rename, synchronise, write_text
 from infformer.errors import UserError
 from infformer.memory.state import MemoryState
 from infformer.models.memory_model import MemoryModel
 from infformer.tasks.task import Task
 from infformer.training.metrics import StepMetrics
-from infformer.training.runtime import Accelerator, highest
+from infformer.training.runtime import Accelerator, gathered, highest
 from infformer.training.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
-"""Raised when a checkpoint of before can no longer be read."""
+FORMAT = 4
+"""Raised when a checkpoint of before can no longer be read. 4: the manifest has checksums."""
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, read, or gone on from."""
+
+
+class DivergedError(CheckpointError):
+    """What was to be saved holds numbers that are not finite."""
 
 
 @dataclass
@@ -75,6 +84,10 @@ class TrainingState:
     best_step: int | None = None
     results_before: dict[str, Any] = field(default_factory=dict)
     """Test figures before the first step."""
+
+
+_WHOLE, _WRITING, _FAILED, _DIVERGED = range(4)
+"""How the writing of a checkpoint goes, in one process; of all of them the highest counts."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,8 @@ class CheckpointWriter:
         self._copy: _Copy | None = None
         self._thread: threading.Thread
         self._error: Exception | None = None
+        self._files: dict[str, dict[str, int]] = {}
+        """What this process has written: the manifest's entries."""
 
     def begin(self, state: TrainingState, share: range) -> None:
         """Take a copy of everything and begin to write it; waits for the checkpoint before, if that is not whole yet.
@@ -137,30 +152,38 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: it could not be written; earlier ones are as they were.
+            DivergedError: there are numbers in it that are not finite.
         """
         copy = self._copy
         if copy is None:
             return
         if wait:
             self._thread.join()
-        writing, failed = self._thread.is_alive(), self._error is not None
         # All processes learn here how it went, and give up together. A failure is told at once.
-        outcome = highest(self._accelerator, 2 if failed else int(writing))
-        if outcome == 1:
+        outcome = highest(self._accelerator, self._outcome())
+        if outcome == _WRITING:
             return
         self._thread.join()
         partial = self._root / f"{copy.name}.partial"
-        if outcome == 0 and copy.is_main:
-            try:
-                _rename_when_whole(partial, self._root / copy.name, self._accelerator.num_processes)
-                if copy.is_best:
-                    _point_to(self._root / "best", self._root / copy.name)
-            except OSError as error:
-                self._error = error
-        self._copy = None
-        if highest(self._accelerator, int(self._error is not None or outcome == 2)):
+        if outcome == _WHOLE:
+            files = gathered(self._accelerator, self._files)
             if copy.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    _rename_when_whole(partial, self._root / copy.name, files)
+                    if copy.is_best:
+                        point_to_best(self._root, copy.step)
+                except OSError as error:
+                    self._error = error
+        self._copy = None
+        outcome = highest(self._accelerator, max(outcome, self._outcome()))
+        if outcome != _WHOLE and copy.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        if outcome == _DIVERGED:
+            raise DivergedError(
+                f"after step {copy.step} {self._error or 'the memory in another process is not finite'}, so it is not "
+                "saved."
+            ) from self._error
+        if outcome == _FAILED:
             raise CheckpointError(
                 f"the checkpoint of step {copy.step} could not be written to {self._root}: "
                 f"{self._error or 'another process failed'}. Earlier checkpoints are untouched; make room, or set "
@@ -169,18 +192,33 @@ class CheckpointWriter:
         if copy.is_main:
             remove_old_checkpoints(self._root, self._keep)
 
+    def _outcome(self) -> int:
+        """How the writing goes in this process."""
+        if self._error is not None:
+            return _DIVERGED if isinstance(self._error, DivergedError) else _FAILED
+        return _WRITING if self._thread.is_alive() else _WHOLE
+
     def _write(self, copy: _Copy, state: TrainingState) -> None:
         """In the background; of the state only what never changes is used."""
         partial = self._root / f"{copy.name}.partial"
         try:
+            for tensors in (copy.weights, copy.moments, copy.own):
+                _check_finite(tensors)
             partial.mkdir(parents=True, exist_ok=True)
-            save_file(copy.own, partial / f"process-{copy.process:05d}.safetensors")
+            written = [partial / f"process-{copy.process:05d}.safetensors"]
+            save_file(copy.own, written[0])
             if copy.is_main:
                 state.model.save_pretrained(partial / "model", state_dict=copy.weights)
                 if state.task.tokenizer is not None:
                     state.task.tokenizer.save_pretrained(partial / "model")
-                save_file(copy.moments, partial / "optimizer.safetensors")
-                (partial / "state.json").write_text(json.dumps(copy.shared, indent=1))
+                written += [path for path in sorted((partial / "model").rglob("*")) if path.is_file()]
+                written += [partial / "optimizer.safetensors", partial / "state.json"]
+                save_file(copy.moments, written[-2])
+                write_text(written[-1], json.dumps(copy.shared, indent=1))
+                synchronise(partial / "model")
+            for path in written:  # here, where it was written: elsewhere a network's disk would not wait for it
+                synchronise(path)
+            self._files = {str(path.relative_to(partial)): _entry(path) for path in written}
         except Exception as error:  # whatever it is: what is not whole must not be taken for it
             self._error = error
 
@@ -189,9 +227,18 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
     """Put everything but the weights back into place; all processes call this together.
 
     The weights are loaded first of all, by `load_weights`: engines copy them when they take the model over.
+
+    Raises:
+        CheckpointError: it cannot be read.
     """
-    saved = json.loads((folder / "state.json").read_text())
-    state.shards.put_moments(load_file(folder / "optimizer.safetensors"))
+    memories = state.memories
+    try:
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        moments = load_file(folder / "optimizer.safetensors")
+        state.memories = _load_memories(folder, memories, share, accelerator.device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    state.shards.put_moments(moments)
     state.schedule.load_state_dict(saved["schedule"] | {"lr_lambdas": []})  # they are the configuration's
     for group, rate in zip(state.schedule.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
         group["lr"] = rate
@@ -199,14 +246,22 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
         accelerator.scaler.load_state_dict(saved["scaler"])
     state.task.load_state_dict(saved["task"])
     state.position = saved["task"]
-    state.memories = _load_memories(folder, state.memories, share, accelerator.device)
     state.unreported = [StepMetrics(**entry) for entry in saved["unreported"]]
     for name in ("step", "tokens", "measured", "best_loss", "best_step", "results_before"):
         setattr(state, name, saved[name])
+    parts = len(memories) * accelerator.num_processes
+    if parts != saved["parts"] and accelerator.is_main_process:
+        logger.warning(
+            "the lanes are read in %d part(s) from here on, and were in %d (processes × "
+            "training.gradient_accumulation). Dropout is drawn by part, from the step and the part's first lane: where "
+            "the model has dropout, figures are equal to those of a run that did not stop only if every part holds the "
+            "same lanes. Without dropout they are equal but for rounding",
+            parts, saved["parts"],
+        )  # fmt: skip
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The newest whole checkpoint; broken ones are passed over with a warning."""
+    """The newest whole checkpoint; all of it has been read. Damaged ones are passed over with a warning."""
     for folder in sorted(root.glob("step-????????"), reverse=True):
         problem = what_is_wrong(folder)
         if problem is None:
@@ -216,50 +271,77 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def what_is_wrong(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, in words; None if it can."""
+    """Why a checkpoint cannot be used, in words; None if it can. All of it is read."""
+    problem = _what_is_missing(folder)
+    if problem is not None:
+        return problem
     try:
-        sizes = json.loads((folder / "manifest.json").read_text())
-        for name, size in sizes.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-        version = json.loads((folder / "state.json").read_text())["format"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"it is not whole ({error})"
-    return None if version == FORMAT else f"its format is {version}, this version reads {FORMAT}"
+        for name, entry in _manifest(folder)["files"].items():
+            if _checksum(folder / name) != entry["crc32"]:
+                return f"{name} is damaged: it is not what was written (by its checksum)"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """After how many steps a checkpoint was taken, in which nothing is wrong."""
+    return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint of the lowest validation loss, if there is one and it is whole."""
+    """The checkpoint of the lowest validation loss, if there is one and it is whole; if it is not, with a warning."""
     best = (root / "best").resolve()
-    return best if what_is_wrong(best) is None else None
+    if not best.is_dir():
+        return None
+    problem = what_is_wrong(best)
+    if problem is not None:
+        logger.warning("%s, the best, is passed over: %s", best, problem)
+    return best if problem is None else None
+
+
+def point_to_best(root: Path, step: int) -> None:
+    """Let `best` be the checkpoint of this step, if it is there. What a run that was killed did not come to."""
+    folder, link = root / f"step-{step:08d}", root / "best"
+    if folder.is_dir() and link.resolve() != folder.resolve():
+        temporary = link.with_name(link.name + ".new")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        rename(temporary, link)
 
 
 def remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Keep the last `keep` whole checkpoints and the best.
+    """Keep the last `keep` checkpoints and the best; by their sizes, they are not read for this.
 
     What other processes are writing at this moment, perhaps of the next checkpoint already, is not touched.
     """
-    best = best_checkpoint(root)
+    best = (root / "best").resolve()
     folders = sorted(root.glob("step-????????"))
-    kept = [folder for folder in folders if what_is_wrong(folder) is None][-keep:]
+    kept = [folder for folder in folders if _what_is_missing(folder) is None][-keep:]
     for folder in folders:
-        if folder < kept[0] and folder.resolve() != best:
+        if kept and folder < kept[0] and folder.resolve() != best:
             removed = root / f"{folder.name}.partial"  # if killed now, nothing looks like a checkpoint but is none
             os.replace(folder, removed)
             shutil.rmtree(removed, ignore_errors=True)
 
 
 def load_weights(folder: Path, model: MemoryModel) -> None:
-    """The weights alone, into a model that no engine has taken over yet."""
+    """The weights alone, into a model that no engine has taken over yet.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
     model.load_state_dict(model_tensors(folder, model), strict=True)
 
 
 def model_tensors(folder: Path, model: MemoryModel) -> dict[str, Tensor]:
     """The weights in a checkpoint by their names in the model, tied ones under all of theirs."""
     tensors: dict[str, Tensor] = {}
-    for path in sorted((folder / "model").glob("*.safetensors")):
-        tensors |= load_file(path)
+    try:
+        for path in sorted((folder / "model").glob("*.safetensors")):
+            tensors |= load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
     for target, source in model.all_tied_weights_keys.items():  # stored once
         if source in tensors:
             tensors.setdefault(target, tensors[source])
@@ -268,10 +350,18 @@ def model_tensors(folder: Path, model: MemoryModel) -> dict[str, Tensor]:
     return tensors
 
 
+def put_back_replaced(root: Path) -> None:
+    """What a run had taken away to put a newer one in its place, and was killed before it did."""
+    for replaced in root.glob("step-????????.replaced"):
+        if not replaced.with_suffix("").exists():
+            os.replace(replaced, replaced.with_suffix(""))
+
+
 def remove_unfinished(root: Path) -> None:
-    """What a run that was killed had begun to write."""
-    for partial in root.glob("*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    """What a run that was killed had begun to write, or to remove."""
+    for pattern in ("*.partial", "*.replaced"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copy_of(state: TrainingState, accelerator: Accelerator, share: range) -> _Copy:
@@ -285,10 +375,10 @@ def _copy_of(state: TrainingState, accelerator: Accelerator, share: range) -> _C
     own = {"lanes": torch.tensor(share)} | {f"memory.{name}": _to_host(tensor) for name, tensor in memory.items()}
     schedule = {name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"}
     shared = {
-        "format": FORMAT,
         "step": state.step,
         "tokens": state.tokens,
         "measured": state.measured,
+        "parts": len(state.memories) * accelerator.num_processes,
         "best_loss": state.best_loss,
         "best_step": state.best_step,
         "task": state.position,
@@ -305,18 +395,91 @@ def _to_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True).contiguous()
 
 
-def _rename_when_whole(partial: Path, folder: Path, processes: int) -> None:
-    found = len(list(partial.glob("process-*.safetensors")))
-    if found != processes:
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise DivergedError(f"{name} is not finite (NaN or infinite in {count:,} of {tensor.numel():,} numbers)")
+
+
+def _entry(path: Path) -> dict[str, int]:
+    """What the manifest says of a file."""
+    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _checksum_of(entries: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
+
+
+def _manifest(folder: Path) -> Any:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _what_is_missing(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, as far as the names and sizes of its files say; None if they say nothing."""
+    try:
+        manifest = _manifest(folder)
+        found = _format_of(folder, manifest)
+        if found != FORMAT:
+            return (
+                f"its format is {found}, this version reads {FORMAT}; the version that wrote it reads it, which "
+                "versions.json in the folder of its run names"
+            )
+        if _checksum_of(manifest["files"]) != manifest["crc32"]:
+            return "manifest.json is damaged: it is not what was written (by its checksum)"
+        for name, entry in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+        for path in folder.rglob("*.safetensors"):
+            if str(path.relative_to(folder)) not in manifest["files"]:
+                return f"{path.relative_to(folder)} does not belong to it"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"it is not whole ({type(error).__name__}: {error})"
+    return None
+
+
+def _format_of(folder: Path, manifest: Mapping[str, Any]) -> Any:
+    """Up to format 3 the manifest held nothing but sizes."""
+    if "format" in manifest:
+        return manifest["format"]
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))["format"]
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be read ({error}). All machines must see the folder of the run; if they do, go on from an "
+        "earlier checkpoint by resume=PATH output_dir=ANOTHER"
+    )
+
+
+def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
+    """Give it its name, if what every process says that it has written is there."""
+    found = sum((partial / f"process-{number:05d}.safetensors").is_file() for number in range(len(written)))
+    if found != len(written):
         raise FileNotFoundError(
-            f"of {processes} processes only {found} have written to it; all machines must share this folder"
+            f"of {len(written)} processes only {found} have written to it; all machines must share this folder"
         )
-    sizes = {
-        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
-    }
-    (partial / "manifest.json").write_text(json.dumps(sizes, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    files = {name: entry for entries in written for name, entry in entries.items()}
+    manifest = {"format": FORMAT, "files": files, "crc32": _checksum_of(files)}
+    write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
+    for path in partial.rglob("*.safetensors"):  # of a run on more processes that was killed here
+        if str(path.relative_to(partial)) not in files:
+            path.unlink()
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    rename(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _load_memories(folder: Path, memories: list[MemoryState], share: range, device: torch.device) -> list[MemoryState]:
@@ -327,11 +490,3 @@ def _load_memories(folder: Path, memories: list[MemoryState], share: range, devi
     template = MemoryState.concatenate(memories)
     stored = {name: torch.cat([file[f"memory.{name}"] for file in files]) for name in template.named_tensors()}
     return template.with_tensors(stored).select_rows(rows.to(device)).split(len(memories))
-
-
-def _point_to(link: Path, folder: Path) -> None:
-    """Make a symbolic link, or change it at once."""
-    temporary = link.with_name(link.name + ".new")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    os.replace(temporary, link)

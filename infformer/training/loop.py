@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from infformer.errors import UserError
 from infformer.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
+    DivergedError,
     TrainingState,
     newest_checkpoint,
 )
@@ -85,7 +87,7 @@ class Loop:
 
         Raises:
             TrainingStopped: a signal came; a checkpoint was written.
-            TrainingFailedError: a loss that is not finite, or a last checkpoint that could not be written.
+            TrainingFailedError: a loss or a weight that is not finite, or a last checkpoint that could not be written.
         """
         training, state = self.config.training, self.state
         with self._progress_bar() as bar:
@@ -125,7 +127,7 @@ class Loop:
                 self.accelerator, self.prepared, self.optimizer, parts, training.gradient_clipping
             )
         except NonFiniteError as error:
-            self._finish(wait=True)  # what was good is kept
+            self._finish(wait=True)  # what was good is kept, and what was not is told
             raise TrainingFailedError(self._explain(error, segments)) from error
         rates = learning_rates(state.schedule.optimizer)
         state.schedule.step()
@@ -164,7 +166,9 @@ class Loop:
         validation = self.state.task.validate()
         if validation is None:
             return
-        if self.state.best_loss is None or validation.loss < self.state.best_loss:
+        if not math.isfinite(validation.loss):
+            logger.warning("step %d: the validation loss is %s: never the best", self.state.step, validation.loss)
+        elif self.state.best_loss is None or validation.loss < self.state.best_loss:
             self.state.best_loss, self.state.best_step = validation.loss, self.state.step
         if self.accelerator.is_main_process:
             self._record(validation.metrics)
@@ -187,28 +191,31 @@ class Loop:
         """Begin to save; to the end, if the training ends here. Later on, a failure is only a warning: the next one may
         succeed.
         """
-        try:
-            self.writer.begin(self.state, self.share)
-        except CheckpointError as error:  # of the one before
-            logger.error("%s The run goes on.", error)
-            self.writer.begin(self.state, self.share)
-        self._finish(wait=must_succeed)
+        self._finish(wait=True, must_succeed=False)  # the one before
+        self.writer.begin(self.state, self.share)
+        self._finish(wait=must_succeed, must_succeed=must_succeed)
 
-    def _finish(self, wait: bool) -> None:
+    def _finish(self, wait: bool, must_succeed: bool = False) -> None:
         try:
             self.writer.finish(wait)
+        except DivergedError as error:
+            raise TrainingFailedError(f"{error} {self._what_is_left()}") from error
         except CheckpointError as error:
-            if wait:
+            if must_succeed:
                 raise TrainingFailedError(str(error)) from error
             logger.error("%s The run goes on.", error)
 
     def _explain(self, error: NonFiniteError, segments: Sequence[Segment]) -> str:
         lanes = [lane for segment in segments for lane in self.state.task.locate(segment)]
+        return (
+            f"step {self.state.step + 1}: {error}. This process was reading {'; '.join(lanes)}. {self._what_is_left()}"
+        )
+
+    def _what_is_left(self) -> str:
         newest = newest_checkpoint(self.folder / "checkpoints")
         return (
-            f"step {self.state.step + 1}: {error}. This process was reading "
-            f"{'; '.join(lanes)}. The last good checkpoint is {newest or 'none yet'}. A lower optimizer.learning_rate "
-            "or memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."
+            f"The last good checkpoint is {newest or 'none yet'}. A lower optimizer.learning_rate or "
+            "memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."
         )
 
     def _progress_bar(self) -> tqdm[None]:

@@ -112,6 +112,9 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield line, json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path}, line {number}, is no record of a step")
+            yield line, record

@@ -11,6 +11,9 @@ from transformers import get_scheduler
 from infformer.config import OptimizerConfig, ScheduleConfig
 from infformer.models.memory_model import MemoryModel
 
+ENDING_SCHEDULES = ("cosine", "linear")
+"""Those whose learning rates depend on `training.max_steps`, at which they end."""
+
 
 def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:
     """Adam over four groups: backbone and memory, each with and without weight decay.

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from infformer.config import RunConfig
-from infformer.errors import UserError
-from infformer.training.checkpoint import newest_checkpoint, what_is_wrong
+from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, what_is_wrong
+from infformer.training.folder import (
+    RunError,
+    as_dictionary,
+    differences,
+    flatten,
+    saved_options,
+    what_lies_in,
+)
+from infformer.training.metrics import read_metrics
+from infformer.training.optimization import ENDING_SCHEDULES
 
 logger = logging.getLogger(__name__)
 
@@ -22,78 +29,133 @@ FREE_TO_CHANGE = (
     "task.validation_sequences", "task.test_sequences", "task.evaluation_lengths", "task.lengths", "task.depths",
     "task.validation_questions", "task.test_questions",
 )  # fmt: skip
-"""Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned."""
-
-
-class RunError(UserError, ValueError):
-    """A run that cannot start as asked."""
+"""Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned,
+except that some schedules are made of `training.max_steps`, which is said then."""
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
 def where_to_start(config: RunConfig, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+    """The checkpoint to go on from, or None for a new run; to be asked by the process that holds the folder.
 
     Raises:
-        RunError: the folder holds another run, or the checkpoint is not one of a run like this.
+        RunError: the folder holds another run, or something else that a new one would write over; no checkpoint can be
+            gone on from, or not by a run like this.
     """
-    newest = newest_checkpoint(folder / "checkpoints")
+    checkpoints = folder / "checkpoints"
     if config.resume is None:
-        if (folder / "metrics.jsonl").exists() or newest is not None:
-            raise RunError(
-                f"output_dir={folder} already holds a run: go on with it by resume=auto, choose another name= or "
-                "output_dir=, or remove the folder"
-            )
+        _refuse_what_is_there(folder)
         return None
+    put_back_replaced(checkpoints)
+    newest = newest_checkpoint(checkpoints)
     if config.resume == "auto":
-        checkpoint = newest
-        if checkpoint is None:
+        if newest is None:
+            _check_that_it_may_begin(config, folder)
             logger.info("resume=auto: no checkpoint in %s, the run begins", folder)
             return None
+        checkpoint = newest
     else:
-        checkpoint = Path(config.resume).resolve()
+        checkpoint = Path(config.resume).expanduser().resolve()
         problem = what_is_wrong(checkpoint)
         if problem is not None:
             raise RunError(f"resume={config.resume}: this checkpoint cannot be gone on from: {problem}")
-        if newest is not None and newest.resolve() != checkpoint:
+        if newest is None:
+            _check_that_it_may_begin(config, folder)
+        elif newest.resolve() != checkpoint:
             raise RunError(
                 f"resume={config.resume}: output_dir={folder} holds another checkpoint already, {newest.name}: go on "
                 "with that by resume=auto, or choose another name= or output_dir="
             )
     try:
-        then = _flatten(saved_config(checkpoint.parents[1]))
-    except OSError as error:
+        then = saved_options(checkpoint.parent.parent / "config.yaml")
+    except RunError as error:
         raise RunError(
-            f"resume={config.resume}: the configuration of its run cannot be read ({error}); go on from a checkpoint "
-            "where it lies, in checkpoints/ of the folder of its run"
+            f"resume={config.resume}: {error}; go on from a checkpoint where it lies, in checkpoints/ of the folder of "
+            "its run"
         ) from error
-    now = _flatten(as_dictionary(config))
-    changed = [
-        f"{option} was {then.get(option)}, is {now.get(option)}"
-        for option in sorted(then.keys() | now.keys())
-        if then.get(option) != now.get(option)
-        and not any(option == free or option.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-    ]
-    if changed:
-        raise RunError(
-            f"resume={config.resume}: the run of {checkpoint} was configured otherwise: {'; '.join(changed)}. Set "
-            "these back, or begin a new run under another name="
-        )
+    _check_that_it_is_the_same(config, then, f"the run of {checkpoint}")
+    _tell_of_another_end(config, then, checkpoint)
     return checkpoint
 
 
-def saved_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration in a run's folder, as nested dictionaries."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+def _refuse_what_is_there(folder: Path) -> None:
+    found = what_lies_in(folder)
+    if any(name in found for name in _OF_A_RUN):
+        raise RunError(
+            f"output_dir={folder} already holds a run: go on with it by resume=auto, choose another name= or "
+            "output_dir=, or remove the folder"
+        )
+    if found:
+        raise RunError(
+            f"output_dir={folder} holds {_some(found)}, which no run has written: choose another name= or output_dir=, "
+            "or remove what is there"
+        )
 
 
-def as_dictionary(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested dictionaries."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
+    """In a folder without a checkpoint to go on from: only where nothing of value would be lost."""
+    found = what_lies_in(folder)
+    if not found:
+        return
+    otherwise = "choose another name= or output_dir=, or remove the folder to begin again"
+    broken = [f"{path.name}: {what_is_wrong(path)}" for path in sorted((folder / "checkpoints").glob("step-????????"))]
+    if broken:
+        raise RunError(
+            f"resume={config.resume}: output_dir={folder} holds checkpoints, and none can be gone on from ("
+            f"{'; '.join(broken)}): put back what is missing, {otherwise}"
+        )
+    if "config.yaml" not in found:
+        raise RunError(
+            f"resume={config.resume}: output_dir={folder} holds {_some(found)}, and no run to go on with: {otherwise}"
+        )
+    try:
+        then = saved_options(folder / "config.yaml")
+    except RunError as error:
+        raise RunError(f"resume={config.resume}: {error}, and there is no checkpoint: {otherwise}") from error
+    _check_that_it_is_the_same(config, then, f"the run in output_dir={folder}, which has no checkpoint,")
+    if "results.json" in found:
+        raise RunError(
+            f"resume={config.resume}: output_dir={folder} holds the results of a whole run and none of its "
+            f"checkpoints: {otherwise}"
+        )
+    try:
+        lines = read_metrics(folder / "metrics.jsonl") if "metrics.jsonl" in found else []
+    except ValueError as error:
+        raise RunError(f"resume={config.resume}: {error}, and there is no checkpoint: {otherwise}") from error
+    # The first checkpoint has its name at the latest when the second begins to be written.
+    latest = 2 * (then.get("training.checkpoint_every") or config.training.max_steps)
+    if lines and lines[-1]["step"] > latest:
+        raise RunError(
+            f"resume={config.resume}: output_dir={folder} holds metrics up to step {lines[-1]['step']:.0f} and no "
+            f"checkpoint: they were removed, or could not be written; put one back, {otherwise}"
+        )
+    logger.warning("%s holds a run that was stopped before its first checkpoint; it begins again", folder)
 
 
-def _flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(nested, dict):
-        return {prefix: nested}
-    flat: dict[str, Any] = {}  # a group without options says nothing
-    for name, value in nested.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+def _check_that_it_is_the_same(config: RunConfig, then: dict[str, Any], run: str) -> None:
+    changed = differences(then, flatten(as_dictionary(config)), FREE_TO_CHANGE)
+    if changed:
+        raise RunError(
+            f"resume={config.resume}: {run} was configured otherwise: {'; '.join(changed)}. Set these back, or begin a "
+            "new run under another name="
+        )
+
+
+def _tell_of_another_end(config: RunConfig, then: dict[str, Any], checkpoint: Path) -> None:
+    """Of `training.max_steps`, which some schedules are made of."""
+    step, before, now = step_of(checkpoint), then.get("training.max_steps"), config.training.max_steps
+    if step > now:
+        raise RunError(
+            f"resume={config.resume}: training.max_steps={now}, and {checkpoint} has made {step} already: set it to "
+            f"{step} to measure that checkpoint, or to more to go on"
+        )
+    if before != now and step < now and config.schedule.name in ENDING_SCHEDULES:
+        logger.warning(
+            "training.max_steps was %s, is %d: schedule=%s ends at max_steps, so from step %d on the learning rates are"
+            " those of a run of %d steps, while those until then were of a run of %s. Their curve has a jump there: "
+            "such a run is neither of the two",
+            before, now, config.schedule.name, step + 2, now, before,
+        )  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

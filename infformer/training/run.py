@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import platform
+import shutil
 import subprocess
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
-from infformer.config import RunConfig
+from infformer.config import EngineConfig, RunConfig
 from infformer.durable import write_text
 from infformer.evaluation.report import write_results
 from infformer.memory.state import MemoryState
@@ -28,15 +30,18 @@ from infformer.training.checkpoint import (
     load_checkpoint,
     load_weights,
     model_tensors,
+    point_to_best,
     remove_unfinished,
 )
+from infformer.training.folder import RunError, as_dictionary, held, nothing_can_be_written
 from infformer.training.loop import Loop, TrainingStopped
 from infformer.training.metrics import MetricsLog
 from infformer.training.optimization import make_optimizer, make_schedule
 from infformer.training.prefetch import Prefetch
-from infformer.training.resuming import RunError, as_dictionary, where_to_start
+from infformer.training.resuming import where_to_start
 from infformer.training.runtime import (
     Accelerator,
+    decided_by_main,
     highest,
     is_zero,
     prepare,
@@ -70,8 +75,23 @@ def run(config: RunConfig) -> dict[str, Any]:
     logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
     seed_everything(config.seed)  # the new weights are the same on all processes
     folder = Path(config.output_dir)
-    checkpoint = where_to_start(config, folder)
     share = _share(config, accelerator)
+    with held(accelerator, folder, lambda: where_to_start(config, folder)) as checkpoint:
+        if highest(accelerator, int(checkpoint is not None and not checkpoint.is_dir())):
+            raise RunError(f"output_dir={folder}: not all machines see {checkpoint}; give them a folder that all share")
+        return _run(config, engine, accelerator, folder, checkpoint, share)
+
+
+def _run(
+    config: RunConfig,
+    engine: EngineConfig,
+    accelerator: Accelerator,
+    folder: Path,
+    checkpoint: Path | None,
+    share: range,
+) -> dict[str, Any]:
+    """All of it, in a folder that is held."""
+    training = config.training
     signals = StopSignals(partial(highest, accelerator), shows=accelerator.is_main_process)
     watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
 
@@ -85,6 +105,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         load_weights(checkpoint, model)
     task = build_task(config, tokenizer, model, accelerator, share, after_segment)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
     in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
     shard(engine, accelerator, model)
     optimizer = make_optimizer(model, config.optimizer)
@@ -100,8 +121,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         load_checkpoint(checkpoint, state, accelerator, share)
         logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
     tracker: Tracker = NoTracker()
+    decided_by_main(accelerator, lambda: _open_record(config, folder, state, 4 * numbers + 8 * trained))
     if accelerator.is_main_process:
-        _open_record(config, folder, state.step)
         logger.info(
             "%s: %s; %s parameters trained, %s of them the memory's",
             config.name, task.describe(), f"{trained:,}", f"{in_memory:,}",
@@ -127,7 +148,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 signals,
                 watchdog,
             ).run()
-            results = _measure_best(state, folder)
+            results = _measure_best(state, folder, accelerator)
             inspection = task.inspect()
             if accelerator.is_main_process:
                 figures = plot_run(folder) + (task.report(results, folder) if results else [])
@@ -159,36 +180,49 @@ def _share(config: RunConfig, accelerator: Accelerator) -> range:
     return share_of_lanes(accelerator, lanes)
 
 
-def _measure_best(state: TrainingState, folder: Path) -> dict[str, Any]:
+def _measure_best(state: TrainingState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
     """The final figures, of the checkpoint with the lowest validation loss; empty if the task measures none."""
-    best = best_checkpoint(folder / "checkpoints")
+    best = decided_by_main(accelerator, lambda: best_checkpoint(folder / "checkpoints"))
+    if best is None and state.best_step not in (None, state.step) and accelerator.is_main_process:
+        logger.warning(
+            "the best checkpoint, of step %d, is not in %s: the last weights are measured", state.best_step, folder
+        )
     if best is not None and state.best_step != state.step:
         state.shards.put_weights(model_tensors(best, state.model))
     results = state.task.measure(str(best or folder / "checkpoints" / f"step-{state.step:08d}"))
     return {**results, "before": state.results_before or None} if results else {}
 
 
-def _open_record(config: RunConfig, folder: Path, step: int) -> None:
+def _open_record(config: RunConfig, folder: Path, state: TrainingState, size: int) -> None:
     """Write down what is run, by which versions; forget what a run that was stopped did after this step.
 
+    Args:
+        size: of a checkpoint's weights and moments, in bytes.
+
     Raises:
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written, or has no room for a checkpoint.
     """
     packages = ("infformer", "torch", "transformers", "accelerate", "datasets", "hydra-core")
     versions = {"python": platform.python_version(), "git_revision": _git_revision()}
     versions |= {package: _version(package) for package in packages}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(
+                errno.ENOSPC, f"a checkpoint takes {size / 1e6:,.0f} MB, and there is room for {free / 1e6:,.0f} MB"
+            )
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_text(folder / "versions.json", json.dumps(versions, indent=1))
         remove_unfinished(folder / "checkpoints")
-        MetricsLog(folder / "metrics.jsonl").truncate_after(step)
-        MetricsLog(folder / "samples.jsonl").truncate_after(step)
+        if state.best_step is not None:
+            point_to_best(folder / "checkpoints", state.best_step)
+        MetricsLog(folder / "metrics.jsonl").truncate_after(state.step)
+        MetricsLog(folder / "samples.jsonl").truncate_after(state.step)
     except OSError as error:
-        raise RunError(
-            f"output_dir={folder}: nothing can be written there ({error}); make room or get access, or set output_dir= "
-            "to another place"
-        ) from error
+        raise nothing_can_be_written(folder, error) from error
+    except ValueError as error:
+        raise RunError(f"output_dir={folder}: {error}; mend that line, or remove it") from error
 
 
 def _version(package: str) -> str | None:

@@ -11,11 +11,11 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -34,6 +34,8 @@ from infformer.models.memory_model import MemoryModel
 __all__ = [
     "Accelerator",
     "EngineError",
+    "decided_by_main",
+    "gathered",
     "highest",
     "is_zero",
     "prepare",
@@ -43,6 +45,8 @@ __all__ = [
     "share_of_lanes",
     "start_processes",
 ]
+
+Told = TypeVar("Told")
 
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _PATIENCE = timedelta(days=7)
@@ -176,6 +180,33 @@ def highest(accelerator: Accelerator, number: int) -> int:
     numbers = torch.tensor(number, device=accelerator.device)
     torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
     return int(numbers)
+
+
+def gathered(accelerator: Accelerator, value: Told) -> list[Told]:
+    """What each process calls this with, all together."""
+    values = [value] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def decided_by_main(accelerator: Accelerator, decide: Callable[[], Told]) -> Told:
+    """What the main process decides, told to all of them, who call this together.
+
+    Raises:
+        UserError: on all processes, if it was raised on the main one: none is left waiting for it.
+    """
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = decide()
+        except UserError as error:
+            told[1] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def seed_everything(seed: int) -> None:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infformer.data import DataError, tokenize_documents
+from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.reading import Reader
 from infformer.models.pretrained import InfformerForCausalLM
@@ -433,18 +434,20 @@ class TestDamagedCheckpoints:
         train(configure(folder, {"resume": "auto"}))
         assert_same_run(folder, whole)
 
-    def test_none_is_left(self, configure, train, whole, folder, caplog):
+    def test_none_is_left(self, configure, train, folder):
+        """It begins no run anew over what is there: this may be mended, or read by another version."""
         for path in (folder / "checkpoints").glob("step-*"):
             (path / "manifest.json").unlink()
-        train(configure(folder, {"resume": "auto"}))
-        assert_same_run(folder, whole)
+        before = contents(folder)
+        with pytest.raises(RunError, match=rf"output_dir={folder} holds checkpoints, and none .* step-00000006: "):
+            train(configure(folder, {"resume": "auto"}))
+        assert contents(folder) == before
 
     def test_of_another_format(self, configure, train, whole, folder, caplog):
-        state = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "state.json"
-        state.write_text(state.read_text().replace(f'"format": {FORMAT}', '"format": 9'))
-        assert what_is_wrong(state.parent) == f"its format is 9, this version reads {FORMAT}"
+        manifest = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 9'))
         assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000004"
-        assert f"{state.parent} is passed over: its format is 9" in caplog.text
+        assert f"{manifest.parent} is passed over: its format is 9, this version reads {FORMAT}" in caplog.text
         train(configure(folder, {"resume": "auto"}))
         assert_same_run(folder, whole)
 
@@ -524,10 +527,10 @@ def no_space_for_tensors(*arguments: Any) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def no_space_for_the_manifest(path: Path, text: str, *arguments: Any, **options: Any) -> None:
+def no_space_for_the_manifest(path: Path, text: str) -> None:
     if path.name == "manifest.json":
         no_space()
-    path.write_bytes(text.encode())
+    write_text(path, text)
 
 
 @contextmanager
@@ -545,7 +548,7 @@ FULL_DISKS = {
     "no space for the folder": partial(patch.object, Path, "mkdir", no_space),
     "no space for a file": partial(patch.object, checkpoint, "save_file", no_space),
     "no space for tensors": partial(patch.object, checkpoint, "save_file", no_space_for_tensors),
-    "no space for the manifest": partial(patch.object, Path, "write_text", no_space_for_the_manifest),
+    "no space for the manifest": partial(patch.object, checkpoint, "write_text", no_space_for_the_manifest),
     "no space for the last name": partial(patch.object, os, "replace", no_space),
     "no space at all": no_space_at_all,
 }
