@@ -474,7 +474,7 @@ class TestExitCodes:
         assert not (tmp_path / "run").exists()
 
 
-def test_an_evaluation_of_a_checkpoint(start, configure, train, texts, tmp_path):
+def test_an_evaluation_of_a_checkpoint(start, configure, train, texts, tmp_path, monkeypatch):
     """What `train.py` found in the end, `eval.py` finds again."""
     results = train(configure(tmp_path / "run"))
     options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={tmp_path}/run/checkpoints/best"]
@@ -484,3 +484,12 @@ def test_an_evaluation_of_a_checkpoint(start, configure, train, texts, tmp_path)
     assert found["nll"] == pytest.approx(results["nll"], rel=1e-6)
     assert found["controls"].keys() == results["controls"].keys()
     assert (tmp_path / "found" / "plots" / "loss_by_position.png").exists()
+    # What is there is measured for hours: nothing else is written over it, and that is said before any work.
+    monkeypatch.setattr(eval_command, "load_trained", lambda *arguments: pytest.fail("it came to the model"))
+    for folder, says in {"run": "holds a training run", "found": "stride was None, is 8"}.items():
+        before = (tmp_path / folder / "results.json").read_bytes()
+        code, text = start(eval_command, *options, "stride=8", f"output_dir={tmp_path}/{folder}")
+        assert code == 1
+        assert f"output_dir={tmp_path}/{folder} holds" in text
+        assert says in text
+        assert (tmp_path / folder / "results.json").read_bytes() == before

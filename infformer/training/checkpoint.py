@@ -180,7 +180,7 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
         if outcome == _DIVERGED:
             raise DivergedError(
-                f"after step {copy.step} {self._error or 'the memory in another process is not finite'}, so it is not "
+                f"after step {copy.step} {self._error or 'what another process holds is not finite'}, so it is not "
                 "saved."
             ) from self._error
         if outcome == _FAILED:

@@ -29,7 +29,7 @@ from infformer.training.checkpoint import (
 from infformer.training.metrics import MetricsLog, StepMetrics, summarise
 from infformer.training.optimization import learning_rates
 from infformer.training.prefetch import Prefetch
-from infformer.training.runtime import Accelerator
+from infformer.training.runtime import Accelerator, decided_by_main
 from infformer.training.signals import StopRequested, StopSignals
 from infformer.training.step import NonFiniteError, Part, draw_sticky_offsets, dropout_seed, train_step
 from infformer.training.tracking import Tracker
@@ -212,7 +212,7 @@ class Loop:
         )
 
     def _what_is_left(self) -> str:
-        newest = newest_checkpoint(self.folder / "checkpoints")
+        newest = decided_by_main(self.accelerator, lambda: newest_checkpoint(self.folder / "checkpoints"))
         return (
             f"The last good checkpoint is {newest or 'none yet'}. A lower optimizer.learning_rate or "
             "memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."

@@ -1,14 +1,32 @@
-"""What a checkpoint holds, and what it does not grow by."""
+"""What a checkpoint holds, what it does not grow by, and that none is used that is damaged."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from infformer.training.checkpoint import remove_old_checkpoints
+from infformer.models.loading import load_trained
+from infformer.models.memory_model import ModelError
+from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.task import Validation
+from infformer.training import loop
+from infformer.training.checkpoint import (
+    CheckpointError,
+    model_tensors,
+    newest_checkpoint,
+    point_to_best,
+    remove_old_checkpoints,
+    what_is_wrong,
+)
+from infformer.training.loop import TrainingFailedError
+from infformer.training.resuming import RunError, where_to_start
 
 LANES, LAYERS, BASIS_FUNCTIONS, WIDTH = 4, 2, 8, 16
 
@@ -64,3 +82,219 @@ def test_removing_old_ones_leaves_what_another_process_has_begun(checkpoints: li
     remove_old_checkpoints(tmp_path, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {checkpoints[-1].name, begun.name}
     assert (begun / "process-00001.safetensors").exists()
+
+
+@pytest.fixture
+def root(checkpoints: list[Path], tmp_path: Path) -> Path:
+    """Copies of the two newest."""
+    for checkpoint in checkpoints[-2:]:
+        shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
+    shutil.copy(checkpoints[0].parents[1] / "config.yaml", tmp_path / "run")
+    return tmp_path / "run" / "checkpoints"
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def without_a_key(path: Path) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(list(content.items())[1:])))
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-10]),
+    "a bit flipped": flip,
+    "no object": lambda path: path.write_text("[" + " " * (path.stat().st_size - 2) + "]"),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+JSON = ("state.json", "manifest.json", "model/config.json", "model/tokenizer.json")
+TENSORS = ("model/model.safetensors", "optimizer.safetensors", "process-00000.safetensors")
+
+
+class TestDamage:
+    def assert_passed_over(self, root: Path, caplog: Any) -> None:
+        assert newest_checkpoint(root) == root / "step-00000006"
+        assert f"{root / 'step-00000008'} is passed over: " in caplog.text
+
+    @pytest.mark.parametrize("name", [*JSON, *TENSORS])
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_is_found_in_every_file(self, root: Path, caplog, damage: str, name: str) -> None:
+        DAMAGES[damage](root / "step-00000008" / name)
+        self.assert_passed_over(root, caplog)
+
+    @pytest.mark.parametrize("name", JSON)
+    def test_a_key_less(self, root: Path, caplog, name: str) -> None:
+        without_a_key(root / "step-00000008" / name)
+        self.assert_passed_over(root, caplog)
+
+    def test_a_file_less_in_the_manifest(self, root: Path, caplog) -> None:
+        manifest = root / "step-00000008" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        del content["files"]["process-00000.safetensors"]
+        manifest.write_text(json.dumps(content))
+        self.assert_passed_over(root, caplog)
+
+    def test_a_moment_less(self, root: Path, caplog) -> None:
+        path = root / "step-00000008" / "optimizer.safetensors"
+        moments = load_file(path)
+        moments.popitem()
+        save_file(moments, path)
+        self.assert_passed_over(root, caplog)
+
+    def test_two_tensors_swapped(self, root: Path, caplog) -> None:
+        """Of the same size, in a file of the same size."""
+        path = root / "step-00000008" / "optimizer.safetensors"
+        moments = load_file(path)
+        one, other = (f"backbone.transformer.h.{layer}.ln_1.weight.exp_avg" for layer in (0, 1))
+        moments[one], moments[other] = moments[other], moments[one]
+        save_file(moments, path)
+        self.assert_passed_over(root, caplog)
+
+    @pytest.mark.parametrize("name", TENSORS)
+    def test_a_file_of_another_checkpoint(self, root: Path, caplog, name: str) -> None:
+        """Of the same names and sizes: weights of one run, memory of another."""
+        shutil.copy(root / "step-00000006" / name, root / "step-00000008" / name)
+        self.assert_passed_over(root, caplog)
+
+    def test_a_file_too_many(self, root: Path, caplog) -> None:
+        shutil.copy(root / "step-00000008" / TENSORS[2], root / "step-00000008" / "process-00001.safetensors")
+        self.assert_passed_over(root, caplog)
+
+    def test_is_refused_where_it_was_asked_for(self, root: Path, configure, tmp_path: Path) -> None:
+        flip(root / "step-00000008" / TENSORS[1])
+        config = configure(tmp_path / "new", {"resume": str(root / "step-00000008")})
+        with pytest.raises(RunError, match=r"cannot be gone on from: optimizer\.safetensors is damaged"):
+            where_to_start(config, tmp_path / "new")
+
+    def test_of_an_earlier_format_names_who_reads_it(self, root: Path, configure, tmp_path: Path) -> None:
+        """Up to format 3 a manifest held nothing but sizes; nothing is begun anew over such checkpoints."""
+        for folder in root.iterdir():
+            (folder / "manifest.json").write_text('{"state.json": 1}')
+            (folder / "state.json").write_text('{"format": 3}')
+        with pytest.raises(RunError, match=r"its format is 3, this version reads 4; the version that wrote it"):
+            where_to_start(configure(root.parent, {"resume": "auto"}), root.parent)
+
+    def test_weights_that_cannot_be_read_are_an_error_in_words(self, root: Path) -> None:
+        (root / "step-00000008" / TENSORS[0]).write_bytes(b"")
+        with pytest.raises(CheckpointError, match="step-00000008 cannot be read"):
+            model_tensors(root / "step-00000008", None)  # type: ignore[arg-type]
+
+
+def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(configure, train, tmp_path: Path, monkeypatch) -> None:
+    made: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        made.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        made.append(("replace", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    train(configure(tmp_path, {"training.max_steps": 1, "data.validation": None, "data.test": None}))
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    named = made.index(("replace", str(folder)))
+    partial = folder.with_name(f"{folder.name}.partial")
+    written = {str(partial / path.relative_to(folder)) for path in (folder, *folder.rglob("*"))}
+    assert len(written) > 8
+    before = {path for what, path in made[:named] if what == "fsync"}
+    # What `write_text` writes is synchronised under a temporary name.
+    assert written <= before | {path.removesuffix(".partial") for path in before}
+    assert made[named + 1] == ("fsync", str(folder.parent))
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_weights_that_are_not_finite_are_never_saved(configure, train, tmp_path: Path, monkeypatch, step: int) -> None:
+    """The update made them so, after a loss and a gradient that were finite; also if it was the last."""
+    train_step, made = loop.train_step, list[Any]()
+
+    def poisoned(accelerator: Any, model: Any, *arguments: Any) -> Any:
+        result = train_step(accelerator, model, *arguments)
+        made.append(result)
+        if len(made) == step:
+            with torch.no_grad():
+                dict(model.named_parameters())["backbone.transformer.ln_f.weight"][3] = torch.nan
+        return result
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(TrainingFailedError) as failed:
+        train(configure(tmp_path, {"training.evaluate_every": 2, "evaluation.before": False, "data.test": None}))
+    message = str(failed.value)
+    assert f"after step {step} backbone.transformer.ln_f.weight is not finite (NaN or infinite in 1 of 16" in message
+    last = tmp_path / "checkpoints" / f"step-{step - 2:08d}"
+    assert f"The last good checkpoint is {last}" in message
+    assert "optimizer.learning_rate" in message
+    assert newest_checkpoint(tmp_path / "checkpoints") == last
+    assert (tmp_path / "checkpoints" / "best").resolve() == last
+    assert not list((tmp_path / "checkpoints").glob(f"step-{step:08d}*"))
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(configure, train, tmp_path, monkeypatch, caplog) -> None:
+    losses = iter([float("nan"), 5.0, float("inf"), float("nan")])
+    monkeypatch.setattr(LanguageModelling, "validate", lambda task: Validation(next(losses), {}, ""))
+    train(configure(tmp_path, {"training.evaluate_every": 2, "evaluation.before": False, "data.test": None}))
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-00000004"
+    assert "step 2: the validation loss is nan: never the best" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_measured(root: Path) -> None:
+    path = root / "step-00000008" / TENSORS[0]
+    tensors = load_file(path)
+    tensors["backbone.transformer.wpe.weight"][2, 3] = torch.inf
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"checkpoint=.*: the weights backbone.transformer.wpe.weight .* not finite"):
+        load_trained(str(root / "step-00000008"))
+
+
+class TestWhereItGoesOn:
+    def test_another_end_changes_what_follows_and_says_so(self, root: Path, configure, caplog) -> None:
+        config = configure(root.parent, {"resume": "auto", "training.max_steps": 12})
+        assert where_to_start(config, root.parent) == root / "step-00000008"
+        assert "training.max_steps was 8, is 12: schedule=cosine ends at max_steps, so from step 10 on" in caplog.text
+
+    @pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+    def test_another_end_changes_nothing_for_a_schedule_without_end(
+        self, root: Path, configure, caplog, schedule: str
+    ) -> None:
+        path = root.parent / "config.yaml"
+        path.write_text(path.read_text().replace("name: cosine", f"name: {schedule}"))
+        changes = {"resume": "auto", "training.max_steps": 12, "schedule.name": schedule}
+        assert where_to_start(configure(root.parent, changes), root.parent) == root / "step-00000008"
+        assert "max_steps" not in caplog.text
+
+    def test_an_end_that_is_behind_it_is_refused(self, root: Path, configure) -> None:
+        config = configure(root.parent, {"resume": "auto", "training.max_steps": 7})
+        with pytest.raises(RunError, match=r"training.max_steps=7, and .*step-00000008 has made 8 already"):
+            where_to_start(config, root.parent)
+
+    def test_what_was_taken_away_for_a_newer_one_comes_back(self, root: Path, configure) -> None:
+        """The run was killed in between; that was its newest."""
+        (root / "step-00000008").rename(root / "step-00000008.replaced")
+        assert where_to_start(configure(root.parent, {"resume": "auto"}), root.parent) == root / "step-00000008"
+        assert what_is_wrong(root / "step-00000008") is None
+
+    def test_best_is_what_the_checkpoint_says(self, root: Path) -> None:
+        """The run was killed before it had changed the link."""
+        (root / "best").symlink_to("step-00000006")
+        point_to_best(root, 8)
+        assert (root / "best").resolve() == root / "step-00000008"
+        point_to_best(root, 3)  # it lies elsewhere
+        assert (root / "best").resolve() == root / "step-00000008"
+
+    @pytest.mark.parametrize("content", ["", "[1]", "a: [1", None])
+    def test_a_configuration_that_cannot_be_read_is_said(self, root: Path, configure, content: str | None) -> None:
+        path = root.parent / "config.yaml"
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(RunError, match=r"resume=auto: the configuration .*config.yaml"):
+            where_to_start(configure(root.parent, {"resume": "auto"}), root.parent)

@@ -157,13 +157,17 @@ def moved(configure, train, launch, without_dropout, tmp_path_factory) -> Path:
         runs.append(configure(root / f"two in {parts}", split))
     runs.append(configure(root / "not a number", {"training.gradient_accumulation": 1}))
     faults[len(runs) - 1] = {"process": 1, "step": 3, "how": "nan"}
+    (root / "taken").mkdir()
+    (root / "taken" / "notes.txt").touch()
+    runs.append(configure(root / "taken", {"training.gradient_accumulation": 1}))
     launched = launch(runs, faults)
     assert len(launched.outcomes) == len(runs), launched.errors
     for after, outcome in zip(stopped_after.values(), launched.outcomes, strict=False):
         assert outcome is not None
         assert f"after step {after}" in outcome
-    assert launched.outcomes[-3:-1] == [None, None], launched.errors
-    assert "the loss is nan" in str(launched.outcomes[-1])
+    assert launched.outcomes[-4:-2] == [None, None], launched.errors
+    assert "the loss is nan" in str(launched.outcomes[-2])
+    assert "holds notes.txt" in str(launched.outcomes[-1])  # told by one process to the other, and both go on
     train(configure(root / "moving", {"resume": "auto"}))
     return root
 

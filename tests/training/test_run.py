@@ -206,7 +206,7 @@ class TestTheSameLosses:
         assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-6)
         assert results["nll"] == pytest.approx(json.loads((reference / "results.json").read_text())["nll"], rel=1e-6)
 
-    def test_cut_into_other_parts_after_a_stop(self, configure, train, without_dropout, reference, tmp_path):
+    def test_cut_into_other_parts_after_a_stop(self, configure, train, without_dropout, reference, tmp_path, caplog):
         """The only option of `training` that changes how a step is computed and may be another when a run goes on."""
         changes = {**without_dropout, "schedule.name": "constant", "data.test": None}
         train(configure(tmp_path / "one", changes))
@@ -214,6 +214,8 @@ class TestTheSameLosses:
             cut = {"training.max_steps": steps, "training.gradient_accumulation": parts, "resume": "auto"}
             train(configure(tmp_path / "another", {**changes, **cut}))
         assert losses(tmp_path / "another") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+        assert "the lanes are read in 4 part(s) from here on, and were in 2" in caplog.text
+        assert "only if every part holds the same lanes" in caplog.text
 
     @pytest.mark.slow
     @pytest.mark.parametrize("bptt_segments", [1, 2])
