@@ -1,0 +1,352 @@
+"""Each option of a run reaches what it says: the model, what it reads, and how it is measured."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import PreTrainedTokenizerFast
+
+from infformer.config import RunConfig
+from infformer.data import Segment
+from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.memory_model import MemoryModel
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks.passkey import PasskeyConfig
+from infformer.tasks.sorting_sequences import SortingConfig
+from infformer.tasks.task import Task
+from infformer.training.building import build_model, build_task, build_tokenizer
+from infformer.training.runtime import settle_engine, start_processes
+
+Build = Callable[..., MemoryModel]
+Ask = Callable[..., Task]
+SHARE = range(4)
+GPT2 = {"model_type": "gpt2", "n_positions": 64, "n_embd": 8, "n_layer": 3, "n_head": 2}
+LLAMA = {
+    "model_type": "llama",
+    "max_position_embeddings": 32,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+DECODER = {
+    "model_type": "decoder",
+    "hidden_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "feed_forward_size": 20,
+}
+
+
+@pytest.fixture
+def accelerator(configure, tmp_path) -> Any:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return start_processes(settle_engine(configure(tmp_path).engine), "float32", 2)
+
+
+@pytest.fixture
+def build(configure, tmp_path, tokenizer) -> Build:
+    """The model of a run, some options changed."""
+
+    def make(changes: dict[str, Any] | None = None, tokens: PreTrainedTokenizerFast | None = tokenizer) -> MemoryModel:
+        return build_model(configure(tmp_path, changes), tokens)
+
+    return make
+
+
+@pytest.fixture
+def ask(configure, tmp_path, tokenizer, accelerator) -> Ask:
+    """The task of a run, some options changed, for the model of that run."""
+
+    def make(
+        changes: dict[str, Any] | None = None,
+        share: range = SHARE,
+        after_segment: Callable[[], None] = lambda: None,
+        change: Callable[[RunConfig], None] = lambda config: None,
+    ) -> Task:
+        config = configure(tmp_path, changes)
+        change(config)
+        tokens = build_tokenizer(config, accelerator)
+        return build_task(config, tokens, build_model(config, tokens), accelerator, share, after_segment)
+
+    return make
+
+
+@pytest.fixture
+def shapes(monkeypatch) -> list[tuple[int, int]]:
+    """Rows and tokens of all that a model reads at once."""
+    found: list[tuple[int, int]] = []
+    forward = InfformerForCausalLM.forward
+
+    def noted(self: InfformerForCausalLM, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        found.append(tuple(input_ids.shape))
+        return forward(self, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(InfformerForCausalLM, "forward", noted)
+    return found
+
+
+class TestThePretrainedModel:
+    def test_its_weights_are_those_of_the_folder(self, build, backbone):
+        loaded = build().backbone.state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in backbone.state_dict().items())
+
+    @pytest.mark.parametrize("layers", [None, [1]])
+    def test_which_layers_have_a_memory(self, build, layers):
+        assert list(build({"model.memory_layers": layers}).long_term_memories()) == (layers or [0, 1])
+
+    def test_every_option_of_the_memory(self, build):
+        options = LongTermMemoryConfig(
+            segment_length=16,
+            basis_functions=12,
+            widths=[0.03, 0.07, 0.2],
+            past_samples=24,
+            contraction="uniform",
+            contraction_rate=0.6,
+            ridge=0.7,
+            read="moments",
+            density="truncated_parabola",
+            sticky=True,
+            sticky_bins=9,
+            input_gate=True,
+            divergence_weight=0.3,
+            prior_standard_deviation=0.2,
+        )
+        defaults = LongTermMemoryConfig(segment_length=8, basis_functions=8)
+        assert all(value != getattr(defaults, name) for name, value in asdict(options).items())
+        model = build({"model.memory": asdict(options)})
+        assert [memory.config for memory in model.long_term_memories().values()] == [options, options]
+
+    @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+    def test_attention(self, build, kernel):
+        assert build({"model.attention": kernel}).backbone.config._attn_implementation == kernel
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_what_is_trained(self, build, frozen):
+        model = build({"training.freeze_backbone": frozen})
+        assert {parameter.requires_grad for parameter in model.backbone.parameters()} == {not frozen}
+        assert all(parameter.requires_grad for parameter in model.memory_parameters())
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_what_is_computed_again(self, build, again, monkeypatch):
+        asked: list[None] = []
+        monkeypatch.setattr(MemoryModel, "checkpoint_activations", lambda model: asked.append(None))
+        build({"training.gradient_checkpointing": again})
+        assert bool(asked) == again
+
+
+class TestAModelFromScratch:
+    @pytest.fixture
+    def scratch(self, build, model_folder) -> Build:
+        def make(architecture: dict[str, Any], changes: dict[str, Any] | None = None) -> MemoryModel:
+            new = {"model.pretrained": None, "model.architecture": architecture, "model.tokenizer": str(model_folder)}
+            return build({**new, **(changes or {})})
+
+        return make
+
+    @pytest.mark.parametrize("architecture", [GPT2, LLAMA], ids=lambda fields: fields["model_type"])
+    def test_its_fields_its_vocabulary_its_memory_and_its_attention(self, scratch, tokenizer, architecture):
+        model = scratch(architecture, {"model.memory_layers": [1], "model.attention": "eager"})
+        config = model.backbone.config
+        assert {name: getattr(config, name) for name in architecture} == architecture
+        assert (model.vocabulary_size, config.bos_token_id) == (len(tokenizer), tokenizer.bos_token_id)
+        assert config._attn_implementation == "eager"
+        assert list(model.long_term_memories()) == [1]
+
+    def test_a_larger_vocabulary(self, scratch):
+        assert scratch({**GPT2, "vocab_size": 300}).vocabulary_size == 300
+
+    @pytest.mark.parametrize(
+        ("changes", "memory"),
+        [
+            ({"model.memory": None}, None),
+            ({"model.memory": None, "model.short_term_length": 24}, MemoryConfig(16, 24)),
+            (
+                {
+                    "model.memory": None,
+                    "model.short_term_length": 16,
+                    "model.compressive": {"length": 12, "rate": 2, "reconstruction_weight": 0.5},
+                },
+                MemoryConfig(16, 16, CompressiveMemoryConfig(length=12, rate=2, reconstruction_weight=0.5)),
+            ),
+            (
+                {"model.short_term_length": 32},
+                MemoryConfig(16, 32, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16, sticky=True, sticky_bins=16)),
+            ),
+        ],
+        ids=["none", "short_term", "compressive", "long_term"],
+    )
+    def test_the_memories_of_a_decoder(self, scratch, changes, memory):
+        model = scratch(DECODER, changes)
+        assert {name: getattr(model.config, name) for name in DECODER} == DECODER
+        assert model.config.memory_config == (memory or MemoryConfig())
+        assert model.has_memory == (memory is not None)
+
+    def test_a_task_of_symbols_says_the_vocabulary(self, configure, tmp_path):
+        config = configure(tmp_path, {"model.pretrained": None, "model.architecture": DECODER, "model.tokenizer": "x"})
+        config.task = SortingConfig(symbols=6)
+        assert build_model(config, None).vocabulary_size == 7
+
+
+def read(task: Task, steps: int) -> list[Segment]:
+    return [segment for _ in range(steps) for segment in task.next_step()]
+
+
+class TestWhatIsRead:
+    def test_sizes(self, ask):
+        changes = {"training.batch_size": 3, "training.bptt_segments": 4, "training.segment_length": 12}
+        segments = ask({**changes, "model.memory": None}, range(3)).next_step()
+        assert [segment.input_ids.shape for segment in segments] == [(3, 12)] * 4
+
+    def test_a_share_is_those_lanes_of_all(self, ask):
+        whole, own = read(ask(), 2), read(ask(share=range(1, 3)), 2)
+        for segment, part in zip(whole, own, strict=True):
+            assert part.lanes.tolist() == [1, 2]
+            assert torch.equal(part.input_ids, segment.input_ids[1:3])
+            assert part.global_tokens == segment.global_tokens
+
+    @pytest.mark.parametrize("visit", [2, 5, None])
+    def test_lanes_leave_a_document_after_so_many_segments(self, ask, visit):
+        segments = read(ask({"data.segments_per_visit": visit, "data.shuffle": False}), 6)
+        resets = torch.stack([segment.reset for segment in segments])[:, 0].nonzero().flatten().tolist()
+        assert resets == list(range(0, 12, visit or 12))
+
+    def test_in_the_order_of_the_documents(self, ask):
+        first = ask({"data.shuffle": False, "data.segments_per_visit": None}).next_step()[0]
+        assert first.documents.tolist() == [0, 1, 2, 3]
+
+    def test_in_an_order_that_is_the_seed_s(self, ask):
+        orders = [[segment.documents.tolist() for segment in read(ask({"seed": seed}), 3)] for seed in (0, 0, 1)]
+        assert orders[0] == orders[1] != orders[2]
+
+    @pytest.mark.parametrize("beginning", [True, False])
+    def test_documents_begin_as_said(self, ask, beginning):
+        first = ask({"data.shuffle": False, "data.beginning_of_document": beginning}).next_step()[0]
+        assert (first.input_ids[0, 0] == 0) == beginning  # the tokenizer's <s>
+
+
+class TestHowItIsMeasured:
+    def test_by_default_all_of_it(self, ask, shapes):
+        task = ask()
+        assert task.measure_before()["documents"] == 4
+        results = task.measure("here")
+        assert len(results["controls"]) == 3
+        assert results["protocol"].items() >= {"segment": 16, "stride": 16, "dtype": "float32"}.items()
+        assert results["protocol"]["checkpoint"] == "here"
+        assert max(shapes) == (4, 16)
+
+    @pytest.mark.parametrize(
+        ("changes", "call", "expected"),
+        [
+            ({"evaluation.before": False}, lambda task: task.measure_before(), {}),
+            ({"data.test": None}, lambda task: task.measure_before(), {}),
+            ({"data.test": None}, lambda task: task.measure("here"), {}),
+            ({"data.validation": None}, lambda task: task.validate(), None),
+            ({"evaluation.controls": False}, lambda task: task.measure("here")["controls"], {}),
+            ({"training.precision": "bfloat16"}, lambda task: task.measure("here")["protocol"]["dtype"], "bfloat16"),
+            (
+                {"training.segment_length": 8, "model.memory": None},
+                lambda task: task.measure("here")["protocol"]["segment"],
+                8,
+            ),
+            ({"evaluation.inspected_segments": 3}, lambda task: task.inspect()["document"]["segments"], 3),
+            ({"evaluation.inspected_segments": 0}, lambda task: task.inspect(), {}),
+        ],
+        ids=[
+            "not before",
+            "no test",
+            "no test at the end",
+            "no validation",
+            "no controls",
+            "bfloat16",
+            "segments of 8",
+            "inspected",
+            "not inspected",
+        ],
+    )
+    def test_as_asked(self, ask, changes, call, expected):
+        assert call(ask({"evaluation.controls": False, **changes})) == expected
+
+    @pytest.mark.parametrize(("rows", "read"), [(1, {1}), (3, {3})])
+    def test_so_many_documents_side_by_side(self, ask, shapes, rows, read):
+        ask({"evaluation.batch_size": rows}).measure_before()
+        assert {rows for rows, _ in shapes} == read
+
+    def test_so_much_of_the_validation_documents(self, ask, shapes):
+        """Which are of 105 and 60 tokens: of them 20 are the beginnings, 10 of each."""
+        ask({"evaluation.max_validation_tokens": 20, "evaluation.batch_size": 2}).validate()
+        assert shapes == [(2, 16)]
+
+    def test_who_asks_is_told_of_every_segment(self, ask, shapes):
+        told: list[None] = []
+        ask(after_segment=lambda: told.append(None)).validate()
+        assert len(told) == len(shapes) > 1
+
+
+class TestAnotherTask:
+    @staticmethod
+    def chosen(config: RunConfig) -> None:
+        """Sorting, at other numbers than by default."""
+        config.task = SortingConfig(
+            length=20,
+            symbols=4,
+            training_sequences=7,
+            validation_sequences=3,
+            test_sequences=5,
+            evaluation_lengths=[36],
+        )
+
+    CHANGES: dict[str, Any] = {  # noqa: RUF012, no test changes it
+        "model.pretrained": None,
+        "model.architecture": DECODER,
+        "model.tokenizer": "none is asked for",
+        "model.memory": None,
+        "model.short_term_length": 32,
+        "training.batch_size": 4,
+        "training.precision": "bfloat16",
+    }
+
+    def test_sorting(self, ask):
+        task = ask(self.CHANGES, share=range(2, 4), change=self.chosen)
+        first, last = task.next_step()
+        assert first.lanes.tolist() == [2, 3]
+        assert (first.input_ids.shape, last.input_ids.shape) == ((2, 16), (2, 8))
+        assert first.global_tokens + last.global_tokens == 4 * 4
+        assert int(torch.stack([first.documents for first, _ in (task.next_step() for _ in range(6))]).max()) < 7
+        results = task.measure("there")
+        assert [(each["length"], each["sequences"]) for each in results["lengths"]] == [(20, 5), (36, 5)]
+        assert "last_48" in results["lengths"][0]["ideal_counters"]  # those of a segment and of the short-term memory
+        assert results["protocol"].items() >= {"dtype": "bfloat16", "checkpoint": "there"}.items()
+
+    def test_questions_are_the_seed_s(self, ask):
+        drawn = [ask({**self.CHANGES, "seed": seed}, change=self.chosen).next_step()[0].input_ids for seed in (0, 0, 1)]
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
+
+    @pytest.mark.parametrize("controls", [True, False])
+    def test_passkey(self, ask, tmp_path, controls):
+        for split, sentences in (("train", 40), ("validation", 20), ("test", 30)):
+            (tmp_path / f"{split}.txt").write_text("The white whale rose, and nobody saw it. " * sentences)
+
+        def chosen(config: RunConfig) -> None:
+            config.task = PasskeyConfig(
+                lengths=[150], depths=[0.5], training_lengths=[140], test_questions=2, validation_questions=1, digits=3
+            )
+
+        changes = {f"data.{split}": str(tmp_path / f"{split}.txt") for split in ("train", "validation", "test")}
+        task = ask({**changes, "evaluation.controls": controls}, change=chosen)
+        segments = task.next_step()
+        assert sum(segment.input_ids.shape[1] for segment in segments) == 139
+        results = task.measure("here")
+        (cell,) = results["cells"]
+        assert (cell["length"], cell["depth"], cell["answers"]) == (150, 0.5, 2)
+        assert set(results["controls"]) == ({"memory_off"} if controls else set())
+        assert results["protocol"]["window"] == 16
+        assert results["chance"] == pytest.approx(1 / 900)
+        assert task.validate() is not None
