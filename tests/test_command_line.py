@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import eval as eval_command
 import train as train_command
+from infformer.command import Ended
 from infformer.hub import problem_with_the_hub
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -43,13 +44,16 @@ def start(monkeypatch, capsys) -> Iterator[Callable[..., tuple[object, str]]]:
         GradientState._reset_state()
         monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *options])
         code: object = 0
+        sentence = ""
         try:
             command.main()
+        except Ended as ended:
+            code, sentence = ended.code, ended.sentence
         except SystemExit as ended:
             code = ended.code
         shown = capsys.readouterr()
         # The interpreter prints a text, and exits with 1.
-        return (1, shown.err + code) if isinstance(code, str) else (code, shown.err)
+        return (1, shown.err + code) if isinstance(code, str) else (code, shown.err + sentence)
 
     yield call
     GlobalHydra.instance().clear()
@@ -429,7 +433,7 @@ class TestAHubThatCannotBeReached:
 
 
 class TestExitCodes:
-    @pytest.mark.parametrize("number", [int(signal.SIGTERM), int(signal.SIGINT)])
+    @pytest.mark.parametrize("number", [int(signal.SIGTERM), int(signal.SIGHUP)])
     def test_a_run_that_was_stopped(self, start, configure, options_of, tmp_path, monkeypatch, number):
         """As batch systems understand it: put this in the queue again."""
 
