@@ -5,6 +5,11 @@ python scripts/train_tokenizer.py FOLDER --vocabulary 4096 data.source=files dat
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import sys
 import tempfile
@@ -42,9 +47,6 @@ def main() -> None:
         tokens = make(arguments.folder, arguments.vocabulary, arguments.options)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
     fewer = f": the text gives no more, though --vocabulary={arguments.vocabulary}"
     print(f"written to {arguments.folder}: {tokens} tokens{fewer if tokens < arguments.vocabulary else ''}")
 
@@ -138,4 +140,4 @@ def _unwritable(folder: Path, error: Exception) -> DataError:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
