@@ -11,8 +11,18 @@ _REMEDY = "choose a tokenizer that was made for such text, or give this one an u
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest number of a token; `len(tokenizer)` counts them, and there may be holes."""
-    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+    """One more than the largest number of a token; `len(tokenizer)` counts them, and there may be holes.
+
+    Raises:
+        DataError: no model could have so many.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= 2**31:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer)} tokens, and numbers up to {largest}: give its tokens the numbers from "
+            "0 on, without holes"
+        )
+    return largest + 1
 
 
 class Encoder:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from infformer.data.encoding import vocabulary_size
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -120,7 +121,7 @@ def new_decoder(architecture: dict[str, Any], memory: MemoryConfig | None = None
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a model's configuration says of its vocabulary: size, and the tokens that begin and end a text."""
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
@@ -142,9 +143,9 @@ def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         ModelError: it has not.
     """
-    if len(tokenizer) > model.vocabulary_size:
+    if vocabulary_size(tokenizer) > model.vocabulary_size:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model knows {model.vocabulary_size}: they do not "
+            f"the tokenizer has {vocabulary_size(tokenizer)} tokens and the model knows {model.vocabulary_size}: they do not "
             "belong together; set model.tokenizer= to the tokenizer that the model was trained with"
         )
 

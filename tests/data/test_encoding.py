@@ -115,3 +115,6 @@ def test_the_size_of_a_vocabulary_with_holes_is_that_of_its_largest_number() -> 
     assert vocabulary_size(tokenizer) == 70_001
     documents = TokenizedDocuments.from_texts([Document("x", "a b")], tokenizer, None)
     assert documents.largest_token == 70_000
+    tokenizer = wrap(models.WordLevel({"a": 0, "b": 2**31}, "a"), pre_tokenizers.WhitespaceSplit())
+    with pytest.raises(DataError, match="has 2 tokens, and numbers up to 2147483648: give its tokens"):
+        vocabulary_size(tokenizer)
