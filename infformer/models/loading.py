@@ -143,10 +143,11 @@ def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         ModelError: it has not.
     """
-    if vocabulary_size(tokenizer) > model.vocabulary_size:
+    tokens, known = vocabulary_size(tokenizer), model.vocabulary_size
+    if tokens > known:
         raise ModelError(
-            f"the tokenizer has {vocabulary_size(tokenizer)} tokens and the model knows {model.vocabulary_size}: they do not "
-            "belong together; set model.tokenizer= to the tokenizer that the model was trained with"
+            f"the tokenizer has {tokens} tokens and the model knows {known}: they do not belong together; set "
+            "model.tokenizer= to the tokenizer that the model was trained with"
         )
 
 
