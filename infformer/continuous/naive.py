@@ -50,29 +50,38 @@ def evaluate(positions: Tensor, basis: Basis) -> Tensor:
     return normal_density(positions[..., None], centres, widths**2)
 
 
-def first_operator(length: int, basis: Basis, ridge: float) -> Tensor:
+def first_operator(length: int, basis: Basis, ridge: float, zeros: bool = True) -> Tensor:
     """G for a first segment, [T, N]: t_i = (i − ½)/T, zeros at T more places of that kind before 0 and after 1."""
     places = [(i - 0.5) / length for i in range(1 - length // 2, 2 * length - length // 2 + 1)]
     inside = [place for place in places if 0 < place < 1]
     outside = [place for place in places if not 0 < place < 1]
-    return _operator(inside, torch.tensor(outside, dtype=torch.float64), basis, ridge)
+    return _operator(inside, torch.tensor(outside if zeros else [], dtype=torch.float64), basis, ridge)
 
 
 def next_operator(
-    length: int, samples: int, contraction: float, basis: Basis, ridge: float, past_weight: float = 1.0
+    length: int,
+    samples: int,
+    contraction: float,
+    basis: Basis,
+    ridge: float,
+    past_weight: float = 1.0,
+    before: float = 0.0,
+    zeros: bool = True,
 ) -> Tensor:
-    """G for a later one behind its past, [M + T, N]: τ·m/M for m = 1…M, τ + (1 − τ)·i/T for i = 1…T, and zeros.
+    """G for a later one behind its past, [M + T, N]: τ·(m − h)/M for m = 1…M, τ + (1 − τ)·i/T for i = 1…T, and zeros.
 
     Args:
         past_weight: for how many samples each of the M counts.
+        before: h, how far before the end of its part a sample of the past stands: 0, or ½ for the middle.
+        zeros: whether there are zeros outside [0, 1].
     """
-    past = [contraction * m / samples for m in range(1, samples + 1)]
+    past = [contraction * (m - before) / samples for m in range(1, samples + 1)]
     new = [contraction + (1 - contraction) * i / length for i in range(1, length + 1)]
     margin = 1 / (2 * length + samples)
-    zeros = torch.linspace(-0.5 + margin, 1.5 - margin, 2 * (samples + length), dtype=torch.float64)
-    zeros = zeros[(zeros < 0) | (zeros > 1)]
-    weights = torch.tensor([past_weight] * samples + [1.0] * (length + len(zeros)), dtype=torch.float64)
-    return _operator(past + new, zeros, basis, ridge, weights)
+    outside = torch.linspace(-0.5 + margin, 1.5 - margin, 2 * (samples + length), dtype=torch.float64)
+    outside = outside[((outside < 0) | (outside > 1)) & zeros]
+    weights = torch.tensor([past_weight] * samples + [1.0] * (length + len(outside)), dtype=torch.float64)
+    return _operator(past + new, outside, basis, ridge, weights)
 
 
 def write(
@@ -84,7 +93,7 @@ def write(
         coefficients: B, [b, N, d]; None where nothing has been written.
         hidden: X, [b, T, d].
         operator: `first_operator` where nothing has been written, else `next_operator`.
-        positions: t_m, [M] or [b, M]; m/M if not given.
+        positions: t_m, [M] or [b, M]; m/M if not given, which goes with the operator of samples at the ends.
     """
     if coefficients is None:
         return operator.T @ hidden

@@ -1,8 +1,9 @@
 """Ridge regression of samples onto a basis.
 
 The coefficients that fit samples X [P, d] at positions t [P] are B = Gᵀ X with an operator G [P, N] that depends on the
-positions alone. Beside the data, zeros are fitted at as many positions again outside [0, 1], as in the published code:
-they hold the signal down at its two ends. Only the rows of G that belong to data are kept.
+positions alone. Beside the data, zeros can be fitted at as many positions again outside [0, 1], as in the published
+code: they hold the signal down at its two ends, a little more at every write. Only the rows of G that belong to data
+are kept.
 """
 
 from __future__ import annotations
@@ -30,36 +31,46 @@ def ridge_operator(design: Tensor, ridge: float, weights: Tensor | None = None) 
     return torch.cholesky_solve(weighted.mT, factor).mT
 
 
-def first_operator(basis: GaussianBasis, length: int, ridge: float) -> Tensor:
-    """Operator [length, N] for a first segment, its tokens in the middle of `length` equal parts of [0, 1]."""
+def first_operator(basis: GaussianBasis, length: int, ridge: float, zeros: bool = True) -> Tensor:
+    """Operator [length, N] for a first segment, its tokens in the middle of `length` equal parts of [0, 1].
+
+    Args:
+        zeros: fit zeros outside [0, 1] too, as published.
+    """
     positions = (torch.arange(2 * length).to(basis.centres) - length // 2 + 0.5) / length
+    if not zeros:
+        positions = positions[_inside(positions)]
     return ridge_operator(basis.evaluate(positions), ridge)[_inside(positions)]
 
 
 def next_operators(
     basis: GaussianBasis,
     length: int,
-    samples: int,
+    past: Tensor,
     contraction: Tensor,
     ridge: float,
     past_weight: Tensor | None = None,
+    zeros: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Operators for a later segment, fitted together with samples of the contracted past.
 
-    The past is sampled at `samples` points placed at τ·m/samples, m = 1…samples; token i = 1…length of the new segment
-    stands at τ + (1 − τ)·i/length.
+    A sample of the past that belongs at t is placed at τt; token i = 1…length of the new segment stands at
+    τ + (1 − τ)·i/length.
 
     Args:
+        past: t, where the samples of the past belong before it is contracted, in [0, 1], shape [M]. They have to be
+            taken there, or the past moves a little at every write: see `even_steps` and `even_middles`.
         contraction: τ in (0, 1), shape [...]: the part of [0, 1] that the past keeps.
         past_weight: how many tokens each sample of the past counts for, shape [...]; 1 if not given, as published.
+        zeros: fit zeros outside [0, 1] too, as published.
 
     Returns:
-        The operator of the past [..., samples, N] and that of the new segment [..., length, N].
+        The operator of the past [..., M, N] and that of the new segment [..., length, N].
     """
     contraction = contraction.to(basis.centres).unsqueeze(-1)
-    past = even_steps(samples).to(basis.centres)
+    samples, past = len(past), past.to(basis.centres)
     new = even_steps(length).to(basis.centres)
-    padding = _even_positions(2 * (samples + length), 1 / (2 * length + samples), basis)
+    padding = _even_positions(2 * (samples + length) if zeros else 0, 1 / (2 * length + samples), basis)
     padding = padding[~_inside(padding)]
     positions = torch.cat(
         [
@@ -84,8 +95,13 @@ def rounded(operator: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def even_steps(count: int) -> Tensor:
-    """m/count for m = 1…count, float64: where the past is sampled when nothing says otherwise."""
+    """m/count for m = 1…count, float64: the ends of equal parts of [0, 1]."""
     return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+def even_middles(count: int) -> Tensor:
+    """(m − ½)/count for m = 1…count, float64: the middles of equal parts of [0, 1]."""
+    return (torch.arange(1, count + 1, dtype=torch.float64) - 0.5) / count
 
 
 def _even_positions(count: int, margin: float, basis: GaussianBasis) -> Tensor:

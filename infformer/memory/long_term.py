@@ -25,7 +25,7 @@ from infformer.continuous.density import (
     match_moments,
     variance_divergence,
 )
-from infformer.continuous.regression import even_steps, first_operator, next_operators, rounded
+from infformer.continuous.regression import even_middles, even_steps, first_operator, next_operators, rounded
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 from infformer.memory.time_shuffle import shuffled_positions
@@ -49,7 +49,8 @@ class LongTermMemoryConfig:
     """M, at how many points the old signal is sampled when a segment is written."""
     contraction: str = "constant"
     """`constant`: the past shrinks to `contraction_rate` at every write and fades geometrically. `uniform`: to n/(n+1)
-    at write n, so that all segments keep equal room, and all their tokens equal weight in the regression."""
+    at write n, so that all segments keep equal room, and all their tokens equal weight in the regression, which then
+    fits no zeros outside [0, 1]."""
     contraction_rate: float = 0.5
     """τ, the part of the memory that the past keeps, for the constant contraction."""
     ridge: float = 0.5
@@ -60,9 +61,15 @@ class LongTermMemoryConfig:
     density: str = "gaussian"
     """`gaussian` or `truncated_parabola`, for the affine and the moments read."""
     sticky: bool = False
-    """Resample the past where it was attended to."""
+    """Resample the past where it was attended to. With the uniform contraction, a place that alone is attended to for
+    hundreds of segments spreads over all of the memory, and the ridge makes it smaller: a constant of 1 is 0.5 after
+    300 segments of attention of mean 0.3 and deviation 0.2."""
     sticky_bins: int = 128
     """Resolution of the histogram of attention on [0, 1]."""
+    sticky_placement: str = "sampled"
+    """Where sample m of M of a sticky past is placed, which is taken at (m − ½)/M of the attention. `sampled`: at
+    (m − ½)/M of its room, so that under even attention nothing moves. `published`: at m/M, half a sample later at every
+    write, which a past that fades does not notice."""
     input_gate: bool = False
     """Multiply what is written by sigmoid(Conv1d(kernel 3)) of it."""
     divergence_weight: float = 1e-6
@@ -75,6 +82,7 @@ class LongTermMemoryConfig:
             "contraction": ("constant", "uniform"),
             "read": ("affine", "moments", "slots"),
             "density": ("gaussian", "truncated_parabola"),
+            "sticky_placement": ("sampled", "published"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -87,6 +95,12 @@ class LongTermMemoryConfig:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be positive")
         if not 0 < self.contraction_rate < 1:
             raise ValueError(f"model.memory.contraction_rate={self.contraction_rate}: must lie between 0 and 1")
+        if self.sticky_placement == "published" and self.contraction == "uniform":
+            raise ValueError(
+                "model.memory.sticky_placement=published moves the past by half a sample at every write, and with "
+                "model.memory.contraction=uniform all of it is moved out of the memory in time: take "
+                "sticky_placement=sampled or contraction=constant"
+            )
         if not self.widths and self.basis_functions > 2:
             self.widths = [round(factor / (self.basis_functions / 2 - 1), 6) for factor in (1.275, 2.55)]
         if min(self.widths, default=1.0) <= 0:
@@ -160,6 +174,16 @@ class ContinuousSignal(nn.Module):
         widths = len(self.config.widths)
         return GaussianGrid(self.centres[::widths], self.widths[:widths])
 
+    @property
+    def past_steps(self) -> Tensor:
+        """Where the M samples of the past belong before it is contracted, float64: even steps as published, or middles.
+
+        A past that does not fade needs middles: steps that end at 1 and do not begin at 0 favour one end of it.
+        """
+        config = self.config
+        published = config.sticky_placement == "published" if config.sticky else config.contraction == "constant"
+        return (even_steps if published else even_middles)(config.past_samples)
+
     def operators(self, segments: Tensor) -> WriteOperators:
         """Operators for rows that have written `segments` (int64, [batch]) segments so far."""
         config = self.config
@@ -173,13 +197,14 @@ class ContinuousSignal(nn.Module):
                 for operator in next_operators(
                     self._exact_basis(),
                     config.segment_length,
-                    config.past_samples,
+                    self.past_steps,
                     contraction,
                     config.ridge,
                     # A sample stands for so many tokens. If it counted for one, the newest segment, of which there are
                     # many more samples to a stretch, would outweigh the past around it, and tokens there would not
                     # be remembered alike.
                     past_weight=counts.double() * config.segment_length / config.past_samples,
+                    zeros=self._zeros,
                 )
             )
         return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
@@ -192,8 +217,8 @@ class ContinuousSignal(nn.Module):
         """
         samples = max(self.config.past_samples, 4 * self.config.basis_functions)
         basis = self._exact_basis()
-        positions = shuffled_positions((torch.arange(samples).to(basis.centres) + 0.5) / samples)
-        shuffle = first_operator(basis, samples, self.config.ridge).mT @ basis.evaluate(positions)
+        positions = shuffled_positions(even_middles(samples).to(basis.centres))
+        shuffle = first_operator(basis, samples, self.config.ridge, self._zeros).mT @ basis.evaluate(positions)
         return shuffle.to(self.centres.dtype)
 
     def reset_parameters(self) -> None:
@@ -209,6 +234,14 @@ class ContinuousSignal(nn.Module):
                 setattr(self, name, tensor)
         return self
 
+    @property
+    def _zeros(self) -> bool:
+        """Whether zeros are fitted outside [0, 1]: as published, but not to a past that has to last.
+
+        They take a little off its ends at every write, which nothing that fades lives to see.
+        """
+        return self.config.contraction == "constant"
+
     def _exact_basis(self) -> GaussianBasis:
         """The basis in float64, where the buffers are."""
         basis = GaussianBasis.even_grid(self.config.basis_functions, self.config.widths)
@@ -219,8 +252,8 @@ class ContinuousSignal(nn.Module):
         with torch.device("cpu"):  # also where a loader builds the model on the meta device
             basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
             rate = torch.tensor(config.contraction_rate, dtype=torch.float64)
-            past, new = next_operators(basis, config.segment_length, config.past_samples, rate, config.ridge)
-            first = first_operator(basis, config.segment_length, config.ridge)
+            past, new = next_operators(basis, config.segment_length, self.past_steps, rate, config.ridge)
+            first = first_operator(basis, config.segment_length, config.ridge, self._zeros)
             buffers = {"centres": basis.centres.to(dtype), "widths": basis.widths.to(dtype)}
             for name, operator in {"first": first, "past": past, "new": new}.items():
                 buffers[name] = rounded(operator, dtype).unsqueeze(0)
@@ -358,7 +391,7 @@ class LongTermMemory(nn.Module):
             offsets: and the random offsets, as for `write`.
         """
         if not self.config.sticky:
-            return even_steps(self.config.past_samples).to(self.signal.centres)
+            return self.signal.past_steps.to(self.signal.centres)
         with torch.no_grad():
             histogram = attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
             return warped_positions(histogram, self.config.past_samples, offsets)
@@ -373,18 +406,20 @@ class LongTermMemory(nn.Module):
 
         Returns:
             Their places and behind them those of the new segment, shape [(segments + 1) · T]. The past moves from x to
-            τx, with stickiness to τ(cdf(x) + ½/M); token i = 1…T of the segment comes to τ + (1 − τ)i/T, of a first
-            segment to (i − ½)/T.
+            τx, with stickiness to τcdf(x), as published to τ(cdf(x) + ½/M); token i = 1…T of the segment comes to
+            τ + (1 − τ)i/T, of a first segment to (i − ½)/T.
         """
         config = self.config
-        steps = even_steps(config.segment_length).to(places)
         if segments == 0:
-            return steps - 0.5 / config.segment_length
+            return even_middles(config.segment_length).to(places)
         if config.sticky:
             histogram = attention_histogram(attention, self.signal.basis, config.sticky_bins).to(places)
-            places = places_after_warp(histogram, config.past_samples, places.unsqueeze(0)).squeeze(0)
+            places = places_after_warp(histogram, places.unsqueeze(0)).squeeze(0)
+            if config.sticky_placement == "published":
+                places = (places + 0.5 / config.past_samples).clamp(max=1)
         contraction = segments / (segments + 1) if config.contraction == "uniform" else config.contraction_rate
-        return torch.cat([contraction * places, contraction + (1 - contraction) * steps])
+        new = contraction + (1 - contraction) * even_steps(config.segment_length).to(places)
+        return torch.cat([contraction * places, new])
 
     def divergence(self, attention: Density) -> Tensor:
         """How far the densities' variance is from the prior's, mean over heads, shape [batch, queries]; 0 for slots."""

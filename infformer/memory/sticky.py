@@ -49,15 +49,13 @@ def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = N
     return (index + within) / bins
 
 
-def places_after_warp(histogram: Tensor, samples: int, positions: Tensor) -> Tensor:
-    """Where positions of the past lie once it has been resampled with the deterministic offsets.
+def places_after_warp(histogram: Tensor, positions: Tensor) -> Tensor:
+    """Where positions of the past lie once it has been resampled: what was at t comes to cdf(t).
 
-    The inverse of `warped_positions`: sample m, taken at cdf⁻¹((m − ½)/samples), then stands at m/samples. So what was
-    at t comes to cdf(t) + ½/samples.
+    The inverse of `warped_positions`: sample m, taken at cdf⁻¹((m − ½)/samples), then stands at (m − ½)/samples.
 
     Args:
         histogram: mass per bin, shape [batch, bins], sum one.
-        samples: how many points the past was sampled at.
         positions: t in [0, 1], shape [batch, P].
 
     Returns:
@@ -68,4 +66,4 @@ def places_after_warp(histogram: Tensor, samples: int, positions: Tensor) -> Ten
     index = scaled.long().clamp(max=bins - 1)
     mass = histogram.gather(-1, index)
     before = histogram.cumsum(-1).gather(-1, index) - mass
-    return (before + mass * (scaled - index) + 0.5 / samples).clamp(max=1)
+    return (before + mass * (scaled - index)).clamp(max=1)

@@ -42,7 +42,12 @@ class LiteralMemory(LongTermMemory):
         basis = torch.tensor([(centre, width) for centre in grid for width in config.widths], dtype=torch.float64)
         centres, widths = basis.unbind(dim=1)
         operator = naive.next_operator(
-            config.segment_length, config.past_samples, config.contraction_rate, (centres, widths), config.ridge
+            config.segment_length,
+            config.past_samples,
+            config.contraction_rate,
+            (centres, widths),
+            config.ridge,
+            before=0.0 if config.sticky_placement == "published" else 0.5,
         )
         for name, tensor in {"literal_centres": centres, "literal_widths": widths, "operator": operator}.items():
             self.register_buffer(name, tensor.float(), persistent=False)

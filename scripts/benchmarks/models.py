@@ -32,6 +32,7 @@ def memory_config(sizes: Sizes) -> LongTermMemoryConfig:
         basis_functions=sizes.basis_functions,
         past_samples=sizes.past_samples,
         sticky=True,
+        sticky_placement="published",
     )
 
 

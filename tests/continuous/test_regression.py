@@ -4,7 +4,14 @@ from torch import Tensor
 
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis, negligible
-from infformer.continuous.regression import even_steps, first_operator, next_operators, ridge_operator, rounded
+from infformer.continuous.regression import (
+    even_middles,
+    even_steps,
+    first_operator,
+    next_operators,
+    ridge_operator,
+    rounded,
+)
 
 BASIS = GaussianBasis.even_grid(8, [0.05, 0.1])
 RIDGES = [1e-3, 0.5, 20.0]
@@ -69,7 +76,8 @@ def test_next_segment_beside_its_past_and_zeros(ridge, contraction, length, coun
         ]
     )
     expected = least_squares(positions, torch.cat([past, new, torch.zeros(len(padding), 3)]), ridge)
-    operators = next_operators(BASIS, length, count, torch.tensor(contraction, dtype=torch.float64), ridge)
+    tau = torch.tensor(contraction, dtype=torch.float64)
+    operators = next_operators(BASIS, length, even_steps(count), tau, ridge)
     assert [operator.shape for operator in operators] == [(count, 8), (length, 8)]
     assert_close(operators[0].T @ past + operators[1].T @ new, expected)
 
@@ -78,8 +86,26 @@ def test_next_segment_beside_its_past_and_zeros(ridge, contraction, length, coun
 def test_every_length_against_the_literal_one(length):
     """Odd ones too, whose parts are not the same seen from 0 and from the middle."""
     assert_close(first_operator(BASIS, length, 0.5), naive.first_operator(length, BASIS, 0.5))
+    tau = torch.tensor(0.6, dtype=torch.float64)
     literal = naive.next_operator(length, 20, 0.6, BASIS, 0.5)
-    assert_close(torch.cat(next_operators(BASIS, length, 20, torch.tensor(0.6, dtype=torch.float64), 0.5)), literal)
+    assert_close(torch.cat(next_operators(BASIS, length, even_steps(20), tau, 0.5)), literal)
+    middles = naive.next_operator(length, 20, 0.6, BASIS, 0.5, before=0.5)
+    assert_close(torch.cat(next_operators(BASIS, length, even_middles(20), tau, 0.5)), middles)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_without_zeros_the_data_alone_are_fitted(length):
+    past, new = samples(20), samples(length)
+    middles = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    first = first_operator(BASIS, length, 0.5, zeros=False)
+    assert_close(first.T @ new, least_squares(middles, new, 0.5))
+    assert_close(first, naive.first_operator(length, BASIS, 0.5, zeros=False))
+    positions = torch.cat([0.6 * even_middles(20), 0.6 + 0.4 * even_steps(length)])
+    tau = torch.tensor(0.6, dtype=torch.float64)
+    operators = next_operators(BASIS, length, even_middles(20), tau, 0.5, zeros=False)
+    expected = least_squares(positions, torch.cat([past, new]), 0.5)
+    assert_close(operators[0].T @ past + operators[1].T @ new, expected)
+    assert_close(torch.cat(operators), naive.next_operator(length, 20, 0.6, BASIS, 0.5, before=0.5, zeros=False))
 
 
 @pytest.mark.parametrize("weight", [1, 2, 5])
@@ -92,7 +118,7 @@ def test_a_weight_counts_as_so_many_samples(weight):
     positions = torch.cat([(contraction * even_steps(20)).repeat(weight), contraction + 0.4 * even_steps(12), padding])
     expected = least_squares(positions, torch.cat([past.repeat(weight, 1), new, torch.zeros(len(padding), 3)]), 0.5)
     tau, past_weight = torch.tensor([contraction, weight], dtype=torch.float64)
-    operators = next_operators(BASIS, 12, 20, tau, 0.5, past_weight)
+    operators = next_operators(BASIS, 12, even_steps(20), tau, 0.5, past_weight)
     assert_close(operators[0].T @ past + operators[1].T @ new, expected)
     assert_close(torch.cat(operators), naive.next_operator(12, 20, contraction, BASIS, 0.5, weight))
 
@@ -100,12 +126,13 @@ def test_a_weight_counts_as_so_many_samples(weight):
 def test_contractions_at_once_are_each_on_its_own():
     contractions = torch.tensor([[0.5, 2 / 3, 0.75], [0.8, 0.1, 0.5]], dtype=torch.float64)
     weights = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.1, 1.0]], dtype=torch.float64)
-    past, new = next_operators(BASIS, 12, 20, contractions, 0.5, weights)
+    steps = even_steps(20)
+    past, new = next_operators(BASIS, 12, steps, contractions, 0.5, weights)
     assert past.shape == (2, 3, 20, 8)
     assert new.shape == (2, 3, 12, 8)
     for row in range(2):
         for column in range(3):
-            one_past, one_new = next_operators(BASIS, 12, 20, contractions[row, column], 0.5, weights[row, column])
+            one_past, one_new = next_operators(BASIS, 12, steps, contractions[row, column], 0.5, weights[row, column])
             assert_close(past[row, column], one_past)
             assert_close(new[row, column], one_new)
 
@@ -128,8 +155,8 @@ class TestLimits:
 
     def test_the_past_that_keeps_everything(self):
         """τ → 1: the new segment stands all at the end, the past where it was."""
-        past, _ = next_operators(BASIS, 12, 400, torch.tensor(1 - 1e-9, dtype=torch.float64), 1e-6)
         positions = even_steps(400)
+        past, _ = next_operators(BASIS, 12, positions, torch.tensor(1 - 1e-9, dtype=torch.float64), 1e-6)
         signal = BASIS.evaluate(positions) @ samples(8)
         signal = signal * torch.exp(-((positions - 0.5) ** 2) / 0.02).unsqueeze(1)  # nothing at the ends
         middle = (positions > 0.2) & (positions < 0.8)
@@ -138,15 +165,16 @@ class TestLimits:
         assert (fitted - direct)[middle].norm() < 0.05 * direct[middle].norm()
 
 
-def test_even_steps():
+def test_even_steps_and_middles():
     assert even_steps(4).tolist() == [0.25, 0.5, 0.75, 1.0]
-    assert even_steps(4).dtype == torch.float64
+    assert even_middles(4).tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert even_steps(4).dtype == even_middles(4).dtype == torch.float64
 
 
 def test_rounded_operators_hold_normal_numbers_or_zero():
     """The published sizes: far from its sample an operator decays to numbers that float32 hardly has."""
     basis = GaussianBasis.even_grid(512, [0.005, 0.01])
-    for operator in next_operators(basis, 512, 512, torch.tensor(0.5, dtype=torch.float64), 0.5):
+    for operator in next_operators(basis, 512, even_steps(512), torch.tensor(0.5, dtype=torch.float64), 0.5):
         assert (operator.float().abs() < torch.finfo(torch.float32).tiny).any()
         short = rounded(operator, torch.float32)
         largest = operator.abs().max()

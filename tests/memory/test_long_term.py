@@ -8,8 +8,7 @@ from torch import Tensor
 
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
-from infformer.continuous.density import Slots
-from infformer.continuous.regression import even_steps
+from infformer.continuous.density import Gaussian, Slots
 from infformer.memory.long_term import (
     ContinuousSignal,
     LongTermMemory,
@@ -29,6 +28,7 @@ READS = {
 WRITES = {
     "constant": {},
     "constant-sticky": {"sticky": True},
+    "constant-sticky-published": {"sticky": True, "sticky_placement": "published"},
     "constant-gate": {"input_gate": True},
     "uniform": {"contraction": "uniform"},
     "uniform-sticky": {"contraction": "uniform", "sticky": True},
@@ -87,6 +87,19 @@ def naive_passage(memory: LongTermMemory, segments: list[Tensor], state: LongTer
     return Passage(contexts, divergences, torch.cat([row.coefficients for row in rows]))
 
 
+EVEN, NARROW = (
+    Gaussian(torch.full((1, 1, 1), mean), torch.full((1, 1, 1), variance))
+    for mean, variance in ((0.5, 1e6), (0.3, 0.04))
+)
+
+
+def literal_form(config: LongTermMemoryConfig) -> tuple[float, bool]:
+    """How far before the ends of their parts samples of the past stand, and whether zeros are fitted outside [0, 1]."""
+    if config.contraction == "uniform":
+        return 0.5, False
+    return (0.5 if config.sticky and config.sticky_placement == "sampled" else 0.0), True
+
+
 def _naive_row(memory: LongTermMemory, segments: list[Tensor], coefficients: Tensor, count: int) -> Passage:
     config = memory.config
     grid = torch.linspace(0, 1, config.basis_functions // len(config.widths), dtype=torch.float64)
@@ -99,15 +112,16 @@ def _naive_row(memory: LongTermMemory, segments: list[Tensor], coefficients: Ten
         divergences.append(divergence)
         data = naive.gate(hidden, memory.gate.weight, memory.gate.bias) if config.input_gate else hidden
         if count == 0:
-            operator = naive.first_operator(config.segment_length, basis, config.ridge)
+            operator = naive.first_operator(config.segment_length, basis, config.ridge, literal_form(config)[1])
             coefficients = naive.write(None, data, operator, basis)
         else:
             contraction = count / (count + 1) if config.contraction == "uniform" else config.contraction_rate
             stands_for = count * config.segment_length / config.past_samples if config.contraction == "uniform" else 1.0
+            before, zeros = literal_form(config)
             operator = naive.next_operator(
-                config.segment_length, config.past_samples, contraction, basis, config.ridge, stands_for
+                config.segment_length, config.past_samples, contraction, basis, config.ridge, stands_for, before, zeros
             )
-            positions = None
+            positions = (torch.arange(1, config.past_samples + 1).double() - before) / config.past_samples
             if config.sticky:
                 mass = naive.histogram(cumulative, config.sticky_bins).detach()
                 positions = naive.resample(mass, config.past_samples)
@@ -222,7 +236,7 @@ class TestAgainstTheLiteralEquations:
         reading, after = step(memory, hidden, state, offsets=offsets)
         basis = memory.signal.basis
         positions = naive.resample(attention_histogram(reading.attention, basis, 32), 20, offsets)
-        operator = naive.next_operator(12, 20, 0.5, basis, 0.5)
+        operator = naive.next_operator(12, 20, 0.5, basis, 0.5, before=0.5)
         expected = naive.write(state.coefficients, hidden, operator, basis, positions)
         assert_close(after.coefficients, expected)
         assert not torch.equal(after.coefficients, step(memory, hidden, state)[1].coefficients)
@@ -453,7 +467,7 @@ class TestContraction:
     def test_uniform_gives_every_token_equal_weight(self):
         """Also of many more tokens than coefficients: in the integral of the signal no token outweighs another."""
         config = LongTermMemoryConfig(32, 32, [0.02, 0.1], past_samples=128, contraction="uniform", ridge=1.0)
-        signal, segments = ContinuousSignal(config).double(), 48
+        signal, segments = ContinuousSignal(config).double(), 250
         integral = naive.normal_cumulative((1 - signal.centres) / signal.widths)
         integral = integral - naive.normal_cumulative(-signal.centres / signal.widths)
         weights = []
@@ -461,11 +475,11 @@ class TestContraction:
             segments - 1, -1, -1
         ):  # backwards: what the integral sees of each segment when it is written
             past, new = signal.operators(torch.tensor([count]))
-            weights.append(new[0].double() @ integral)
-            samples = signal.basis.evaluate(even_steps(128))
+            weights.append((new[0].double() @ integral).sum())
+            samples = signal.basis.evaluate(signal.past_steps)
             integral = samples.T @ (past[0].double() @ integral)
-        scatter = torch.cat(weights).std() / torch.cat(weights).mean()
-        assert scatter < 0.2
+        shares = torch.stack(weights) * segments
+        assert (shares - 1).abs().max() < 0.2
 
     @pytest.mark.parametrize("rate", [0.5, 0.75])
     def test_constant_fades_geometrically(self, fine_memory, rate):
@@ -496,6 +510,59 @@ class TestContraction:
         assert 0.5 * N < r_squared.sum() <= N
 
 
+class TestManySegments:
+    """Of two channels: a constant of 1, and the number of the token, counted in segments."""
+
+    def read_all(self, memory: LongTermMemory, segments: int, attention: Gaussian) -> tuple[Tensor, Tensor, Tensor]:
+        """What the memory holds on an even grid [400, 2], what at the places of all tokens, and these places."""
+        state, places = memory.initial_state(1), torch.zeros(0, dtype=torch.float64)
+        for segment in range(segments):
+            stamps = segment + (torch.arange(32) + 0.5) / 32
+            hidden = torch.stack([torch.ones(32), stamps], dim=-1).unsqueeze(0)
+            state = memory.write(hidden, state, memory.signal.operators(state.segments), attention)
+            places = memory.moved_places(places, segment, attention)
+        grid = (torch.arange(400) + 0.5) / 400
+        signals = (memory.signal.basis.evaluate(at.float()) @ state.coefficients[0] for at in (grid, places))
+        return *(signal.double() for signal in signals), places
+
+    @pytest.fixture
+    def two_channels(self, build_memory) -> Callable[..., LongTermMemory]:
+        def build(**options) -> LongTermMemory:
+            sizes = {"segment_length": 32, "basis_functions": 32, "past_samples": 32, "widths": []}
+            memory = build_memory(torch.float32, hidden_size=2, heads=1, **sizes, **options)
+            return memory.requires_grad_(False)
+
+        return build
+
+    @pytest.mark.parametrize("sticky", [False, True])
+    @pytest.mark.parametrize("contraction", ["constant", "uniform"])
+    def test_a_constant_stays_and_time_stamps_keep_order_and_place(self, two_channels, contraction, sticky):
+        """Over 1,000 segments, under even attention, by which stickiness moves nothing."""
+        memory = two_channels(contraction=contraction, sticky=sticky)
+        grid, tokens, places = self.read_all(memory, 1000, EVEN)
+        # Zeros outside [0, 1], which constant contraction keeps as published, dent the two ends.
+        inside = slice(40, -40) if contraction == "constant" else slice(None)
+        assert abs(float(grid[:, 0].mean()) - 1) < 0.1
+        assert (grid[inside, 0] - 1).abs().max() < 0.1
+        assert (places.diff() > 0).all()
+        stamps = (grid[:, 1] / grid[:, 0])[inside]
+        assert (stamps.diff() > -1).all()
+        told = tokens[:, 1] / tokens[:, 0]
+        written = (torch.arange(len(told)).double() + 0.5) / 32
+        if contraction == "uniform":
+            assert (told - written).abs().max() < 20
+        else:  # of a past that fades: the last segments, half of the memory and a quarter
+            assert (told - written)[-64:].abs().max() < 0.5
+
+    @pytest.mark.parametrize("attention", [EVEN, NARROW], ids=["even", "narrow"])
+    @pytest.mark.parametrize("placement", ["sampled", "published"])
+    def test_a_sticky_past_that_fades_loses_no_constant(self, two_channels, placement, attention):
+        """Whatever is attended to; nothing of the first 70 of 100 segments is left."""
+        grid, _, _ = self.read_all(two_channels(sticky=True, sticky_placement=placement), 100, attention)
+        assert abs(float(grid[:, 0].mean()) - 1) < 0.1
+        assert (grid[40:-40, 0] - 1).abs().max() < 0.15
+
+
 class TestConfig:
     @pytest.mark.parametrize(
         ("option", "value"),
@@ -503,6 +570,7 @@ class TestConfig:
             ("contraction", "linear"),
             ("read", "dot"),
             ("density", "laplace"),
+            ("sticky_placement", "late"),
             ("segment_length", 0),
             ("basis_functions", 0),
             ("basis_functions", 17),
@@ -520,6 +588,12 @@ class TestConfig:
         with pytest.raises(ValueError, match=f"^model.memory.{option}=") as error:
             small_config(**{option: value})
         assert str(value) in str(error.value)
+
+    def test_the_published_placement_of_a_past_that_lasts(self, small_config):
+        with pytest.raises(
+            ValueError, match=r"^model.memory.sticky_placement=published .* take sticky_placement=sampled"
+        ):
+            small_config(contraction="uniform", sticky_placement="published")
 
     def test_heads_that_do_not_divide_the_width(self, small_config):
         config = small_config()
@@ -603,7 +677,8 @@ class TestMovedPlaces:
         sampled = memory.past_positions(attention).flatten()
         moved = memory.moved_places(sampled, 3, attention)
         contraction = 3 / 4 if memory.config.contraction == "uniform" else 0.5
-        expected = [contraction * m / 20 for m in range(1, 21)]
+        before, _ = literal_form(memory.config)
+        expected = [contraction * (m - before) / 20 for m in range(1, 21)]
         expected += [contraction + (1 - contraction) * i / 12 for i in range(1, 13)]
         torch.testing.assert_close(moved, torch.tensor(expected, dtype=torch.float64))
 

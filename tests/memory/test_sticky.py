@@ -182,16 +182,16 @@ class TestWarp:
 
 
 def test_places_after_warp_undo_the_warp():
-    """What is sampled at position m stands at m/samples."""
+    """What is sampled at position m stands at (m − ½)/samples."""
     generator = torch.Generator().manual_seed(0)
     histogram = torch.rand(3, 7, generator=generator, dtype=torch.float64)
     histogram[0, 2] = 0  # nothing is sampled there
     histogram /= histogram.sum(-1, keepdim=True)
-    places = places_after_warp(histogram, 40, warped_positions(histogram, 40))
-    expected = torch.arange(1, 41, dtype=torch.float64) / 40
+    places = places_after_warp(histogram, warped_positions(histogram, 40))
+    expected = (torch.arange(1, 41, dtype=torch.float64) - 0.5) / 40
     torch.testing.assert_close(places, expected.expand(3, -1))
 
 
 def test_places_after_warp_at_both_ends():
     histogram = torch.full((1, 4), 0.25)
-    assert places_after_warp(histogram, 10, torch.tensor([[0.0, 1.0]])).tolist() == [[pytest.approx(0.05), 1.0]]
+    assert places_after_warp(histogram, torch.tensor([[0.0, 1.0]])).tolist() == [[0.0, 1.0]]
