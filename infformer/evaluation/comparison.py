@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from infformer.evaluation.figures import bootstrap_interval
+from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.reading import EvaluationError, describe_protocol
 
 Documents = list[dict[str, Any]]
 """`per_document` of a `results.json`."""
+
+FEWEST_DOCUMENTS = 5
+"""That a verdict is given on: of fewer an interval is as wide as chance has it, and all may agree by chance."""
+
+TIE = 5e-5
+"""Nats per token: what is less is printed as 0.0000, and is no difference."""
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -65,13 +71,15 @@ def paired_difference(a: Documents, b: Documents) -> dict[str, Any]:
 
     Returns:
         `nats_per_token`, its `interval` of 95 % (None for a single document), `documents` and on how many of them b is
-        `better`.
+        `better` and `worse`: neither where the two differ by less than `TIE`.
     """
     differences = np.array([other["nll"] - one["nll"] for one, other in zip(a, b, strict=True)])
+    tokens = np.array([one["tokens"] for one in a])
     return {
-        **_ratio(differences, np.array([one["tokens"] for one in a])),
+        **_ratio(differences, tokens),
         "documents": len(a),
-        "better": int((differences < 0).sum()),
+        "better": int((differences <= -TIE * tokens).sum()),
+        "worse": int((differences >= TIE * tokens).sum()),
     }
 
 
@@ -118,11 +126,22 @@ def verdict(comparison: dict[str, Any]) -> str:
         return f"B differs from A by {finding} on the only document; one document tells nothing about others."
     low, high = interval
     told = (
-        f"{finding}, 95 % interval {low:+.4f} to {high:+.4f}; better on {difference['better']} of {documents} documents"
+        f"{finding}, 95 % interval over {documents} documents {low:+.4f} to {high:+.4f}; {tally(difference, 'better')}"
     )
-    if low <= 0 <= high:
+    if documents < FEWEST_DOCUMENTS:
+        return (
+            f"No verdict, as {documents} documents are too few for one: B against A {told}. Measure both on "
+            f"{FEWEST_DOCUMENTS} documents or more."
+        )
+    if low <= 0 <= high or abs(nats) < TIE:
         return f"No difference can be told: B against A {told}."
     return f"B reads {'better' if nats < 0 else 'worse'} than A: {told}."
+
+
+def tally(difference: dict[str, Any], side: str) -> str:
+    """On how many documents b is `better` or `worse`, as said by `side`, and on how many neither."""
+    documents, equal = difference["documents"], difference["documents"] - difference["better"] - difference["worse"]
+    return f"{side} on {difference[side]} of {documents} documents" + (f", equal on {equal}" if equal else "")
 
 
 def _difference_in_class(documents: list[tuple[dict[str, Any], dict[str, Any]]], breakdown: str, index: int) -> Any:
@@ -137,7 +156,7 @@ def _difference_in_class(documents: list[tuple[dict[str, Any], dict[str, Any]]],
 
 def _ratio(differences: Any, tokens: Any) -> dict[str, Any]:
     total = tokens.sum()
-    interval = bootstrap_interval(differences, tokens)
+    interval = interval_of_ratio(differences, tokens)
     return {
         "nats_per_token": float(differences.sum() / total) if total else None,
         "interval": None if interval is None else list(interval),

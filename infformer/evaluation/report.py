@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infformer.durable import write_text
-from infformer.evaluation.comparison import verdict
+from infformer.evaluation.comparison import tally, verdict
 from infformer.evaluation.reading import describe_protocol
 
 RECENCY_IN_WORDS = {"within_window": "within the window", "beyond_window": "before the window", "never": "nowhere"}
@@ -44,8 +44,8 @@ def format_table(results: dict[str, Any]) -> str:
         interval = difference["interval"]
         spread = "" if interval is None else f" (95 %: {interval[0]:+.4f} to {interval[1]:+.4f})"
         lines.append(
-            f"{name.replace('_', ' ')}: {difference['nats_per_token']:+.4f} nats per token{spread}, worse on "
-            f"{difference['documents'] - difference['better']} of {difference['documents']} documents"
+            f"{name.replace('_', ' ')}: {difference['nats_per_token']:+.4f} nats per token{spread}, "
+            f"{tally(difference, 'worse')}"
         )
     recency = [
         f"{place['nll'] / place['tokens']:.3f} {RECENCY_IN_WORDS[place['previous_occurrence']]} ({place['tokens']:,})"

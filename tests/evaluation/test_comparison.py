@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infformer.evaluation.comparison import compare, verdict
+from infformer.evaluation.comparison import compare, tally, verdict
 from infformer.evaluation.perplexity import measure
 from infformer.evaluation.reading import EvaluationError
 from infformer.evaluation.report import format_comparison, write_results
@@ -38,8 +38,9 @@ def test_the_difference_is_that_of_the_perplexities(comparison, without_results,
     assert comparison["difference"]["nats_per_token"] == pytest.approx(total / with_results["tokens"])
     low, high = comparison["difference"]["interval"]
     assert low < comparison["difference"]["nats_per_token"] < high
-    better = sum(one["nats_per_token"] < 0 for one in comparison["per_document"])
-    assert comparison["difference"]["better"] == better
+    for side, sign in (("better", -1), ("worse", 1)):
+        told = sum(sign * one["nats_per_token"] >= 5e-5 for one in comparison["per_document"])
+        assert comparison["difference"][side] == told
 
 
 def test_classes_of_tokens_add_up(comparison):
@@ -60,14 +61,55 @@ def test_pairing_sees_what_the_two_intervals_hide(with_results):
     assert found["difference"]["interval"] == pytest.approx([-0.01, -0.01])
     low, high = with_results["perplexity_interval"]["token"]
     assert np.log(high) - np.log(low) > 0.02
-    assert verdict(found).startswith("B reads better than A: -0.0100 nats per token (perplexity -1.00 %)")
+    assert verdict(found) == (
+        "B reads better than A: -0.0100 nats per token (perplexity -1.00 %), 95 % interval over 5 documents "
+        "-0.0100 to -0.0100; better on 5 of 5 documents."
+    )
 
 
 def test_with_itself(with_results):
     found = compare(with_results, with_results)
     assert found["difference"]["nats_per_token"] == 0
-    assert found["difference"]["better"] == 0
+    assert found["difference"]["better"] == found["difference"]["worse"] == 0
     assert verdict(found).startswith("No difference can be told")
+    assert verdict(found).endswith("better on 0 of 5 documents, equal on 5.")
+
+
+def shifted(results: dict, *nats: float) -> dict:
+    """The same results, each document's tokens by so much dearer."""
+    other = copy.deepcopy(results)
+    for document, shift in zip(other["per_document"], nats, strict=True):
+        document["nll"] += shift * document["tokens"]
+    return other
+
+
+def test_documents_that_differ_by_less_than_is_printed_are_equal(with_results):
+    found = compare(with_results, shifted(with_results, 4e-5, -4e-5, 0.0, 6e-5, -0.01))
+    assert (found["difference"]["better"], found["difference"]["worse"]) == (1, 1)
+    assert tally(found["difference"], "better") == "better on 1 of 5 documents, equal on 3"
+    assert tally(found["difference"], "worse") == "worse on 1 of 5 documents, equal on 3"
+
+
+def test_a_difference_that_is_printed_as_nothing_is_none(with_results):
+    """However sure it is."""
+    found = compare(with_results, shifted(with_results, *[-1e-5] * 5))
+    assert found["difference"]["interval"][1] < 0
+    assert verdict(found).startswith("No difference can be told: B against A -0.0000 nats per token")
+
+
+def first_documents(results: dict, count: int) -> dict:
+    """The results of the first documents alone."""
+    documents = copy.deepcopy(results["per_document"][:count])
+    return {**results, "documents": count, "per_document": documents}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_fewer_than_five_documents_get_no_verdict(with_results, count):
+    better = shifted(with_results, *[-0.01] * 5)
+    told = verdict(compare(first_documents(with_results, count), first_documents(better, count)))
+    assert told.startswith(f"No verdict, as {count} documents are too few for one: B against A -0.0100 nats per token")
+    assert f"95 % interval over {count} documents -0.0100 to -0.0100; better on {count} of {count} documents" in told
+    assert told.endswith("Measure both on 5 documents or more.")
 
 
 def test_one_document(model, documents_of, reader):

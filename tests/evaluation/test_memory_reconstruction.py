@@ -62,26 +62,27 @@ def fit(places: Array, values: Array, outside: Array, size: int, weights: Array)
 
 def reconstruct_by_least_squares(segments: list[Array], contraction: str) -> tuple[list[float], float]:
     """R² of each segment, the newest first, and of all together."""
-    size = len(segments[0])
+    size, uniform = len(segments[0]), contraction == "uniform"
     coefficients, places = np.zeros((size, segments[0].shape[1])), np.zeros(0)
     grid = np.arange(1, size + 1) / size
+    sampled = grid - 0.5 / size if uniform else grid
     for number, hidden in enumerate(segments):
         if number == 0:
             middles = (np.arange(2 * size) - size // 2 + 0.5) / size
             places = middles[(middles > 0) & (middles < 1)]
-            coefficients = fit(places, hidden, middles[(middles < 0) | (middles > 1)], size, np.ones(size))
+            outside = np.zeros(0) if uniform else middles[(middles < 0) | (middles > 1)]
+            coefficients = fit(places, hidden, outside, size, np.ones(size))
             continue
-        uniform = contraction == "uniform"
         rate = number / (number + 1) if uniform else CONTRACTION
         # As many samples as a segment has tokens stand for `number` segments.
         weights = np.repeat([number if uniform else 1, 1], size)
         margin = 1 / (3 * size)
         outside = np.linspace(-0.5 + margin, 1.5 - margin, 4 * size)
-        outside = outside[(outside < 0) | (outside > 1)]
+        outside = outside[((outside < 0) | (outside > 1)) & (not uniform)]
         new = rate + (1 - rate) * grid
-        samples = evaluate(grid, size) @ coefficients
+        samples = evaluate(sampled, size) @ coefficients
         values = np.concatenate([samples, hidden])
-        coefficients = fit(np.concatenate([rate * grid, new]), values, outside, size, weights)
+        coefficients = fit(np.concatenate([rate * sampled, new]), values, outside, size, weights)
         places = np.concatenate([rate * places, new])
     written = np.concatenate(segments)
     errors = ((written - evaluate(places, size) @ coefficients) ** 2).sum(1)
