@@ -18,6 +18,7 @@ from infformer.evaluation.perplexity import measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.loading import check_fit, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
+from infformer.training.before import check_evaluation
 from infformer.training.building import ask, make_reader
 from infformer.training.command_line import start
 from infformer.training.evaluation_folder import check_that_it_may_be_written, evaluation_folder, write_record
@@ -38,12 +39,14 @@ def run(config: EvaluationRunConfig) -> None:
             f"engine={engine.name} cuts the model up, and to measure, each process needs all of it: choose engine=ddp, "
             "and launch with torchrun, or with accelerate as it is before `accelerate config`"
         )
-    accelerator, folder = start_processes(engine, config.precision), evaluation_folder(config)
+    accelerator = start_processes(engine, config.precision, option="precision")
+    folder = evaluation_folder(config)
     with held(accelerator, folder, lambda: check_that_it_may_be_written(config, folder)):
         _measure(config, accelerator, folder)
 
 
 def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path) -> None:
+    check_evaluation(config)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
     tokenizer, documents = None, dict[str, TokenizedDocuments]()
     if config.task.vocabulary_size is None:

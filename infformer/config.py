@@ -7,11 +7,13 @@ any work. An option `a.b.c=value` of the command line is the field `c` of `b` of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from infformer.data.options import DataConfig
+from infformer.errors import check_finite
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -30,6 +32,11 @@ def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_at_least(option: str, value: float | None, minimum: float) -> None:
     if value is not None and value < minimum:
         raise ValueError(f"{option}={value}: must be at least {minimum}")
+
+
+def _check_place(option: str, value: str | None) -> None:
+    if value == "":
+        raise ValueError(f"{option}=: name a folder, such as {option}=outputs/mine")
 
 
 ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
@@ -67,9 +74,17 @@ class ModelConfig:
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
 
     def __post_init__(self) -> None:
+        for name in ("pretrained", "tokenizer", "attention"):
+            if getattr(self, name) == "":
+                raise ValueError(f"model.{name}=: give a folder or a name, or null")
         if (self.pretrained is None) == (not self.architecture):
             raise ValueError(
                 "give one of model.pretrained= (a folder or a hub name) and model.architecture= (a model from scratch)"
+            )
+        if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
+            raise ValueError(
+                "model.memory_layers=[]: name the layers that have a memory, from 0; null is all of them, and "
+                "model/memory=none is no memory"
             )
         if not self.is_decoder and (self.short_term_length or self.compressive is not None):
             raise ValueError(
@@ -137,6 +152,7 @@ class TrainingConfig:
     """Length of a sample."""
 
     def __post_init__(self) -> None:
+        check_finite("training.", self)
         _check_choice("training.precision", self.precision, ("float32", "bfloat16", "float16"))
         for name in ("max_steps", "batch_size", "bptt_segments", "gradient_accumulation", "log_every", "sample_tokens"):
             _check_at_least(f"training.{name}", getattr(self, name), 1)
@@ -165,11 +181,14 @@ class OptimizerConfig:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_finite("optimizer.", self)
         _check_choice("optimizer.name", self.name, ("adamw", "adam"))
         for name in ("learning_rate", "memory_learning_rate", "weight_decay"):
             _check_at_least(f"optimizer.{name}", getattr(self, name), 0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: give two numbers in [0, 1)")
+        if self.epsilon <= 0:
+            raise ValueError(f"optimizer.epsilon={self.epsilon}: must be positive")
 
 
 @dataclass
@@ -184,6 +203,7 @@ class ScheduleConfig:
     """For `cosine`: where it ends, as a part of the highest rate."""
 
     def __post_init__(self) -> None:
+        check_finite("schedule.", self)
         _check_choice("schedule.name", self.name, ("cosine", "linear", "constant", "inverse_sqrt"))
         _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if not 0 <= self.final_ratio <= 1:
@@ -228,6 +248,7 @@ class EngineConfig:
     """Seconds without progress after which a process is given up as hanging, and the run with it."""
 
     def __post_init__(self) -> None:
+        check_finite("engine.", self)
         _check_choice("engine.name", self.name, ENGINES)
         if self.config is not None and not self.name.startswith("zero"):
             raise ValueError(
@@ -252,19 +273,21 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         _check_choice("tracker.name", self.name, ("none", "wandb", "tensorboard"))
+        if not self.project:
+            raise ValueError("tracker.project=: give the project a name, such as tracker.project=infformer")
         if self.mode is not None:
             _check_choice("tracker.mode", self.mode, ("online", "offline"))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunConfig:
     """One training run."""
 
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig
     task: TaskConfig = field(default_factory=TaskConfig)
     """What to learn: language modelling, on the documents of `data`, or one of those of `TASKS`."""
     data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -279,6 +302,11 @@ class RunConfig:
     Null: start; an `output_dir` that already holds a run is an error."""
 
     def __post_init__(self) -> None:
+        _check_place("output_dir", self.output_dir)
+        if self.name in ("", ".", ".."):
+            raise ValueError(f"name={self.name}: give the run a name, which its folder in outputs/ has too")
+        if self.resume == "":
+            raise ValueError("resume=: set it to auto, to a checkpoint, or to null")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
         if self.task.vocabulary_size is None and self.model.pretrained is None and self.model.tokenizer is None:
@@ -344,6 +372,9 @@ class EvaluationRunConfig:
     same evaluation writes over its own results."""
 
     def __post_init__(self) -> None:
+        _check_place("output_dir", self.output_dir)
+        if not self.checkpoint:
+            raise ValueError("checkpoint=: name a checkpoint of a run, a model folder, or a model on the hub")
         _check_choice("split", self.split, ("train", "validation", "test"))
         _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
         _check_at_least("segment_length", self.segment_length, 2)
@@ -358,6 +389,7 @@ class EvaluationRunConfig:
             )
 
 
+@cache
 def register_schemas() -> None:
     """Tell Hydra the types by which it checks `conf/train.yaml`, `conf/eval.yaml` and the choices of `conf/task/`."""
     store = ConfigStore.instance()

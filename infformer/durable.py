@@ -6,10 +6,41 @@ What is written gets a temporary name beside its place, is handed to the disk, a
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from infformer.errors import UserError
+
+
+class PlaceError(UserError, OSError):
+    """A folder in which nothing can be written."""
+
+
+def check_place(option: str, folder: Path) -> None:
+    """Make sure, before any work, that a folder can be made and written to; it is not made.
+
+    Args:
+        option: where it was given, for the message.
+
+    Raises:
+        PlaceError: it cannot, or the disk is full.
+    """
+    there = next((place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place)), folder)
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is no folder")
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:
+        raise PlaceError(
+            f"{option}={folder}: nothing can be written there ({error}); make room or get access, or set {option}= to "
+            "another place"
+        ) from error
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infformer.errors import check_finite
+
 FUNCTIONS = ("convolution", "mean", "max", "most_used")
 
 ContentAttention = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -31,6 +33,7 @@ class CompressiveMemoryConfig:
     """Weight of the attention-reconstruction loss, which trains the convolution and nothing else."""
 
     def __post_init__(self) -> None:
+        check_finite("model.compressive.", self)
         if self.function not in FUNCTIONS:
             raise ValueError(f"model.compressive.function={self.function}: choose one of {', '.join(FUNCTIONS)}")
         for name in ("length", "rate"):

@@ -26,6 +26,7 @@ from infformer.continuous.density import (
     variance_divergence,
 )
 from infformer.continuous.regression import even_middles, even_steps, first_operator, next_operators, rounded
+from infformer.errors import check_finite
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 from infformer.memory.time_shuffle import shuffled_positions
@@ -78,6 +79,7 @@ class LongTermMemoryConfig:
     """σ₀ of that divergence."""
 
     def __post_init__(self) -> None:
+        check_finite("model.memory.", self)
         choices = {
             "contraction": ("constant", "uniform"),
             "read": ("affine", "moments", "slots"),
@@ -90,9 +92,17 @@ class LongTermMemoryConfig:
         for name in ("segment_length", "basis_functions", "past_samples", "sticky_bins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("ridge", "prior_standard_deviation"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be positive")
+        # Far outside of these, numbers of the regression and of the densities are 0 or infinite.
+        for name, lowest, highest in (("ridge", 1e-12, 1e12), ("prior_standard_deviation", 1e-6, 1e6)):
+            if not lowest <= getattr(self, name) <= highest:
+                raise ValueError(
+                    f"model.memory.{name}={getattr(self, name)}: must be positive, from {lowest:g} to {highest:g}"
+                )
+        if self.divergence_weight < 0:
+            raise ValueError(
+                f"model.memory.divergence_weight={self.divergence_weight}: must not be negative; 0 leaves the "
+                "divergence out"
+            )
         if not 0 < self.contraction_rate < 1:
             raise ValueError(f"model.memory.contraction_rate={self.contraction_rate}: must lie between 0 and 1")
         if self.sticky_placement == "published" and self.contraction == "uniform":
@@ -101,11 +111,18 @@ class LongTermMemoryConfig:
                 "model.memory.contraction=uniform all of it is moved out of the memory in time: take "
                 "sticky_placement=sampled or contraction=constant"
             )
-        if not self.widths and self.basis_functions > 2:
+        if not self.widths and self.basis_functions < 4:
+            raise ValueError(
+                f"model.memory.basis_functions={self.basis_functions}: must be at least 4, or give model.memory.widths="
+            )
+        if not self.widths:
             self.widths = [round(factor / (self.basis_functions / 2 - 1), 6) for factor in (1.275, 2.55)]
-        if min(self.widths, default=1.0) <= 0:
-            raise ValueError(f"model.memory.widths={list(self.widths)}: they must all be positive")
-        if not self.widths or self.basis_functions % len(self.widths) or self.basis_functions < 2 * len(self.widths):
+        if not all(1e-6 <= width <= 1e3 for width in self.widths):
+            raise ValueError(
+                f"model.memory.widths={list(self.widths)}: they must all be positive, from 1e-06 to 1000 times the "
+                "whole memory"
+            )
+        if self.basis_functions % len(self.widths) or self.basis_functions < 2 * len(self.widths):
             raise ValueError(
                 f"model.memory.basis_functions={self.basis_functions} cannot be divided among the {len(self.widths)} "
                 f"widths {list(self.widths)}: take a multiple of their number, and two functions of each at least"

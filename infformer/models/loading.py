@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from infformer.data.encoding import vocabulary_size
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
@@ -18,6 +18,10 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.memory_model import MemoryModel, ModelError
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
+
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = "infformer/checkpoints/"
+"""How what comes with the package is named, from wherever it is asked for."""
 
 
 def load_pretrained(
@@ -137,6 +141,15 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
     return tokenizer
 
 
+def load_config(name: str, option: str) -> PreTrainedConfig:
+    """The configuration of a model, of which nothing else is read.
+
+    Raises:
+        ModelError: no model there, or the hub cannot be reached.
+    """
+    return _load(AutoConfig, model_folder(name), option)
+
+
 def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make sure that the model has an embedding for every token.
 
@@ -159,6 +172,8 @@ def model_folder(name: str) -> str:
 
 def _load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
     path = Path(name).expanduser()
+    if name.startswith(SHIPPED) and not path.exists():
+        path = PACKAGE.parent / name
     problem = None
     if path.is_dir():
         name = str(path)

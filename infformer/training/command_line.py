@@ -74,7 +74,6 @@ def compose(name: str, kind: type[Options], conf: Path, overrides: Sequence[str]
     Raises:
         UserError: an option is wrong.
     """
-    register_schemas()
     try:
         composed = _compose(name, conf, overrides)
     except Exception as error:
@@ -89,7 +88,11 @@ def check(composed: DictConfig, kind: type[Options]) -> Options:
         UserError: it has options that there are not, or values that cannot be.
     """
     for option, value in _unknown(composed, kind):
-        raise _no_such_option(f"{option}={value}", option, kind)
+        while isinstance(value, dict) and len(value) == 1:  # as it was typed
+            ((name, value),) = value.items()
+            option = f"{option}.{name}"
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        raise _no_such_option(f"{option}={shown}", option, kind)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))  # type: ignore[return-value]
     except UserError:
@@ -146,6 +149,7 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
 
 
 def _compose(name: str, conf: Path, overrides: Sequence[str]) -> DictConfig:
+    register_schemas()
     with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
         composed = hydra.compose(name, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(composed.copy())
@@ -196,7 +200,8 @@ def _unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> list[tuple[
         inner = node._get_node(name)
         option = prefix + name
         if name not in hints:
-            found.append((option, "…" if isinstance(inner, DictConfig) else inner))
+            plain: Any = OmegaConf.to_container(OmegaConf.create({option: inner}))
+            found.append((option, plain[option]))
         elif isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():
             inner_kind = OmegaConf.get_type(inner)
             if inner_kind is not None and dataclasses.is_dataclass(inner_kind):
@@ -214,6 +219,8 @@ def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
     names = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in options}, n=3, cutoff=0.7)
     alike = [name for near in names for name in options if name.rpartition(".")[2] == near]
     alike.sort(key=lambda name: (name.rpartition(".")[2] != last, name.rpartition(".")[0] != group))
+    while group and not any(name.startswith(f"{group}.") for name in options):
+        group = group.rpartition(".")[0]
     there = dict.fromkeys(name.rpartition(".")[2] for name in options if name.rpartition(".")[0] == group)
     return OptionError(
         f"{typed}: there is no option {option}{_perhaps(option, options, alike)}"

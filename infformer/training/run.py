@@ -22,6 +22,7 @@ from infformer.evaluation.report import write_results
 from infformer.memory.state import MemoryState
 from infformer.plots.memory import plot_inspection
 from infformer.plots.run import plot_run
+from infformer.training.before import check_run
 from infformer.training.building import build_model, build_task, build_tokenizer
 from infformer.training.checkpoint import (
     CheckpointWriter,
@@ -73,7 +74,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
-    seed_everything(config.seed)  # the new weights are the same on all processes
     folder = Path(config.output_dir)
     share = _share(config, accelerator)
     with held(accelerator, folder, lambda: where_to_start(config, folder)) as checkpoint:
@@ -91,6 +91,8 @@ def _run(
     share: range,
 ) -> dict[str, Any]:
     """All of it, in a folder that is held."""
+    check_run(config, accelerator.num_processes, accelerator.is_main_process)
+    seed_everything(config.seed)  # the new weights are the same on all processes
     training = config.training
     signals = StopSignals(partial(highest, accelerator), shows=accelerator.is_main_process)
     watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)

@@ -87,7 +87,11 @@ def settle_engine(engine: EngineConfig) -> EngineConfig:
 
 
 def start_processes(
-    engine: EngineConfig, precision: str, gradient_accumulation: int = 1, gradient_clipping: float | None = None
+    engine: EngineConfig,
+    precision: str,
+    gradient_accumulation: int = 1,
+    gradient_clipping: float | None = None,
+    option: str = "training.precision",
 ) -> Accelerator:
     """Join the processes that the launcher started.
 
@@ -96,6 +100,7 @@ def start_processes(
         precision: of autocast.
         gradient_accumulation: parts of a step,
         gradient_clipping: and the largest norm of its gradient; DeepSpeed wants to know them at once.
+        option: where the precision was given, for the messages.
 
     Raises:
         EngineError: the processes do not work together as asked. Several combinations of launcher and device fall back
@@ -104,10 +109,10 @@ def start_processes(
     has_device = torch.accelerator.is_available()
     zero = engine.name.startswith("zero")
     if precision == "float16" and not has_device:
-        raise EngineError("training.precision=float16: the CPU has no float16 training; use bfloat16 or float32")
+        raise EngineError(f"{option}=float16: the CPU has no float16 training; use bfloat16 or float32")
     if precision == "float16" and (zero or engine.name == "fsdp2"):
         raise EngineError(
-            f"training.precision=float16 with engine={engine.name}: its scaled gradients are only known to engine=ddp; "
+            f"{option}=float16 with engine={engine.name}: its scaled gradients are only known to engine=ddp; "
             "use bfloat16 or float32"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -283,9 +288,11 @@ def _deepspeed_plugin(
 
 
 def _read_deepspeed_file(path: str) -> dict[str, Any]:
+    if Path(path).is_fifo():
+        raise EngineError(f"engine.config={path}: this is a pipe, which would be waited for; give a file")
     try:
         options = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"engine.config={path}: not a DeepSpeed configuration in JSON ({error})") from error
     if not isinstance(options, dict):
         raise EngineError(f"engine.config={path}: a DeepSpeed configuration is an object with named parts")

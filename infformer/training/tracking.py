@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from matplotlib.image import imread
 
@@ -65,6 +65,23 @@ def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, con
     return _ForgivingTracker(_TensorBoardTracker(run_directory, config))
 
 
+def check_tracker(options: TrackerConfig) -> None:
+    """Make sure, before any work, that a tracker can be opened.
+
+    Raises:
+        TrackerError: its package is not installed, its options are none that it takes, or nobody is logged in.
+    """
+    if options.name == "tensorboard":
+        _import_tensorboard()
+    if options.name == "wandb":
+        wandb = _import_wandb()
+        try:
+            wandb.Settings(project=options.project, entity=options.entity, run_tags=tuple(options.tags))
+        except (wandb.errors.Error, ValueError) as error:
+            raise _refused(error) from error
+        _mode_of_wandb(options, wandb)
+
+
 class NoTracker:
     """Reports nothing."""
 
@@ -111,22 +128,8 @@ class _WandbTracker:
     """Weights & Biases."""
 
     def __init__(self, options: TrackerConfig, run_name: str, run_directory: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise _missing_package("wandb") from error
-
-        # Asked of wandb itself, as there are many places to log in from: the environment, netrc, settings files.
-        mode: Any = options.mode or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
-        try:
-            somebody = mode != "online" or wandb.login(prompt=False)
-        except wandb.errors.CommError as error:
-            mode, somebody = _record_offline(error, run_directory), True
-        if not somebody:
-            raise TrackerError(
-                "tracker.name=wandb, but nobody is logged in to wandb. Run `wandb login`, or record on this machine "
-                "alone with tracker.mode=offline (or WANDB_MODE=offline), or choose another tracker."
-            )
+        wandb = _import_wandb()
+        mode = _mode_of_wandb(options, wandb)
         # The id lives in the run's folder, so that a resumed run continues its own curves.
         id_file = run_directory / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
@@ -143,7 +146,10 @@ class _WandbTracker:
         try:
             self._run = start(mode=mode, resume="allow" if mode == "online" else None)
         except wandb.errors.CommError as error:
-            self._run = start(mode=_record_offline(error, run_directory))
+            _record_offline(error)
+            self._run = start(mode="offline")
+        except (wandb.errors.Error, ValueError) as error:
+            raise _refused(error) from error
         id_file.write_text(run_id + "\n")
         # A metric of its own instead of wandb's step, which may only grow: a run resumed from a checkpoint does some
         # steps again, and wandb would drop them.
@@ -166,25 +172,66 @@ class _WandbTracker:
         self._run.finish()
 
 
-def _record_offline(error: Exception, run_directory: Path) -> Literal["offline"]:
-    """The mode of a run that begins without wandb's server."""
+def _mode_of_wandb(options: TrackerConfig, wandb: Any) -> Any:
+    """How wandb shall report; without its server it records.
+
+    Raises:
+        TrackerError: nobody is logged in.
+    """
+    # Asked of wandb itself, as there are many places to log in from: the environment, netrc, settings files.
+    mode = options.mode or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+    try:
+        somebody = mode != "online" or wandb.login(prompt=False)
+    except wandb.errors.CommError as error:
+        _record_offline(error)
+        return "offline"
+    except (wandb.errors.Error, ValueError) as error:
+        raise _refused(error) from error
+    if not somebody:
+        raise TrackerError(
+            "tracker.name=wandb, but nobody is logged in to wandb. Run `wandb login`, or record on this machine "
+            "alone with tracker.mode=offline (or WANDB_MODE=offline), or choose another tracker."
+        )
+    return mode
+
+
+def _record_offline(error: Exception) -> None:
     logger.warning(
-        "wandb cannot be reached, or does not know the key (%s); it records in %s, from where `wandb sync` can send it",
-        error, run_directory / "wandb",
-    )  # fmt: skip
-    return "offline"
+        "wandb cannot be reached, or does not know the key (%s); it records in wandb/ of the run's folder, from where "
+        "`wandb sync` can send it",
+        error,
+    )
+
+
+def _refused(error: Exception) -> TrackerError:
+    """What wandb says of a project, an entity or tags that cannot be."""
+    return TrackerError(
+        f"tracker.name=wandb does not take its options ({' '.join(str(error).split())}): mend tracker.project=, "
+        "tracker.entity=, tracker.tags= or tracker.mode=, or choose tracker=none"
+    )
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise _missing_package("wandb") from error
+    return wandb
+
+
+def _import_tensorboard() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise _missing_package("tensorboard") from error
+    return SummaryWriter
 
 
 class _TensorBoardTracker:
     """TensorBoard event files under `tensorboard/` in the run's folder."""
 
     def __init__(self, run_directory: Path, config: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing_package("tensorboard") from error
-
-        self._writer = SummaryWriter(log_dir=str(run_directory / "tensorboard"))
+        self._writer = _import_tensorboard()(log_dir=str(run_directory / "tensorboard"))
         self._writer.add_hparams(flatten(config), {}, run_name=".")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

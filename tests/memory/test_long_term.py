@@ -616,7 +616,7 @@ class TestConfig:
 
     def test_functions_that_cannot_have_two_widths(self):
         for functions in (1, 2, 33):
-            with pytest.raises(ValueError, match=f"^model.memory.basis_functions={functions} "):
+            with pytest.raises(ValueError, match=rf"^model.memory.basis_functions={functions}\b"):
                 LongTermMemoryConfig(basis_functions=functions)
 
     def test_the_defaults_are_the_published_ones(self):

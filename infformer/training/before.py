@@ -1,0 +1,204 @@
+"""What is made sure of before any work: that there are documents, a tracker, a model, and memory enough."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from infformer.config import EvaluationRunConfig, RunConfig
+from infformer.data.options import SPLITS
+from infformer.data.sources import check_sources
+from infformer.errors import UserError
+from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.architecture import try_architecture, try_kernel
+from infformer.models.decoder import DecoderConfig
+from infformer.models.loading import load_config
+from infformer.models.pretrained import InfformerConfig
+from infformer.training.tracking import check_tracker
+
+GIB = 2.0**30
+CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much a container may take."""
+
+
+class SizeError(UserError, ValueError):
+    """Something that would not fit into memory."""
+
+
+def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
+    """Find what would stop a run, as far as it can be found without work; what is quickest first.
+
+    Raises:
+        UserError: the message names the option.
+    """
+    if config.task.vocabulary_size is None:
+        check_sources(
+            config.data, [split for split in SPLITS if split == "train" or getattr(config.data, split) is not None]
+        )
+    if is_main_process:
+        check_tracker(config.tracker)
+    chosen, training = config.model, config.training
+    weights = 0
+    if chosen.pretrained is not None:
+        shape: Any = load_config(chosen.pretrained, "model.pretrained")
+        try_kernel(shape, chosen.attention)
+    else:
+        # A vocabulary that a tokenizer will have is not known yet; an adaptive one only has to be larger than its cuts.
+        unknown = 10**6 if chosen.architecture.get("adaptive_cutoffs") else 1000
+        vocabulary = {"vocab_size": config.task.vocabulary_size or unknown, "bos_token_id": None, "eos_token_id": None}
+        model = try_architecture({**vocabulary, **chosen.architecture}, chosen.attention)
+        shape = model.config
+        trained = 1 if training.freeze_backbone else 4  # gradients and two moments beside them
+        weights = 4 * trained * _parameters(model, unknown)
+        if config.engine.name not in ("auto", "ddp"):
+            weights //= processes
+    lanes = training.batch_size // processes
+    check_size(
+        shape,
+        training.segment_length,
+        _memories(chosen.memory, chosen.short_term_length, chosen.compressive),
+        lanes=lanes,
+        lanes_at_once=max(1, lanes // training.gradient_accumulation),
+        bptt_segments=training.bptt_segments,
+        weights=weights,
+        longest_text=_longest_text(config),
+        options={
+            "training.batch_size": (training.batch_size, 64),
+            "training.segment_length": (training.segment_length, 512),
+            "training.bptt_segments": (training.bptt_segments, 8),
+            **({} if chosen.memory is None else _of_memory(chosen.memory)),
+            "model.short_term_length": (chosen.short_term_length, 512),
+            "model.compressive.length": (chosen.compressive.length if chosen.compressive else 0, 512),
+            **{
+                f"model.architecture.{name}": (value, 4096)
+                for name, value in chosen.architecture.items()
+                if type(value) is int
+            },
+            **_of_task(config),
+        },
+    )
+
+
+def check_evaluation(config: EvaluationRunConfig) -> None:
+    """Find what would stop an evaluation, as far as it can be found without work.
+
+    Raises:
+        UserError: the message names the option.
+    """
+    if config.task.vocabulary_size is None:
+        check_sources(config.data, [config.split])
+    shape: Any = load_config(config.checkpoint, "checkpoint")
+    memory = MemoryConfig(short_term_length=0)
+    if isinstance(shape, DecoderConfig):
+        memory = shape.memory_config
+    long_term = shape.memory_config if isinstance(shape, InfformerConfig) else memory.long_term
+    length = config.segment_length or (long_term.segment_length if long_term else 1)
+    short_term = config.short_term_length or memory.short_term_length
+    check_size(
+        shape,
+        length,
+        _memories(long_term, short_term, memory.compressive),
+        longest_text=_longest_text(config),
+        options={
+            "segment_length": (length, 512),
+            "short_term_length": (short_term, 512),
+            **_of_task(config),
+        },
+    )
+
+
+def check_size(
+    shape: Any,
+    segment_length: int,
+    memories: tuple[int, int, int, int],
+    *,
+    options: dict[str, tuple[int, int]],
+    lanes: int = 1,
+    lanes_at_once: int = 1,
+    bptt_segments: int = 1,
+    weights: int = 0,
+    longest_text: int = 0,
+) -> None:
+    """Refuse what certainly does not fit into memory: what is counted is the least that it takes.
+
+    Args:
+        shape: the model's configuration.
+        memories: basis functions, samples of the past, bins of a histogram, and states that attention sees beside the
+            segment.
+        options: what decides on it, each with its value and a usual one; the most unusual is to blame.
+        weights: bytes of the model and of what is kept to train it.
+
+    Raises:
+        SizeError: it does not.
+    """
+    inner = shape.backbone if isinstance(shape, InfformerConfig) else shape.get_text_config()
+    layers, hidden = getattr(inner, "num_hidden_layers", 1), getattr(inner, "hidden_size", 1)
+    functions, samples, bins, seen = memories
+    operators = 8 * functions * (functions + segment_length + samples)
+    states = 4 * lanes * layers * hidden * (functions + seen)
+    activations = 2 * lanes_at_once * bptt_segments * segment_length * hidden * layers
+    histograms = 4 * lanes_at_once * segment_length * bins
+    allowed = lanes_at_once * segment_length * (segment_length + seen) if seen else 0
+    needed = weights + operators + states + activations + histograms + allowed + 8 * lanes * longest_text
+    there = memory_of_this_machine()
+    if needed > there:
+        option = max(options, key=lambda name: options[name][0] / options[name][1])
+        raise SizeError(
+            f"{option}={options[option][0]}: this would take {needed / GIB:,.0f} GiB of memory at least, and there "
+            f"are {there / GIB:,.0f} GiB; choose less"
+        )
+
+
+def memory_of_this_machine() -> int:
+    """Bytes that this process can have at most: of its accelerator, or of the host and the container it runs in."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    there = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in map(Path, CONTROL_GROUPS):
+        limit = file.read_text().strip() if file.exists() else ""
+        there += [int(limit)] if limit.isdigit() else []
+    return min(there)
+
+
+def _memories(
+    long_term: LongTermMemoryConfig | None, short_term: int, compressed: CompressiveMemoryConfig | None
+) -> tuple[int, int, int, int]:
+    seen = short_term + (0 if compressed is None else compressed.length)
+    if long_term is None:
+        return 0, 0, 0, seen
+    bins = long_term.sticky_bins if long_term.sticky else 0
+    return long_term.basis_functions, long_term.past_samples, bins, seen
+
+
+def _of_memory(memory: LongTermMemoryConfig) -> dict[str, tuple[int, int]]:
+    return {
+        "model.memory.basis_functions": (memory.basis_functions, 512),
+        "model.memory.past_samples": (memory.past_samples, 512),
+        "model.memory.sticky_bins": (memory.sticky_bins, 512),
+    }
+
+
+def _of_task(config: RunConfig | EvaluationRunConfig) -> dict[str, tuple[int, int]]:
+    """Options of a task that decide on how long its texts are, or how large its vocabulary is."""
+    found = {}
+    for name, value in vars(config.task).items():
+        numbers = value if isinstance(value, list) else [value]
+        if numbers and all(type(number) is int for number in numbers):
+            found[f"task.{name}"] = (max(numbers), 100_000)
+    return found
+
+
+def _longest_text(config: RunConfig | EvaluationRunConfig) -> int:
+    lengths = [value for name, (value, _) in _of_task(config).items() if "length" in name]
+    return max(lengths, default=0)
+
+
+def _parameters(model: nn.Module, unknown: int) -> int:
+    """How many there are, but for those of a vocabulary of unknown size."""
+    return sum(parameter.numel() for parameter in model.parameters() if unknown not in parameter.shape)
