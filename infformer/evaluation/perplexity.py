@@ -49,7 +49,8 @@ def evaluate_controls(reader: Reader, documents: TokenizedDocuments) -> dict[str
     """The same figures of the same model where its memory cannot help.
 
     `memory_off`: every segment is read with an empty memory. `memory_of_another_document`: with the memory that another
-    document had at the same distance from its beginning; needs two documents (2 w + 2 with w warm-up documents) and is
+    document (see `partners`) had at the same distance from its beginning; needs two documents (2 w + 2 with w warm-up
+    documents) and is
     left out where there are fewer. `memory_shuffled_in_time`: with the document's own, its past in another order.
     """
     if not reader.model.has_memory:

@@ -6,6 +6,7 @@ share them out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -183,10 +184,9 @@ def with_shuffled_memory(reader: Reader) -> Read:
 def with_memory_of_another_document(reader: Reader, documents: TokenizedDocuments) -> Read:
     """Each segment is read with the memory that another document had at the same distance from its beginning.
 
-    As full as its own, and of text, but of the wrong one. The other document is the next of the list, or with warm-up
-    documents, the first whose own are all others.
+    As full as its own, and of text, but of the wrong one: see `partners`.
     """
-    inputs = documents.token_counts - 1
+    inputs, partner = documents.token_counts - 1, partners(documents, reader.warmup_documents)
 
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
         losses = _score(reader, segment, memory).token_losses
@@ -195,7 +195,7 @@ def with_memory_of_another_document(reader: Reader, documents: TokenizedDocument
         lengths = torch.zeros_like(segment.lengths, device="cpu")
         for row, (document, start) in enumerate(zip(segment.documents.tolist(), segment.starts.tolist(), strict=True)):
             if document >= 0 and start % reader.segment_length == 0:
-                neighbour = (document + 1 + reader.warmup_documents) % len(documents)
+                neighbour = partner[document]
                 stop = min(start + neighbours.shape[1], int(inputs[neighbour]))
                 lengths[row] = max(stop - start, 0)  # a shorter neighbour's memory stays as it was at its end
                 neighbours[row, : lengths[row]] = torch.from_numpy(documents.tokens(neighbour, min(start, stop), stop))
@@ -209,6 +209,23 @@ def with_memory_of_another_document(reader: Reader, documents: TokenizedDocument
         return losses, written.memory
 
     return read
+
+
+def partners(documents: TokenizedDocuments, warmup_documents: int = 0) -> list[int]:
+    """For each document the other one whose memory it is read with; each is that of one other.
+
+    It follows from the texts, whatever their order and names: the next by a hash of its tokens, the first after the
+    last. With warm-up documents, where the list's order decides on every figure, the first after it in the list whose
+    own warm-up documents are all others.
+    """
+    count = len(documents)
+    if warmup_documents:
+        return [(document + 1 + warmup_documents) % count for document in range(count)]
+    lengths = documents.token_counts.tolist()
+    hashes = [hashlib.sha256(documents.tokens(i, 0, length)).digest() for i, length in enumerate(lengths)]
+    order = sorted(range(count), key=hashes.__getitem__)
+    after = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [after[document] for document in range(count)]
 
 
 def _score(reader: Reader, segment: Segment, memory: MemoryState | None) -> Any:

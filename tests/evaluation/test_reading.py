@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infformer.data import TokenizedDocuments
 from infformer.evaluation.perplexity import evaluate, evaluate_controls, measure
-from infformer.evaluation.reading import EvaluationError, describe_protocol, read_documents
+from infformer.evaluation.reading import EvaluationError, describe_protocol, partners, read_documents
 from infformer.evaluation.reading import with_memory as with_memory_of
 from infformer.memory.layer import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
@@ -54,7 +54,7 @@ def literally(model: InfformerForCausalLM, documents: TokenizedDocuments, memory
     for document in range(len(documents)):
         past = {
             "own": memories[document],
-            "another": memories[(document + 1) % len(documents)],
+            "another": memories[partners(documents)[document]],
             "shuffled": [None, *map(model.shuffle_time, memories[document][1:])],
             "none": [None],
         }[memory_of]
@@ -117,6 +117,21 @@ class TestControls:
         own = evaluate(reader(model), documents)
         for control in evaluate_controls(reader(model), documents).values():
             assert by_document(control)["short"] == by_document(own)["short"]
+
+    def test_every_figure_is_the_same_at_every_order_of_the_documents(self, model, documents, documents_of, reader):
+        """Also with another document's memory, which is that of the same other one."""
+        figures = evaluate_controls(reader(model), documents)
+        assert figures.keys() == CONTROLS.keys()
+        for names in (documents.ids[::-1], documents.ids[2:] + documents.ids[:2]):
+            for control, others in evaluate_controls(reader(model), documents_of(*names)).items():
+                assert by_document(others) == pytest.approx(by_document(figures[control]), rel=1e-5)
+                assert others["perplexity"] == pytest.approx(figures[control]["perplexity"], rel=1e-5)
+
+    def test_partners_are_others_and_each_is_one_document_s(self, documents, documents_of):
+        for warmup, names in ((0, documents.ids), (0, documents.ids[:2]), (1, documents.ids)):
+            found = partners(documents_of(*names), warmup)
+            assert sorted(found) == list(range(len(names)))
+            assert all(abs(other - document) > warmup for document, other in enumerate(found))
 
     def test_one_document_has_no_other(self, model, documents_of, reader):
         assert evaluate_controls(reader(model), documents_of("ship")).keys() == {
