@@ -387,6 +387,30 @@ class TestDropout:
             for name, tensor in one.memory.select_rows(torch.tensor([0, 1])).named_tensors().items():
                 assert torch.equal(tensor, other.memory.select_rows(torch.tensor([2, 3])).named_tensors()[name]), name
 
+    @pytest.mark.parametrize("rate", [RATE, 0.0])
+    def test_figures_are_equal_where_parts_hold_the_same_lanes_and_without_dropout_anyway(
+        self, accelerator, model, segments, rate
+    ):
+        """Four lanes at once, two and two on one process, and two each on two processes, whose sums are added."""
+        some = model(rate)
+        seeds = [dropout_seed(0, 0, lane) for lane in (0, LANES // 2)]
+        whole = step(accelerator, some, segments, dropout_seeds=seeds[:1])
+        halves = step(accelerator, some, segments, 2, dropout_seeds=seeds)
+        processes = [
+            step(
+                accelerator,
+                some,
+                [segment.rows(slice(first, first + LANES // 2)) for segment in segments],
+                memory=some.initial_memory(LANES // 2),
+                dropout_seeds=[seed],
+            )
+            for first, seed in zip((0, LANES // 2), seeds, strict=True)
+        ]
+        assert sum(one.result.loss for one in processes) == pytest.approx(halves.result.loss, rel=1e-6)
+        first, second = (one.gradients for one in processes)
+        assert_close({name: first[name] + second[name] for name in first}, halves.gradients)
+        assert (whole.result.loss == pytest.approx(halves.result.loss, rel=1e-6)) == (rate == 0)
+
     def test_seeds_differ_by_run_step_and_lane(self):
         seeds = {
             dropout_seed(seed, made, lane)
