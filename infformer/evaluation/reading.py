@@ -222,7 +222,7 @@ def partners(documents: TokenizedDocuments, warmup_documents: int = 0) -> list[i
     if warmup_documents:
         return [(document + 1 + warmup_documents) % count for document in range(count)]
     lengths = documents.token_counts.tolist()
-    hashes = [hashlib.sha256(documents.tokens(i, 0, length)).digest() for i, length in enumerate(lengths)]
+    hashes = [hashlib.sha256(documents.tokens(i, 0, length).tobytes()).digest() for i, length in enumerate(lengths)]
     order = sorted(range(count), key=hashes.__getitem__)
     after = dict(zip(order, order[1:] + order[:1], strict=True))
     return [after[document] for document in range(count)]
