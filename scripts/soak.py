@@ -5,9 +5,10 @@ python scripts/soak.py --engines one zero3 --kills 3
 python scripts/soak.py -- model=gpt2_ltm data=pg19    # of your own; options of train.py after --
 
 Of each engine one run is made in peace, and one in which a process drawn at random is killed (SIGKILL) at a time drawn
-at random: while it starts, steps, measures or saves. What is left is started anew with resume=auto. In the end every
-line of metrics and every tensor of the last checkpoint must be the same to the last bit. `--folder` holds both runs
-and `soak.json`, what came out.
+at random: while it starts, steps, measures or saves. What is left is started anew with resume=auto. `accelerate` and
+`torchrun` are runs whose launcher alone is ended, by SIGTERM or SIGKILL; then what it had started has to end by itself
+before the run goes on. In the end every line of metrics and every tensor of the last checkpoint must be the same to the
+last bit. `--folder` holds both runs and `soak.json`, what came out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,18 @@ from tqdm import tqdm
 from infformer.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-ENGINES = {"one": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
-"""By name, with how many processes; `one` is one process without a launcher."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ENGINES = {
+    "one": (),
+    **dict.fromkeys(("ddp", "fsdp2", "zero2", "zero3"), TORCHRUN),
+    "accelerate": ("-m", "accelerate.commands.launch", "--num_processes", "1"),
+    "torchrun": TORCHRUN,
+}
+"""By name, with what starts them; `one` is one process without a launcher."""
+LAUNCHERS = ("accelerate", "torchrun")
+"""Where the launcher is ended, not a process that it started."""
+PATIENCE = 120
+"""Seconds that what a launcher had started may live on without it; 30 are promised where nothing else is going on."""
 SETTING = (
     "model=tiny_scratch", "model/memory=sticky", "model.architecture.resid_pdrop=0.1",
     "model.architecture.embd_pdrop=0.1",
@@ -66,8 +78,9 @@ def main() -> None:
         )
         print(
             f"{name}: {outcome['kills']} kills in {outcome['steps']} steps, {outcome['while_starting']} of them before "
-            f"the first new step, {outcome['steps_made_again']} steps made again: {outcome['compared']} numbers and "
-            f"tensors compared, {said}",
+            f"the first new step, {outcome['steps_made_again']} steps made again, at most "
+            f"{outcome['longest_end']:.0f} s until all had ended: {outcome['compared']} numbers and tensors compared, "
+            f"{said}",
             flush=True,
         )
     sys.exit(1 if failed else 0)
@@ -80,14 +93,16 @@ def soak(name: str, options: list[str], kills: int, steps: int, seed: int, folde
     with _start(name, options, peace) as process:
         _expect_success(process, peace)
     starting = again = 0
+    longest = 0.0
     for killed in tqdm(range(kills), desc=name, unit="kill", disable=None):
         before = last_step(war)
         # So far that the kills are spread over the run; one of five while the processes start.
         farther = 0 if draw.random() < 0.2 else draw.randint(1, max(1, 2 * (steps - before) // (kills - killed + 2)))
         with _start(name, options, war) as process:
-            reached = _kill_after(process, war, before, farther, draw)
-        if reached is None:
-            sys.exit(f"error: {name} came to its end after {killed} kills; more --steps, or another --seed")
+            reached = _reach(process, war, before, farther, draw)
+            if reached is None:
+                sys.exit(f"error: {name} came to its end after {killed} kills; more --steps, or another --seed")
+            longest = max(longest, _end_launcher(process, war, draw) if name in LAUNCHERS else _kill(process, draw))
         starting += reached <= before
         again += max(0, last_step(war) - _newest_checkpoint(war))
     with _start(name, options, war) as process:
@@ -95,7 +110,7 @@ def soak(name: str, options: list[str], kills: int, steps: int, seed: int, folde
     different, compared = compare(peace, war, steps)
     return {
         "engine": name, "kills": kills, "steps": steps, "while_starting": starting, "steps_made_again": again,
-        "compared": compared, "different": different,
+        "longest_end": longest, "compared": compared, "different": different,
     }  # fmt: skip
 
 
@@ -119,22 +134,22 @@ def last_step(run: Path) -> int:
 
 def _start(name: str, options: list[str], run: Path) -> subprocess.Popen[bytes]:
     """In a session of its own, so that all of it can be ended together."""
-    launcher = [sys.executable]
-    if name != "one":
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ENGINES[name])]
+    if name not in ("one", *LAUNCHERS):
         options = [f"engine={name}", *options]
     run.mkdir(parents=True, exist_ok=True)
     with (run.parent / f"{run.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [*launcher, "train.py", *options, f"name={run.name}", f"output_dir={json.dumps(str(run.resolve()))}"],
+            [sys.executable, *ENGINES[name], "train.py", *options, f"name={run.name}", _output_dir(run)],
             cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
 
-def _kill_after(
-    process: subprocess.Popen[bytes], run: Path, before: int, farther: int, draw: random.Random
-) -> int | None:
-    """Kill one of the processes when it has come so many steps farther, or while it starts if that is none.
+def _output_dir(run: Path) -> str:
+    return f"output_dir={json.dumps(str(run.resolve()))}"
+
+
+def _reach(process: subprocess.Popen[bytes], run: Path, before: int, farther: int, draw: random.Random) -> int | None:
+    """Wait until a run has come so many steps farther, or is starting if that is none.
 
     Returns:
         The last step that it reported; None if it came to its end before.
@@ -150,14 +165,41 @@ def _kill_after(
         sys.exit(
             f"error: the run ended by itself, with exit status {process.returncode}; see {run.parent}/{run.name}.log"
         )
-    reached = last_step(run)
+    return last_step(run)
+
+
+def _kill(process: subprocess.Popen[bytes], draw: random.Random) -> float:
+    """Kill one of the processes: after how many seconds the run has ended."""
+    began = time.monotonic()
     os.kill(draw.choice(_workers(process.pid) or [process.pid]), signal.SIGKILL)
     try:
         process.wait(60)  # the launcher ends the others
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return reached
+    return time.monotonic() - began
+
+
+def _end_launcher(process: subprocess.Popen[bytes], run: Path, draw: random.Random) -> float:
+    """End the launcher alone: after how many seconds everything that it had started has ended too."""
+    began = time.monotonic()
+    process.send_signal(draw.choice([signal.SIGTERM, signal.SIGKILL]))
+    process.wait()
+    while living := _processes_of(run):
+        if time.monotonic() - began > PATIENCE:
+            sys.exit(f"error: {living} live {PATIENCE} s after their launcher; see {run.parent}/{run.name}.log")
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def _processes_of(run: Path) -> list[int]:
+    """Those that have the run's folder on their command line."""
+    found, typed = [], _output_dir(run).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            if typed in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def _workers(launcher: int) -> list[int]:

@@ -248,7 +248,7 @@ def test_what_accelerate_was_configured_for(configure, options_of, one: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cases(["one", "ddp", "fsdp2", "zero2", "zero3"]))
+@pytest.mark.parametrize("name", cases(["one", "ddp", "fsdp2", "zero2", "zero3", "accelerate", "torchrun"]))
 def test_killed_at_random(tmp_path: Path, name: str) -> None:
     """The soak script in short."""
     command = [sys.executable, "scripts/soak.py", "--engines", name, "--kills", "3", "--steps", "24"]
