@@ -12,6 +12,11 @@ arithmetic takes at the speed of a large matrix product, or the bytes at that of
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import shlex
 import subprocess
@@ -167,4 +172,4 @@ def _check(parser: argparse.ArgumentParser, options: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -8,6 +8,11 @@ Prints a table and a verdict; writes comparison.json and comparison.png.
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import json
 import sys
@@ -51,4 +56,4 @@ def _results(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

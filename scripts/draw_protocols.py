@@ -5,6 +5,11 @@ python scripts/draw_protocols.py
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -64,4 +69,4 @@ def _fill(axes: Axes, row: int, memory: tuple[int, int, str], *window: tuple[int
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -5,6 +5,11 @@ python scripts/evaluate_with_harness.py --model infformer --model_args checkpoin
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import sys
 
 from lm_eval.__main__ import cli_evaluate
@@ -22,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

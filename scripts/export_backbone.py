@@ -5,6 +5,11 @@ python scripts/export_backbone.py outputs/pretrain_tiny/checkpoints/best FOLDER 
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import sys
 
@@ -30,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -54,6 +54,8 @@ def _train(options: list[str]) -> int:
         signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
     }
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # or `nohup` said that both go on
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, pass_on)
     try:
         return process.wait()
     finally:

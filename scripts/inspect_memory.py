@@ -8,6 +8,11 @@ Beside the page lie its figures as PNG, and all its numbers in `inspection.json`
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import base64
 import html
@@ -186,4 +191,4 @@ def _range(values: Sequence[float | None], form: str = ".2f") -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -9,6 +9,11 @@ Stop it whenever you like: the same command goes on. Options of train.py may fol
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import json
 from math import prod
@@ -100,4 +105,4 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,6 +10,11 @@ length; without them the experiment says what is trained and what is measured. O
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import json
 from collections import defaultdict
@@ -81,4 +86,4 @@ def _cell(figures: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,6 +13,11 @@ last bit. `--folder` holds both runs and `soak.json`, what came out.
 
 from __future__ import annotations
 
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
 import argparse
 import json
 import os
@@ -230,4 +235,4 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -78,6 +78,20 @@ def test_an_interrupt_ends_a_command_in_a_word_and_no_traceback(start):
     assert process.returncode == 130
 
 
+COMMANDS = ["train.py", "eval.py", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py")))]
+
+
+@pytest.mark.parametrize("command", [path for path in COMMANDS if path != "scripts/grid.py"])
+def test_every_command_can_be_interrupted_while_it_is_imported(tmp_path, command):
+    for module in ("argparse", "hydra", "lm_eval", "matplotlib"):  # at least one of them is imported at once
+        (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, ROOT / command], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -28,7 +28,8 @@ from pathlib import Path
 options = dict(option.split("=", 1) for option in sys.argv[1:])
 folder = Path(json.loads(options["output_dir"]))
 folder.mkdir(parents=True, exist_ok=True)
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(99))
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: sys.exit(99))
 with (folder.parent / "started").open("a") as file:
     file.write(options["name"] + chr(10))
 if options.get("then") == "fail" and not (folder.parent / "mended").exists():
@@ -112,10 +113,13 @@ class TestGrid:
 
         return lambda number: threading.Thread(target=wait_and_send, args=[number], daemon=True).start()
 
-    def test_who_ends_the_script_ends_the_run(self, grid, tmp_path, send):
-        send(signal.SIGTERM)
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_who_ends_the_script_ends_the_run(self, grid, tmp_path, send, number):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as if no `nohup` had started the tests
+        send(number)
         with pytest.raises(SystemExit, match="exit status 99; the same command goes on"):
             grid.run_all({"one": ["then=wait"]}, tmp_path)
+        signal.signal(signal.SIGHUP, before)
         assert not (tmp_path / "one" / "results.json").exists()
 
     def test_an_interrupt_is_left_to_the_run(self, grid, tmp_path, send):
