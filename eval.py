@@ -52,7 +52,7 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     if config.task.vocabulary_size is None:
         option = "tokenizer" if config.tokenizer else "checkpoint"
         tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, option)
-        check_fit(model, tokenizer)
+        check_fit(model, tokenizer, "tokenizer")
     reader = make_reader(
         accelerator,
         model.to(accelerator.device),

@@ -40,6 +40,8 @@ from benchmarks import (
 from benchmarks.machine import PRECISIONS, Setting, measure_machine
 from benchmarks.measuring import Clock
 
+from infformer.durable import check_place
+from infformer.errors import UserError
 from infformer.plots.benchmark import plot_context, plot_parts
 
 ROWS_ON_CPU = {
@@ -165,6 +167,11 @@ def _check(parser: argparse.ArgumentParser, options: Any) -> None:
         parser.error(f"--hidden {options.hidden} --heads {options.heads}: the heads must divide the width")
     if options.command != "all" and options.clock == "process" and options.device != "cpu":
         parser.error(f"--clock process --device {options.device}: only a processor has such a clock; take wall")
+    try:
+        given = getattr(options, "json", None)
+        check_place("--json" if given else "--folder", given.parent if given else options.folder)
+    except UserError as error:
+        parser.error(str(error))
     try:
         torch.empty(0, device=options.device)
     except (AssertionError, RuntimeError) as error:

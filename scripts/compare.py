@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from infformer.durable import check_place
 from infformer.errors import UserError
 from infformer.evaluation.comparison import compare
 from infformer.evaluation.reading import EvaluationError
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/comparison"))
     arguments = parser.parse_args()
     try:
+        check_place("--folder", arguments.folder)
         comparison = compare(_results(arguments.a), _results(arguments.b))
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -48,11 +50,17 @@ def main() -> None:
 def _results(path: Path) -> dict[str, Any]:
     file = path / "results.json" if path.is_dir() else path
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if file.is_fifo():
+            raise OSError("it is a pipe")
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(results, dict):
+            raise ValueError("it is no object with named parts")
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(
-            f"{path}: there are no results of eval.py or train.py that can be read: {error}"
+            f"{path}: there are no results of eval.py or train.py that can be read ({error}); name the folder of a run "
+            "or of an evaluation"
         ) from error
+    return results
 
 
 if __name__ == "__main__":

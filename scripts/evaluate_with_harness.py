@@ -12,14 +12,20 @@ if __name__ == "__main__":
 
 import sys
 
-from lm_eval.__main__ import cli_evaluate
-
-import infformer.harness.adapter  # noqa: F401, which makes the model known
 from infformer.errors import UserError
 
 
 def main() -> None:
     """Hand everything over to the harness."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        sys.exit(
+            f"error: this needs the Language Model Evaluation Harness ({error}): pip install 'infformer[harness]' "
+            "(from a checkout: pip install -e '.[harness]')"
+        )
+    import infformer.harness.adapter  # noqa: F401, which makes the model known
+
     try:
         cli_evaluate()
     except UserError as error:

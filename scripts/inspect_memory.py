@@ -26,6 +26,7 @@ import torch
 
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import tokenize_documents
+from infformer.durable import check_place
 from infformer.errors import UserError
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.report import write_results
@@ -69,14 +70,15 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
     Raises:
         UserError: the checkpoint, the document or an option cannot be used.
     """
+    check_place("--folder", arguments.folder)
     sample = arguments.document == "sample"
     if not sample and not Path(arguments.document).expanduser().exists():
         raise UserError(f"document={arguments.document}: there is no such file; name a text file, or `sample`")
     model = load_trained(arguments.checkpoint)
     tokenizer = load_tokenizer(
-        arguments.tokenizer or arguments.checkpoint, "tokenizer" if arguments.tokenizer else "checkpoint"
+        arguments.tokenizer or arguments.checkpoint, "--tokenizer" if arguments.tokenizer else "checkpoint"
     )
-    check_fit(model, tokenizer)
+    check_fit(model, tokenizer, "--tokenizer")
     source = {"source": "sample"} if sample else {"source": "files", "test": arguments.document}
     documents = tokenize_documents(DataConfig(**source, max_documents=1), "test", tokenizer)
     tokens = torch.from_numpy(documents.tokens(0, 0, int(documents.token_counts[0])))

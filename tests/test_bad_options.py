@@ -8,6 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from omegaconf import OmegaConf, _utils
 
 from infformer.config import TASKS, EvaluationRunConfig, RunConfig
 from infformer.errors import UserError
+from infformer.memory.layer import MemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.loading import new_decoder
 from infformer.training import before, command_line
 from infformer.training.command_line import compose
+from infformer.training.runtime import _read_deepspeed_file
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -345,3 +350,119 @@ def test_the_commands_end_in_a_sentence_from_any_folder(tmp_path, script, option
     assert done.stderr.splitlines()[-1].startswith(message)
     with contextlib.suppress(FileNotFoundError):
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 8}
+    memory = MemoryConfig(16, 16, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16))
+    new_decoder({"vocab_size": len(tokenizer), **sizes}, memory).save_pretrained(folder)
+    return folder
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("options", "named", "remedy"),
+        [
+            ("short_term_length=1600000000", "short_term_length=1600000000", "GiB"),
+            ("segment_length=100000000", "segment_length=100000000", "GiB"),
+            ("task=sorting task.length=100000000000", "task.length=100000000000", "GiB"),
+            ("data=text data.test=nowhere.txt", "data.test=nowhere.txt", "no such file"),
+            ("checkpoint=./nowhere", "checkpoint=./nowhere", "no such folder"),
+        ],
+    )
+    def test_what_would_stop_it_is_found_before_it(self, monkeypatch, decoder, options, named, remedy):
+        monkeypatch.setattr(before, "memory_of_this_machine", lambda: 16 * GIB)
+        config = compose("eval", EvaluationRunConfig, CONF, [f"checkpoint={decoder}", *options.split()])
+        with pytest.raises(UserError) as caught:
+            before.check_evaluation(config)
+        assert str(caught.value).startswith(named)
+        assert remedy in str(caught.value)
+
+
+class TestScripts:
+    """What a script is given that cannot be, in this process."""
+
+    @pytest.fixture
+    def refused(self, monkeypatch, capsys) -> Callable[..., str]:
+        def message(script: str, *arguments: object) -> str:
+            monkeypatch.syspath_prepend(ROOT / "scripts")
+            module = import_module(script)
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                module.main()
+            return str(ended.value.code) + capsys.readouterr().err
+
+        return message
+
+    @pytest.mark.parametrize("folder", ["/proc/nowhere", "/dev/null/in_a_file"])
+    @pytest.mark.parametrize(
+        ("script", "arguments", "option"),
+        [
+            ("compare", ["a", "b", "--folder", "FOLDER"], "--folder=FOLDER"),
+            ("inspect_memory", ["checkpoint", "sample", "--folder", "FOLDER"], "--folder=FOLDER"),
+            ("benchmark", ["read", "--folder", "FOLDER"], "--folder=FOLDER"),
+            ("benchmark", ["read", "--json", "FOLDER/read.jsonl"], "--json=FOLDER"),
+            ("export_backbone", ["checkpoint", "FOLDER"], "FOLDER=FOLDER"),
+        ],
+    )
+    def test_a_place_that_cannot_be_written_is_found_before_the_work(self, refused, script, arguments, option, folder):
+        place = option.partition("=")[0]
+        message = refused(script, *(argument.replace("FOLDER", folder) for argument in arguments))
+        assert f"{place}={folder}: nothing can be written there" in message
+        assert f"set {place}= to another place" in message
+
+    @pytest.mark.parametrize("text", ["", "[1]", "[" * 100_000, "\0"])
+    def test_results_that_cannot_be_read_are_named(self, refused, tmp_path, text):
+        (tmp_path / "results.json").write_text(text)
+        message = refused("compare", tmp_path, tmp_path, "--folder", tmp_path / "out")
+        assert message.startswith(f"error: {tmp_path}: there are no results")
+        assert "name the folder of a run" in message
+
+    def test_a_pipe_is_not_waited_for(self, refused, tmp_path):
+        os.mkfifo(tmp_path / "results.json")
+        assert "it is a pipe" in refused("compare", tmp_path, tmp_path, "--folder", tmp_path / "out")
+
+    def test_a_folder_that_holds_something_is_not_exported_into(self, refused, model_folder, tmp_path):
+        (tmp_path / "mine.txt").touch()
+        message = refused("export_backbone", model_folder, tmp_path)
+        assert f"FOLDER={tmp_path} is not empty" in message
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_what_is_no_checkpoint_is_not_exported(self, refused, tmp_path):
+        (tmp_path / "empty").mkdir()
+        message = refused("export_backbone", tmp_path / "empty", tmp_path / "out")
+        assert f"checkpoint={tmp_path / 'empty'}: this folder is no model" in message
+        assert not (tmp_path / "out").exists()
+
+    def test_a_decoder_has_no_stock_model_to_export(self, refused, tokenizer, tmp_path):
+        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 8}
+        new_decoder({"vocab_size": len(tokenizer), **sizes}).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        message = refused("export_backbone", tmp_path / "model", tmp_path / "out")
+        assert f"checkpoint={tmp_path / 'model'} is a decoder from scratch" in message
+
+    def test_an_export_is_a_folder_that_is_whole(self, monkeypatch, model_folder, tmp_path):
+        monkeypatch.syspath_prepend(ROOT / "scripts")
+        monkeypatch.setattr(sys, "argv", ["export_backbone.py", str(model_folder), str(tmp_path / "out")])
+        import_module("export_backbone").main()
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            path.name for path in (tmp_path / "out").iterdir()
+        }
+        assert not (tmp_path / "out.partial").exists()
+
+    def test_the_harness_that_is_not_installed_is_missed_in_a_sentence(self, refused, monkeypatch):
+        for module in ("lm_eval", "lm_eval.__main__"):
+            monkeypatch.setitem(sys.modules, module, None)
+        message = refused("evaluate_with_harness")
+        assert message.startswith("error: this needs the Language Model Evaluation Harness")
+        assert "pip install 'infformer[harness]'" in message
+
+
+def test_a_deepspeed_configuration_that_is_too_deep_or_a_pipe_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, reason in (("deep", "not a DeepSpeed configuration"), ("pipe", "this is a pipe")):
+        with pytest.raises(UserError, match=rf"engine\.config={tmp_path}/{name}\.json: {reason}"):
+            _read_deepspeed_file(str(tmp_path / f"{name}.json"))

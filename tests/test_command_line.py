@@ -402,7 +402,7 @@ class TestShortTermMemoryInEvaluation:
         new_decoder(sizes, memory).save_pretrained(tmp_path / "model")
         message = eval_refused(f"checkpoint={tmp_path / 'model'}", "short_term_length=17")
         assert "short_term_length=17" in message
-        assert "multiple of training.segment_length=16" in message
+        assert "multiple of segment_length=16" in message
 
     @pytest.mark.parametrize("memory", [None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16)])
     def test_of_a_model_that_has_none(self, eval_refused, backbone, tmp_path, memory):

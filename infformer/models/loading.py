@@ -80,7 +80,8 @@ def load_trained(
         try:
             memory = MemoryConfig(length, cached, memory.compressive, long_term)
         except ValueError as error:
-            raise ModelError(f"{name} with segment_length={length}, short_term_length={cached}: {error}") from error
+            said = str(error).replace("training.segment", "segment").replace("model.short_term", "short_term")
+            raise ModelError(f"{name} with segment_length={length}, short_term_length={cached}: {said}") from error
         config.memory = asdict(memory) if config.memory else None
         return _load(DecoderForCausalLM, folder, "checkpoint", config=config, dtype=torch.float32)
     if not isinstance(config, InfformerConfig):
@@ -150,8 +151,11 @@ def load_config(name: str, option: str) -> PreTrainedConfig:
     return _load(AutoConfig, model_folder(name), option)
 
 
-def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.tokenizer") -> None:
     """Make sure that the model has an embedding for every token.
+
+    Args:
+        option: that names a tokenizer, for the message.
 
     Raises:
         ModelError: it has not.
@@ -160,7 +164,7 @@ def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokens > known:
         raise ModelError(
             f"the tokenizer has {tokens} tokens and the model knows {known}: they do not belong together; set "
-            "model.tokenizer= to the tokenizer that the model was trained with"
+            f"{option}= to the tokenizer that the model was trained with"
         )
 
 
