@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from infformer.config import RunConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.loading import load_pretrained
+from infformer.tasks import language_modelling
+from infformer.training import run
+from infformer.training.folder import as_dictionary
 from infformer.training.metrics import read_metrics
 
 SEGMENT, LANES, PARTS, BPTT, VISIT, SEED = 16, 4, 2, 2, 3, 5
@@ -232,3 +236,86 @@ class TestEveryStepIsThatOfTheLiteralLoop:
         own = load_file(checkpoint / "process-00000.safetensors")
         assert own.pop("lanes").tolist() == list(range(LANES))
         assert_close({name.removeprefix("memory."): tensor for name, tensor in own.items()}, made.memory)
+
+
+class TestWhatItTells:
+    """The same run, which reports every third step, writes seven tokens every second, and shows all to a tracker."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def told(cls, configure, train, tmp_path_factory) -> tuple[RunConfig, list[tuple]]:
+        calls: list[tuple] = []
+
+        class Tracker:
+            def log(self, metrics: dict[str, float], step: int) -> None:
+                calls.append(("log", {"step": step, **metrics}))
+
+            def log_text(self, name: str, text: str, step: int) -> None:
+                calls.append(("text", {"step": step, name: text}))
+
+            def log_figure(self, name: str, path: Path, step: int) -> None:
+                calls.append(("figure", name, path, step))
+
+            def finish(self) -> None:
+                calls.append(("finish",))
+
+        def opened(*arguments: object) -> Tracker:
+            calls.append(("open", *arguments))
+            return Tracker()
+
+        def continued(model: object, prompt: Tensor, tokens: int, length: int, **options: object) -> Tensor:
+            calls.append(("continue", tokens, length))
+            return prompt[:tokens]
+
+        config = configure(
+            tmp_path_factory.mktemp("told") / "run",
+            {
+                **CHANGES,
+                "name": "a name",
+                "training.log_every": 3,
+                "training.evaluate_every": 3,
+                "training.checkpoint_every": 2,
+                "training.keep_checkpoints": 1,
+                "training.sample_every": 2,
+                "training.sample_tokens": 7,
+            },
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "open_tracker", opened)
+            patch.setattr(run, "plot_run", lambda folder: [folder / "plots" / "training.png"])
+            patch.setattr(language_modelling, "continue_text", continued)
+            train(config, plots=True)
+        return config, calls
+
+    def test_means_are_over_the_tokens_since_the_last_line(self, literal, told):
+        lines = [line for line in read_metrics(Path(told[0].output_dir) / "metrics.jsonl") if "train/loss" in line]
+        assert [line["step"] for line in lines] == [3, 4]
+        tokens = np.diff([0, *(int(made.metrics["tokens"]) for made in literal)])
+        for line, steps in zip(lines, (slice(0, 3), slice(3, 4)), strict=True):
+            for name in ("train/loss", "train/divergence"):
+                values = [made.metrics[name] for made in literal[steps]]
+                assert line[name] == pytest.approx(np.average(values, weights=tokens[steps]), rel=1e-6)
+            last = literal[steps][-1].metrics
+            for name in ("tokens", "train/gradient_norm", "train/learning_rate", "train/memory_learning_rate"):
+                assert line[name] == pytest.approx(last[name], rel=1e-6)
+
+    def test_what_is_due_is_done_at_its_steps(self, told):
+        config, calls = told
+        folder = Path(config.output_dir)
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines if "validation/loss" in line] == [3, 4]
+        assert [call for call in calls if call[0] == "continue"] == [("continue", 7, SEGMENT)] * 2
+        assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()] == [2, 4]
+
+    def test_the_tracker_is_told_what_is_written(self, told):
+        config, calls = told
+        folder = Path(config.output_dir)
+
+        def written(name: str) -> list[dict]:
+            return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+        assert calls[0] == ("open", config.tracker, "a name", folder, as_dictionary(config))
+        assert [call[1] for call in calls if call[0] == "log"] == written("metrics.jsonl")
+        texts = [{"step": sample["step"], "sample": sample["text"]} for sample in written("samples.jsonl")]
+        assert [call[1] for call in calls if call[0] == "text"] == texts
+        assert calls[-2:] == [("figure", "training", folder / "plots" / "training.png", STEPS), ("finish",)]
