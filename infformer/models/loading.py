@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from infformer.data.encoding import vocabulary_size
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -125,6 +124,8 @@ def new_decoder(architecture: dict[str, Any], memory: MemoryConfig | None = None
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a model's configuration says of its vocabulary: size, and the tokens that begin and end a text."""
+    from infformer.data.encoding import vocabulary_size  # whose room imports `datasets`
+
     return {
         "vocab_size": vocabulary_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -160,6 +161,8 @@ def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: st
     Raises:
         ModelError: it has not.
     """
+    from infformer.data.encoding import vocabulary_size  # whose room imports `datasets`
+
     tokens, known = vocabulary_size(tokenizer), model.vocabulary_size
     if tokens > known:
         raise ModelError(
