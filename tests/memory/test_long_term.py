@@ -15,6 +15,7 @@ from infformer.memory.long_term import (
     LongTermMemoryConfig,
     LongTermState,
     Reading,
+    WriteOperators,
 )
 from infformer.memory.sticky import attention_histogram
 
@@ -471,13 +472,11 @@ class TestContraction:
         integral = naive.normal_cumulative((1 - signal.centres) / signal.widths)
         integral = integral - naive.normal_cumulative(-signal.centres / signal.widths)
         weights = []
-        for count in range(
-            segments - 1, -1, -1
-        ):  # backwards: what the integral sees of each segment when it is written
-            past, new = signal.operators(torch.tensor([count]))
-            weights.append((new[0].double() @ integral).sum())
-            samples = signal.basis.evaluate(signal.past_steps)
-            integral = samples.T @ (past[0].double() @ integral)
+        samples = signal.basis.evaluate(signal.past_steps)
+        # Backwards: what the integral sees of each segment when it is written.
+        for past, new in reversed(list(zip(*signal.operators(torch.arange(segments)), strict=True))):
+            weights.append((new.double() @ integral).sum())
+            integral = samples.T @ (past.double() @ integral)
         shares = torch.stack(weights) * segments
         assert (shares - 1).abs().max() < 0.2
 
@@ -516,10 +515,13 @@ class TestManySegments:
     def read_all(self, memory: LongTermMemory, segments: int, attention: Gaussian) -> tuple[Tensor, Tensor, Tensor]:
         """What the memory holds on an even grid [400, 2], what at the places of all tokens, and these places."""
         state, places = memory.initial_state(1), torch.zeros(0, dtype=torch.float64)
+        past, new = memory.signal.operators(torch.arange(segments))  # all at once, which is much faster
+        past = past.expand(segments, -1, -1)
         for segment in range(segments):
+            operators = WriteOperators(past[[segment]], new[[segment]])
             stamps = segment + (torch.arange(32) + 0.5) / 32
             hidden = torch.stack([torch.ones(32), stamps], dim=-1).unsqueeze(0)
-            state = memory.write(hidden, state, memory.signal.operators(state.segments), attention)
+            state = memory.write(hidden, state, operators, attention)
             places = memory.moved_places(places, segment, attention)
         grid = (torch.arange(400) + 0.5) / 400
         signals = (memory.signal.basis.evaluate(at.float()) @ state.coefficients[0] for at in (grid, places))
