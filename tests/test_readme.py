@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -19,10 +21,14 @@ register_schemas()
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines() if line]
 COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
 RUNS = [command for command in COMMANDS if "train.py" in command or "eval.py" in command]
+
+TABLES = [block for kind, block in BLOCKS if not kind]
+"""What the README shows of what is printed: by the default, and by the comparison with its control."""
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 SMALL = (
     "training.max_steps=2", "training.batch_size=2", "data.max_document_characters=4000",
@@ -109,7 +115,78 @@ def test_the_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["output"].memory.layers[0].segments.tolist() == [8]  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder from which commands run as they are typed, and in which they may write."""
+    for name in ("train.py", "eval.py", "conf", "infformer", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def typed(command: str, folder: Path) -> str:
+    """What a command prints that is typed in that folder."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def assert_shown(printed: str, shown: str) -> None:
+    """The lines are the same but for the last digits of their figures, which differ between processors; … is any."""
+
+    def split(line: str) -> tuple[str, list[float]]:
+        words = " ".join(NUMBER.sub(" # ", line).split())
+        return words, [float(number.replace(",", "")) for number in NUMBER.findall(line)]
+
+    lines = [split(line) for line in printed.splitlines()]
+    for line in shown.splitlines():
+        words, figures = split(line)
+        close = pytest.approx(figures, rel=0.005, abs=0.003)
+        assert words in ("…", "") or any(found == words and numbers == close for found, numbers in lines), (
+            f"README shows\n{line}\nbut printed was\n{printed}"
+        )
+
+
+def test_a_figure_that_was_not_printed_is_noticed() -> None:
+    printed = "before  62.645  54.588 – 71.387\n4 of 4 documents, 75,050 tokens, +0.0243 nats"
+    assert_shown(printed, "before 62.640 54.588 – 71.4\n…\n4 of 4 documents, 75,051 tokens, +0.0240 nats")
+    for wrong in (
+        "before 63.2 54.588 – 71.387",
+        "after 62.645 54.588 – 71.387",
+        "3 of 4 documents, 75,050 tokens, +0.0243 nats",
+    ):
+        with pytest.raises(AssertionError, match="README shows"):
+            assert_shown(printed, wrong)
+
+
 @pytest.mark.slow
-def test_the_default_as_it_is(tmp_path: Path) -> None:
-    """The table that README shows: what is learned is worth something, and it is the document's own past that is."""
-    run("train.py", f"output_dir={tmp_path}")
+def test_the_figures_are_those_that_are_printed(checkout: Path) -> None:
+    """And what follows a run in the README can be typed after it."""
+    default, comparison = TABLES
+    (first,) = (command for command in RUNS if command.startswith("python train.py") and not options(command))
+    assert_shown(typed(first, checkout), default)
+    (control,) = re.findall(r"`(python train\.py [^`]*name=control)`", README)
+    typed(control, checkout)
+    (compare,) = {command for command in COMMANDS if "compare.py" in command}
+    assert f"`{compare}`" in README
+    assert_shown(typed(compare, checkout), comparison)
+    for command in COMMANDS:
+        if "outputs/tiny" in command and command != compare:
+            typed(command, checkout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("accelerate launch")])
+def test_what_is_launched_runs(checkout: Path, command: str) -> None:
+    """On small stand-ins for what would be fetched from the hub."""
+    (checkout / "wikitext").mkdir()
+    article = ["", " = Moby = \n", "", *[" It was a dark and stormy night . \n"] * 100]
+    for split in ("train", "validation", "test"):
+        rows = [line.replace("Moby", f"Moby of {split} {number}") for number in range(2) for line in article]
+        Dataset.from_dict({"text": rows}).to_parquet(checkout / "wikitext" / f"{split}.parquet")
+    small = ["model.pretrained=infformer/checkpoints/tiny", "data.repository=./wikitext", "data.subset=null"]
+    typed(" ".join([command, *small, *SMALL, "training.segment_length=64", "output_dir=run"]), checkout)
+    assert (checkout / "run" / "checkpoints" / "best").exists()
