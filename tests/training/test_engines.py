@@ -100,13 +100,17 @@ def one(configure, train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(configure, launch, tmp_path_factory) -> dict[str, Path]:
-    """The folders of the same run by every engine on two processes, each with one of the two parts of a step."""
+    """The folders of the same run by every engine on two processes, each with one of the two parts of a step.
+
+    And of one more, of which a process is killed: it ends what was launched.
+    """
     root = tmp_path_factory.mktemp("engines")
     names = installed(ENGINES)
     runs = [configure(root / name, {"engine": engine(name), "training.gradient_accumulation": 1}) for name in names]
-    launched = launch(runs)
+    runs.append(configure(root / "killed", {"engine": engine("ddp"), "training.gradient_accumulation": 1}))
+    launched = launch(runs, {len(names): {"process": 1, "step": 5, "how": "kill"}})
     assert launched.outcomes == [None] * len(names), launched.errors
-    return {name: root / name for name in names}
+    return {name: root / name for name in [*names, "killed"]}
 
 
 @pytest.mark.parametrize("name", cases(ENGINES))
@@ -116,6 +120,12 @@ def test_learns_what_one_process_learns(finished: dict[str, Path], one: Path, na
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (finished[name], one))
     assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert found["tokens"] == expected["tokens"]
+
+
+def test_a_process_that_is_killed_costs_nothing(configure, train, finished: dict[str, Path], one: Path) -> None:
+    assert len(losses(finished["killed"])) < 8
+    train(configure(finished["killed"], {"resume": "auto"}))
+    assert losses(finished["killed"]) == pytest.approx(losses(one), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +152,11 @@ def long_run(model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def moved(configure, train, launch, without_dropout, tmp_path_factory) -> Path:
-    """The folders of what was made on two processes, and of what began on one."""
+def moved(configure, train, launch, without_dropout, tmp_path_factory) -> tuple[Path, str]:
+    """The folders of what was made on two processes, and of what began on one; what the two wrote to stderr.
+
+    In the last run a process hangs: it ends what was launched.
+    """
     root = tmp_path_factory.mktemp("moved")
     with interrupted(2), pytest.raises(TrainingStopped):
         train(configure(root / "moving"))
@@ -160,7 +173,9 @@ def moved(configure, train, launch, without_dropout, tmp_path_factory) -> Path:
     (root / "taken").mkdir()
     (root / "taken" / "notes.txt").touch()
     runs.append(configure(root / "taken", {"training.gradient_accumulation": 1}))
-    launched = launch(runs, faults)
+    hanging = {"training.gradient_accumulation": 1, "engine": replace(engine("ddp"), patience=10.0)}
+    faults[len(runs)] = {"process": 1, "step": 3, "how": "sleep"}
+    launched = launch([*runs, configure(root / "hanging", hanging)], faults)
     assert len(launched.outcomes) == len(runs), launched.errors
     for after, outcome in zip(stopped_after.values(), launched.outcomes, strict=False):
         assert outcome is not None
@@ -169,44 +184,32 @@ def moved(configure, train, launch, without_dropout, tmp_path_factory) -> Path:
     assert "the loss is nan" in str(launched.outcomes[-2])
     assert "holds notes.txt" in str(launched.outcomes[-1])  # told by one process to the other, and both go on
     train(configure(root / "moving", {"resume": "auto"}))
-    return root
+    return root, launched.errors
 
 
 class TestMoves:
     """Between engines, between numbers of processes and between parts of a step, in the middle of a run."""
 
-    def test_from_one_process_to_two_and_back(self, moved: Path, one: Path) -> None:
-        assert losses(moved / "moving") == pytest.approx(losses(one), rel=1e-6)
-        steps = [
-            record["step"] for record in read_metrics(moved / "moving" / "metrics.jsonl") if "train/loss" in record
-        ]
+    def test_from_one_process_to_two_and_back(self, moved: tuple[Path, str], one: Path) -> None:
+        folder = moved[0] / "moving"
+        assert losses(folder) == pytest.approx(losses(one), rel=1e-6)
+        steps = [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "train/loss" in record]
         assert steps == list(range(1, 9))
 
     @pytest.mark.parametrize("parts", [1, 2])
     def test_eight_lanes_however_they_are_split(self, configure, train, moved, without_dropout, parts: int) -> None:
-        folder = moved / f"one before {parts}"
+        folder = moved[0] / f"one before {parts}"
         train(configure(folder, {**long_run(without_dropout), "training.gradient_accumulation": 1}))
-        assert losses(moved / f"two in {parts}") == pytest.approx(losses(folder), rel=1e-6)
+        assert losses(moved[0] / f"two in {parts}") == pytest.approx(losses(folder), rel=1e-6)
         assert len(losses(folder)) == 50
 
-    def test_a_loss_that_is_no_number_in_one_process_stops_all(self, moved: Path) -> None:
-        assert len(losses(moved / "not a number")) == 2
+    def test_a_loss_that_is_no_number_in_one_process_stops_all(self, moved: tuple[Path, str]) -> None:
+        assert len(losses(moved[0] / "not a number")) == 2
 
-
-def test_a_process_that_hangs_is_named(configure, launch, tmp_path: Path) -> None:
-    config = configure(tmp_path, {"engine": replace(engine("ddp"), patience=10.0)})
-    launched = launch([config], {0: {"process": 1, "step": 3, "how": "sleep"}})
-    assert launched.outcomes == []
-    assert "process 1 computes (step 2)" in launched.errors
-    assert "processes.py" in launched.errors  # where it hangs: its stack
-
-
-def test_a_process_that_is_killed_costs_nothing(configure, train, launch, one: Path, tmp_path: Path) -> None:
-    two = {"training.gradient_accumulation": 1, "engine": engine("ddp")}
-    launched = launch([configure(tmp_path, two)], {0: {"process": 1, "step": 5, "how": "kill"}})
-    assert launched.outcomes == []
-    train(configure(tmp_path, {"resume": "auto"}))
-    assert losses(tmp_path) == pytest.approx(losses(one), rel=1e-6)
+    def test_a_process_that_hangs_is_named(self, moved: tuple[Path, str]) -> None:
+        errors = moved[1]
+        assert "process 1 computes (step 2)" in errors
+        assert "processes.py" in errors  # where it hangs: its stack
 
 
 @contextmanager
