@@ -1,7 +1,7 @@
 """Each option of a run reaches what it says: the model, what it reads, and how it is measured."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -102,12 +102,12 @@ class TestThePretrainedModel:
         assert list(build({"model.memory_layers": layers}).long_term_memories()) == (layers or [0, 1])
 
     def test_every_option_of_the_memory(self, build):
-        options = LongTermMemoryConfig(
+        """Two memories, as not every value goes with every other; in one of them, each is another than by default."""
+        common = LongTermMemoryConfig(
             segment_length=16,
             basis_functions=12,
             widths=[0.03, 0.07, 0.2],
             past_samples=24,
-            contraction="uniform",
             contraction_rate=0.6,
             ridge=0.7,
             read="moments",
@@ -118,10 +118,13 @@ class TestThePretrainedModel:
             divergence_weight=0.3,
             prior_standard_deviation=0.2,
         )
-        defaults = LongTermMemoryConfig(segment_length=8, basis_functions=8)
-        assert all(value != getattr(defaults, name) for name, value in asdict(options).items())
-        model = build({"model.memory": asdict(options)})
-        assert [memory.config for memory in model.long_term_memories().values()] == [options, options]
+        memories = [replace(common, contraction="uniform"), replace(common, sticky_placement="published")]
+        defaults = asdict(LongTermMemoryConfig(segment_length=8, basis_functions=8))
+        for name, default in defaults.items():
+            assert any(asdict(memory)[name] != default for memory in memories), name
+        for memory in memories:
+            model = build({"model.memory": asdict(memory), "training.bptt_segments": 2})
+            assert [each.config for each in model.long_term_memories().values()] == [memory, memory]
 
     @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
     def test_attention(self, build, kernel):
