@@ -24,6 +24,7 @@ from infformer.memory.state import MemoryState
 from infformer.models.loading import load_pretrained
 from infformer.tasks import language_modelling
 from infformer.training import run
+from infformer.training.checkpoint import CheckpointWriter, TrainingState
 from infformer.training.folder import as_dictionary
 from infformer.training.metrics import read_metrics
 
@@ -267,6 +268,12 @@ class TestWhatItTells:
             calls.append(("continue", tokens, length))
             return prompt[:tokens]
 
+        begin = CheckpointWriter.begin
+
+        def begun(writer: CheckpointWriter, state: TrainingState, share: range) -> None:
+            calls.append(("save", state.step))
+            begin(writer, state, share)
+
         config = configure(
             tmp_path_factory.mktemp("told") / "run",
             {
@@ -274,7 +281,7 @@ class TestWhatItTells:
                 "name": "a name",
                 "training.log_every": 3,
                 "training.evaluate_every": 3,
-                "training.checkpoint_every": 2,
+                "training.checkpoint_every": 1,
                 "training.keep_checkpoints": 1,
                 "training.sample_every": 2,
                 "training.sample_tokens": 7,
@@ -284,6 +291,7 @@ class TestWhatItTells:
             patch.setattr(run, "open_tracker", opened)
             patch.setattr(run, "plot_run", lambda folder: [folder / "plots" / "training.png"])
             patch.setattr(language_modelling, "continue_text", continued)
+            patch.setattr(CheckpointWriter, "begin", begun)
             train(config, plots=True)
         return config, calls
 
@@ -306,6 +314,9 @@ class TestWhatItTells:
         assert [line["step"] for line in lines if "validation/loss" in line] == [3, 4]
         assert [call for call in calls if call[0] == "continue"] == [("continue", 7, SEGMENT)] * 2
         assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()] == [2, 4]
+        assert [call[1] for call in calls if call[0] == "save"] == [1, 2, 3, 4]
+        kept = {f"step-{STEPS:08d}", (folder / "checkpoints" / "best").resolve().name}
+        assert {path.name for path in (folder / "checkpoints").glob("step-*")} == kept
 
     def test_the_tracker_is_told_what_is_written(self, told):
         config, calls = told

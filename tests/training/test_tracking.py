@@ -2,6 +2,8 @@
 
 import builtins
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
@@ -59,7 +61,8 @@ def test_tensorboard_receives_everything(tmp_path, figure):
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 3.5)]
-    assert events.Images("plots/training")[0].width == 100
+    assert [(event.step, event.width) for event in events.Images("plots/training")] == [(1, 100)]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [1]
     text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "    Call me <Ishmael>.\n    Some years ago"
     assert b"model.memory.ridge" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -74,6 +77,52 @@ def test_nested_configuration_becomes_flat_plain_values():
         "model.memory.ridge": 0.5,
         "model.memory.kl": "None",
     }
+
+
+def test_wandb_is_told_all_of_it(tmp_path, figure, monkeypatch):
+    """Read back from a wandb that only writes down what it is asked; it need not be installed."""
+    calls = []
+
+    class Run:
+        def log(self, values):
+            calls.append(values)
+
+        def define_metric(self, name, **options):
+            calls.append((name, options))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append(options)
+        return Run()
+
+    class Error(Exception):
+        pass
+
+    errors = SimpleNamespace(CommError=Error, Error=Error)
+    asked = {"login": lambda prompt: True, "init": init, "Html": lambda text: text, "Image": lambda path: path}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(errors=errors, **asked))
+    options = TrackerConfig("wandb", project="books", entity="readers", tags=["long", "old"], mode="online")
+    report_everything(open_tracker(options, "a name", tmp_path / "run", CONFIG), figure)
+    assert calls == [
+        {
+            "project": "books",
+            "entity": "readers",
+            "name": "a name",
+            "id": (tmp_path / "run" / "wandb_id").read_text().strip(),
+            "tags": ["long", "old"],
+            "dir": tmp_path / "run",
+            "config": CONFIG,
+            "mode": "online",
+            "resume": "allow",
+        },
+        ("*", {"step_metric": "step"}),
+        {"train/loss": 3.5, "train/learning_rate": 5e-5, "step": 1},
+        {"samples": "<pre>Call me &lt;Ishmael&gt;.\nSome years ago</pre>", "step": 1},
+        {"plots/training": str(figure), "step": 1},
+        "finish",
+    ]
 
 
 @pytest.mark.needs("wandb")
