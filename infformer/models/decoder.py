@@ -9,7 +9,7 @@ norms, whose sizes all stand in `DecoderConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +27,7 @@ from infformer.memory.state import LayerMemories
 from infformer.models.attention import Attention, encode_positions
 from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
 from infformer.models.outputs import LayerTrace, MemoryModelOutput
+from infformer.models.second_backward import refuse_second_backward
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
 DecoderMemories = LayerMemories[LayerState]
@@ -86,7 +87,6 @@ class DecoderConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
         self.feed_forward_size = feed_forward_size
         self.activation = activation
         self.positions = positions
@@ -98,6 +98,17 @@ class DecoderConfig(PreTrainedConfig):
         self.adaptive_cutoffs = adaptive_cutoffs or []
         self.adaptive_divisor = adaptive_divisor
         self.memory = asdict(memory) if isinstance(memory, MemoryConfig) else memory
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):
+            _check_size(name, getattr(self, name))
+        self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
+        _check_size("head_size", self.head_size)
+        for name in ("dropout", "attention_dropout"):
+            _check_number(name, getattr(self, name), "0 or more and less than 1", lambda value: 0 <= value < 1)
+        if initializer_range is not None:
+            _check_number("initializer_range", initializer_range, "more than 0, or null", lambda value: value > 0)
+        _check_number("adaptive_divisor", adaptive_divisor, "at least 1", lambda value: value >= 1)
+        for cutoff in self.adaptive_cutoffs:
+            _check_size("adaptive_cutoffs", cutoff)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ModelError(f"model.architecture.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
@@ -127,6 +138,16 @@ class DecoderConfig(PreTrainedConfig):
             raise ModelError(
                 f"the memory in this model's config.json is not one that this version knows: {error}"
             ) from error
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"model.architecture.{name}={value}: give a whole number of at least 1")
+
+
+def _check_number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value) or not holds(value):
+        raise ModelError(f"model.architecture.{name}={value}: give a number that is {wanted}")
 
 
 class FeedForward(nn.Module):
@@ -260,6 +281,7 @@ class DecoderForCausalLM(MemoryModel):
         *,
         shift_labels: Tensor | None = None,
         lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         sticky_offsets: Tensor | None = None,
         return_logits: bool | None = None,
         return_traces: bool = False,
@@ -272,8 +294,7 @@ class DecoderForCausalLM(MemoryModel):
             segment_cache, use_cache: what each layer's attention saw of the segment so far, to generate within it; such
                 tokens are not written. The others are those of every `MemoryModel`.
         """
-        memory = self.initial_memory(len(input_ids)) if memory is None else memory
-        memory = memory if reset is None else memory.reset_rows(reset)
+        memory, lengths = self._begin(input_ids, memory, reset, lengths, attention_mask)
         before = 0 if segment_cache is None else segment_cache[0].shape[1]
         around = self._surroundings(memory, input_ids, before, lengths, sticky_offsets, return_traces)
 
@@ -285,8 +306,10 @@ class DecoderForCausalLM(MemoryModel):
             hidden = outputs[-1].hidden
         hidden = self.dropout(hidden if self.final_norm is None else self.final_norm(hidden))
 
+        written = LayerMemories(tuple(layer.state for layer in outputs))
+        refuse_second_backward(hidden, written)
         output = MemoryModelOutput(
-            memory=LayerMemories(tuple(layer.state for layer in outputs)),
+            memory=written,
             auxiliary_losses=self._auxiliary_losses(outputs, memory, lengths),
             traces=tuple(layer.trace for layer in outputs if layer.trace is not None) if return_traces else None,
             segment_cache=tuple(layer.segment for layer in outputs) if use_cache else None,
@@ -368,6 +391,9 @@ class DecoderForCausalLM(MemoryModel):
             )
             losses["reconstruction"] = config.compressive.reconstruction_weight * error
         return losses
+
+    def _renew(self, names: set[str]) -> None:
+        """They are new already: each belongs to a module that `_init_weights` has seen."""
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases, in the memories too: there is nothing pretrained that they could disturb."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infformer.memory.state import MemoryState
-from infformer.models.memory_model import MemoryModel
+from infformer.models.memory_model import MemoryModel, ModelError
 
 
 def continue_text(
@@ -48,7 +48,15 @@ def sample_tokens(
         segment_length: the memory's, or for a model without one the context.
         temperature: 0 takes the most likely token every time.
         generator: of the random choices, on the CPU.
+
+    Raises:
+        ModelError: the memory's segments have another length, or there is no prompt.
     """
+    model.check_segment_length(segment_length)
+    if prompt.dim() != 1 or len(prompt) == 0:
+        raise ModelError(
+            f"prompt= has the shape {list(prompt.shape)}: give the token ids of one text, [length], at least one token"
+        )
     memory: MemoryState | None = None
     segment = prompt.to(model.device).unsqueeze(0)
     while segment.shape[1] > segment_length:

@@ -7,20 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.folders import load, load_config, load_weights, model_folder
 from infformer.models.memory_model import MemoryModel, ModelError
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
-PACKAGE = Path(__file__).parents[1]
-SHIPPED = "infformer/checkpoints/"
-"""How what comes with the package is named, from wherever it is asked for."""
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def load_pretrained(
@@ -32,13 +28,17 @@ def load_pretrained(
     """A pretrained causal language model with a new memory beside its attention, or with none.
 
     Args:
-        name: a folder, or the name of a model on the hub.
+        name: a model's folder, a run's or its checkpoint if it has no memory, or the name of a model on the hub.
         kwargs: for `from_pretrained`.
 
     Raises:
         ModelError: no model there; the hub cannot be reached; or the model has a memory of its own already.
     """
-    config = _load(AutoConfig, name, "model.pretrained")
+    folder = model_folder(name)
+    config = load_config(folder, "model.pretrained")
+    if isinstance(config, InfformerConfig) and config.memory is None:
+        wrapped = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
+        return InfformerForCausalLM.from_backbone(wrapped.backbone, memory, memory_layers)
     if isinstance(config, InfformerConfig):
         raise ModelError(
             f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
@@ -49,7 +49,7 @@ def load_pretrained(
             f"model.pretrained={name} is a decoder from scratch, which brings its own memories; to go on training it "
             "use resume="
         )
-    backbone = _load(AutoModelForCausalLM, name, "model.pretrained", dtype=torch.float32, **kwargs)
+    backbone = load_weights(AutoModelForCausalLM, config, folder, "model.pretrained", **kwargs)
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
 
 
@@ -59,7 +59,7 @@ def load_trained(
     """A model to be measured: one of ours with its memory, or any causal language model without.
 
     Args:
-        name: a checkpoint of a run, a model folder, or the name of a model on the hub.
+        name: a run's folder or a checkpoint of it, a model's folder, or the name of a model on the hub.
         segment_length: tokens of a segment, for a memory other than those it was trained with. None: the same.
         short_term_length: the same for the length of a decoder's short-term memory.
 
@@ -67,7 +67,7 @@ def load_trained(
         ModelError: no model there, the hub cannot be reached, or the model cannot have such a memory.
     """
     folder = model_folder(name)
-    config = _load(AutoConfig, folder, "checkpoint")
+    config = load_config(folder, "checkpoint")
     caches = isinstance(config, DecoderConfig) and config.memory_config.short_term_length > 0
     if short_term_length is not None and not caches:
         raise ModelError(f"short_term_length={short_term_length}: {name} has no short-term memory; set it to null")
@@ -82,14 +82,12 @@ def load_trained(
             said = str(error).replace("training.segment", "segment").replace("model.short_term", "short_term")
             raise ModelError(f"{name} with segment_length={length}, short_term_length={cached}: {said}") from error
         config.memory = asdict(memory) if config.memory else None
-        return _load(DecoderForCausalLM, folder, "checkpoint", config=config, dtype=torch.float32)
+        return load_weights(DecoderForCausalLM, config, folder, "checkpoint")
     if not isinstance(config, InfformerConfig):
-        return InfformerForCausalLM.from_backbone(
-            _load(AutoModelForCausalLM, folder, "checkpoint", dtype=torch.float32)
-        )
+        return InfformerForCausalLM.from_backbone(load_weights(AutoModelForCausalLM, config, folder, "checkpoint"))
     if config.memory is not None and segment_length is not None:
         config.memory = {**config.memory, "segment_length": segment_length}
-    return _load(InfformerForCausalLM, folder, "checkpoint", config=config, dtype=torch.float32)
+    return load_weights(InfformerForCausalLM, config, folder, "checkpoint")
 
 
 def new_model(
@@ -98,12 +96,18 @@ def new_model(
     memory_layers: list[int] | None = None,
     attention: str | None = None,
 ) -> InfformerForCausalLM:
-    """A stock model from scratch, from the fields of its configuration, with a memory beside its attention."""
+    """A stock model from scratch, from the fields of its configuration, with a memory beside its attention.
+
+    Raises:
+        ModelError: fields, or a kernel, of which transformers and torch cannot make a model.
+    """
     try:
         config = AutoConfig.for_model(**architecture)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model.architecture={architecture}: {error}") from error
-    backbone = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        backbone = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except Exception as error:  # whatever values that cannot be make the libraries raise
+        options = f"model.architecture={architecture}" + ("" if attention is None else f" model.attention={attention}")
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{options}: no model can be made of this: {type(error).__name__}: {reason}") from error
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
 
 
@@ -135,7 +139,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or of a model on the hub."""
-    tokenizer = _load(AutoTokenizer, model_folder(name), option)
+    tokenizer = load(AutoTokenizer, model_folder(name), option)
     if len(tokenizer) < 2:
         raise ModelError(
             f"{option}={name}: the tokenizer there is empty; give a folder with tokenizer.json or vocab.json"
@@ -143,72 +147,40 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
     return tokenizer
 
 
-def load_config(name: str, option: str) -> PreTrainedConfig:
-    """The configuration of a model, of which nothing else is read.
-
-    Raises:
-        ModelError: no model there, or the hub cannot be reached.
-    """
-    return _load(AutoConfig, model_folder(name), option)
-
-
 def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.tokenizer") -> None:
-    """Make sure that the model has an embedding for every token.
+    """Make sure that a tokenizer is the model's: each token the one that the model learned under its number.
+
+    The model may have more embeddings than there are tokens, as many do to come to a round number, and the tokenizer
+    more tokens than the one in the model's folder, if they have embeddings.
 
     Args:
         option: that names a tokenizer, for the message.
 
     Raises:
-        ModelError: it has not.
+        ModelError: it is another.
     """
     from infformer.data.encoding import vocabulary_size  # whose room imports `datasets`
 
+    remedy = f"they do not belong together; set {option}= to the tokenizer that the model was trained with"
     tokens, known = vocabulary_size(tokenizer), model.vocabulary_size
-    if tokens > known:
-        raise ModelError(
-            f"the tokenizer has {tokens} tokens and the model knows {known}: they do not belong together; set "
-            f"{option}= to the tokenizer that the model was trained with"
-        )
-
-
-def model_folder(name: str) -> str:
-    """The folder of the model in a checkpoint of a run; any other folder or name as it is."""
-    inside = Path(name) / "model"
-    return str(inside) if inside.is_dir() else name
-
-
-def _load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
-    path = Path(name).expanduser()
-    if name.startswith(SHIPPED) and not path.exists():
-        path = PACKAGE.parent / name
-    problem = None
-    if path.is_dir():
-        name = str(path)
-        if "tokenizer" not in option and not (path / "config.json").is_file():
-            raise ModelError(f"{option}={name}: this folder is no model, it has no config.json")
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"{option}={name}: there is no such folder (seen from {Path.cwd()})")
+    if tokens > known or known - tokens > max(1024, known // 20):
+        raise ModelError(f"the tokenizer has {tokens} tokens and the model knows {known}: {remedy}")
+    folder = Path(str(model.name_or_path or getattr(model, "backbone", model).name_or_path))
+    if folder != Path(tokenizer.name_or_path) and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        own = load_tokenizer(str(folder))
+        meant = own.get_vocab()
+        for token, number in tokenizer.get_vocab().items():
+            if meant.get(token, number) != number:
+                raise ModelError(
+                    f"the tokenizer's {token!r} is number {number}, in the model's folder {meant[token]}: {remedy}"
+                )
+        if absent := meant.keys() - tokenizer.get_vocab().keys():
+            raise ModelError(f"the tokenizer has no {min(absent)!r}, which the model's folder has: {remedy}")
+        expected = {"bos_token": own.bos_token_id, "eos_token": own.eos_token_id}
     else:
-        problem = problem_with_the_hub("model", name, option)
-    try:
-        loaded = kind.from_pretrained(name, local_files_only=problem is not None, **kwargs)
-    except Exception as error:  # whatever a broken folder makes the libraries raise
-        if problem is not None:
-            raise ModelError(
-                f"{option}={name}: {problem}, and no earlier download of it was found. To work without a network set "
-                f"{option}= to a local folder, {WITHOUT_A_NETWORK}"
-            ) from error
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{option}={name}: no {kind.__name__} could be loaded from there: {reason}") from error
-    if isinstance(loaded, nn.Module):
-        _check_finite(loaded, f"{option}={name}")
-    return loaded
-
-
-def _check_finite(model: nn.Module, what: str) -> None:
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ModelError(
-                f"{what}: the weights {name} there are not finite (NaN or infinite), so nothing that the model says "
-                "means anything; take an earlier checkpoint"
-            )
+        expected = {"bos_token": model.config.bos_token_id, "eos_token": model.config.eos_token_id}
+    for name, number in expected.items():
+        given = getattr(tokenizer, f"{name}_id")
+        possible = number if isinstance(number, list) else [number]
+        if None not in (given, number) and given not in possible:
+            raise ModelError(f"the tokenizer's {name} is number {given}, the model's {number}: {remedy}")

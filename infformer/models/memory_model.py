@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from infformer.memory.state import LayerMemories, MemoryState
 from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
 from infformer.models.outputs import MemoryModelOutput
 
+logger = logging.getLogger(__name__)
+
 
 class ModelError(UserError, ValueError):
     """A model or tokenizer that cannot be loaded, or does not fit."""
@@ -25,8 +28,8 @@ class ModelError(UserError, ValueError):
 class MemoryModel(PreTrainedModel):
     """A causal language model that reads a document segment by segment; its memory is a value between two of them.
 
-    `forward(input_ids, labels, memory, reset, *, shift_labels, lengths, sticky_offsets, return_logits, return_traces)`
-    returns a `MemoryModelOutput`:
+    `forward(input_ids, labels, memory, reset, *, shift_labels, lengths, attention_mask, sticky_offsets, return_logits,
+    return_traces)` returns a `MemoryModelOutput`:
 
         input_ids: one segment of each row, [batch, length].
         labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
@@ -35,6 +38,8 @@ class MemoryModel(PreTrainedModel):
         shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
             label is lost between two segments. Instead of `labels`.
         lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
+        attention_mask: the same as a tokenizer and its collators say it, [batch, length]: 1 for a real token, and 0 for
+            the padding on the right. Instead of `lengths`.
         sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, sticky_samples]; deterministic without.
         return_logits: by default only where there are no labels.
         return_traces: what happened inside each layer, for the memory's instruments.
@@ -42,6 +47,37 @@ class MemoryModel(PreTrainedModel):
 
     segment_length: int | None
     """Only whole segments of this many tokens are written to memory. None: there is no memory to write to."""
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, dtype: Any = torch.float32, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a model as transformers does, but in float32 unless another `dtype` is asked for.
+
+        Weights of a memory that the folder lacks are those of a new memory, and the log says so.
+
+        Raises:
+            ModelError: it lacks others.
+        """
+        dtype = kwargs.pop("torch_dtype", dtype)  # its old name
+        loaded: Any = super().from_pretrained(*args, dtype=dtype, output_loading_info=True, **kwargs)
+        model, report = loaded
+        missing = set(report["missing_keys"])
+        memories = {id(parameter) for parameter in model.memory_parameters()}
+        new = {name for name, parameter in model.named_parameters() if name in missing and id(parameter) in memories}
+        if missing - new:
+            raise ModelError(
+                f"the folder lacks {len(missing - new)} weights of the model, such as {min(missing - new)}: it is not "
+                "whole, or they have other names there; give the folder as it was saved"
+            )
+        if new:
+            logger.warning("the folder lacks %d weights of the memory, such as %s: they are new", len(new), min(new))
+            model._renew(new)
+        return loaded if output_loading_info else model
+
+    def _renew(self, names: set[str]) -> None:
+        """Give those of the memory's weights that were not loaded what a new memory has."""
+        raise NotImplementedError
 
     @property
     def has_memory(self) -> bool:
@@ -102,11 +138,16 @@ class MemoryModel(PreTrainedModel):
         return self.get_input_embeddings().weight.shape[0]  # type: ignore[return-value, index]
 
     def check_segment_length(self, length: int) -> None:
-        """Make sure that the model can read segments of this length.
+        """Make sure that the model can read segments of this length, and that its memory writes them.
 
         Raises:
-            ModelError: it cannot.
+            ModelError: it cannot, or does not.
         """
+        if self.segment_length is not None and length != self.segment_length:
+            raise ModelError(
+                f"segment_length={length} is not that of the memory, which writes whole segments of "
+                f"{self.segment_length} tokens and forgets all others: set it to {self.segment_length}"
+            )
         if self.positions is not None and length > self.positions:
             raise ModelError(
                 f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
@@ -124,6 +165,38 @@ class MemoryModel(PreTrainedModel):
             raise ModelError("segment_length=null: this model has no limit of positions; say how long a segment is")
         self.check_segment_length(length)
         return length
+
+    def _begin(
+        self,
+        input_ids: Tensor,
+        memory: Any,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[Any, Tensor | None]:
+        """The memory before a segment, and how many tokens of each row are real; None for all.
+
+        Raises:
+            ModelError: what was given is not of so many rows of so many tokens.
+        """
+        batch, length = input_ids.shape
+        if attention_mask is not None:
+            if lengths is not None:
+                raise ModelError("attention_mask= and lengths= say the same: give one of them")
+            lengths = _lengths_of(attention_mask, batch, length)
+        for name, rows in (("reset", reset), ("lengths", lengths)):
+            if rows is not None and rows.shape != (batch,):
+                raise ModelError(f"{name}= has the shape {list(rows.shape)}: give one value for each of {batch} rows")
+        if lengths is not None and not torch.compiler.is_compiling():
+            _check_lengths(lengths, length)
+        memory = self.initial_memory(batch) if memory is None else memory
+        for tensor in memory.named_tensors().values():
+            if len(tensor) != batch:
+                raise ModelError(
+                    f"memory= has {len(tensor)} rows, input_ids {batch}: each row of the input goes on with its row of "
+                    "the memory; choose rows by memory.select_rows(index), or begin with memory=None"
+                )
+        return memory if reset is None else memory.reset_rows(reset), lengths
 
     def _whole_rows(self, batch: int, cached: int, length: int, lengths: Tensor | None) -> Tensor | None:
         """Rows whose segment is whole and is written, bool [batch]; None where no row's can be.
@@ -199,6 +272,35 @@ def mean_over_tokens(values: Tensor, lengths: Tensor | None) -> Tensor:
         return values.mean()
     real = torch.arange(values.shape[1], device=lengths.device) < lengths.unsqueeze(-1)
     return (values * real).sum() / lengths.sum().clamp(min=1)
+
+
+def _lengths_of(attention_mask: Tensor, batch: int, length: int) -> Tensor:
+    """The number of real tokens of each row, [batch], of a mask that is 1 for them and 0 for the padding behind them.
+
+    Raises:
+        ModelError: another mask.
+    """
+    if attention_mask.shape != (batch, length):
+        raise ModelError(
+            f"attention_mask= has the shape {list(attention_mask.shape)}: give a value for each token, "
+            f"[{batch}, {length}]"
+        )
+    lengths = (attention_mask != 0).sum(dim=1)
+    places = torch.arange(length, device=lengths.device)
+    if not torch.equal(attention_mask != 0, places < lengths.unsqueeze(-1)):
+        raise ModelError(
+            "attention_mask= has zeros before ones: padding stands behind the text, since a segment goes on from the "
+            "one before; set tokenizer.padding_side='right'"
+        )
+    return lengths
+
+
+def _check_lengths(lengths: Tensor, length: int) -> None:
+    possible = ((lengths >= 0) & (lengths <= length)).all()
+    if lengths.is_cuda:
+        torch._assert_async(possible, f"lengths= are from 0 to {length}, the tokens of a row")  # waits for nothing
+    elif not possible:
+        raise ModelError(f"lengths={lengths.tolist()}: a row has from 0 to {length} tokens")
 
 
 def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:

@@ -32,8 +32,10 @@ from infformer.memory.long_term import (
 )
 from infformer.memory.state import LayerMemories
 from infformer.models.chunked_loss import cross_entropy
+from infformer.models.folders import load_config, load_weights, model_folder
 from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
 from infformer.models.outputs import LayerTrace, MemoryModelOutput
+from infformer.models.second_backward import refuse_second_backward
 
 LongTermMemories = LayerMemories[LongTermState]
 
@@ -194,10 +196,15 @@ class InfformerForCausalLM(MemoryModel):
             backbone: a model, a folder, or the name of a model on the hub.
             memory: what each memory is; None wraps the model without any.
             memory_layers: layers that get one; all if not given.
-            kwargs: for the backbone's `from_pretrained`.
+            kwargs: for the backbone's `from_pretrained`; its weights come in float32 unless there is a `dtype`.
+
+        Raises:
+            ModelError: there is no such model, or it is not one that a memory can be put beside.
         """
-        if not isinstance(backbone, PreTrainedModel):
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        if isinstance(backbone, str | os.PathLike):
+            folder = model_folder(os.fspath(backbone))
+            backbone = load_weights(AutoModelForCausalLM, load_config(folder, "backbone"), folder, "backbone", **kwargs)
+        backbone = _checked(backbone)
         # What is loaded must not be initialised again by the composite model.
         for module in backbone.modules():
             setattr(module, "_is_hf_initialized", True)  # noqa: B010, transformers' own mark
@@ -218,6 +225,7 @@ class InfformerForCausalLM(MemoryModel):
         *,
         shift_labels: Tensor | None = None,
         lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         sticky_offsets: Tensor | None = None,
         return_logits: bool | None = None,
         return_traces: bool = False,
@@ -230,13 +238,9 @@ class InfformerForCausalLM(MemoryModel):
             segment_cache, use_cache: the backbone's key-value cache, to generate within a segment. The others are those
                 of every `MemoryModel`.
         """
-        batch, length = input_ids.shape
+        memory, lengths = self._begin(input_ids, memory, reset, lengths, attention_mask)
         cached = 0 if segment_cache is None else segment_cache.get_seq_length()
-        if memory is None:
-            memory = self.initial_memory(batch)
-        if reset is not None:
-            memory = memory.reset_rows(reset)
-        call = self._begin(memory, cached, length, lengths, sticky_offsets, return_traces)
+        call = self._begin_call(memory, cached, input_ids.shape[1], lengths, sticky_offsets, return_traces)
         cache = {self._cache_argument: segment_cache, "use_cache": use_cache}
         if self.config.backbone.model_type in ATTENTION_PATHS:
             read = self.backbone.base_model(input_ids, memory_call=call, **cache)
@@ -251,6 +255,7 @@ class InfformerForCausalLM(MemoryModel):
         if return_traces:
             output.traces = tuple(call.traces[index] for index in range(len(self.memories))) if call else ()
         output.auxiliary_losses = self._auxiliary_losses(call, lengths)
+        refuse_second_backward(hidden, output.memory)
 
         scored = self._score(output, hidden, cross_entropy(head), labels, shift_labels, lengths)
         if return_logits or (return_logits is None and not scored):
@@ -294,7 +299,7 @@ class InfformerForCausalLM(MemoryModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
-    def _begin(
+    def _begin_call(
         self,
         memory: LongTermMemories,
         cached: int,
@@ -320,15 +325,47 @@ class InfformerForCausalLM(MemoryModel):
         return {"divergence": weight * mean_over_tokens(divergence * written, lengths)}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The backbone initialises itself; a memory that was loaded stays as it is; buffers are never loaded."""
-        loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()]
-        if isinstance(module, ContinuousSignal) or (isinstance(module, LongTermMemory) and not all(loaded)):
+        """The backbone initialises itself, and so does a memory; its buffers are never loaded."""
+        if isinstance(module, ContinuousSignal):
             module.reset_parameters()
+
+    @torch.no_grad()
+    def _renew(self, names: set[str]) -> None:
+        for prefix, memory in self.memories.named_children():
+            parameters = {f"memories.{prefix}.{name}": parameter for name, parameter in memory.named_parameters()}
+            if names.isdisjoint(parameters):
+                continue
+            loaded = {name: parameter.clone() for name, parameter in parameters.items() if name not in names}
+            cast(LongTermMemory, memory).reset_parameters()
+            for name, tensor in loaded.items():
+                parameters[name].copy_(tensor)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
     """What a stock model calls its key-value cache, as an argument and in its output: transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _checked(backbone: Any) -> PreTrainedModel:
+    """A model, if a memory can be put beside it, and the two can be saved and loaded again.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    kind = type(backbone).__name__
+    if hasattr(backbone, "merge_and_unload") or getattr(backbone, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"backbone={kind}: adapters give the weights other names, by which they would not be found again; merge "
+            "them first: a PeftModel by backbone.merge_and_unload()"
+        )
+    if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is None:
+        raise ModelError(f"backbone={kind}: give a causal language model of transformers, its folder or its name")
+    if getattr(backbone, "hf_quantizer", None) is not None or hasattr(backbone.config, "quantization_config"):
+        raise ModelError(
+            f"backbone={kind} is quantised, and what is saved of it beside a memory could not be loaded again; load it "
+            "without quantization_config, or call backbone.dequantize() first"
+        )
+    return backbone
 
 
 def _attention_modules(backbone: PreTrainedModel) -> list[nn.Module]:
