@@ -198,9 +198,9 @@ GIB = 2**30
         ("model.architecture.num_hidden_layers=0", "model.architecture.num_hidden_layers=0", "at least 1"),
         ("model.architecture.num_hidden_layers=-1", "model.architecture.num_hidden_layers=-1", "at least"),
         ("model.architecture.num_attention_heads=0", "model.architecture.num_attention_heads=0", "at least 1"),
-        ("+model.architecture.dropout=2", "model.architecture.dropout=2", "choose another value"),
+        ("+model.architecture.dropout=2", "model.architecture.dropout=2", "less than 1"),
         ("+model.architecture.dropout=nan", "model.architecture.dropout=nan", "finite"),
-        ("model.architecture.hidden_size=wide", "model.architecture.hidden_size=wide", "choose another value"),
+        ("model.architecture.hidden_size=wide", "model.architecture.hidden_size=wide", "a whole number"),
         ("+model.architecture.hidden_sizes=3", "model.architecture.hidden_sizes=3", "it has activation"),
         ("model.architecture.feed_forward_size=0", "model.architecture.feed_forward_size=0", "at least 1"),
         # Documents, a place, a tracker

@@ -169,7 +169,7 @@ def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: st
     if folder != Path(tokenizer.name_or_path) and any((folder / name).is_file() for name in TOKENIZER_FILES):
         own = load_tokenizer(str(folder))
         meant = own.get_vocab()
-        for token, number in tokenizer.get_vocab().items():
+        for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
             if meant.get(token, number) != number:
                 raise ModelError(
                     f"the tokenizer's {token!r} is number {number}, in the model's folder {meant[token]}: {remedy}"
