@@ -67,7 +67,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         run = comparison[name]
         lines.append(
             f"{name.upper()}: perplexity {run['perplexity']['token']:.3f} per token, "
-            f"{run['perplexity']['word']:.2f} per word ({comparison['protocol']})  {run['checkpoint']}"
+            f"{run['perplexity']['word']:.2f} per word ({comparison['protocol']})  {_from_here(run['checkpoint'])}"
         )
     lines.append(f"{'B less A':<34} {'nats per token':>15} {'95 % interval':>24} {'tokens':>12}")
     rows = [("all tokens", {**comparison["difference"], "tokens": comparison["tokens"]})]
@@ -80,6 +80,12 @@ def format_comparison(comparison: dict[str, Any]) -> str:
             lines.append(f"{name:<34} {row['nats_per_token']:>+15.4f} {spread:>24} {row['tokens']:>12,}")
     lines.append(verdict(comparison))
     return "\n".join(lines)
+
+
+def _from_here(checkpoint: str) -> str:
+    """A path below the working directory as it would be typed there; any other, and names on the hub, as they are."""
+    path = Path(checkpoint)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else checkpoint
 
 
 def _strict(value: Any) -> Any:

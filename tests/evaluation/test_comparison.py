@@ -161,6 +161,15 @@ def test_the_table_says_the_protocol_beside_every_perplexity(comparison):
     assert lines[-1] == verdict(comparison)
 
 
+def test_a_checkpoint_below_the_working_directory_is_named_from_there(comparison, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = {**comparison["b"], "checkpoint": "/elsewhere/best"}
+    here = {**comparison["a"], "checkpoint": str(tmp_path / "outputs" / "control")}
+    first, second, *_ = format_comparison({**comparison, "a": here, "b": elsewhere}).splitlines()
+    assert first.endswith("  outputs/control")
+    assert second.endswith("  /elsewhere/best")
+
+
 def test_the_script(without_results, with_results, tmp_path):
     write_results(tmp_path / "a" / "results.json", without_results)
     write_results(tmp_path / "b.json", with_results)
