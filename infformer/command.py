@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 INTERRUPTED = 130
 """Exit code of a command that was interrupted: what shells say of SIGINT."""
@@ -47,7 +49,7 @@ def begin() -> None:
     started it, it gets SIGTERM when the launcher ends.
     """
     sys.excepthook = _show
-    sys.stdout, sys.stderr = _outlasting(sys.stdout, 1), _outlasting(sys.stderr, 2)
+    sys.stdout, sys.stderr = _outlasting(sys.stdout), _outlasting(sys.stderr)
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
         _follow(os.getppid())
@@ -125,24 +127,35 @@ def _another_says(sentence: str) -> bool:
     return False
 
 
-def _outlasting(stream: object, descriptor: int) -> io.TextIOWrapper:
-    """A standard stream that is written to for nothing when whoever read it has gone."""
-    assert isinstance(stream, io.TextIOWrapper)
-    raw: io.RawIOBase = _Outlasting(descriptor, "wb", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw),
-        encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+def _outlasting(stream: Any) -> _Outlasting:
+    return _Outlasting(
+        stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )  # fmt: skip
 
 
-class _Outlasting(io.FileIO):
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+class _Outlasting(io.TextIOWrapper):
+    """A standard stream that leads nowhere as soon as whoever read it has gone."""
+
+    def write(self, text: str) -> int:
+        with self._to_nobody():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._to_nobody():
+            super().flush()
+
+    @contextmanager
+    def _to_nobody(self) -> Iterator[None]:
         try:
-            return super().write(data) or 0
+            yield
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            return len(data)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # also for what was not written, and for whoever writes past Python
+            os.close(nowhere)
 
 
 def _say_after(process: int, sentence: str) -> None:
