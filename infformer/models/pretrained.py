@@ -74,6 +74,8 @@ class InfformerConfig(PreTrainedConfig):
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(token, getattr(self.backbone, token, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
+        # transformers hands its own choice on to the backbone, also where it is none: attention without a causal mask.
+        kwargs.setdefault("attn_implementation", self.backbone._attn_implementation)
         super().__init__(**kwargs)
 
     @property

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -88,7 +88,7 @@ class TestWeightsThatAFolderLacks:
                 assert torch.equal(tensor, before[name]), name
 
     def test_are_all_of_a_memory_beside_a_stock_model(self, model_folder, backbone):
-        config = InfformerConfig(AutoConfig.from_pretrained(model_folder), MEMORY)
+        config = InfformerConfig(backbone.config, MEMORY)
         model = InfformerForCausalLM.from_pretrained(model_folder, config=config).eval()
         for name, parameter in model.named_parameters():
             assert parameter.isfinite().all(), name
