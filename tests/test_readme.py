@@ -88,6 +88,7 @@ def test_the_default_prints_its_table(tiny_run: tuple[Path, str]) -> None:
     assert (tiny_run[0] / "inspection" / "reconstruction.png").exists()
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_measured(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
     command = next(command for command in RUNS if "eval.py" in command and "outputs/tiny" in command)
     chosen = [option.replace("outputs/tiny", str(tiny_run[0])) for option in options(command)]
@@ -96,6 +97,7 @@ def test_its_checkpoint_is_measured(tiny_run: tuple[Path, str], tmp_path: Path) 
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_text_of_ones_own(tmp_path: Path) -> None:
     command = next(command for command in RUNS if "data=text" in command)
     (tmp_path / "books").mkdir()

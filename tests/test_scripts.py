@@ -214,6 +214,7 @@ def call(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_sorting_from_the_command_line(tmp_path):
     """Two memories; called again, it draws the same table and figure, and makes no run."""
     options = ["--folder", str(tmp_path), "--memories", "short_term", "long_term", "--seeds", "3", "--"]

@@ -2,8 +2,8 @@
 
 import copy
 import json
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from infformer.evaluation.reading import EvaluationError
 from infformer.evaluation.report import format_comparison, write_results
 from infformer.plots.comparison import plot_comparison
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -170,17 +170,20 @@ def test_a_checkpoint_below_the_working_directory_is_named_from_there(comparison
     assert second.endswith("  /elsewhere/best")
 
 
-def test_the_script(without_results, with_results, tmp_path):
+def test_the_script(without_results, with_results, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = import_module("compare")
     write_results(tmp_path / "a" / "results.json", without_results)
     write_results(tmp_path / "b.json", with_results)
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "a"), str(tmp_path / "b.json"), "--folder", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-2] == verdict(compare(without_results, with_results))
+    typed = ["compare.py", str(tmp_path / "a"), str(tmp_path / "b.json"), "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", typed)
+    script.main()
+    assert capsys.readouterr().out.splitlines()[-2] == verdict(compare(without_results, with_results))
     assert json.loads((tmp_path / "comparison.json").read_text()) == compare(without_results, with_results)
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    missing = subprocess.run([*command[:3], str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert missing.returncode == 1
-    assert "none: there are no results of eval.py or train.py that can be read" in missing.stderr
+    monkeypatch.setattr(sys, "argv", [*typed[:2], str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"none: there are no results of eval\.py or train\.py that can be read"):
+        script.main()
 
 
 def test_the_figure(comparison, tmp_path):

@@ -359,7 +359,7 @@ class TestInAProcessOfItsOwn:
         ("number", "code"),
         [
             (signal.SIGTERM, EXIT_CODE),
-            (signal.SIGKILL, -9),
+            pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
             pytest.param(signal.SIGINT, EXIT_CODE, marks=pytest.mark.slow),
         ],
     )
