@@ -7,7 +7,6 @@ costs is not in it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -53,8 +52,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     }
     for window in options.windows:
         network = InfformerForCausalLM.from_backbone(new_window_model(sizes, window * sizes.segment))
-        # One segment without end: its key-value cache is what the window covers.
-        writers[f"window of {window} segments"] = _writer(network, prompt, sys.maxsize, setting, options.compile)
+        # One segment of all its positions: its key-value cache is what the window covers.
+        whole = network.choose_segment_length(None)
+        writers[f"window of {window} segments"] = _writer(network, prompt, whole, setting, options.compile)
     contestants = {name: Contestant(lambda write=write: write(sizes.segment)) for name, write in writers.items()}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     results = [
