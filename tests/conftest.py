@@ -8,7 +8,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,11 @@ def options_of() -> Callable[[RunConfig], list[str]]:
         return [f"{option}={json.dumps(value)}"]
 
     return lambda config: spell(OmegaConf.to_container(OmegaConf.structured(config)), "")
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP is heard, also where the tests were started by `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

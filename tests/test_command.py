@@ -129,6 +129,7 @@ def test_who_ends_the_launcher_alone_ends_what_it_started_with_a_checkpoint(star
     assert said.count("stopped by") == 1
 
 
+@pytest.mark.usefixtures("hangups")
 def test_a_terminal_that_is_closed_does_not_keep_a_run_from_saving(start, tmp_path):
     master, terminal = pty.openpty()
     process = start(

@@ -113,13 +113,12 @@ class TestGrid:
 
         return lambda number: threading.Thread(target=wait_and_send, args=[number], daemon=True).start()
 
+    @pytest.mark.usefixtures("hangups")
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_who_ends_the_script_ends_the_run(self, grid, tmp_path, send, number):
-        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as if no `nohup` had started the tests
         send(number)
         with pytest.raises(SystemExit, match="exit status 99; the same command goes on"):
             grid.run_all({"one": ["then=wait"]}, tmp_path)
-        signal.signal(signal.SIGHUP, before)
         assert not (tmp_path / "one" / "results.json").exists()
 
     def test_an_interrupt_is_left_to_the_run(self, grid, tmp_path, send):

@@ -2,22 +2,14 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
 from infformer.training.signals import StopRequested, StopSignals
 
+pytestmark = pytest.mark.usefixtures("hangups")
 EACH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-
-
-@pytest.fixture(autouse=True)
-def terminal() -> Iterator[None]:
-    """As if someone looked on, and no `nohup` had started the tests."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 def alone() -> StopSignals:
