@@ -155,11 +155,11 @@ class TestInterval:
 
     def test_of_perplexity(self, model, documents, reader, nats):
         figures = figures_of(reader(model), documents, nats)
-        low, high = figures["perplexity_interval"]["token"]
-        assert low < figures["perplexity"]["token"] < high
-        losses = [entry["nll"] for entry in figures["per_document"]]
-        expected = interval_of_ratio(np.array(losses), documents.token_counts - 1)
-        assert (low, high) == pytest.approx(tuple(map(math.exp, expected)))
+        losses = np.array([entry["nll"] for entry in figures["per_document"]])
+        for unit, counts in (("token", documents.token_counts - 1), ("word", documents.word_counts)):
+            low, high = figures["perplexity_interval"][unit]
+            assert low < figures["perplexity"][unit] < high
+            assert (low, high) == pytest.approx(tuple(map(math.exp, interval_of_ratio(losses, counts))))
 
 
 def test_a_model_that_knows_nothing(documents, reader, backbone):
