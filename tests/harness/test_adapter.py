@@ -69,6 +69,37 @@ def adapter(checkpoints) -> Callable[..., InfformerLM]:
     return make
 
 
+@pytest.mark.parametrize(
+    ("kind", "typed", "expected"),
+    [
+        ("memory", {"batch_size": "5"}, {"batch_size": 5}),
+        ("memory", {"precision": "bfloat16"}, {"precision": torch.bfloat16}),
+        ("memory", {"segment_length": 4}, {"segment_length": 4}),
+        ("decoder", {"short_term_length": 3 * SEGMENT}, {"short_term_length": 3 * SEGMENT}),
+        ("none", {"segment_length": 5}, {"segment_length": 5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)),
+)
+def test_every_option_reaches_the_reader(checkpoints, kind, typed, expected):
+    """And changes nothing else."""
+
+    def options(**typed: Any) -> dict[str, Any]:
+        reader = InfformerLM(str(checkpoints[kind]), device="cpu", **typed).reader
+        assert reader.model.segment_length in (None, reader.segment_length)
+        found = {name: getattr(reader, name) for name in ("batch_size", "precision", "segment_length")}
+        return {**found, "short_term_length": reader.model.short_term_length}
+
+    assert options(**typed) == {**options(), **expected} != options()
+
+
+def test_a_tokenizer_from_elsewhere(checkpoints, tmp_path):
+    """The model's own folder has none."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoints["memory"] / name).read_bytes())
+    model = InfformerLM(str(tmp_path), tokenizer=str(checkpoints["memory"]), device="cpu")
+    assert model.tok_encode("a whale") == InfformerLM(str(checkpoints["memory"]), device="cpu").tok_encode("a whale")
+
+
 @pytest.mark.parametrize("kind", ["memory", "decoder"])
 def test_a_task_of_the_harness_measures_what_eval_does(kind, checkpoints, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
