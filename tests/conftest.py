@@ -9,7 +9,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
-from omegaconf import OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from infformer.config import RunConfig
 from infformer.tasks import language_modelling
-from infformer.training import run
+from infformer.training import command_line, run
 
+CONF = Path(__file__).parents[1] / "conf"
 WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "harpoon", "of", "to", "a", "in", "under")
 MEMORY = {
     "segment_length": "${training.segment_length}",
@@ -37,6 +44,11 @@ MEMORY = {
 }
 Train = Callable[..., dict[str, Any]]
 Configure = Callable[..., RunConfig]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest is begun first: a worker that began it last would keep the other waiting."""
+    items.sort(key=lambda item: item.path.name != "test_engines.py")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -121,7 +133,7 @@ def base_config(model_folder: Path, texts: Path, token_cache: Path) -> dict[str,
         },
         "optimizer": {"learning_rate": 3e-3, "memory_learning_rate": 1e-2},
         "schedule": {"warmup_steps": 2},
-        "evaluation": {"inspected_segments": 0},
+        "evaluation": {"inspected_segments": 0, "controls": False},
     }
 
 
@@ -154,21 +166,75 @@ def train() -> Train:
     return start
 
 
+@pytest.fixture(scope="session", autouse=True)
+def files_of_conf_are_parsed_once() -> Iterator[None]:
+    """Hydra parses about twenty for each composition, several times each; the tests compose hundreds of times."""
+    load = OmegaConf.load
+    parsed: Callable[[Path], Any] = cache(lambda path: yaml.load(path.read_text(), get_yaml_loader()))
+
+    def load_once(file: Any) -> Any:
+        path = Path(getattr(file, "name", file))
+        return OmegaConf.create(parsed(path)) if CONF in path.parents else load(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", staticmethod(load_once))
+        yield
+
+
+@pytest.fixture(scope="session")
+def composed_quickly() -> Iterator[None]:
+    """What the chosen groups make is composed once; Hydra applies the single options to a copy of that."""
+    compose = command_line._compose
+
+    @cache
+    def composed_of(name: str, conf: Path, chosen: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+        return compose(name, conf, chosen), HydraConfig.instance().cfg
+
+    def compose_quickly(name: str, conf: Path, options: Sequence[str]) -> DictConfig:
+        typed = OverridesParser.create().parse_overrides(list(options))
+        if any(one.key_or_group.startswith("hydra.") or one.is_sweep_override() for one in typed):
+            return compose(name, conf, options)
+        chosen = tuple(str(one.input_line) for one in typed if (conf / one.key_or_group).is_dir())
+        composed, own = composed_of(name, conf, chosen)
+        composed = composed.copy()
+        HydraConfig.instance().cfg = own
+        single = [one for one in typed if str(one.input_line) not in chosen]
+        ConfigLoaderImpl._apply_overrides_to_config(single, composed)
+        return composed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "_compose", compose_quickly)
+        yield
+
+
 @pytest.fixture(scope="session")
 def options_of() -> Callable[[RunConfig], list[str]]:
-    """A configuration as it is typed on the command line of `train.py`."""
+    """What has to be typed on the command line of `train.py` for a configuration: all that is not so by itself."""
 
-    def spell(value: Any, option: str) -> list[str]:
-        if isinstance(value, dict):
-            return [typed for name, inner in value.items() for typed in spell(inner, f"{option}.{name}".lstrip("."))]
-        return [f"{option}={json.dumps(value)}"]
+    def flat(value: Any, option: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {option: value}
+        return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{option}.{name}").items()}
 
-    return lambda config: spell(OmegaConf.to_container(OmegaConf.structured(config)), "")
+    def options(config: RunConfig) -> dict[str, Any]:
+        return flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+    default = options(command_line.compose("train", RunConfig, CONF, []))
+    missing = object()
+    return lambda config: [
+        f"{option.removeprefix('.')}={json.dumps(value)}"
+        for option, value in options(config).items()
+        if default.get(option, missing) != value
+    ]
 
 
 @pytest.fixture
-def hangups() -> Iterator[None]:
-    """SIGHUP is heard, also where the tests were started by `nohup`."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_heard() -> Iterator[None]:
+    """SIGHUP and SIGINT are heard, also where the tests were started by `nohup` or in the background of a script."""
+    before = {
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

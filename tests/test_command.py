@@ -70,6 +70,7 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes=1", "--cpu"]
 ACCELERATE_TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_an_interrupt_ends_a_command_in_a_word_and_no_traceback(start):
     process = start([], "wait")
     process.stdout.readline()
@@ -129,7 +130,7 @@ def test_who_ends_the_launcher_alone_ends_what_it_started_with_a_checkpoint(star
     assert said.count("stopped by") == 1
 
 
-@pytest.mark.usefixtures("hangups")
+@pytest.mark.usefixtures("signals_heard")
 def test_a_terminal_that_is_closed_does_not_keep_a_run_from_saving(start, tmp_path):
     master, terminal = pty.openpty()
     process = start(

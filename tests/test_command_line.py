@@ -480,7 +480,7 @@ class TestExitCodes:
 
 def test_an_evaluation_of_a_checkpoint(start, configure, train, texts, tmp_path, monkeypatch):
     """What `train.py` found in the end, `eval.py` finds again."""
-    results = train(configure(tmp_path / "run"))
+    results = train(configure(tmp_path / "run", {"evaluation.controls": True}))
     options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={tmp_path}/run/checkpoints/best"]
     code, text = start(eval_command, *options, f"output_dir={tmp_path}/found", "batch_size=3")
     assert code == 0, text

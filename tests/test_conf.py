@@ -18,6 +18,7 @@ from infformer.tasks.associative_recall import AssociativeRecall
 from infformer.training.command_line import OptionError, compose
 
 CONF = Path(__file__).parents[1] / "conf"
+pytestmark = pytest.mark.usefixtures("composed_quickly")
 FOLLOWING = {"training", *(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
 """Groups that nobody chooses: what is in them comes with the model, or with a model and a memory."""
 GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {"."} - FOLLOWING)

@@ -78,6 +78,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run("train.py", *SMALL[:-1], f"output_dir={folder}")
 
 
+@pytest.mark.slow
 def test_the_default_prints_its_table(tiny_run: tuple[Path, str]) -> None:
     printed = tiny_run[1]
     situations = ("its memory off", "another document's memory", "its memory shuffled in time")

@@ -113,7 +113,7 @@ class TestGrid:
 
         return lambda number: threading.Thread(target=wait_and_send, args=[number], daemon=True).start()
 
-    @pytest.mark.usefixtures("hangups")
+    @pytest.mark.usefixtures("signals_heard")
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_who_ends_the_script_ends_the_run(self, grid, tmp_path, send, number):
         send(number)

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedTokenizerFast
 
-from infformer.config import RunConfig
+from infformer.config import EvaluationConfig, RunConfig
 from infformer.data import Segment
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
@@ -236,7 +236,7 @@ class TestWhatIsRead:
 
 class TestHowItIsMeasured:
     def test_by_default_all_of_it(self, ask, shapes):
-        task = ask()
+        task = ask({"evaluation.controls": EvaluationConfig().controls})
         assert task.measure_before()["documents"] == 4
         results = task.measure("here")
         assert len(results["controls"]) == 3
@@ -251,7 +251,7 @@ class TestHowItIsMeasured:
             ({"data.test": None}, lambda task: task.measure_before(), {}),
             ({"data.test": None}, lambda task: task.measure("here"), {}),
             ({"data.validation": None}, lambda task: task.validate(), None),
-            ({"evaluation.controls": False}, lambda task: task.measure("here")["controls"], {}),
+            ({}, lambda task: task.measure("here")["controls"], {}),
             ({"training.precision": "bfloat16"}, lambda task: task.measure("here")["protocol"]["dtype"], "bfloat16"),
             (
                 {"training.segment_length": 8, "model.memory": None},
@@ -274,7 +274,7 @@ class TestHowItIsMeasured:
         ],
     )
     def test_as_asked(self, ask, changes, call, expected):
-        assert call(ask({"evaluation.controls": False, **changes})) == expected
+        assert call(ask(changes)) == expected
 
     @pytest.mark.parametrize(("rows", "read"), [(1, {1}), (3, {3})])
     def test_so_many_documents_side_by_side(self, ask, shapes, rows, read):

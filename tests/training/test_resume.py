@@ -170,7 +170,7 @@ class TestGoesOnExactly:
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
 
-    @pytest.mark.usefixtures("hangups")
+    @pytest.mark.usefixtures("signals_heard")
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
     def test_asked_to_stop(self, configure, train, whole, tmp_path, number):
         message = f"stopped by signal {int(number)} after step 5; resume=auto goes on from there"

@@ -44,7 +44,8 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def finished(configure, train, tmp_path_factory) -> Path:
     """The folder of a run with all that a run can write."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    changes = {"training.sample_every": 4, "training.sample_tokens": 9, "evaluation.inspected_segments": 4}
+    everything = {"training.sample_every": 4, "evaluation.inspected_segments": 4, "evaluation.controls": True}
+    changes = {**everything, "training.sample_tokens": 9}
     train(configure(folder, changes), plots=True)
     return folder
 

@@ -8,7 +8,7 @@ import pytest
 
 from infformer.training.signals import StopRequested, StopSignals
 
-pytestmark = pytest.mark.usefixtures("hangups")
+pytestmark = pytest.mark.usefixtures("signals_heard")
 EACH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 
 
