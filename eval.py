@@ -16,14 +16,14 @@ from infformer.config import EvaluationRunConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.evaluation.perplexity import measure
 from infformer.evaluation.report import format_table, write_results
-from infformer.models.loading import check_fit, load_tokenizer, load_trained
+from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.plots.evaluation import plot_results
 from infformer.training.before import check_evaluation
-from infformer.training.building import ask, make_reader
+from infformer.training.building import ask, make_evaluator
 from infformer.training.command_line import start
 from infformer.training.evaluation_folder import check_that_it_may_be_written, evaluation_folder, write_record
 from infformer.training.folder import held
-from infformer.training.runtime import Accelerator, EngineError, settle_engine, start_processes
+from infformer.training.runtime import Accelerator, EngineError, init_distributed, resolve_engine
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def main() -> None:
 
 def run(config: EvaluationRunConfig) -> None:
     """Read; print the table; write `results.json` and the plots."""
-    engine = settle_engine(config.engine)
+    engine = resolve_engine(config.engine)
     if engine.name != "ddp":
         raise EngineError(
             f"engine={engine.name} cuts the model up, and to measure, each process needs all of it: choose engine=ddp, "
             "and launch with torchrun, or with accelerate as it is before `accelerate config`"
         )
-    accelerator = start_processes(engine, config.precision, option="precision")
+    accelerator = init_distributed(engine, config.precision, option="precision")
     folder = evaluation_folder(config)
     with held(accelerator, folder, lambda: check_that_it_may_be_written(config, folder)):
         _measure(config, accelerator, folder)
@@ -52,8 +52,8 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     if config.task.vocabulary_size is None:
         option = "tokenizer" if config.tokenizer else "checkpoint"
         tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, option)
-        check_fit(model, tokenizer, "tokenizer")
-    reader = make_reader(
+        check_vocabulary(model, tokenizer, "tokenizer")
+    evaluator = make_evaluator(
         accelerator,
         model.to(accelerator.device),
         model.choose_segment_length(config.segment_length),
@@ -66,13 +66,13 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
         first = accelerator.main_process_first()
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
     if config.task.is_language_modelling:
-        results = measure(reader, documents["test"], config.controls, config.checkpoint)
+        results = measure(evaluator, documents["test"], config.controls, config.checkpoint)
         if accelerator.is_main_process:
             print(format_table(results))
             write_results(folder / "results.json", results)
             plot_results(folder / "results.json")
     else:
-        _, examination = ask(config.task, reader, config.controls, config.data, documents, tokenizer)
+        _, examination = ask(config.task, evaluator, config.controls, config.data, documents, tokenizer)
         results = examination.measure(config.checkpoint)
         if accelerator.is_main_process:
             examination.report(results, folder)

@@ -30,7 +30,7 @@ from infformer.durable import check_place
 from infformer.errors import UserError
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.report import write_results
-from infformer.models.loading import check_fit, load_tokenizer, load_trained
+from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.plots.memory import plot_inspection
 
 STYLE = """
@@ -78,7 +78,7 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
     tokenizer = load_tokenizer(
         arguments.tokenizer or arguments.checkpoint, "--tokenizer" if arguments.tokenizer else "checkpoint"
     )
-    check_fit(model, tokenizer, "--tokenizer")
+    check_vocabulary(model, tokenizer, "--tokenizer")
     source = {"source": "sample"} if sample else {"source": "files", "test": arguments.document}
     documents = tokenize_documents(DataConfig(**source, max_documents=1), "test", tokenizer)
     tokens = torch.from_numpy(documents.tokens(0, 0, int(documents.token_counts[0])))
@@ -165,7 +165,7 @@ def describe_figures(inspection: Inspection) -> dict[str, str]:
     if inspection["writing"]:
         shares = [share for row in inspection["writing"]["sampled_places"] for layer in row for share in layer]
         places = len(inspection["writing"]["sampled_places"][0][0])
-        captions["sticky_samples"] = (
+        captions["noise_size"] = (
             "Where the past is sampled at each write: bright places get more room than others, and stay longer. An "
             f"even picture says that stickiness does nothing. Here places get from {places * min(shares):.2f} to "
             f"{places * max(shares):.2f} times the samples of an even sampling."

@@ -361,7 +361,7 @@ class TestModels:
             batch=1, segment=4, hidden=16, heads=2, vocabulary=50, feed_forward=32, feed_forward_matrices=3
         )
         torch.manual_seed(0)
-        reader = models.WindowReader(models.new_window_model(sizes, window=6)).eval()
+        evaluator = models.WindowReader(models.new_window_model(sizes, window=6)).eval()
         document = torch.randint(50, (1, 21))
         other = document.clone()
         other[0, 10] = (other[0, 10] + 1) % 50
@@ -371,7 +371,7 @@ class TestModels:
             memory, each = None, []
             for start in range(0, 20, 4):
                 stop = start + 4
-                output = reader(tokens[:, start:stop], shift_labels=document[:, start + 1 : stop + 1], memory=memory)
+                output = evaluator(tokens[:, start:stop], targets=document[:, start + 1 : stop + 1], memory=memory)
                 memory = output.memory
                 each.append(output.token_losses)
             return torch.cat(each, dim=1)[0]

@@ -12,7 +12,7 @@ from torch import nn
 from infformer.data import Lanes, TokenizedDocuments
 from infformer.data.sources import Document
 from infformer.evaluation.memory_instruments import inspect_document
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.harness.continuations import Continuation, score_continuations
 from infformer.harness.generation import GenerationOptions, write_text
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -44,7 +44,7 @@ def task(model, tokenizer) -> LanguageModelling:
     documents = TokenizedDocuments.from_texts(texts, tokenizer, 0)
     splits = dict.fromkeys(("train", "validation", "test"), documents)
     lanes = Lanes(documents, 1, SEGMENT, 0)
-    return LanguageModelling(tokenizer, splits, lanes, Reader(model, SEGMENT, progress=False), inspected_segments=4)
+    return LanguageModelling(tokenizer, splits, lanes, Evaluator(model, SEGMENT, progress=False), inspected_segments=4)
 
 
 def questions() -> Questions:
@@ -52,31 +52,31 @@ def questions() -> Questions:
     return Questions(tokens, np.zeros((2, 5), dtype=np.int64))
 
 
-MEASURES: dict[str, Callable[[LanguageModelling, Reader, Any], Any]] = {
-    "validation": lambda task, reader, tokenizer: task.validate(),
-    "before training": lambda task, reader, tokenizer: task.measure_before(),
-    "the final figures": lambda task, reader, tokenizer: task.measure("here"),
-    "a sample": lambda task, reader, tokenizer: task.sample(1, 12),
-    "inspection": lambda task, reader, tokenizer: task.inspect(),
-    "instruments": lambda task, reader, tokenizer: inspect_document(reader.model, TOKENS, 4, progress=False),
-    "answers": lambda task, reader, tokenizer: repr(answer(reader, questions(), "")),
-    "answers teacher forced": lambda task, reader, tokenizer: repr(answer_forced(reader, questions(), "")),
-    "continuations": lambda task, reader, tokenizer: score_continuations(
-        reader, [Continuation(TOKENS[:40].tolist(), TOKENS[40:50].tolist())], ""
+MEASURES: dict[str, Callable[[LanguageModelling, Evaluator, Any], Any]] = {
+    "validation": lambda task, evaluator, tokenizer: task.validate(),
+    "before training": lambda task, evaluator, tokenizer: task.measure_before(),
+    "the final figures": lambda task, evaluator, tokenizer: task.measure("here"),
+    "a sample": lambda task, evaluator, tokenizer: task.sample(1, 12),
+    "inspection": lambda task, evaluator, tokenizer: task.inspect(),
+    "instruments": lambda task, evaluator, tokenizer: inspect_document(evaluator.model, TOKENS, 4, progress=False),
+    "answers": lambda task, evaluator, tokenizer: repr(answer(evaluator, questions(), "")),
+    "answers teacher forced": lambda task, evaluator, tokenizer: repr(answer_forced(evaluator, questions(), "")),
+    "continuations": lambda task, evaluator, tokenizer: score_continuations(
+        evaluator, [Continuation(TOKENS[:40].tolist(), TOKENS[40:50].tolist())], ""
     ),
-    "text": lambda task, reader, tokenizer: write_text(
-        reader, tokenizer, TOKENS[:40].tolist(), GenerationOptions(max_tokens=12)
+    "text": lambda task, evaluator, tokenizer: write_text(
+        evaluator, tokenizer, TOKENS[:40].tolist(), GenerationOptions(max_tokens=12)
     ),
 }
 
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_what_is_found_is_what_the_model_gives_without_dropout(task, model, tokenizer, name):
-    reader, found = Reader(model, SEGMENT, progress=False), []
+    evaluator, found = Evaluator(model, SEGMENT, progress=False), []
     for training in (False, True):
         model.train(training)
         torch.manual_seed(0)
-        found.append(MEASURES[name](task, reader, tokenizer))
+        found.append(MEASURES[name](task, evaluator, tokenizer))
         assert not model.training
     assert found[0] == found[1]
 

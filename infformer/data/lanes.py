@@ -2,7 +2,7 @@
 
 The global batch is a fixed set of lanes. A lane reads one *visit* after another, segment by segment: a document, or a
 stretch of one. Where every lane stands is known to every process, as a handful of integers; tokens are loaded only for
-the lanes a process has itself (its *share*). So what is read, and in which order, does not depend on the number of
+the lanes a process has itself (its `rank_rows`). So what is read, and in which order, does not depend on the number of
 processes.
 
 A document of n tokens has n - 1 inputs (all but its last token), and the target of each is the token that follows it,
@@ -21,7 +21,7 @@ from torch import Tensor
 from infformer.data.errors import DataError
 from infformer.data.tokenization import TokenizedDocuments
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a place where there is no token to predict."""
 
 Integers = NDArray[np.int64]
@@ -29,12 +29,12 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Segment:
-    """The next stretch of every lane of a share."""
+    """The next stretch of every lane of this process."""
 
     input_ids: Tensor
     """int64 [lanes, segment_length]; 0 after the last token."""
 
-    shift_labels: Tensor
+    targets: Tensor
     """int64 [lanes, segment_length]; the token that follows each input, -100 after the last."""
 
     lengths: Tensor
@@ -115,7 +115,7 @@ class Lanes(Iterator[Segment]):
         seed: decides on the order and the cuts.
         shuffle: False: the documents in their order, cut from their start, each epoch alike.
         segments_per_visit: segments after which a lane leaves a document; None: it stays to the end.
-        share: the lanes for which to load tokens; None: all.
+        rank_rows: the lanes for which to load tokens; None: all.
 
     Raises:
         DataError: there are fewer visits than lanes.
@@ -129,7 +129,7 @@ class Lanes(Iterator[Segment]):
         seed: int,
         shuffle: bool = True,
         segments_per_visit: int | None = None,
-        share: Sequence[int] | slice | None = None,
+        rank_rows: Sequence[int] | slice | None = None,
     ) -> None:
         self._documents = documents
         self._visits = _Visits(
@@ -143,7 +143,7 @@ class Lanes(Iterator[Segment]):
                 "or more documents."
             )
         self._lanes = _Places(lanes)
-        self._share = _share(share, lanes)
+        self._rank_rows = _rows(rank_rows, lanes)
         self._segment_length = segment_length
         # What a saved state must agree with, by the option that says it.
         self._identity: dict[str, Any] = {
@@ -168,12 +168,12 @@ class Lanes(Iterator[Segment]):
     def __next__(self) -> Segment:
         self._lanes.refill(self._visits.take(self._lanes.finished.size))
         windows = self._lanes.windows(self._segment_length)
-        segment = load_windows(self._documents, windows, self._segment_length, self._share, self._lanes.reads)
+        segment = load_windows(self._documents, windows, self._segment_length, self._rank_rows, self._lanes.reads)
         self._lanes.advance(self._segment_length)
         return segment
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the reading stands, as JSON; it is the same whatever the share, and fits every share."""
+        """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
         return {
             "identity": dict(self._identity),
             "epoch": self._visits.epoch,
@@ -215,18 +215,19 @@ def load_windows(
     documents: TokenizedDocuments,
     windows: Sequence[Window | None],
     segment_length: int,
-    share: Sequence[int] | Integers,
+    rank_rows: Sequence[int] | Integers,
     reads: Integers,
 ) -> Segment:
-    """The segment that the lanes of a share read: of every lane of the global batch its window, or None if it is idle.
+    """The segment that the lanes of this process read.
+
 
     Args:
         reads: how many windows each lane has read before, [lanes].
     """
-    input_ids = np.zeros((len(share), segment_length), dtype=np.int64)
-    labels = np.full((len(share), segment_length), IGNORED, dtype=np.int64)
+    input_ids = np.zeros((len(rank_rows), segment_length), dtype=np.int64)
+    labels = np.full((len(rank_rows), segment_length), IGNORE_INDEX, dtype=np.int64)
     idle = Window(-1, 0, 0, 0, False)
-    rows = [windows[lane] or idle for lane in share]
+    rows = [windows[lane] or idle for lane in rank_rows]
     for row, (document, start, stop, scored, _) in enumerate(rows):
         if stop > start:
             tokens = documents.tokens(document, start, stop + 1)
@@ -234,13 +235,13 @@ def load_windows(
             labels[row, scored - start : stop - start] = tokens[scored - start + 1 :]
     return Segment(
         input_ids=torch.from_numpy(input_ids),
-        shift_labels=torch.from_numpy(labels),
+        targets=torch.from_numpy(labels),
         lengths=torch.tensor([row.stop - row.start for row in rows]),
         reset=torch.tensor([row.reset for row in rows]),
         documents=torch.tensor([row.document for row in rows]),
         starts=torch.tensor([row.start for row in rows]),
-        reads=torch.from_numpy(reads[list(share)]),
-        lanes=torch.tensor(list(share)),
+        reads=torch.from_numpy(reads[list(rank_rows)]),
+        lanes=torch.tensor(list(rank_rows)),
         global_tokens=sum(window.stop - window.scored for window in windows if window is not None),
     )
 
@@ -333,12 +334,12 @@ class _Places:
         return places
 
 
-def _share(share: Sequence[int] | slice | None, lanes: int) -> Integers:
-    if isinstance(share, slice) or share is None:
-        return np.arange(lanes)[share or slice(None)]
-    chosen = np.array(share, dtype=np.int64)
+def _rows(rank_rows: Sequence[int] | slice | None, lanes: int) -> Integers:
+    if isinstance(rank_rows, slice) or rank_rows is None:
+        return np.arange(lanes)[rank_rows or slice(None)]
+    chosen = np.array(rank_rows, dtype=np.int64)
     if not np.isin(chosen, np.arange(lanes)).all():
-        raise DataError(f"share: lanes {chosen.tolist()}, of which not all are in 0 to {lanes - 1}.")
+        raise DataError(f"rank_rows: lanes {chosen.tolist()}, of which not all are in 0 to {lanes - 1}.")
     return chosen
 
 

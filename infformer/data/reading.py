@@ -22,22 +22,22 @@ def read_once(
     lanes: int,
     segment_length: int,
     order: Sequence[int] | None = None,
-    share: Sequence[int] | None = None,
+    rank_rows: Sequence[int] | None = None,
     *,
     stride: int | None = None,
     warmup_documents: int = 0,
 ) -> Iterator[Segment]:
     """Read each document once.
 
-    A lane for which no document is left is idle. Every share yields the same number of segments, until all lanes of the
-    global batch are idle; so processes that evaluate together stay together.
+    A lane for which no document is left is idle. Every process yields the same number of segments, until all lanes
+    of the global batch are idle; so processes that evaluate together stay together.
 
     Args:
         documents: what to read.
         lanes: lanes of the global batch; there may be more of them than documents.
         segment_length: inputs of a window.
         order: documents in the order in which they are taken; None: the longest first, so that the lanes end together.
-        share: the lanes for which to load tokens; None: all.
+        rank_rows: the lanes for which to load tokens; None: all.
         stride: inputs from one window to the next; None: as many as a window has.
         warmup_documents: before each document, read as many of those that precede it in the list (the last ones before
             the first), in disjoint segments, without scoring them and without emptying the memory after them.
@@ -55,7 +55,7 @@ def read_once(
             f"warmup_documents={warmup_documents}: there are {len(documents)} documents, so at most "
             f"{len(documents) - 1} others can be read before each"
         )
-    chosen = range(lanes) if share is None else share
+    chosen = range(lanes) if rank_rows is None else rank_rows
     waiting = iter(queue.tolist())
     reading: list[Iterator[Window]] = [iter(()) for _ in range(lanes)]
     reads = np.zeros(lanes, dtype=np.int64)

@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.evaluation.reading import Nats, Reader
+from infformer.evaluation.reading import Evaluator, TokenLosses
 
 RECENCY = ("within_window", "beyond_window", "never")
 """Where the token to be predicted occurred last in its document: among the tokens that attention sees (the window and
 the short-term memory), before these, or nowhere. A long-term memory has to show in the second class."""
 
 
-def figures_of(reader: Reader, documents: TokenizedDocuments, nats: Nats) -> dict[str, Any]:
+def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenLosses) -> dict[str, Any]:
     """What a model's nats say.
 
     Args:
-        reader: by which they were read.
+        evaluator: by which they were read.
         nats: of every token, as `read_documents` returns them.
 
     Returns:
@@ -44,7 +44,7 @@ def figures_of(reader: Reader, documents: TokenizedDocuments, nats: Nats) -> dic
         bins = np.searchsorted(edges, np.arange(len(losses)), side="right") - 1
         by_position[:, document] = _count(bins, losses, len(edges) - 1)
         text = documents.tokens(document, 0, len(losses) + 1)
-        by_recency[:, document] = _count(_recency(reader, text), losses, len(RECENCY))
+        by_recency[:, document] = _count(_recency(evaluator, text), losses, len(RECENCY))
     by_document = by_position[1].sum(axis=1)
     nll = float(by_document.sum())
     return {
@@ -121,14 +121,14 @@ def _count(classes: NDArray[np.int64], losses: NDArray[np.float64], number: int)
     return np.stack([np.bincount(classes, minlength=number), np.bincount(classes, losses, minlength=number)])
 
 
-def _recency(reader: Reader, text: NDArray[np.int64]) -> NDArray[np.int64]:
+def _recency(evaluator: Evaluator, text: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each token of a document but the first, the index in `RECENCY`, [tokens]."""
     previous = previous_occurrences(text)[1:]
     inputs = np.arange(len(text) - 1)
-    segment, stride = reader.segment_length, reader.stride or reader.segment_length
+    segment, stride = evaluator.segment_length, evaluator.stride or evaluator.segment_length
     # Of the window in which the token is predicted: the first to reach so far.
     window = np.maximum(0, -(-(inputs + 1 - segment) // stride)) * stride
-    visible = np.maximum(0, window - reader.model.short_term_length)
+    visible = np.maximum(0, window - evaluator.model.short_term_length)
     return np.where(previous < 0, 2, np.where(previous >= visible, 0, 1))
 
 

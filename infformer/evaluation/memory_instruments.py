@@ -25,7 +25,7 @@ from infformer.memory.layer import LayerState
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
 from infformer.memory.state import LayerMemories
 from infformer.models.memory_model import MemoryModel
-from infformer.models.outputs import LayerTrace
+from infformer.models.outputs import Intermediates
 
 PLACES = 64
 """Equal parts of [0, 1] in which the samples of sticky memories are counted."""
@@ -42,7 +42,7 @@ class ReadSegment:
     """From 0."""
     input_ids: Tensor
     """[1, length]."""
-    shift_labels: Tensor
+    targets: Tensor
     """[1, length]."""
     before: Memories
     """The memory that it was read with."""
@@ -50,7 +50,7 @@ class ReadSegment:
     """The memory after it was read and, if it was whole, pushed on."""
     nats: float
     """Negative log-likelihood of a token, the mean over the segment."""
-    traces: tuple[LayerTrace, ...]
+    intermediates: tuple[Intermediates, ...]
     """Of each layer, in the order of the memories."""
 
 
@@ -104,18 +104,18 @@ def inspect_document(
     model.eval()
     bar = tqdm(read_segments(model, tokens, count), "reading", count, unit="seg", disable=None if progress else True)
     for segment in bar:
-        traces = [segment.traces[index] for index in chosen]
-        readings = [_reading(trace) for trace in traces]
+        intermediates = [segment.intermediates[index] for index in chosen]
+        readings = [_reading(trace) for trace in intermediates]
         written = _segments_written(segment.before)
         nats += segment.nats * segment.input_ids.shape[1]
         if written:
             figures = [
                 {**density_figures(read, past, cached), "contribution": contribution(trace)}
-                for read, past, trace in zip(readings, pasts, traces, strict=True)
+                for read, past, trace in zip(readings, pasts, intermediates, strict=True)
             ]
             row = {"segment": segment.number, "tokens": segment.input_ids.shape[1], **_columns(figures)}
             reading.append(row | losses_without_layers(model, segment, chosen))
-        leaving.append([trace.hidden for trace in traces])
+        leaving.append([trace.hidden for trace in intermediates])
         if _segments_written(segment.after) == written:
             continue
         if written and config.sticky:
@@ -156,10 +156,10 @@ def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator
     assert isinstance(memory, LayerMemories)
     inputs, labels = (part.to(model.device).unsqueeze(0) for part in (tokens[:-1], tokens[1:]))
     pairs = zip(*(part.split(model.segment_length, dim=1) for part in (inputs, labels)), strict=True)
-    for number, (input_ids, shift_labels) in zip(range(segments), pairs, strict=False):
-        output = model(input_ids, memory=memory, shift_labels=shift_labels, return_traces=True)
+    for number, (input_ids, targets) in zip(range(segments), pairs, strict=False):
+        output = model(input_ids, memory=memory, targets=targets, return_intermediates=True)
         nats = float(output.token_losses.mean())
-        yield ReadSegment(number, input_ids, shift_labels, memory, output.memory, nats, output.traces)
+        yield ReadSegment(number, input_ids, targets, memory, output.memory, nats, output.intermediates)
         memory = output.memory
 
 
@@ -203,7 +203,7 @@ def centre_and_width(attention: Density, basis: GaussianBasis) -> tuple[Tensor, 
     return mean, variance.sqrt()
 
 
-def contribution(trace: LayerTrace) -> float:
+def contribution(trace: Intermediates) -> float:
     """How much a layer's memory adds to its self-attention: ‖memory's context‖ / ‖self-attention's output‖.
 
     The norms are Euclidean, over the width of the model; the ratio is the mean over the segment's tokens.
@@ -246,7 +246,7 @@ def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequ
             _without_long_term(state) if index in empty else state for index, state in enumerate(segment.before.layers)
         ]
         memory = replace(segment.before, layers=tuple(states))
-        return float(model(segment.input_ids, memory=memory, shift_labels=segment.shift_labels).token_losses.mean())
+        return float(model(segment.input_ids, memory=memory, targets=segment.targets).token_losses.mean())
 
     return {
         "nats": segment.nats,
@@ -292,7 +292,7 @@ def _count_segments(model: MemoryModel, tokens: int, most: int) -> int:
     return min(most, -(-(tokens - 1) // length))
 
 
-def _reading(trace: LayerTrace) -> Reading:
+def _reading(trace: Intermediates) -> Reading:
     assert trace.reading is not None
     return trace.reading
 

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from infformer.data.lanes import IGNORED, Segment
+from infformer.data.lanes import IGNORE_INDEX, Segment
 from infformer.data.reading import read_once
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.errors import UserError
 from infformer.memory.state import MemoryState
 from infformer.models.memory_model import MemoryModel
 
-Nats = NDArray[np.float32]
+TokenLosses = NDArray[np.float32]
 
 Read = Callable[[Segment, "MemoryState | None"], "tuple[Tensor, MemoryState | None]"]
 """How one segment is read: the segment and the memory so far to the token losses and the memory after."""
@@ -35,7 +35,7 @@ class EvaluationError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class Reader:
+class Evaluator:
     """A model, and how it reads documents.
 
     Args:
@@ -43,8 +43,8 @@ class Reader:
         segment_length: tokens of a segment.
         batch_size: documents read side by side, at most, all processes together; the figures do not depend on it.
         precision: autocast type; float32 for none.
-        process: the number of this process,
-        processes: of how many that share the documents out.
+        rank: number of this process,
+        world_size: of how many that divide the documents among them.
         reduce: adds up a tensor over processes.
         progress: show a progress bar.
         stride: tokens from one window to the next, each `segment_length` long; None: as many, disjoint segments. With a
@@ -62,8 +62,8 @@ class Reader:
     segment_length: int
     batch_size: int = 8
     precision: torch.dtype = torch.float32
-    process: int = 0
-    processes: int = 1
+    rank: int = 0
+    world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     progress: bool = True
     stride: int | None = None
@@ -117,7 +117,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
 
 
 @torch.no_grad()  # no inference_mode: engines that cut up weights keep what they put together here for training
-def read_documents(reader: Reader, documents: TokenizedDocuments, read: Read, title: str) -> Nats:
+def read_documents(evaluator: Evaluator, documents: TokenizedDocuments, read: Read, title: str) -> TokenLosses:
     """Read every document once. The model is left in evaluation mode.
 
     Args:
@@ -125,81 +125,81 @@ def read_documents(reader: Reader, documents: TokenizedDocuments, read: Read, ti
         title: of the progress bar.
 
     Returns:
-        Nats of every token of every document but its first, one document after the other, float32 [tokens]; the same on
-        every process.
+        The loss in nats of every token of every document but its first, one document after the other, float32
+        [tokens]; the same on every process.
     """
-    model, device = reader.model, reader.model.device
+    model, device = evaluator.model, evaluator.model.device
     model.eval()
     inputs = documents.token_counts - 1
     first = np.cumsum(inputs) - inputs
     nats = np.zeros(int(inputs.sum()), dtype=np.float32)
     memory: MemoryState | None = None
-    with torch.autocast(device.type, reader.precision, enabled=reader.precision != torch.float32):
-        for segment in _with_progress(reader, documents, title):
+    with torch.autocast(device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
+        for segment in _with_progress(evaluator, documents, title):
             losses, memory = read(segment.to(device, non_blocking=True), memory)
-            scored = segment.shift_labels.numpy() != IGNORED
+            scored = segment.targets.numpy() != IGNORE_INDEX
             places = (first[segment.documents.numpy()] + segment.starts.numpy())[:, None] + np.arange(scored.shape[1])
             nats[places[scored]] = losses.float().cpu().numpy()[scored]
-            reader.after_segment()
+            evaluator.after_segment()
     # Each token is another process's zero but in one of them, so the sum is exact.
-    summed: Nats = reader.reduce(torch.from_numpy(nats).to(device)).cpu().numpy()
+    summed: TokenLosses = evaluator.reduce(torch.from_numpy(nats).to(device)).cpu().numpy()
     return summed
 
 
-def with_memory(reader: Reader) -> Read:
+def with_memory(evaluator: Evaluator) -> Read:
     """Each segment is read with the document's memory."""
 
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
-        output = _score(reader, segment, memory)
-        return output.token_losses, _carry(reader, segment, memory, output.memory)
+        output = _score(evaluator, segment, memory)
+        return output.token_losses, _carry(evaluator, segment, memory, output.memory)
 
     return read
 
 
-def without_memory(reader: Reader) -> Read:
+def without_memory(evaluator: Evaluator) -> Read:
     """Each segment is read with an empty memory."""
 
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
-        return _score(reader, segment, None).token_losses, None
+        return _score(evaluator, segment, None).token_losses, None
 
     return read
 
 
-def with_shuffled_memory(reader: Reader) -> Read:
+def with_shuffled_memory(evaluator: Evaluator) -> Read:
     """Each segment is read with the document's memory, whose past is in another order: see `shuffle_time`."""
 
-    shuffle = reader.model.time_shuffle()
+    shuffle = evaluator.model.time_shuffle()
 
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
         if memory is None:
-            memory = reader.model.initial_memory(len(segment.lengths))
+            memory = evaluator.model.initial_memory(len(segment.lengths))
         memory = memory.reset_rows(segment.reset)
-        losses = _score(reader, segment, reader.model.shuffle_time(memory, shuffle)).token_losses
-        written = reader.model(segment.input_ids, memory=memory, lengths=segment.lengths, return_logits=False)
-        return losses, _carry(reader, segment, memory, written.memory)
+        losses = _score(evaluator, segment, evaluator.model.shuffle_time(memory, shuffle)).token_losses
+        written = evaluator.model(segment.input_ids, memory=memory, lengths=segment.lengths, return_logits=False)
+        return losses, _carry(evaluator, segment, memory, written.memory)
 
     return read
 
 
-def with_memory_of_another_document(reader: Reader, documents: TokenizedDocuments) -> Read:
+def with_memory_of_another_document(evaluator: Evaluator, documents: TokenizedDocuments) -> Read:
     """Each segment is read with the memory that another document had at the same distance from its beginning.
 
     As full as its own, and of text, but of the wrong one: see `partners`.
     """
-    inputs, partner = documents.token_counts - 1, partners(documents, reader.warmup_documents)
+    inputs, partner = documents.token_counts - 1, partners(documents, evaluator.warmup_documents)
 
     def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
-        losses = _score(reader, segment, memory).token_losses
+        losses = _score(evaluator, segment, memory).token_losses
         # Beside each document its neighbour is read, and only that is written to memory.
         neighbours = torch.zeros_like(segment.input_ids, device="cpu")
         lengths = torch.zeros_like(segment.lengths, device="cpu")
         for row, (document, start) in enumerate(zip(segment.documents.tolist(), segment.starts.tolist(), strict=True)):
-            if document >= 0 and start % reader.segment_length == 0:
+            if document >= 0 and start % evaluator.segment_length == 0:
                 neighbour = partner[document]
                 stop = min(start + neighbours.shape[1], int(inputs[neighbour]))
                 lengths[row] = max(stop - start, 0)  # a shorter neighbour's memory stays as it was at its end
                 neighbours[row, : lengths[row]] = torch.from_numpy(documents.tokens(neighbour, min(start, stop), stop))
-        written = reader.model(
+        written = evaluator.model(
             neighbours.to(segment.input_ids.device),
             memory=memory,
             reset=segment.reset,
@@ -228,38 +228,40 @@ def partners(documents: TokenizedDocuments, warmup_documents: int = 0) -> list[i
     return [after[document] for document in range(count)]
 
 
-def _score(reader: Reader, segment: Segment, memory: MemoryState | None) -> Any:
-    return reader.model(
+def _score(evaluator: Evaluator, segment: Segment, memory: MemoryState | None) -> Any:
+    return evaluator.model(
         segment.input_ids,
         memory=memory,
         reset=segment.reset,
-        shift_labels=segment.shift_labels,
+        targets=segment.targets,
         lengths=segment.lengths,
     )
 
 
 def _carry(
-    reader: Reader, segment: Segment, before: MemoryState | None, after: MemoryState | None
+    evaluator: Evaluator, segment: Segment, before: MemoryState | None, after: MemoryState | None
 ) -> MemoryState | None:
     """The memory for the next window: only the windows that are whole disjoint segments are written."""
-    if before is None or after is None or reader.stride in (None, reader.segment_length):
+    if before is None or after is None or evaluator.stride in (None, evaluator.segment_length):
         return after
-    return before.replace_rows(segment.starts % reader.segment_length == 0, after)
+    return before.replace_rows(segment.starts % evaluator.segment_length == 0, after)
 
 
-def _with_progress(reader: Reader, documents: TokenizedDocuments, title: str) -> Iterator[Segment]:
+def _with_progress(evaluator: Evaluator, documents: TokenizedDocuments, title: str) -> Iterator[Segment]:
     total = int((documents.token_counts - 1).sum())
-    with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=None if reader.progress else True) as bar:
+    with tqdm(
+        total=total, desc=title, unit="tok", unit_scale=True, disable=None if evaluator.progress else True
+    ) as bar:
         # An idle lane costs as much as a busy one, so there are no more lanes than documents, but equally many for each
         # process.
-        each = -(-min(reader.batch_size, len(documents)) // reader.processes)
+        each = -(-min(evaluator.batch_size, len(documents)) // evaluator.world_size)
         for segment in read_once(
             documents,
-            each * reader.processes,
-            reader.segment_length,
-            share=range(reader.process * each, (reader.process + 1) * each),
-            stride=reader.stride,
-            warmup_documents=reader.warmup_documents,
+            each * evaluator.world_size,
+            evaluator.segment_length,
+            rank_rows=range(evaluator.rank * each, (evaluator.rank + 1) * each),
+            stride=evaluator.stride,
+            warmup_documents=evaluator.warmup_documents,
         ):
             yield segment
             bar.update(segment.global_tokens)

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from infformer.data.sources import Document
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.evaluation.reading import Reader, read_documents, with_memory
+from infformer.evaluation.reading import Evaluator, read_documents, with_memory
 from infformer.harness.continuations import Continuation, score_continuations
 from infformer.harness.errors import HarnessError
 from infformer.harness.generation import GenerationOptions, write_text
-from infformer.models.loading import check_fit, load_tokenizer, load_trained
+from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -74,7 +74,7 @@ class InfformerLM(TemplateLM):
 
         model = load_trained(checkpoint, segment_length, short_term_length)
         self.tokenizer = load_tokenizer(tokenizer or checkpoint, "model_args tokenizer" if tokenizer else "checkpoint")
-        check_fit(model, self.tokenizer)
+        check_vocabulary(model, self.tokenizer)
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise HarnessError(
                 f"the tokenizer of {tokenizer or checkpoint} has neither a beginning-of-sequence nor an "
@@ -86,16 +86,16 @@ class InfformerLM(TemplateLM):
             model.to("cpu" if place is None else place)  # type: ignore[arg-type] # whose decorator hides its own self
         except (RuntimeError, AssertionError) as error:
             raise HarnessError(f"device={device}: {error}; choose another with --device") from error
-        self.reader = Reader(model, length, int(batch_size), getattr(torch, precision))
+        self.evaluator = Evaluator(model, length, int(batch_size), getattr(torch, precision))
 
     @property
     def device(self) -> torch.device:
-        return self.reader.model.device
+        return self.evaluator.model.device
 
     @property
     def max_length(self) -> int:
         """For the record only: texts are not limited to it."""
-        return self.reader.segment_length
+        return self.evaluator.segment_length
 
     @property
     def eot_token_id(self) -> int | None:
@@ -109,8 +109,8 @@ class InfformerLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model: the protocol by which its figures were measured."""
-        memory = getattr(self.reader.model.config, "memory", None)
-        return {"protocol": {**self.reader.protocol, "memory": memory}}
+        memory = getattr(self.evaluator.model.config, "memory", None)
+        return {"protocol": {**self.evaluator.protocol, "memory": memory}}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """As the harness's own models do it: with the tokenizer's special tokens, but not with a second beginning."""
@@ -126,8 +126,8 @@ class InfformerLM(TemplateLM):
         likelihoods = [0.0] * len(requests)  # of documents without a token
         if len(documents) == 0:
             return likelihoods
-        reader = replace(self.reader, progress=not disable_tqdm)
-        nats = read_documents(reader, documents, with_memory(reader), "reading documents")
+        evaluator = replace(self.evaluator, progress=not disable_tqdm)
+        nats = read_documents(evaluator, documents, with_memory(evaluator), "reading documents")
         last = (documents.token_counts - 1).cumsum()
         for name, losses in zip(documents.ids, np.split(nats.astype(np.float64), last[:-1]), strict=True):
             likelihoods[int(name)] = -float(losses.sum())
@@ -141,8 +141,8 @@ class InfformerLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         # A context of nothing but blanks has become empty: they are the continuation's.
         continuations = [Continuation(context or [self.prefix_token_id], tokens) for _, context, tokens in requests]
-        reader = replace(self.reader, progress=not disable_tqdm)
-        scores = score_continuations(reader, continuations, "reading continuations")
+        evaluator = replace(self.evaluator, progress=not disable_tqdm)
+        scores = score_continuations(evaluator, continuations, "reading continuations")
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -151,7 +151,7 @@ class InfformerLM(TemplateLM):
         texts: list[str] = []
         for request, option in zip(tqdm(requests, "writing", disable=disable_tqdm or None), options, strict=True):
             prompt = self.tok_encode(request.args[0]) or [self.prefix_token_id]
-            texts.append(write_text(self.reader, self.tokenizer, prompt, option))
+            texts.append(write_text(self.evaluator, self.tokenizer, prompt, option))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 

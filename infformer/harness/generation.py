@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.harness.errors import HarnessError
 from infformer.models.generation import sample_tokens
 
@@ -73,23 +73,23 @@ class GenerationOptions:
 
 
 def write_text(
-    reader: Reader, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: GenerationOptions
+    evaluator: Evaluator, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: GenerationOptions
 ) -> str:
     """What the model writes after a prompt, up to a stop string or the token that ends a text, without either.
 
     The model is left in evaluation mode.
 
     Args:
-        reader: its model, precision and length of a segment are used.
+        evaluator: its model, precision and length of a segment are used.
         prompt: token ids, at least one, as many as there are; whole segments are read into memory.
     """
-    model = reader.model.eval()
+    model = evaluator.model.eval()
     special = [stop for stop in options.until if stop in tokenizer.all_special_tokens]  # which are not decoded
     ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(stop) for stop in special)}
     tokens: list[int] = []
     text = ""
-    with torch.autocast(model.device.type, reader.precision, enabled=reader.precision != torch.float32):
-        sampled = sample_tokens(model, torch.tensor(prompt), reader.segment_length, options.temperature)
+    with torch.autocast(model.device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
+        sampled = sample_tokens(model, torch.tensor(prompt), evaluator.segment_length, options.temperature)
         for token in islice(sampled, options.max_tokens):
             if token in ends:
                 break

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-NOT_SCORED = -100
+IGNORE_INDEX = -100
 """The label of a position that is not scored, as everywhere in torch and transformers."""
 
 
 def chunked_token_losses(
     hidden: Tensor,
     token_losses: Callable[[Tensor, Tensor], Tensor],
-    shift_labels: Tensor,
+    targets: Tensor,
     chunk_tokens: int = 1024,
 ) -> Tensor:
     """Negative log-likelihood of each label.
@@ -28,21 +28,19 @@ def chunked_token_losses(
         hidden: last hidden states, [batch, length, hidden].
         token_losses: hidden states [tokens, hidden] and labels [tokens] to nats [tokens], 0 where the label is -100;
             such as `cross_entropy(head)`.
-        shift_labels: the token that follows each position, [batch, length]; -100 where nothing is scored.
+        targets: the token that follows each position, [batch, length]; -100 where nothing is scored.
 
     Returns:
-        Nats, float32, [batch, length]; 0 where nothing is scored.
+        TokenLosses, float32, [batch, length]; 0 where nothing is scored.
     """
-    chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), shift_labels.flatten().split(chunk_tokens), strict=True)
-    return torch.cat([checkpoint(token_losses, *chunk, use_reentrant=False) for chunk in chunks]).view(
-        shift_labels.shape
-    )
+    chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
+    return torch.cat([checkpoint(token_losses, *chunk, use_reentrant=False) for chunk in chunks]).view(targets.shape)
 
 
 def cross_entropy(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """The token losses of a head that maps hidden states to logits."""
 
     def token_losses(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), labels, ignore_index=NOT_SCORED, reduction="none")
+        return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
     return token_losses

@@ -26,7 +26,7 @@ from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTer
 from infformer.memory.state import LayerMemories
 from infformer.models.attention import Attention, encode_positions
 from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
-from infformer.models.outputs import LayerTrace, MemoryModelOutput
+from infformer.models.outputs import Intermediates, MemoryModelOutput
 from infformer.models.second_backward import refuse_second_backward
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
@@ -190,7 +190,7 @@ class LayerOutput(NamedTuple):
     """Of the long-term memory's densities, [batch, queries]."""
     reconstruction: Tensor | None
     """Error of the compression, [batch, queries]."""
-    trace: LayerTrace | None
+    trace: Intermediates | None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -226,7 +226,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         context = torch.cat([memories.to(segment.dtype), segment], dim=1)
         attended = self.attention(seen, context, around.allowed, around.encoding)
         reading = self.memory.read(seen, state)
-        trace = LayerTrace(seen, attended, reading) if around.traced else None
+        trace = Intermediates(seen, attended, reading) if around.traced else None
         if reading is not None:
             attended = attended + reading.context.to(attended.dtype)
         hidden = residual + self.dropout(attended)
@@ -279,12 +279,12 @@ class DecoderForCausalLM(MemoryModel):
         memory: DecoderMemories | None = None,
         reset: Tensor | None = None,
         *,
-        shift_labels: Tensor | None = None,
+        targets: Tensor | None = None,
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        sticky_offsets: Tensor | None = None,
+        noise: Tensor | None = None,
         return_logits: bool | None = None,
-        return_traces: bool = False,
+        return_intermediates: bool = False,
         segment_cache: tuple[Tensor, ...] | None = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
@@ -296,7 +296,7 @@ class DecoderForCausalLM(MemoryModel):
         """
         memory, lengths = self._begin(input_ids, memory, reset, lengths, attention_mask)
         before = 0 if segment_cache is None else segment_cache[0].shape[1]
-        around = self._surroundings(memory, input_ids, before, lengths, sticky_offsets, return_traces)
+        around = self._surroundings(memory, input_ids, before, lengths, noise, return_intermediates)
 
         hidden = self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size))
         outputs: list[LayerOutput] = []
@@ -311,10 +311,12 @@ class DecoderForCausalLM(MemoryModel):
         output = MemoryModelOutput(
             memory=written,
             auxiliary_losses=self._auxiliary_losses(outputs, memory, lengths),
-            traces=tuple(layer.trace for layer in outputs if layer.trace is not None) if return_traces else None,
+            intermediates=tuple(layer.trace for layer in outputs if layer.trace is not None)
+            if return_intermediates
+            else None,
             segment_cache=tuple(layer.segment for layer in outputs) if use_cache else None,
         )
-        scored = self._score(output, hidden, self.vocabulary.token_losses, labels, shift_labels, lengths)
+        scored = self._score(output, hidden, self.vocabulary.token_losses, labels, targets, lengths)
         if return_logits or (return_logits is None and not scored):
             output.logits = self.vocabulary.logits(hidden)
         return output
@@ -340,7 +342,7 @@ class DecoderForCausalLM(MemoryModel):
         return self.memory_config.short_term_length
 
     @property
-    def sticky_samples(self) -> int:
+    def noise_size(self) -> int:
         memory = self.memory_config.long_term
         return memory.past_samples if memory is not None and memory.sticky else 0
 

@@ -147,7 +147,7 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
     return tokenizer
 
 
-def check_fit(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.tokenizer") -> None:
+def check_vocabulary(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.tokenizer") -> None:
     """Make sure that a tokenizer is the model's: each token the one that the model learned under its number.
 
     The model may have more embeddings than there are tokens, as many do to come to a round number, and the tokenizer

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from infformer.errors import UserError
 from infformer.memory.long_term import LongTermMemory
 from infformer.memory.state import LayerMemories, MemoryState
-from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
+from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.outputs import MemoryModelOutput
 
 logger = logging.getLogger(__name__)
@@ -28,21 +28,21 @@ class ModelError(UserError, ValueError):
 class MemoryModel(PreTrainedModel):
     """A causal language model that reads a document segment by segment; its memory is a value between two of them.
 
-    `forward(input_ids, labels, memory, reset, *, shift_labels, lengths, attention_mask, sticky_offsets, return_logits,
-    return_traces)` returns a `MemoryModelOutput`:
+    `forward(input_ids, labels, memory, reset, *, targets, lengths, attention_mask, noise, return_logits,
+    return_intermediates)` returns a `MemoryModelOutput`:
 
         input_ids: one segment of each row, [batch, length].
         labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
         memory: what `memory` was after the row's last segment; empty if not given.
         reset: rows that begin a new document with this segment, bool [batch].
-        shift_labels: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
+        targets: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
             label is lost between two segments. Instead of `labels`.
         lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
         attention_mask: the same as a tokenizer and its collators say it, [batch, length]: 1 for a real token, and 0 for
             the padding on the right. Instead of `lengths`.
-        sticky_offsets: random offsets in [0, 1) for sticky memories, [batch, sticky_samples]; deterministic without.
+        noise: random offsets in [0, 1) for sticky memories, [batch, noise_size]; deterministic without.
         return_logits: by default only where there are no labels.
-        return_traces: what happened inside each layer, for the memory's instruments.
+        return_intermediates: what happened inside each layer, for the memory's instruments.
     """
 
     segment_length: int | None
@@ -90,7 +90,7 @@ class MemoryModel(PreTrainedModel):
         raise NotImplementedError
 
     @property
-    def sticky_samples(self) -> int:
+    def noise_size(self) -> int:
         """How many random offsets a row's sticky memories take in training; 0 without stickiness."""
         raise NotImplementedError
 
@@ -239,7 +239,7 @@ class MemoryModel(PreTrainedModel):
         hidden: Tensor,
         token_losses: Callable[[Tensor, Tensor], Tensor],
         labels: Tensor | None,
-        shift_labels: Tensor | None,
+        targets: Tensor | None,
         lengths: Tensor | None,
     ) -> bool:
         """Fill in the losses of an output, if there are labels; whether there are.
@@ -249,12 +249,12 @@ class MemoryModel(PreTrainedModel):
             token_losses: hidden states [tokens, hidden] and labels [tokens] to nats.
         """
         if labels is not None:
-            shift_labels = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=NOT_SCORED)
-        if shift_labels is None:
+            targets = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if targets is None:
             return False
-        shift_labels = _without_padding(shift_labels, lengths)
-        output.token_losses = chunked_token_losses(hidden, token_losses, shift_labels)
-        scored = (shift_labels != NOT_SCORED).sum().clamp(min=1)
+        targets = _without_padding(targets, lengths)
+        output.token_losses = chunked_token_losses(hidden, token_losses, targets)
+        scored = (targets != IGNORE_INDEX).sum().clamp(min=1)
         output.loss = output.token_losses.sum() / scored + sum((output.auxiliary_losses or {}).values())
         return True
 
@@ -307,4 +307,4 @@ def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return labels
     padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
-    return labels.masked_fill(padding, NOT_SCORED)
+    return labels.masked_fill(padding, IGNORE_INDEX)

@@ -12,7 +12,7 @@ from infformer.memory.long_term import Reading
 from infformer.memory.state import MemoryState
 
 
-class LayerTrace(NamedTuple):
+class Intermediates(NamedTuple):
     """What happened in a layer that has a memory while it read a segment."""
 
     hidden: Tensor
@@ -42,7 +42,7 @@ class MemoryModelOutput(ModelOutput):
     only."""
     auxiliary_losses: dict[str, Tensor] | None = None
     """Scalars by name, already weighted."""
-    traces: tuple[LayerTrace, ...] | None = None
-    """What happened in each layer that has a memory, in the order of the memory's layers. With `return_traces` only."""
+    intermediates: tuple[Intermediates, ...] | None = None
+    """What happened in each layer that has a memory, in their order. With `return_intermediates` only."""
     segment_cache: Any = None
     """What attention keeps of the segment so far, to go on within it: with `use_cache=True`, until the next segment."""

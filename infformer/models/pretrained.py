@@ -34,7 +34,7 @@ from infformer.memory.state import LayerMemories
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.folders import load_config, load_weights, model_folder
 from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
-from infformer.models.outputs import LayerTrace, MemoryModelOutput
+from infformer.models.outputs import Intermediates, MemoryModelOutput
 from infformer.models.second_backward import refuse_second_backward
 
 LongTermMemories = LayerMemories[LongTermState]
@@ -121,7 +121,7 @@ class _MemoryCall:
         self.traced = traced
         self.written: dict[int, LongTermState] = {}
         self.divergences: dict[int, Tensor] = {}
-        self.traces: dict[int, LayerTrace] = {}
+        self.intermediates: dict[int, Intermediates] = {}
 
 
 def _attend_to_memory(
@@ -140,7 +140,7 @@ def _attend_to_memory(
     call.divergences[index] = layer.divergence(reading.attention)
     attended, *others = output
     if call.traced:
-        call.traces[index] = LayerTrace(hidden, attended, reading)
+        call.intermediates[index] = Intermediates(hidden, attended, reading)
     return (attended + reading.context.to(attended.dtype), *others)
 
 
@@ -225,12 +225,12 @@ class InfformerForCausalLM(MemoryModel):
         memory: LongTermMemories | None = None,
         reset: Tensor | None = None,
         *,
-        shift_labels: Tensor | None = None,
+        targets: Tensor | None = None,
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        sticky_offsets: Tensor | None = None,
+        noise: Tensor | None = None,
         return_logits: bool | None = None,
-        return_traces: bool = False,
+        return_intermediates: bool = False,
         segment_cache: Any = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
@@ -242,7 +242,7 @@ class InfformerForCausalLM(MemoryModel):
         """
         memory, lengths = self._begin(input_ids, memory, reset, lengths, attention_mask)
         cached = 0 if segment_cache is None else segment_cache.get_seq_length()
-        call = self._begin_call(memory, cached, input_ids.shape[1], lengths, sticky_offsets, return_traces)
+        call = self._begin_call(memory, cached, input_ids.shape[1], lengths, noise, return_intermediates)
         cache = {self._cache_argument: segment_cache, "use_cache": use_cache}
         if self.config.backbone.model_type in ATTENTION_PATHS:
             read = self.backbone.base_model(input_ids, memory_call=call, **cache)
@@ -254,12 +254,14 @@ class InfformerForCausalLM(MemoryModel):
         output.memory = (
             LayerMemories(tuple(call.written[index] for index in range(len(self.memories)))) if call else memory
         )
-        if return_traces:
-            output.traces = tuple(call.traces[index] for index in range(len(self.memories))) if call else ()
+        if return_intermediates:
+            output.intermediates = (
+                tuple(call.intermediates[index] for index in range(len(self.memories))) if call else ()
+            )
         output.auxiliary_losses = self._auxiliary_losses(call, lengths)
         refuse_second_backward(hidden, output.memory)
 
-        scored = self._score(output, hidden, cross_entropy(head), labels, shift_labels, lengths)
+        scored = self._score(output, hidden, cross_entropy(head), labels, targets, lengths)
         if return_logits or (return_logits is None and not scored):
             output.logits = head(hidden)
         return output
@@ -274,7 +276,7 @@ class InfformerForCausalLM(MemoryModel):
         return 0
 
     @property
-    def sticky_samples(self) -> int:
+    def noise_size(self) -> int:
         memory = self.config.memory_config
         return memory.past_samples if memory is not None and memory.sticky else 0
 

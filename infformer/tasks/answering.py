@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.memory.state import MemoryState
 from infformer.tasks.questions import Integers, Questions
 
@@ -43,23 +43,23 @@ class Answers:
 
 
 @torch.no_grad()
-def answer_forced(reader: Reader, questions: Questions, title: str) -> Forced:
+def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> Forced:
     """Ask a model teacher forced; it is left in evaluation mode. All processes together.
 
     Args:
         title: of the progress bar.
     """
     outcome = np.zeros((2, *questions.answers.shape))
-    for rows, counted, tokens in _batches(reader, questions, title):
-        memory, start = _read_text(reader, tokens, questions.answers.shape[1])
-        found = _answer_forced(reader, tokens, memory, start, questions.answers.shape[1])
+    for rows, counted, tokens in _batches(evaluator, questions, title):
+        memory, start = _read_text(evaluator, tokens, questions.answers.shape[1])
+        found = _answer_forced(evaluator, tokens, memory, start, questions.answers.shape[1])
         outcome[:, rows[:counted]] = found[:, :counted]
-    right, nats = _of_all_processes(reader, outcome)[:, questions.asked]
+    right, nats = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Forced(right == 1, nats.astype(np.float32))
 
 
 @torch.no_grad()
-def answer(reader: Reader, questions: Questions, title: str) -> Answers:
+def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
     """Ask a model teacher forced and free running; the text is read once. It is left in evaluation mode.
 
     All processes together.
@@ -68,30 +68,30 @@ def answer(reader: Reader, questions: Questions, title: str) -> Answers:
         title: of the progress bar.
     """
     outcome = np.zeros((3, *questions.answers.shape))
-    for rows, counted, tokens in _batches(reader, questions, title):
+    for rows, counted, tokens in _batches(evaluator, questions, title):
         asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
-        memory, start = _read_text(reader, tokens, asked.shape[1])
-        forced = _answer_forced(reader, tokens, memory, start, asked.shape[1])
-        free = _answer_freely(reader, tokens, memory, start, asked, np.any(questions.asked, axis=0)).cpu()
+        memory, start = _read_text(evaluator, tokens, asked.shape[1])
+        forced = _answer_forced(evaluator, tokens, memory, start, asked.shape[1])
+        free = _answer_freely(evaluator, tokens, memory, start, asked, np.any(questions.asked, axis=0)).cpu()
         outcome[:2, rows[:counted]] = forced[:, :counted]
         outcome[2, rows[:counted]] = free[:counted]
-    right, nats, free_running = _of_all_processes(reader, outcome)[:, questions.asked]
+    right, nats, free_running = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Answers(Forced(right == 1, nats.astype(np.float32)), free_running.astype(np.int64))
 
 
-def alone(reader: Reader) -> Reader:
+def alone(evaluator: Evaluator) -> Evaluator:
     """The same reader without the other processes, and silent: for a look in between."""
-    return replace(reader, process=0, processes=1, reduce=lambda own: own, progress=False, after_segment=lambda: None)
+    return replace(evaluator, rank=0, world_size=1, reduce=lambda own: own, progress=False, after_segment=lambda: None)
 
 
 def _answer_forced(
-    reader: Reader, tokens: Tensor, memory: MemoryState | None, start: int, end: int
+    evaluator: Evaluator, tokens: Tensor, memory: MemoryState | None, start: int, end: int
 ) -> NDArray[np.float64]:
     """Which of the last `end` tokens are right, and the nats of each, [2, rows, end]; `memory` is that at `start`."""
     logits: list[Tensor] = []
     first = tokens.shape[1] - 1 - end  # the input from which the first of them is predicted
-    for segment in tokens[:, start:-1].split(reader.segment_length, dim=1):
-        output = _read(reader, segment, memory)
+    for segment in tokens[:, start:-1].split(evaluator.segment_length, dim=1):
+        output = _read(evaluator, segment, memory)
         memory = output.memory
         logits.append(output.logits[:, max(first - start, 0) :])
         start += segment.shape[1]
@@ -102,7 +102,7 @@ def _answer_forced(
 
 
 def _answer_freely(
-    reader: Reader,
+    evaluator: Evaluator,
     tokens: Tensor,
     memory: MemoryState | None,
     start: int,
@@ -120,9 +120,9 @@ def _answer_freely(
     given: list[Tensor] = []
     for place in range(asked.shape[1]):
         token = tokens[:, first + place]
-        whole = segment.shape[1] == reader.segment_length
+        whole = segment.shape[1] == evaluator.segment_length
         if whole or asked_anywhere[place]:
-            output = _read(reader, segment, memory)
+            output = _read(evaluator, segment, memory)
             token = torch.where(asked[:, place], output.logits[:, -1].argmax(dim=-1), token)
             if whole:
                 memory, segment = output.memory, segment[:, :0]
@@ -131,26 +131,26 @@ def _answer_freely(
     return torch.stack(given, dim=1)
 
 
-def _read_text(reader: Reader, tokens: Tensor, end: int) -> tuple[MemoryState | None, int]:
+def _read_text(evaluator: Evaluator, tokens: Tensor, end: int) -> tuple[MemoryState | None, int]:
     """Read the segments before the one from which the first of the last `end` tokens is predicted.
 
     Returns:
         The memory, and the input that comes next.
     """
-    start = (tokens.shape[1] - 1 - end) // reader.segment_length * reader.segment_length
+    start = (tokens.shape[1] - 1 - end) // evaluator.segment_length * evaluator.segment_length
     memory: MemoryState | None = None
-    for first in range(0, start, reader.segment_length):
-        segment = tokens[:, first : first + reader.segment_length]
-        memory = _read(reader, segment, memory, return_logits=False).memory
+    for first in range(0, start, evaluator.segment_length):
+        segment = tokens[:, first : first + evaluator.segment_length]
+        memory = _read(evaluator, segment, memory, return_logits=False).memory
     return memory, start
 
 
-def _read(reader: Reader, segment: Tensor, memory: MemoryState | None, return_logits: bool | None = None) -> Any:
-    with torch.autocast(segment.device.type, reader.precision, enabled=reader.precision != torch.float32):
-        return reader.model(segment, memory=memory, return_logits=return_logits)
+def _read(evaluator: Evaluator, segment: Tensor, memory: MemoryState | None, return_logits: bool | None = None) -> Any:
+    with torch.autocast(segment.device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
+        return evaluator.model(segment, memory=memory, return_logits=return_logits)
 
 
-def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:
+def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:
     """The questions of this process, as many side by side as the reader allows.
 
     Every process gets as many batches. One that has no more questions reads the first of all once more, for nothing.
@@ -158,23 +158,23 @@ def _batches(reader: Reader, questions: Questions, title: str) -> Iterator[tuple
     Returns:
         Which questions, how many of them count, and their tokens.
     """
-    reader.model.eval()
-    share = np.arange(reader.process, len(questions.tokens), reader.processes)
-    side_by_side = -(-reader.batch_size // reader.processes)
-    total = len(share) * questions.tokens.shape[1]
-    silent = None if reader.progress else True
+    evaluator.model.eval()
+    own = np.arange(evaluator.rank, len(questions.tokens), evaluator.world_size)
+    side_by_side = -(-evaluator.batch_size // evaluator.world_size)
+    total = len(own) * questions.tokens.shape[1]
+    silent = None if evaluator.progress else True
     with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent) as bar:
-        for first in range(0, -(-len(questions.tokens) // reader.processes), side_by_side):
-            rows = share[first : first + side_by_side]
+        for first in range(0, -(-len(questions.tokens) // evaluator.world_size), side_by_side):
+            rows = own[first : first + side_by_side]
             read = rows if len(rows) else np.zeros(1, dtype=np.int64)
-            tokens = torch.from_numpy(questions.tokens[read]).to(reader.model.device)
+            tokens = torch.from_numpy(questions.tokens[read]).to(evaluator.model.device)
             yield read, len(rows), tokens
-            reader.after_segment()
+            evaluator.after_segment()
             bar.update(len(rows) * tokens.shape[1])
 
 
-def _of_all_processes(reader: Reader, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
+def _of_all_processes(evaluator: Evaluator, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
     """What each process found of its questions, zero for those of others: the sum is exact."""
-    own = torch.from_numpy(outcome.astype(np.float32)).to(reader.model.device)
-    summed: NDArray[np.float32] = reader.reduce(own).cpu().numpy()
+    own = torch.from_numpy(outcome.astype(np.float32)).to(evaluator.model.device)
+    summed: NDArray[np.float32] = evaluator.reduce(own).cpu().numpy()
     return summed

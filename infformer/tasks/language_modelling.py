@@ -14,7 +14,7 @@ from infformer.data.lanes import Lanes, Segment
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, measure
-from infformer.evaluation.reading import EvaluationError, Reader, describe_protocol
+from infformer.evaluation.reading import EvaluationError, Evaluator, describe_protocol
 from infformer.evaluation.report import format_table, write_results
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
@@ -30,7 +30,7 @@ class LanguageModelling:
         tokenizer: of the documents.
         documents: by split: `train`, and `validation` and `test` where there are any.
         lanes: how the training documents are read.
-        reader: how held-out documents are read, and by which model.
+        evaluator: how held-out documents are read, and by which model.
         bptt_segments: segments of each lane in one step.
         before: measure the test documents before training too.
         controls: in the final figures, also in the situations in which the memory cannot help.
@@ -44,7 +44,7 @@ class LanguageModelling:
         tokenizer: PreTrainedTokenizerBase,
         documents: Mapping[str, TokenizedDocuments],
         lanes: Lanes,
-        reader: Reader,
+        evaluator: Evaluator,
         bptt_segments: int = 1,
         before: bool = True,
         controls: bool = True,
@@ -58,7 +58,7 @@ class LanguageModelling:
             self._validation = self._validation.beginnings(max_validation_tokens)
         self._test = documents.get("test")
         self._lanes = lanes
-        self._reader = reader
+        self._evaluator = evaluator
         self._bptt_segments = bptt_segments
         self._before = before
         self._controls = controls
@@ -76,21 +76,21 @@ class LanguageModelling:
     def measure_before(self) -> dict[str, Any]:
         if self._test is None or not self._before:
             return {}
-        return evaluate(self._reader, self._test, "test, before training")
+        return evaluate(self._evaluator, self._test, "test, before training")
 
     def validate(self) -> Validation | None:
         if self._validation is None:
             return None
-        figures = evaluate(self._reader, self._validation, "validation")
+        figures = evaluate(self._evaluator, self._validation, "validation")
         loss, perplexity = figures["nll"] / figures["tokens"], figures["perplexity"]["token"]
         return Validation(
             loss,
             {"validation/loss": loss, "validation/perplexity": perplexity},
-            f"validation perplexity {perplexity:.3f} per token ({describe_protocol(self._reader.protocol)})",
+            f"validation perplexity {perplexity:.3f} per token ({describe_protocol(self._evaluator.protocol)})",
         )
 
     def measure(self, checkpoint: str) -> dict[str, Any]:
-        return {} if self._test is None else measure(self._reader, self._test, self._controls, checkpoint)
+        return {} if self._test is None else measure(self._evaluator, self._test, self._controls, checkpoint)
 
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)
@@ -99,13 +99,13 @@ class LanguageModelling:
 
     def inspect(self) -> dict[str, Any]:
         """What the memory holds along the longest test document; empty without a long-term memory."""
-        model = self._reader.model
+        model = self._evaluator.model
         if not self._inspected_segments or self._test is None or not model.long_term_memories():
             return {}
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
         try:
-            return inspect_document(model, tokens, self._inspected_segments, progress=self._reader.progress)
+            return inspect_document(model, tokens, self._inspected_segments, progress=self._evaluator.progress)
         except EvaluationError as error:
             logger.info("the memory is not looked into: %s", error)
             return {}
@@ -113,10 +113,10 @@ class LanguageModelling:
     def sample(self, step: int, tokens: int) -> str:
         """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""
         documents = self._train if self._validation is None else self._validation
-        length = self._reader.segment_length
+        length = self._evaluator.segment_length
         prompt = torch.from_numpy(documents.tokens(0, 0, min(2 * length, int(documents.token_counts[0]))))
         generator = torch.Generator().manual_seed(step)
-        sampled = continue_text(self._reader.model.eval(), prompt, tokens, length, generator=generator)
+        sampled = continue_text(self._evaluator.model.eval(), prompt, tokens, length, generator=generator)
         return f"{self.tokenizer.decode(prompt[-32:])} ⟶ {self.tokenizer.decode(sampled)}"
 
     def locate(self, segment: Segment) -> list[str]:

@@ -9,23 +9,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from infformer.data.lanes import IGNORED, Segment, check_identity
+from infformer.data.lanes import IGNORE_INDEX, Segment, check_identity
 from infformer.tasks.questions import Integers, QuestionSource
 
 
 class QuestionStream:
     """Questions without end: in one step every lane reads a new one, from an empty memory.
 
-    Lane l of step s reads the question number s · lanes + l of the stream, whatever the share. The questions of a step
-    are equally long; of several lengths each step draws one, with a probability ∝ 1/length, so that as much is read of
-    each.
+    Lane l of step s reads the question number s · lanes + l of the stream, on whichever process. The questions of a
+    step are equally long; of several lengths each step draws one, with a probability ∝ 1/length, so that as much is
+    read of each.
 
     Args:
         source: of the questions.
         lanes: lanes of the global batch.
         segment_length: inputs of a segment.
         seed: decides on the questions and their order.
-        share: the lanes whose segments are wanted; None: all.
+        rank_rows: the lanes whose segments are wanted; None: all.
 
     Raises:
         DataError: there are no questions of one of the lengths.
@@ -37,13 +37,13 @@ class QuestionStream:
         lanes: int,
         segment_length: int,
         seed: int,
-        share: Sequence[int] | None = None,
+        rank_rows: Sequence[int] | None = None,
     ) -> None:
         self._source = source
         self._lanes = lanes
         self._segment_length = segment_length
         self._seed = seed
-        self._share = np.arange(lanes) if share is None else np.array(share, dtype=np.int64)
+        self._rank_rows = np.arange(lanes) if rank_rows is None else np.array(rank_rows, dtype=np.int64)
         self._step = 0
         self._reads = 0
         # What a saved state must agree with, by the option that says it.
@@ -57,14 +57,14 @@ class QuestionStream:
             source.draw_training(np.zeros(1, dtype=np.int64), seed, length)  # what cannot be asked is said at once
 
     def next_step(self) -> list[Segment]:
-        """The next question of every lane of the share, in segments, of which the last may be shorter."""
+        """The next question of every lane of this process, in segments, of which the last may be shorter."""
         numbers = self._numbers()
         # Of all lanes, as every process must know how many tokens are asked for in all of them.
         questions = self._source.draw_training(numbers, self._seed, self._length())
         tokens = torch.from_numpy(questions.tokens)
         end = questions.answers.shape[1]
-        labels = tokens[:, -end:].masked_fill(~torch.from_numpy(questions.asked), IGNORED)
-        labels = F.pad(labels, (tokens.shape[1] - 1 - end, 0), value=IGNORED)
+        labels = tokens[:, -end:].masked_fill(~torch.from_numpy(questions.asked), IGNORE_INDEX)
+        labels = F.pad(labels, (tokens.shape[1] - 1 - end, 0), value=IGNORE_INDEX)
         segments = []
         for index, (segment_inputs, segment_labels) in enumerate(
             zip(
@@ -73,18 +73,18 @@ class QuestionStream:
                 strict=True,
             )
         ):
-            rows = len(self._share)
+            rows = len(self._rank_rows)
             segments.append(
                 Segment(
-                    input_ids=segment_inputs[self._share],
-                    shift_labels=segment_labels[self._share],
+                    input_ids=segment_inputs[self._rank_rows],
+                    targets=segment_labels[self._rank_rows],
                     lengths=torch.full((rows,), segment_inputs.shape[1]),
                     reset=torch.full((rows,), index == 0),
-                    documents=torch.from_numpy(numbers[self._share]),
+                    documents=torch.from_numpy(numbers[self._rank_rows]),
                     starts=torch.full((rows,), index * self._segment_length),
                     reads=torch.full((rows,), self._reads + index),
-                    lanes=torch.from_numpy(self._share.copy()),
-                    global_tokens=int((segment_labels != IGNORED).sum()),
+                    lanes=torch.from_numpy(self._rank_rows.copy()),
+                    global_tokens=int((segment_labels != IGNORE_INDEX).sum()),
                 )
             )
         self._step += 1
@@ -92,7 +92,7 @@ class QuestionStream:
         return segments
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the reading stands, as JSON; it is the same whatever the share, and fits every share."""
+        """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
         return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.errors import DataError
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.evaluation.report import write_results
 from infformer.plots.retrieval import plot_retrieval
 from infformer.tasks.answering import alone, answer
@@ -28,7 +28,7 @@ class Retrieval:
     Args:
         config: which lengths and depths, and how many questions.
         source: of the questions.
-        reader: how the texts are read, and by which model.
+        evaluator: how the texts are read, and by which model.
         window: how many of the last tokens the model sees without long-term memory: those of its short-term memory
             and of a segment.
         controls: measure the model also without its memory: reading the last segment alone.
@@ -42,22 +42,22 @@ class Retrieval:
         self,
         config: RetrievalConfig,
         source: RetrievalSource,
-        reader: Reader,
+        evaluator: Evaluator,
         window: int,
         controls: bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         symbols = config.vocabulary_size
-        if symbols is not None and reader.model.vocabulary_size < symbols:
+        if symbols is not None and evaluator.model.vocabulary_size < symbols:
             raise DataError(
-                f"this task has {symbols} symbols, and the model knows {reader.model.vocabulary_size}: set "
+                f"this task has {symbols} symbols, and the model knows {evaluator.model.vocabulary_size}: set "
                 f"model.architecture.vocab_size={symbols}, or choose fewer task.keys or task.values"
             )
         self._config = config
         self._source = source
-        self._reader = reader
+        self._evaluator = evaluator
         self._window = window
-        self._controls = controls and reader.model.has_memory
+        self._controls = controls and evaluator.model.has_memory
         self._tokenizer = tokenizer
         self._ask_one_of_each_length()
 
@@ -79,7 +79,7 @@ class Retrieval:
         """The `cells` of all lengths and depths, those of the `controls`, the `chance` of an answer, the `protocol`."""
         if not self._source.has("test"):
             return {}
-        segment = self._reader.segment_length
+        segment = self._evaluator.segment_length
         controls = {"memory_off": self._measure_lengths("memory off, ", segment)} if self._controls else {}
         return {
             "cells": self._measure_lengths("", None),
@@ -90,7 +90,7 @@ class Retrieval:
                 "segment": segment,
                 "window": self._window,
                 "reset": "each text begins with an empty memory; memory off: its last segment alone",
-                "dtype": str(self._reader.precision).removeprefix("torch."),
+                "dtype": str(self._evaluator.precision).removeprefix("torch."),
                 "checkpoint": checkpoint,
             },
         }
@@ -107,7 +107,7 @@ class Retrieval:
         number, depth = step % self._config.validation_questions, self._config.depths[step % len(self._config.depths)]
         depths = np.full((1, self._source.answers), depth)
         questions = self._source.draw("validation", [number], HELD_OUT_SEED, self._config.lengths[0], depths)
-        given = answer(alone(self._reader), questions, "sample").free
+        given = answer(alone(self._evaluator), questions, "sample").free
         true = self._spell(questions.true_answers[:tokens])
         return f"text {number}, depth {depth}: {true}; the model: {self._spell(given[:tokens])}"
 
@@ -123,7 +123,7 @@ class Retrieval:
         self, split: str, length: int, texts: int, title: str, inputs: int | None = None
     ) -> list[dict[str, Any]]:
         depths = list(dict.fromkeys(self._config.depths))
-        return measure_cells(self._reader, self._source, split, length, depths, texts, HELD_OUT_SEED, title, inputs)
+        return measure_cells(self._evaluator, self._source, split, length, depths, texts, HELD_OUT_SEED, title, inputs)
 
     def _ask_one_of_each_length(self) -> None:
         """What cannot be asked is said before any long work."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.tasks.answering import answer
 from infformer.tasks.retrieval_questions import RetrievalSource
 
 
 def measure_cells(
-    reader: Reader,
+    evaluator: Evaluator,
     source: RetrievalSource,
     split: str,
     length: int,
@@ -44,7 +44,7 @@ def measure_cells(
         depth_of = (shift + np.arange(source.answers)) % len(depths)
         wanted = np.tile(np.asarray(depths, dtype=np.float64)[depth_of], (texts, 1))
         questions = source.draw(split, np.arange(texts), seed, length, wanted)
-        given = answer(reader, questions if inputs is None else questions.last(inputs), title)
+        given = answer(evaluator, questions if inputs is None else questions.last(inputs), title)
         right = given.free == questions.true_answers
         rows, places = np.nonzero(questions.asked)
         which = questions.answers[rows, places]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.evaluation.report import write_results
 from infformer.plots.sorting import plot_accuracy
 from infformer.tasks.answering import alone, answer
@@ -26,7 +26,7 @@ class Sorting:
 
     Args:
         config: which sequences.
-        reader: how held-out sequences are read, and by which model.
+        evaluator: how held-out sequences are read, and by which model.
         window: how many of the last symbols the model sees without long-term memory: those of its short-term memory
             and of a segment. What counting these would give stands beside its figures.
 
@@ -34,20 +34,20 @@ class Sorting:
         DataError: the model does not know as many tokens.
     """
 
-    def __init__(self, config: SortingConfig, reader: Reader, window: int) -> None:
-        if reader.model.vocabulary_size < config.vocabulary_size:
+    def __init__(self, config: SortingConfig, evaluator: Evaluator, window: int) -> None:
+        if evaluator.model.vocabulary_size < config.vocabulary_size:
             raise DataError(
                 f"task.symbols={config.symbols}: with the separator these are {config.vocabulary_size} tokens, and the "
-                f"model knows {reader.model.vocabulary_size}: set model.architecture.vocab_size="
+                f"model knows {evaluator.model.vocabulary_size}: set model.architecture.vocab_size="
                 f"{config.vocabulary_size}, or sort fewer symbols"
             )
         self._config = config
-        self._reader = reader
+        self._evaluator = evaluator
         self._window = window
 
     def validate(self) -> Validation:
         sequences = self._held_out("validation", self._config.validation_sequences)
-        figures = evaluate_teacher_forced(self._reader, sequences, self._config.symbols, "validation")
+        figures = evaluate_teacher_forced(self._evaluator, sequences, self._config.symbols, "validation")
         loss, accuracy = figures["nll"], figures["accuracy"]
         return Validation(
             loss,
@@ -61,7 +61,7 @@ class Sorting:
         return {
             "lengths": [
                 measure_accuracy(
-                    self._reader,
+                    self._evaluator,
                     self._held_out("test", self._config.test_sequences, length),
                     self._config.symbols,
                     self._window,
@@ -70,9 +70,9 @@ class Sorting:
                 for length in lengths
             ],
             "protocol": {
-                "segment": self._reader.segment_length,
+                "segment": self._evaluator.segment_length,
                 "reset": "each sequence begins with an empty memory",
-                "dtype": str(self._reader.precision).removeprefix("torch."),
+                "dtype": str(self._evaluator.precision).removeprefix("torch."),
                 "checkpoint": checkpoint,
             },
         }
@@ -87,7 +87,7 @@ class Sorting:
         number = step % self._config.validation_sequences
         sequence = draw_sequences(self._config, "validation", [number], HELD_OUT_SEED)
         questions = as_questions(sequence, self._config.symbols)
-        given = answer(alone(self._reader), questions, "sample").free
+        given = answer(alone(self._evaluator), questions, "sample").free
         return f"sequence {number}: {_spell(questions.true_answers[:tokens])}; the model: {_spell(given[:tokens])}"
 
     def _held_out(self, split: str, count: int, length: int | None = None) -> NDArray[np.int64]:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.tasks.answering import Forced, answer, answer_forced
 from infformer.tasks.ideal_counters import ideal_counters
 from infformer.tasks.sorting_sequences import as_questions
 
 
 def measure_accuracy(
-    reader: Reader, sequences: NDArray[np.int64], symbols: int, window: int, seed: int
+    evaluator: Evaluator, sequences: NDArray[np.int64], symbols: int, window: int, seed: int
 ) -> dict[str, Any]:
     """All that is measured on sequences of one length. The model is left in evaluation mode.
 
@@ -31,7 +31,7 @@ def measure_accuracy(
     """
     length = sequences.shape[1] - symbols - 1
     questions = as_questions(sequences, symbols)
-    answers = answer(reader, questions, f"{length:,} symbols")
+    answers = answer(evaluator, questions, f"{length:,} symbols")
     free_running = (answers.free == questions.true_answers).reshape(-1, symbols).mean(axis=0)
     return {
         "length": length,
@@ -44,14 +44,14 @@ def measure_accuracy(
 
 
 def evaluate_teacher_forced(
-    reader: Reader, sequences: NDArray[np.int64], symbols: int, title: str = "teacher forced"
+    evaluator: Evaluator, sequences: NDArray[np.int64], symbols: int, title: str = "teacher forced"
 ) -> dict[str, Any]:
     """Accuracy where each place of the answer is predicted from the true places before it, as published.
 
     Returns:
         `nll` (nats per symbol of the answer), `accuracy`, `accuracy_by_position` [symbols].
     """
-    return _teacher_forced(answer_forced(reader, as_questions(sequences, symbols), title), symbols)
+    return _teacher_forced(answer_forced(evaluator, as_questions(sequences, symbols), title), symbols)
 
 
 def _teacher_forced(answers: Forced, symbols: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Examination(Protocol):
 class Task(Examination, Protocol):
     """What a model is to learn, and how it is measured.
 
-    Every process has a task of its own, for its share of the lanes.
+    Every process has a task of its own, for its lanes.
     """
 
     @property
@@ -96,7 +96,7 @@ class Task(Examination, Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the task stands, as JSON; it is the same whatever the share, and fits every share."""
+        """Where the task stands, as JSON; it is the same on every process, and fits any number of them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where the state was taken.

@@ -1,4 +1,4 @@
-"""What a run is made of, from its configuration: tokenizer, model, documents, task, reader."""
+"""What a run is made of, from its configuration: tokenizer, model, documents, task, evaluator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from infformer.data.lanes import Lanes
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents, warn_of_shared_documents
 from infformer.data.word_vocabulary import word_tokenizer
-from infformer.evaluation.reading import Reader
-from infformer.models.loading import check_fit, load_pretrained, load_tokenizer, new_decoder, new_model, vocabulary_of
+from infformer.evaluation.reading import Evaluator
+from infformer.models.loading import (
+    check_vocabulary,
+    load_pretrained,
+    load_tokenizer,
+    new_decoder,
+    new_model,
+    vocabulary_of,
+)
 from infformer.models.memory_model import MemoryModel
 from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
 from infformer.tasks.language_modelling import LanguageModelling
@@ -55,7 +62,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
         else:
             model = new_model(architecture, chosen.memory, chosen.memory_layers, chosen.attention)
     if tokenizer is not None:
-        check_fit(model, tokenizer)
+        check_vocabulary(model, tokenizer)
     model.check_segment_length(segment_length)
     if config.training.freeze_backbone:
         model.backbone.requires_grad_(False)
@@ -64,7 +71,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     return model
 
 
-def make_reader(
+def make_evaluator(
     accelerator: Accelerator,
     model: MemoryModel,
     segment_length: int,
@@ -73,9 +80,9 @@ def make_reader(
     stride: int | None = None,
     warmup_documents: int = 0,
     after_segment: Callable[[], None] = lambda: None,
-) -> Reader:
-    """A reader of that many documents side by side, shared out among the processes."""
-    return Reader(
+) -> Evaluator:
+    """An evaluator of that many documents side by side, divided among the processes."""
+    return Evaluator(
         model,
         segment_length,
         documents,
@@ -92,7 +99,7 @@ def make_reader(
 
 def ask(
     task: TaskConfig,
-    reader: Reader,
+    evaluator: Evaluator,
     controls: bool,
     data: DataConfig,
     documents: Mapping[str, TokenizedDocuments],
@@ -101,7 +108,7 @@ def ask(
     """The questions of a task other than language modelling, and how a model is measured by them.
 
     Args:
-        reader: of the texts.
+        evaluator: of the texts.
         controls: measure also what the model knows without its memory.
         data, documents: those in which something is hidden, by split; `test` are those to measure by.
         tokenizer: of the documents; None for a task of symbols.
@@ -109,9 +116,9 @@ def ask(
     Raises:
         DataError: the model, the documents or the tokenizer do not do for this task.
     """
-    window = reader.segment_length + reader.model.short_term_length
+    window = evaluator.segment_length + evaluator.model.short_term_length
     if isinstance(task, SortingConfig):
-        return SortingQuestions(task), Sorting(task, reader, window)
+        return SortingQuestions(task), Sorting(task, evaluator, window)
     source: RetrievalSource
     if isinstance(task, AssociativeRecallConfig):
         source = AssociativeRecall(task)
@@ -122,7 +129,7 @@ def ask(
         else:
             assert isinstance(task, NeedleConfig)
             source = NeedleInABook(task, documents, tokenizer, data.beginning_of_document)
-    return source, Retrieval(task, source, reader, window, controls, tokenizer)
+    return source, Retrieval(task, source, evaluator, window, controls, tokenizer)
 
 
 def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:
@@ -140,12 +147,12 @@ def build_task(
     tokenizer: PreTrainedTokenizerBase | None,
     model: MemoryModel,
     accelerator: Accelerator,
-    share: range,
+    rank_rows: range,
     after_segment: Callable[[], None],
 ) -> Task:
-    """What the model is to learn; every process reads its share of the lanes."""
+    """What the model is to learn; every process reads its own lanes."""
     training, evaluation = config.training, config.evaluation
-    reader = make_reader(
+    evaluator = make_evaluator(
         accelerator,
         model,
         training.segment_length,
@@ -163,8 +170,8 @@ def build_task(
         if accelerator.is_main_process:
             warn_of_shared_documents(documents)
     if not config.task.is_language_modelling:
-        source, examination = ask(config.task, reader, evaluation.controls, config.data, documents, tokenizer)
-        stream = QuestionStream(source, training.batch_size, training.segment_length, config.seed, share)
+        source, examination = ask(config.task, evaluator, evaluation.controls, config.data, documents, tokenizer)
+        stream = QuestionStream(source, training.batch_size, training.segment_length, config.seed, rank_rows)
         return QuestionAnswering(stream, examination, tokenizer)
     assert tokenizer is not None
     lanes = Lanes(
@@ -174,13 +181,13 @@ def build_task(
         config.seed,
         shuffle=config.data.shuffle,
         segments_per_visit=config.data.segments_per_visit,
-        share=share,
+        rank_rows=rank_rows,
     )
     return LanguageModelling(
         tokenizer,
         documents,
         lanes,
-        reader,
+        evaluator,
         bptt_segments=training.bptt_segments,
         before=evaluation.before,
         controls=evaluation.controls,

@@ -40,7 +40,7 @@ from infformer.memory.state import MemoryState
 from infformer.models.memory_model import MemoryModel
 from infformer.tasks.task import Task
 from infformer.training.metrics import StepMetrics
-from infformer.training.runtime import Accelerator, gathered, highest
+from infformer.training.runtime import Accelerator, all_reduce_max, gathered
 from infformer.training.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -133,14 +133,14 @@ class CheckpointWriter:
         self._files: dict[str, dict[str, int]] = {}
         """What this process has written: the manifest's entries."""
 
-    def begin(self, state: TrainingState, share: range) -> None:
+    def begin(self, state: TrainingState, rank_rows: range) -> None:
         """Take a copy of everything and begin to write it; waits for the checkpoint before, if that is not whole yet.
 
         Raises:
             CheckpointError: the one before could not be written.
         """
         self.finish(wait=True)
-        self._copy, self._error = _copy_of(state, self._accelerator, share), None
+        self._copy, self._error = _copy_of(state, self._accelerator, rank_rows), None
         self._thread = threading.Thread(target=self._write, args=(self._copy, state), name="checkpoint")
         self._thread.start()
 
@@ -160,7 +160,7 @@ class CheckpointWriter:
         if wait:
             self._thread.join()
         # All processes learn here how it went, and give up together. A failure is told at once.
-        outcome = highest(self._accelerator, self._outcome())
+        outcome = all_reduce_max(self._accelerator, self._outcome())
         if outcome == _WRITING:
             return
         self._thread.join()
@@ -175,7 +175,7 @@ class CheckpointWriter:
                 except OSError as error:
                     self._error = error
         self._copy = None
-        outcome = highest(self._accelerator, max(outcome, self._outcome()))
+        outcome = all_reduce_max(self._accelerator, max(outcome, self._outcome()))
         if outcome != _WHOLE and copy.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         if outcome == _DIVERGED:
@@ -223,7 +223,7 @@ class CheckpointWriter:
             self._error = error
 
 
-def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator, share: range) -> None:
+def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator, rank_rows: range) -> None:
     """Put everything but the weights back into place; all processes call this together.
 
     The weights are loaded first of all, by `load_weights`: engines copy them when they take the model over.
@@ -235,7 +235,7 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
     try:
         saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         moments = load_file(folder / "optimizer.safetensors")
-        state.memories = _load_memories(folder, memories, share, accelerator.device)
+        state.memories = _load_memories(folder, memories, rank_rows, accelerator.device)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
     state.shards.put_moments(moments)
@@ -263,14 +263,14 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
 def newest_checkpoint(root: Path) -> Path | None:
     """The newest whole checkpoint; all of it has been read. Damaged ones are passed over with a warning."""
     for folder in sorted(root.glob("step-????????"), reverse=True):
-        problem = what_is_wrong(folder)
+        problem = validate_checkpoint(folder)
         if problem is None:
             return folder
         logger.warning("%s is passed over: %s", folder, problem)
     return None
 
 
-def what_is_wrong(folder: Path) -> str | None:
+def validate_checkpoint(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, in words; None if it can. All of it is read."""
     problem = _what_is_missing(folder)
     if problem is not None:
@@ -294,7 +294,7 @@ def best_checkpoint(root: Path) -> Path | None:
     best = (root / "best").resolve()
     if not best.is_dir():
         return None
-    problem = what_is_wrong(best)
+    problem = validate_checkpoint(best)
     if problem is not None:
         logger.warning("%s, the best, is passed over: %s", best, problem)
     return best if problem is None else None
@@ -364,7 +364,7 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _copy_of(state: TrainingState, accelerator: Accelerator, share: range) -> _Copy:
+def _copy_of(state: TrainingState, accelerator: Accelerator, rank_rows: range) -> _Copy:
     main = accelerator.is_main_process
     weights, moments = dict[str, Tensor](), dict[str, Tensor]()
     for tensors, whole in ((weights, state.shards.weights()), (moments, state.shards.moments())):
@@ -372,7 +372,7 @@ def _copy_of(state: TrainingState, accelerator: Accelerator, share: range) -> _C
             if main:
                 tensors[name] = _to_host(tensor)
     memory = MemoryState.concatenate(state.memories).named_tensors()
-    own = {"lanes": torch.tensor(share)} | {f"memory.{name}": _to_host(tensor) for name, tensor in memory.items()}
+    own = {"lanes": torch.tensor(rank_rows)} | {f"memory.{name}": _to_host(tensor) for name, tensor in memory.items()}
     schedule = {name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"}
     shared = {
         "step": state.step,
@@ -482,11 +482,13 @@ def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _load_memories(folder: Path, memories: list[MemoryState], share: range, device: torch.device) -> list[MemoryState]:
+def _load_memories(
+    folder: Path, memories: list[MemoryState], rank_rows: range, device: torch.device
+) -> list[MemoryState]:
     """The memories of these lanes, whichever process had them, cut into parts like those given."""
     files = [load_file(path) for path in sorted(folder.glob("process-*.safetensors"))]
     lanes = torch.cat([file["lanes"] for file in files])
-    rows = torch.stack([(lanes == lane).nonzero()[0, 0] for lane in share])
+    rows = torch.stack([(lanes == lane).nonzero()[0, 0] for lane in rank_rows])
     template = MemoryState.concatenate(memories)
     stored = {name: torch.cat([file[f"memory.{name}"] for file in files]) for name in template.named_tensors()}
     return template.with_tensors(stored).select_rows(rows.to(device)).split(len(memories))

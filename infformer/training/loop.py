@@ -31,7 +31,7 @@ from infformer.training.optimization import learning_rates
 from infformer.training.prefetch import Prefetch
 from infformer.training.runtime import Accelerator, decided_by_main
 from infformer.training.signals import StopRequested, StopSignals
-from infformer.training.step import NonFiniteError, Part, draw_sticky_offsets, dropout_seed, train_step
+from infformer.training.step import Microbatch, NonFiniteError, draw_noise, dropout_seed, train_step
 from infformer.training.tracking import Tracker
 from infformer.training.watchdog import Watchdog
 
@@ -72,7 +72,7 @@ class Loop:
     optimizer: Optimizer
     """As the engine wraps it."""
     state: TrainingState
-    share: range
+    rank_rows: range
     """The lanes of this process."""
     folder: Path
     """The run's."""
@@ -120,11 +120,11 @@ class Loop:
         self.prepared.train()
         self._tell("reads its next segments")
         segments, state.position = self.prefetch.take()
-        parts = [self._part(segments, number) for number in range(training.gradient_accumulation)]
+        microbatches = [self._microbatch(segments, number) for number in range(training.gradient_accumulation)]
         self._tell("computes")
         try:
             state.memories, result = train_step(
-                self.accelerator, self.prepared, self.optimizer, parts, training.gradient_clipping
+                self.accelerator, self.prepared, self.optimizer, microbatches, training.gradient_clipping
             )
         except NonFiniteError as error:
             self._finish(wait=True)  # what was good is kept, and what was not is told
@@ -135,18 +135,18 @@ class Loop:
         state.tokens += result.read_tokens
         return StepMetrics(**asdict(result), seconds=time.perf_counter() - start, learning_rates=rates)
 
-    def _part(self, segments: Sequence[Segment], number: int) -> Part:
-        rows = len(self.share) // self.config.training.gradient_accumulation
+    def _microbatch(self, segments: Sequence[Segment], number: int) -> Microbatch:
+        rows = len(self.rank_rows) // self.config.training.gradient_accumulation
         own = [
             segment.rows(slice(number * rows, (number + 1) * rows)).to(self.accelerator.device, non_blocking=True)
             for segment in segments
         ]
-        seed = dropout_seed(self.config.seed, self.state.step, self.share[number * rows])
-        return Part(own, self.state.memories[number], [self._sticky_offsets(segment) for segment in own], seed)
+        seed = dropout_seed(self.config.seed, self.state.step, self.rank_rows[number * rows])
+        return Microbatch(own, self.state.memories[number], [self._noise(segment) for segment in own], seed)
 
-    def _sticky_offsets(self, segment: Segment) -> Tensor | None:
-        samples = self.state.model.sticky_samples
-        return draw_sticky_offsets(segment, samples, self.config.seed) if samples else None
+    def _noise(self, segment: Segment) -> Tensor | None:
+        samples = self.state.model.noise_size
+        return draw_noise(segment, samples, self.config.seed) if samples else None
 
     def _tell(self, what: str) -> None:
         self.watchdog.tell(f"{what} (step {self.state.step})")
@@ -192,7 +192,7 @@ class Loop:
         succeed.
         """
         self._finish(wait=True, must_succeed=False)  # the one before
-        self.writer.begin(self.state, self.share)
+        self.writer.begin(self.state, self.rank_rows)
         self._finish(wait=must_succeed, must_succeed=must_succeed)
 
     def _finish(self, wait: bool, must_succeed: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infformer.config import RunConfig
-from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, what_is_wrong
+from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, validate_checkpoint
 from infformer.training.folder import (
     RunError,
     as_dictionary,
@@ -34,7 +34,7 @@ except that some schedules are made of `training.max_steps`, which is said then.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
-def where_to_start(config: RunConfig, folder: Path) -> Path | None:
+def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run; to be asked by the process that holds the folder.
 
     Raises:
@@ -55,7 +55,7 @@ def where_to_start(config: RunConfig, folder: Path) -> Path | None:
         checkpoint = newest
     else:
         checkpoint = Path(config.resume).expanduser().resolve()
-        problem = what_is_wrong(checkpoint)
+        problem = validate_checkpoint(checkpoint)
         if problem is not None:
             raise RunError(f"resume={config.resume}: this checkpoint cannot be gone on from: {problem}")
         if newest is None:
@@ -97,7 +97,9 @@ def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
     if not found:
         return
     otherwise = "choose another name= or output_dir=, or remove the folder to begin again"
-    broken = [f"{path.name}: {what_is_wrong(path)}" for path in sorted((folder / "checkpoints").glob("step-????????"))]
+    broken = [
+        f"{path.name}: {validate_checkpoint(path)}" for path in sorted((folder / "checkpoints").glob("step-????????"))
+    ]
     if broken:
         raise RunError(
             f"resume={config.resume}: output_dir={folder} holds checkpoints, and none can be gone on from ("

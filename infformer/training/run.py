@@ -39,18 +39,18 @@ from infformer.training.loop import Loop, TrainingStopped
 from infformer.training.metrics import MetricsLog
 from infformer.training.optimization import make_optimizer, make_schedule
 from infformer.training.prefetch import Prefetch
-from infformer.training.resuming import where_to_start
+from infformer.training.resuming import find_checkpoint
 from infformer.training.runtime import (
     Accelerator,
+    all_reduce_max,
     decided_by_main,
-    highest,
+    init_distributed,
     is_zero,
     prepare,
+    resolve_engine,
+    rows_of_rank,
     seed_everything,
-    settle_engine,
     shard,
-    share_of_lanes,
-    start_processes,
 )
 from infformer.training.shards import Shards, TorchShards, ZeroShards
 from infformer.training.signals import StopRequested, StopSignals
@@ -67,19 +67,19 @@ def run(config: RunConfig) -> dict[str, Any]:
         What `results.json` holds; empty without test documents.
     """
     disable_progress_bar()
-    training, engine = config.training, settle_engine(config.engine)
-    accelerator = start_processes(
+    training, engine = config.training, resolve_engine(config.engine)
+    accelerator = init_distributed(
         engine, training.precision, training.gradient_accumulation, training.gradient_clipping
     )
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
     folder = Path(config.output_dir)
-    share = _share(config, accelerator)
-    with held(accelerator, folder, lambda: where_to_start(config, folder)) as checkpoint:
-        if highest(accelerator, int(checkpoint is not None and not checkpoint.is_dir())):
+    rank_rows = _rank_rows(config, accelerator)
+    with held(accelerator, folder, lambda: find_checkpoint(config, folder)) as checkpoint:
+        if all_reduce_max(accelerator, int(checkpoint is not None and not checkpoint.is_dir())):
             raise RunError(f"output_dir={folder}: not all machines see {checkpoint}; give them a folder that all share")
-        return _run(config, engine, accelerator, folder, checkpoint, share)
+        return _run(config, engine, accelerator, folder, checkpoint, rank_rows)
 
 
 def _run(
@@ -88,13 +88,13 @@ def _run(
     accelerator: Accelerator,
     folder: Path,
     checkpoint: Path | None,
-    share: range,
+    rank_rows: range,
 ) -> dict[str, Any]:
     """All of it, in a folder that is held."""
     check_run(config, accelerator.num_processes, accelerator.is_main_process)
     seed_everything(config.seed)  # the new weights are the same on all processes
     training = config.training
-    signals = StopSignals(partial(highest, accelerator), shows=accelerator.is_main_process)
+    signals = StopSignals(partial(all_reduce_max, accelerator), shows=accelerator.is_main_process)
     watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
 
     def after_segment() -> None:
@@ -105,7 +105,7 @@ def _run(
     model = build_model(config, tokenizer)
     if checkpoint is not None:
         load_weights(checkpoint, model)
-    task = build_task(config, tokenizer, model, accelerator, share, after_segment)
+    task = build_task(config, tokenizer, model, accelerator, rank_rows, after_segment)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
@@ -116,11 +116,11 @@ def _run(
         model.compile()
     prepared, wrapped = prepare(accelerator, model, optimizer)
     shards: Shards = ZeroShards(model, prepared.optimizer) if is_zero(accelerator) else TorchShards(model, optimizer)
-    memory: MemoryState = model.initial_memory(len(share)).to(accelerator.device)
+    memory: MemoryState = model.initial_memory(len(rank_rows)).to(accelerator.device)
     memories = memory.split(training.gradient_accumulation)
     state = TrainingState(model, shards, schedule, task, task.state_dict(), memories)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, state, accelerator, share)
+        load_checkpoint(checkpoint, state, accelerator, rank_rows)
         logger.info("going on from %s: step %d, %s tokens", checkpoint, state.step, f"{state.tokens:,}")
     tracker: Tracker = NoTracker()
     decided_by_main(accelerator, lambda: _open_record(config, folder, state, 4 * numbers + 8 * trained))
@@ -142,7 +142,7 @@ def _run(
                 prepared,
                 wrapped,
                 state,
-                share,
+                rank_rows,
                 folder,
                 tracker,
                 prefetch,
@@ -166,7 +166,7 @@ def _run(
     return results
 
 
-def _share(config: RunConfig, accelerator: Accelerator) -> range:
+def _rank_rows(config: RunConfig, accelerator: Accelerator) -> range:
     """The lanes of this process.
 
     Raises:
@@ -179,7 +179,7 @@ def _share(config: RunConfig, accelerator: Accelerator) -> range:
             f"training.batch_size={lanes} cannot be divided among {processes} processes with "
             f"training.gradient_accumulation={config.training.gradient_accumulation}: take a multiple of {parts}"
         )
-    return share_of_lanes(accelerator, lanes)
+    return rows_of_rank(accelerator, lanes)
 
 
 def _measure_best(state: TrainingState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:

@@ -34,16 +34,16 @@ from infformer.models.memory_model import MemoryModel
 __all__ = [
     "Accelerator",
     "EngineError",
+    "all_reduce_max",
     "decided_by_main",
     "gathered",
-    "highest",
+    "init_distributed",
     "is_zero",
     "prepare",
+    "resolve_engine",
+    "rows_of_rank",
     "seed_everything",
-    "settle_engine",
     "shard",
-    "share_of_lanes",
-    "start_processes",
 ]
 
 Told = TypeVar("Told")
@@ -69,7 +69,7 @@ class EngineError(UserError, RuntimeError):
     """Processes or devices that cannot do what is asked."""
 
 
-def settle_engine(engine: EngineConfig) -> EngineConfig:
+def resolve_engine(engine: EngineConfig) -> EngineConfig:
     """The engine that is meant: `auto` is what accelerate was configured for, or data parallel.
 
     Raises:
@@ -86,7 +86,7 @@ def settle_engine(engine: EngineConfig) -> EngineConfig:
     return engine
 
 
-def start_processes(
+def init_distributed(
     engine: EngineConfig,
     precision: str,
     gradient_accumulation: int = 1,
@@ -178,8 +178,8 @@ def is_zero(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def highest(accelerator: Accelerator, number: int) -> int:
-    """The highest of the numbers that the processes call this with, all together."""
+def all_reduce_max(accelerator: Accelerator, number: int) -> int:
+    """The all_reduce_max of the numbers that the processes call this with, all together."""
     if accelerator.num_processes == 1:
         return number
     numbers = torch.tensor(number, device=accelerator.device)
@@ -219,7 +219,7 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def share_of_lanes(accelerator: Accelerator, lanes: int) -> range:
+def rows_of_rank(accelerator: Accelerator, lanes: int) -> range:
     """The lanes of this process: an equal, contiguous part."""
     each = lanes // accelerator.num_processes
     return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)

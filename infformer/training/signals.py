@@ -32,12 +32,12 @@ class StopSignals:
     of it signals do what they always do.
 
     Args:
-        highest: the highest of the numbers that the processes call it with, all together.
+        all_reduce_max: the highest of the numbers that the processes call it with, all together.
         shows: tells whoever sends SIGINT, perhaps with a key, what comes of it.
     """
 
-    def __init__(self, highest: Callable[[int], int], shows: bool = False) -> None:
-        self._highest = highest
+    def __init__(self, all_reduce_max: Callable[[int], int], shows: bool = False) -> None:
+        self._all_reduce_max = all_reduce_max
         self._shows = shows
         self._requested = 0
         self._interrupts = 0
@@ -57,7 +57,7 @@ class StopSignals:
 
     def agreed(self) -> int | None:
         """The number of a signal that any process was sent, None if none was. All processes together."""
-        return self._highest(self._requested) or None
+        return self._all_reduce_max(self._requested) or None
 
     def raise_if_agreed(self) -> None:
         """For work that changes nothing and may be cut short, such as an evaluation. All processes together.

@@ -14,20 +14,20 @@ from torch.optim import Optimizer
 
 from infformer.data.lanes import Segment
 from infformer.memory.state import MemoryState
-from infformer.models.chunked_loss import NOT_SCORED
+from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.outputs import MemoryModelOutput
 from infformer.training.metrics import StepResult
 from infformer.training.runtime import Accelerator
 
 
 @dataclass(frozen=True)
-class Part:
+class Microbatch:
     """Lanes of this process that are read side by side in one step."""
 
     segments: Sequence[Segment]
     """Their next ones, through which gradients flow together."""
     memory: MemoryState
-    sticky_offsets: Sequence[Tensor | None]
+    noise: Sequence[Tensor | None]
     """For each segment; None for deterministic sampling."""
     dropout_seed: int
 
@@ -40,13 +40,13 @@ def train_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
-    parts: Sequence[Part],
+    microbatches: Sequence[Microbatch],
     gradient_clipping: float | None,
 ) -> tuple[list[MemoryState], StepResult]:
     """Forward, backward and update.
 
     The loss is the mean over all scored tokens of the global batch: it does not depend on how lanes are spread over
-    processes and parts, although padding differs from lane to lane.
+    processes and microbatches, although padding differs from lane to lane.
 
     A segment in which nothing is scored, in the whole global batch, reaches the loss through memory alone. It is read
     without a graph, so that a task which scores only the end of what is read pays for no backward pass through what
@@ -54,27 +54,27 @@ def train_step(
 
     Args:
         model: the prepared model.
-        parts: the lanes of this process, cut into parts that are in memory one after the other. At least one of their
-            segments scores something.
+        microbatches: the lanes of this process, cut into pieces that are in memory one after the other. At least one of
+            their segments scores something.
 
     Returns:
-        Each part's memory after its last segment, without graph, and what was measured.
+        Each microbatch's memory after its last segment, without graph, and what was measured.
 
     Raises:
         NonFiniteError: on all processes. Before the weights are touched; with DeepSpeed, which does backward and update
             in one, a gradient that is not finite is found after them.
     """
-    scored_tokens = sum(segment.global_tokens for segment in parts[0].segments)
+    scored_tokens = sum(segment.global_tokens for segment in microbatches[0].segments)
     measured = torch.zeros(2, device=accelerator.device)  # nats, tokens read
     auxiliary: dict[str, Tensor] = {}
     after = []
     loss, sums = math.nan, list[float]()
-    for index, part in enumerate(parts):
-        # Dropout belongs to the lanes of a part, whichever process has them.
-        torch.manual_seed(part.dropout_seed)
+    for index, microbatch in enumerate(microbatches):
+        # Dropout belongs to the lanes of a microbatch, whichever process has them.
+        torch.manual_seed(microbatch.dropout_seed)
         with accelerator.accumulate(model):
-            memory, objective = part.memory, torch.zeros((), device=accelerator.device)
-            for segment, offsets in zip(part.segments, part.sticky_offsets, strict=True):
+            memory, objective = microbatch.memory, torch.zeros((), device=accelerator.device)
+            for segment, offsets in zip(microbatch.segments, microbatch.noise, strict=True):
                 output = _read(model, segment, memory, offsets)
                 assert output.memory is not None
                 memory = output.memory
@@ -84,13 +84,13 @@ def train_step(
                 assert output.token_losses is not None
                 assert output.auxiliary_losses is not None
                 nats = output.token_losses.sum()
-                share = (segment.shift_labels != NOT_SCORED).sum() / scored_tokens
+                share = (segment.targets != IGNORE_INDEX).sum() / scored_tokens
                 objective = objective + nats / scored_tokens + share * sum(output.auxiliary_losses.values())
                 measured[0] += nats.detach()
                 for name, value in output.auxiliary_losses.items():
                     auxiliary[name] = auxiliary.get(name, 0) + share * value.detach()
             after.append(memory.detach())
-            if index == len(parts) - 1:
+            if index == len(microbatches) - 1:
                 # Also the count of tokens as float32, which is exact up to 16 million.
                 own = torch.stack([*measured, *auxiliary.values()])
                 sums = accelerator.reduce(own, reduction="sum").tolist()
@@ -98,7 +98,7 @@ def train_step(
                 if not math.isfinite(loss):
                     optimizer.zero_grad()
                     raise NonFiniteError(f"the loss is {loss}")
-            # Data parallel averages over processes, accelerate over parts; the loss is a sum over both.
+            # Data parallel averages over processes, accelerate over microbatches; the loss is a sum over both.
             accelerator.backward(objective * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     norm = _gradient_norm(accelerator, model, gradient_clipping)
     # With float16 an infinite gradient is how the scaler finds its scale; the optimiser then skips the step itself.
@@ -122,7 +122,7 @@ def _gradient_norm(accelerator: Accelerator, model: nn.Module, largest: float | 
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def _read(model: nn.Module, segment: Segment, memory: MemoryState, sticky_offsets: Tensor | None) -> MemoryModelOutput:
+def _read(model: nn.Module, segment: Segment, memory: MemoryState, noise: Tensor | None) -> MemoryModelOutput:
     """Read a segment; without a graph, losses and logits where nothing is scored in the whole global batch."""
     scored = segment.global_tokens > 0
     with torch.set_grad_enabled(scored):
@@ -130,14 +130,14 @@ def _read(model: nn.Module, segment: Segment, memory: MemoryState, sticky_offset
             segment.input_ids,
             memory=memory,
             reset=segment.reset,
-            shift_labels=segment.shift_labels if scored else None,
+            targets=segment.targets if scored else None,
             lengths=segment.lengths,
-            sticky_offsets=sticky_offsets,
+            noise=noise,
             return_logits=False,
         )
 
 
-def draw_sticky_offsets(segment: Segment, samples: int, seed: int) -> Tensor:
+def draw_noise(segment: Segment, samples: int, seed: int) -> Tensor:
     """Random offsets for the sticky memories of a segment, in [0, 1), float32, [lanes, samples].
 
     A counter-based generator keyed by the lane, with the lane's number of segments as counter: the draw belongs to the
@@ -151,5 +151,5 @@ def draw_sticky_offsets(segment: Segment, samples: int, seed: int) -> Tensor:
 
 
 def dropout_seed(seed: int, step: int, first_lane: int) -> int:
-    """What dropout draws from in one part of one step: known to every process, and after every stop."""
+    """What dropout draws from in one microbatch of one step: known to every process, and after every stop."""
     return int(np.random.SeedSequence([seed, step, first_lane]).generate_state(1, np.uint64)[0])

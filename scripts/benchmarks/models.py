@@ -94,18 +94,18 @@ class WindowReader(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        shift_labels: Tensor,
+        targets: Tensor,
         memory: Cache | None = None,
-        sticky_offsets: None = None,
+        noise: None = None,
         return_logits: bool = False,
     ) -> MemoryModelOutput:
         name = cache_argument(self.network)
         read = self.network.model(input_ids, **{name: memory}, use_cache=True)
-        losses = chunked_token_losses(read.last_hidden_state, cross_entropy(self.network.lm_head), shift_labels)
+        losses = chunked_token_losses(read.last_hidden_state, cross_entropy(self.network.lm_head), targets)
         return MemoryModelOutput(loss=losses.mean(), token_losses=losses, memory=read[name])
 
     @property
-    def sticky_samples(self) -> int:
+    def noise_size(self) -> int:
         return 0
 
 

@@ -96,7 +96,7 @@ def _training_step(options: argparse.Namespace, memory: int, setting: Setting) -
 
     def step() -> None:
         with setting.autocast():
-            loss = model(tokens, shift_labels=tokens, memory=full).loss
+            loss = model(tokens, targets=tokens, memory=full).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -56,7 +56,7 @@ class Stream:
         """Read and score one more segment."""
         tokens = random_tokens(self._sizes, self._setting.device)
         with self._setting.autocast():
-            output = self._model(tokens[:, :-1], shift_labels=tokens[:, 1:], memory=self._memory, return_logits=False)
+            output = self._model(tokens[:, :-1], targets=tokens[:, 1:], memory=self._memory, return_logits=False)
         self._memory = output.memory
         self.segments += 1
 

@@ -33,7 +33,7 @@ class TrainingStep:
     """Forward, backward, clipping and AdamW, on a stream of random tokens; what is remembered goes on.
 
     Args:
-        model: reads a segment, `model(tokens, shift_labels=…, memory=…, sticky_offsets=…, return_logits=False)`.
+        model: reads a segment, `model(tokens, targets=…, memory=…, noise=…, return_logits=False)`.
     """
 
     def __init__(self, model: Any, sizes: Sizes, setting: Setting) -> None:
@@ -46,14 +46,14 @@ class TrainingStep:
     def __call__(self) -> None:
         device = self._setting.device
         tokens = random_tokens(self._sizes, device)
-        samples = self.model.sticky_samples
+        samples = self.model.noise_size
         offsets = torch.rand(self._sizes.batch, samples, device=device) if samples else None
         with self._setting.autocast():
             output = self.model(
                 tokens[:, :-1],
-                shift_labels=tokens[:, 1:],
+                targets=tokens[:, 1:],
                 memory=self._memory,
-                sticky_offsets=offsets,
+                noise=offsets,
                 return_logits=False,
             )
         output.loss.backward()
@@ -116,8 +116,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         "without": TrainingStep(new_model(sizes, options.backbone, memory=False), sizes, setting),
     }
     for window in options.windows:
-        reader = WindowReader(new_window_model(sizes, window * sizes.segment))
-        steps[f"window of {window} segments"] = TrainingStep(reader, sizes, setting)
+        evaluator = WindowReader(new_window_model(sizes, window * sizes.segment))
+        steps[f"window of {window} segments"] = TrainingStep(evaluator, sizes, setting)
     ours = steps["with memory"]
     parts = new_parts(ours, sizes, setting, options.compile) if options.parts else {}
     if options.compile:
@@ -205,7 +205,7 @@ def new_parts(step: TrainingStep, sizes: Sizes, setting: Setting, compiled: bool
     with torch.no_grad():
         readings = map(LongTermMemory.read, model.memories, hidden, states)
         attentions = [reading.attention for reading in readings]
-    offsets = torch.rand(sizes.batch, model.sticky_samples, device=device)
+    offsets = torch.rand(sizes.batch, model.noise_size, device=device)
 
     @transform
     def hidden_states() -> Tensor:

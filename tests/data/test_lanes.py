@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infformer.data import IGNORED, DataError, Lanes, Segment, TokenizedDocuments
+from infformer.data import IGNORE_INDEX, DataError, Lanes, Segment, TokenizedDocuments
 
 Make = Callable[..., TokenizedDocuments]
 LENGTHS = (23, 2, 40, 11, 6, 17, 29, 5)
@@ -27,7 +27,7 @@ def same(one: Segment, other: Segment) -> bool:
 
 def targets(segments: Iterable[Segment]) -> list[int]:
     """The predicted tokens, lane by lane within each segment."""
-    return [token for segment in segments for token in segment.shift_labels.flatten().tolist() if token != IGNORED]
+    return [token for segment in segments for token in segment.targets.flatten().tolist() if token != IGNORE_INDEX]
 
 
 def all_targets(lengths: Iterable[int]) -> Counter[int]:
@@ -77,15 +77,15 @@ def test_several_lanes_read_the_queue_without_gaps(documents_of: Make, segments_
 
 def test_inputs_targets_and_padding_line_up(documents_of: Make) -> None:
     for segment in take(Lanes(documents_of(*LENGTHS), 4, 6, 1, segments_per_visit=2), 60):
-        assert segment.input_ids.shape == segment.shift_labels.shape == (4, 6)
-        assert segment.global_tokens == int((segment.shift_labels != IGNORED).sum()) == int(segment.lengths.sum())
+        assert segment.input_ids.shape == segment.targets.shape == (4, 6)
+        assert segment.global_tokens == int((segment.targets != IGNORE_INDEX).sum()) == int(segment.lengths.sum())
         for row in range(4):
             length, first = int(segment.lengths[row]), 1000 * (int(segment.documents[row]) + 1) + segment.starts[row]
             assert length >= 1
             assert torch.equal(segment.input_ids[row, :length], first + torch.arange(length))
-            assert torch.equal(segment.shift_labels[row, :length], first + 1 + torch.arange(length))
+            assert torch.equal(segment.targets[row, :length], first + 1 + torch.arange(length))
             assert (segment.input_ids[row, length:] == 0).all()
-            assert (segment.shift_labels[row, length:] == IGNORED).all()
+            assert (segment.targets[row, length:] == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize("segments_per_visit", [None, 2])
@@ -143,13 +143,14 @@ def test_shares_together_are_the_whole(documents_of: Make, segments_per_visit: i
     whole = take(Lanes(documents, 5, 4, 9, segments_per_visit=segments_per_visit), 50)
     for shares in ([range(2), slice(2, 5)], [range(0, 5, 2), range(1, 5, 2)], [slice(0, 5)]):
         parts = [
-            take(Lanes(documents, 5, 4, 9, segments_per_visit=segments_per_visit, share=share), 50) for share in shares
+            take(Lanes(documents, 5, 4, 9, segments_per_visit=segments_per_visit, rank_rows=rank_rows), 50)
+            for rank_rows in shares
         ]
         for segment, *pieces in zip(whole, *parts, strict=True):
             assert all(piece.global_tokens == segment.global_tokens for piece in pieces)
             lanes = torch.cat([piece.lanes for piece in pieces])
             assert sorted(lanes.tolist()) == list(range(5))
-            for name in ("input_ids", "shift_labels", "lengths", "reset", "documents", "starts", "reads"):
+            for name in ("input_ids", "targets", "lengths", "reset", "documents", "starts", "reads"):
                 joined = torch.cat([getattr(piece, name) for piece in pieces])
                 assert torch.equal(joined, getattr(segment, name)[lanes]), name
 
@@ -158,8 +159,8 @@ def test_shares_together_are_the_whole(documents_of: Make, segments_per_visit: i
 def test_resumed_at_any_step_is_never_stopped(documents_of: Make, segments_per_visit: int | None) -> None:
     documents = documents_of(*LENGTHS)
 
-    def lanes(share: range | None = None) -> Lanes:
-        return Lanes(documents, 3, 4, 13, segments_per_visit=segments_per_visit, share=share)
+    def lanes(rank_rows: range | None = None) -> Lanes:
+        return Lanes(documents, 3, 4, 13, segments_per_visit=segments_per_visit, rank_rows=rank_rows)
 
     steps = 60
     whole = take(lanes(), steps)
@@ -217,7 +218,7 @@ def test_fewer_visits_than_lanes(documents_of: Make) -> None:
 
 def test_a_share_of_lanes_that_there_are_not(documents_of: Make) -> None:
     with pytest.raises(DataError, match="not all are in 0 to 1"):
-        Lanes(documents_of(10, 9), 2, 4, 1, share=range(1, 3))
+        Lanes(documents_of(10, 9), 2, 4, 1, rank_rows=range(1, 3))
 
 
 def test_a_segment_moves_as_a_whole(documents_of: Make) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from infformer.data import IGNORED, DataError, Segment, TokenizedDocuments, read_once
+from infformer.data import IGNORE_INDEX, DataError, Segment, TokenizedDocuments, read_once
 
 Make = Callable[..., TokenizedDocuments]
 LENGTHS = (23, 2, 40, 11, 6, 17, 29, 5)
@@ -14,7 +14,7 @@ LENGTHS = (23, 2, 40, 11, 6, 17, 29, 5)
 
 def targets(segments: Iterable[Segment]) -> Counter[int]:
     """The predicted tokens."""
-    return Counter(token for segment in segments for token in segment.shift_labels.flatten().tolist() if token >= 0)
+    return Counter(token for segment in segments for token in segment.targets.flatten().tolist() if token >= 0)
 
 
 ALL_TARGETS = Counter(1000 * (document + 1) + t for document, length in enumerate(LENGTHS) for t in range(1, length))
@@ -25,7 +25,7 @@ def rows_of(segments: Iterable[Segment], lane: int = 0) -> list[tuple[list[int],
     return [
         (
             segment.input_ids[lane, : segment.lengths[lane]].tolist(),
-            [label for label in segment.shift_labels[lane].tolist() if label != IGNORED],
+            [label for label in segment.targets[lane].tolist() if label != IGNORE_INDEX],
             bool(segment.reset[lane]),
         )
         for segment in segments
@@ -42,7 +42,7 @@ def test_every_token_is_scored_once(
     assert targets(segments) == ALL_TARGETS
     begun = [int(document) for segment in segments for document in segment.documents[segment.reset]]
     assert begun == list(order or sorted(range(8), key=lambda document: -LENGTHS[document]))
-    assert all(segment.global_tokens == int((segment.shift_labels != IGNORED).sum()) > 0 for segment in segments)
+    assert all(segment.global_tokens == int((segment.targets != IGNORE_INDEX).sum()) > 0 for segment in segments)
     for segment in segments:
         for row in range(lanes):
             length, start, document = (
@@ -50,8 +50,8 @@ def test_every_token_is_scored_once(
             )
             expected = 1000 * (document + 1) + start + torch.arange(length)
             assert torch.equal(segment.input_ids[row, :length], expected)
-            scored = segment.shift_labels[row] != IGNORED
-            assert torch.equal(segment.shift_labels[row][scored], expected[scored[:length]] + 1)
+            scored = segment.targets[row] != IGNORE_INDEX
+            assert torch.equal(segment.targets[row][scored], expected[scored[:length]] + 1)
             assert bool(segment.reset[row]) == (length > 0 and start == 0)
 
 
@@ -97,7 +97,7 @@ def test_warm_up_documents_are_read_before_and_not_scored(documents_of: Make, la
                 (
                     int(segment.documents[lane]),
                     segment.input_ids[lane, : segment.lengths[lane]].tolist(),
-                    [label for label in segment.shift_labels[lane].tolist() if label != IGNORED],
+                    [label for label in segment.targets[lane].tolist() if label != IGNORE_INDEX],
                 )
             )
     assert sorted(chains) == [0, 1, 2]
@@ -138,16 +138,16 @@ def test_idle_lanes_are_empty(documents_of: Make) -> None:
     assert last.reads.tolist() == [1, 1, 0]
     assert last.lanes.tolist() == [0, 1, 2]
     assert (last.input_ids[1:] == 0).all()
-    assert (last.shift_labels[1:] == IGNORED).all()
+    assert (last.targets[1:] == IGNORE_INDEX).all()
 
 
 def test_shares_stay_together(documents_of: Make) -> None:
     documents = documents_of(9, 3, 30)
     whole = list(read_once(documents, 3, 4))
     for lane in range(3):
-        part = list(read_once(documents, 3, 4, share=range(lane, lane + 1)))
+        part = list(read_once(documents, 3, 4, rank_rows=range(lane, lane + 1)))
         assert len(part) == len(whole)
         for a, b in zip(part, whole, strict=True):
             assert a.global_tokens == b.global_tokens
-            for name in ("input_ids", "shift_labels", "lengths", "reset", "documents", "starts", "reads", "lanes"):
+            for name in ("input_ids", "targets", "lengths", "reset", "documents", "starts", "reads", "lanes"):
                 assert torch.equal(getattr(a, name)[0], getattr(b, name)[lane])

@@ -203,7 +203,7 @@ def test_a_long_document_is_no_cause_for_a_warning(
 def test_what_was_made_is_found(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
     first = tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
     tokenizer = make_tokenizer(eos_token="</s>")
-    tokenizer(["a", "b c"], padding=False, truncation=True, max_length=1)  # leaves its traces in the tokenizer
+    tokenizer(["a", "b c"], padding=False, truncation=True, max_length=1)  # leaves its intermediates in the tokenizer
     config.workers, config.shuffle, config.segments_per_visit = 2, False, 3
     again = tokenize_documents(config, "train", tokenizer)
     assert len(made) == 1
@@ -560,7 +560,7 @@ def test_from_the_sample_to_segments(make_tokenizer: Make, tmp_path: Path) -> No
     tokenizer = make_tokenizer(eos_token="</s>")
     documents = tokenize_documents(config, "test", tokenizer)
     segment = next(Lanes(documents, 4, 64, 1, shuffle=False))
-    assert [tokenizer.decode(row) for row in segment.shift_labels] == [
+    assert [tokenizer.decode(row) for row in segment.targets] == [
         tokenizer.decode(documents.tokens(document, 1, 65)) for document in range(4)
     ]
     assert segment.input_ids[:, 0].tolist() == [tokenizer.eos_token_id] * 4

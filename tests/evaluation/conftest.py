@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from infformer.data import DataConfig, TokenizedDocuments, tokenize_documents
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -74,8 +74,8 @@ def without_memory(backbone) -> InfformerForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def reader() -> Callable[..., Reader]:
-    def make(model: InfformerForCausalLM, batch_size: int = 3, **options) -> Reader:
-        return Reader(model, SEGMENT, batch_size, progress=False, **options)
+def evaluator() -> Callable[..., Evaluator]:
+    def make(model: InfformerForCausalLM, batch_size: int = 3, **options) -> Evaluator:
+        return Evaluator(model, SEGMENT, batch_size, progress=False, **options)
 
     return make

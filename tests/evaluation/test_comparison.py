@@ -19,13 +19,13 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
-def with_results(model, documents, reader):
-    return measure(reader(model), documents, controls=False, checkpoint="with")
+def with_results(model, documents, evaluator):
+    return measure(evaluator(model), documents, controls=False, checkpoint="with")
 
 
 @pytest.fixture(scope="module")
-def without_results(without_memory, documents, reader):
-    return measure(reader(without_memory), documents, controls=False, checkpoint="without")
+def without_results(without_memory, documents, evaluator):
+    return measure(evaluator(without_memory), documents, controls=False, checkpoint="without")
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_fewer_than_five_documents_get_no_verdict(with_results, count):
     assert told.endswith("Measure both on 5 documents or more.")
 
 
-def test_one_document(model, documents_of, reader):
-    results = measure(reader(model), documents_of("ship"), controls=False, checkpoint="here")
+def test_one_document(model, documents_of, evaluator):
+    results = measure(evaluator(model), documents_of("ship"), controls=False, checkpoint="here")
     assert results["perplexity_interval"] == {"token": None, "word": None}
     found = compare(results, results)
     assert found["difference"]["interval"] is None

@@ -33,8 +33,8 @@ def places(documents, nats):
     ]
 
 
-def test_words_and_bytes_are_those_of_the_text(model, documents, reader, originals):
-    figures = evaluate(reader(model), documents)
+def test_words_and_bytes_are_those_of_the_text(model, documents, evaluator, originals):
+    figures = evaluate(evaluator(model), documents)
     assert figures["documents"] == len(originals)
     assert figures["words"] == sum(len(text.split()) for text in originals.values())
     assert figures["bytes"] == sum(len(text.encode()) for text in originals.values())
@@ -45,23 +45,23 @@ def test_words_and_bytes_are_those_of_the_text(model, documents, reader, origina
         assert entry["words"] == len(text.split())
 
 
-def test_ratios(model, documents, reader):
-    figures = evaluate(reader(model), documents)
+def test_ratios(model, documents, evaluator):
+    figures = evaluate(evaluator(model), documents)
     assert figures["perplexity"]["token"] == pytest.approx(math.exp(figures["nll"] / figures["tokens"]))
     assert figures["perplexity"]["word"] == pytest.approx(math.exp(figures["nll"] / figures["words"]))
     assert figures["bits_per_byte"] == pytest.approx(figures["nll"] / math.log(2) / figures["bytes"])
 
 
-def test_by_document(model, documents, reader, nats):
-    figures = figures_of(reader(model), documents, nats)
+def test_by_document(model, documents, evaluator, nats):
+    figures = figures_of(evaluator(model), documents, nats)
     assert [entry["id"] for entry in figures["per_document"]] == documents.ids
     for document, entry in enumerate(figures["per_document"]):
         assert entry["nll"] == pytest.approx(sum(loss for at, _, loss in places(documents, nats) if at == document))
     assert figures["nll"] == pytest.approx(nats.sum(dtype=np.float64), rel=1e-12)
 
 
-def test_by_position(model, documents, reader, nats):
-    figures = figures_of(reader(model), documents, nats)
+def test_by_position(model, documents, evaluator, nats):
+    figures = figures_of(evaluator(model), documents, nats)
     assert [(entry["from"], entry["to"]) for entry in figures["by_position"]] == [
         (0, 64), (64, 128), (128, 256), (256, 512),
     ]  # fmt: skip
@@ -76,12 +76,12 @@ def test_by_position(model, documents, reader, nats):
 
 
 @pytest.mark.parametrize(("stride", "short_term"), [(16, 0), (4, 0), (1, 0), (16, 16), (16, 40)])
-def test_by_recency(model, documents, reader, nats, stride, short_term):
+def test_by_recency(model, documents, evaluator, nats, stride, short_term):
     """Attention sees the window in which a token is scored, and the short-term memory before that."""
     if short_term:
         memory = MemoryConfig(SEGMENT, short_term)
         model = DecoderForCausalLM(DecoderConfig(300, 16, 1, 2, feed_forward_size=16, memory=memory))
-    figures = figures_of(reader(model, stride=stride), documents, nats)
+    figures = figures_of(evaluator(model, stride=stride), documents, nats)
     expected = {"within_window": [0, 0.0], "beyond_window": [0, 0.0], "never": [0, 0.0]}
     for document, position, loss in places(documents, nats):
         tokens = documents.tokens(document, 0, int(documents.token_counts[document])).tolist()
@@ -109,9 +109,9 @@ def test_previous_occurrences():
     assert previous_occurrences(np.array([5, 3, 5, 5, 4, 3, 9])).tolist() == [-1, -1, 0, 2, -1, 1, -1]
 
 
-def test_figures_of_beginnings(model, documents, reader):
+def test_figures_of_beginnings(model, documents, evaluator):
     beginnings = documents.beginnings(200)
-    figures = evaluate(reader(model), beginnings)
+    figures = evaluate(evaluator(model), beginnings)
     assert figures["tokens"] == int((beginnings.token_counts - 1).sum()) <= 200
 
 
@@ -153,8 +153,8 @@ class TestInterval:
         values, counts = np.array([30.0, 44.0, 10.0]), np.array([10, 12, 5])
         assert interval_of_ratio(np.append(values, 0.0), np.append(counts, 0)) == interval_of_ratio(values, counts)
 
-    def test_of_perplexity(self, model, documents, reader, nats):
-        figures = figures_of(reader(model), documents, nats)
+    def test_of_perplexity(self, model, documents, evaluator, nats):
+        figures = figures_of(evaluator(model), documents, nats)
         losses = np.array([entry["nll"] for entry in figures["per_document"]])
         for unit, counts in (("token", documents.token_counts - 1), ("word", documents.word_counts)):
             low, high = figures["perplexity_interval"][unit]
@@ -162,12 +162,12 @@ class TestInterval:
             assert (low, high) == pytest.approx(tuple(map(math.exp, interval_of_ratio(losses, counts))))
 
 
-def test_a_model_that_knows_nothing(documents, reader, backbone):
+def test_a_model_that_knows_nothing(documents, evaluator, backbone):
     """Each token costs the same, and every breakdown says so."""
     ignorant = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
     with torch.no_grad():
         ignorant.backbone.lm_head.weight.zero_()
-    figures = evaluate(reader(ignorant), documents)
+    figures = evaluate(evaluator(ignorant), documents)
     vocabulary = math.log(ignorant.vocabulary_size)
     for breakdown in ("by_position", "by_recency", "per_document"):
         for entry in figures[breakdown]:

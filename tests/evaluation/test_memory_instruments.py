@@ -25,7 +25,7 @@ from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.memory_model import MemoryModel
-from infformer.models.outputs import LayerTrace
+from infformer.models.outputs import Intermediates
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT, HEADS = 8, 2
@@ -102,9 +102,9 @@ class TestInspectDocument:
         model, tokens = wrapped(), document(3 * SEGMENT)
         found = inspect_document(model, tokens, progress=False)["reconstruction"][0]
         with torch.no_grad():
-            output = model(tokens[None, :SEGMENT], return_traces=True)
+            output = model(tokens[None, :SEGMENT], return_intermediates=True)
         for layer in range(2):
-            hidden = output.traces[layer].hidden[0].double()
+            hidden = output.intermediates[layer].hidden[0].double()
             places = (torch.arange(SEGMENT) + 0.5) / SEGMENT
             signal = model.signal.basis.evaluate(places) @ output.memory.layers[layer].coefficients[0]
             expected = 1 - (hidden - signal).square().sum() / (hidden - hidden.mean(0)).square().sum()
@@ -125,8 +125,8 @@ class TestInspectDocument:
         memory, hidden = None, []
         with torch.no_grad():
             for segment in tokens[:-1].split(SEGMENT):
-                output = model(segment[None], memory=memory, return_traces=True)
-                memory, hidden = output.memory, [*hidden, output.traces[0].hidden[0]]
+                output = model(segment[None], memory=memory, return_intermediates=True)
+                memory, hidden = output.memory, [*hidden, output.intermediates[0].hidden[0]]
         past = torch.stack(hidden[:written])
         newest = 0.5 + 0.5 * torch.arange(1, SEGMENT + 1) / SEGMENT
         signal = model.signal.basis.evaluate(newest) @ memory.layers[0].long_term.coefficients[0]
@@ -148,7 +148,7 @@ class TestInspectDocument:
                     kept = {number: layer.output.weight.clone() for number, layer in outputs.items()}
                     for layer in outputs.values():
                         layer.output.weight.zero_()
-                    loss = model(segment[None], memory=memory, shift_labels=labels[None]).token_losses.mean()
+                    loss = model(segment[None], memory=memory, targets=labels[None]).token_losses.mean()
                     for number, layer in outputs.items():
                         layer.output.weight.copy_(kept[number])
                     return float(loss)
@@ -215,7 +215,7 @@ class TestReadSegments:
         tokens = document(3 * SEGMENT)
         segments = list(read_segments(wrapped(), tokens, 64))
         assert torch.equal(torch.cat([segment.input_ids[0] for segment in segments]), tokens[:-1])
-        assert torch.equal(torch.cat([segment.shift_labels[0] for segment in segments]), tokens[1:])
+        assert torch.equal(torch.cat([segment.targets[0] for segment in segments]), tokens[1:])
         assert [int(segment.before.layers[0].segments) for segment in segments] == [0, 1, 2]
         assert [int(segment.after.layers[0].segments) for segment in segments] == [1, 2, 2]
         assert len(list(read_segments(wrapped(), tokens, 2))) == 2
@@ -271,7 +271,7 @@ def test_contribution_is_the_mean_ratio_of_norms():
     attended = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     context = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     reading = Reading(context, Gaussian(torch.rand(1, 1, 2), torch.rand(1, 1, 2)))
-    assert contribution(LayerTrace(torch.zeros(1, 2, 2), attended, reading)) == pytest.approx((1 / 5 + 1 / 2) / 2)
+    assert contribution(Intermediates(torch.zeros(1, 2, 2), attended, reading)) == pytest.approx((1 / 5 + 1 / 2) / 2)
 
 
 def test_sampled_places_are_counted(wrapped):

@@ -81,49 +81,51 @@ def assert_same(figures: dict, losses: list[np.ndarray], documents: TokenizedDoc
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
 class TestWhateverIsReadSideBySide:
-    def test_own_memory(self, model, reader, documents, batch_size):
-        assert_same(evaluate(reader(model, batch_size), documents), literally(model, documents, "own"), documents, 1e-5)
+    def test_own_memory(self, model, evaluator, documents, batch_size):
+        assert_same(
+            evaluate(evaluator(model, batch_size), documents), literally(model, documents, "own"), documents, 1e-5
+        )
 
-    def test_no_memory_in_the_model(self, without_memory, backbone, documents, batch_size, reader):
+    def test_no_memory_in_the_model(self, without_memory, backbone, documents, batch_size, evaluator):
         with torch.no_grad():
             losses = [
                 np.concatenate([nats(backbone(inputs).logits, targets) for inputs, targets in cut(documents, document)])
                 for document in range(len(documents))
             ]
-        assert_same(evaluate(reader(without_memory, batch_size), documents), losses, documents, 1e-6)
+        assert_same(evaluate(evaluator(without_memory, batch_size), documents), losses, documents, 1e-6)
 
-    def test_controls(self, model, documents, batch_size, reader):
-        controls = evaluate_controls(reader(model, batch_size), documents)
+    def test_controls(self, model, documents, batch_size, evaluator):
+        controls = evaluate_controls(evaluator(model, batch_size), documents)
         for control, memory_of in CONTROLS.items():
             assert_same(controls.pop(control), literally(model, documents, memory_of), documents, 1e-5)
         assert not controls
 
-    def test_order_of_documents(self, model, documents, documents_of, batch_size, reader):
-        one = evaluate(reader(model), documents)
-        other = evaluate(reader(model, batch_size), documents_of(*reversed(documents.ids)))
+    def test_order_of_documents(self, model, documents, documents_of, batch_size, evaluator):
+        one = evaluate(evaluator(model), documents)
+        other = evaluate(evaluator(model, batch_size), documents_of(*reversed(documents.ids)))
         assert [entry["id"] for entry in other["per_document"]] == list(reversed(documents.ids))
         assert by_document(other) == pytest.approx(by_document(one), rel=1e-5)
 
 
 class TestControls:
-    def test_the_memory_matters_here(self, model, documents, reader):
+    def test_the_memory_matters_here(self, model, documents, evaluator):
         """So that the other tests mean something: the three situations differ by far more than these allow."""
-        own = evaluate(reader(model), documents)
-        controls = evaluate_controls(reader(model), documents)
+        own = evaluate(evaluator(model), documents)
+        controls = evaluate_controls(evaluator(model), documents)
         figures = [own["nll"], *(control["nll"] for control in controls.values())]
         assert min(abs(one - other) for one in figures for other in figures if one is not other) > 5e-4 * own["nll"]
 
-    def test_a_document_without_a_whole_segment_before_its_end_is_the_same_in_all(self, model, documents, reader):
-        own = evaluate(reader(model), documents)
-        for control in evaluate_controls(reader(model), documents).values():
+    def test_a_document_without_a_whole_segment_before_its_end_is_the_same_in_all(self, model, documents, evaluator):
+        own = evaluate(evaluator(model), documents)
+        for control in evaluate_controls(evaluator(model), documents).values():
             assert by_document(control)["short"] == by_document(own)["short"]
 
-    def test_every_figure_is_the_same_at_every_order_of_the_documents(self, model, documents, documents_of, reader):
+    def test_every_figure_is_the_same_at_every_order_of_the_documents(self, model, documents, documents_of, evaluator):
         """Also with another document's memory, which is that of the same other one."""
-        figures = evaluate_controls(reader(model), documents)
+        figures = evaluate_controls(evaluator(model), documents)
         assert figures.keys() == CONTROLS.keys()
         for names in (documents.ids[::-1], documents.ids[2:] + documents.ids[:2]):
-            for control, others in evaluate_controls(reader(model), documents_of(*names)).items():
+            for control, others in evaluate_controls(evaluator(model), documents_of(*names)).items():
                 assert by_document(others) == pytest.approx(by_document(figures[control]), rel=1e-5)
                 assert others["perplexity"] == pytest.approx(figures[control]["perplexity"], rel=1e-5)
 
@@ -133,21 +135,21 @@ class TestControls:
             assert sorted(found) == list(range(len(names)))
             assert all(abs(other - document) > warmup for document, other in enumerate(found))
 
-    def test_one_document_has_no_other(self, model, documents_of, reader):
-        assert evaluate_controls(reader(model), documents_of("ship")).keys() == {
+    def test_one_document_has_no_other(self, model, documents_of, evaluator):
+        assert evaluate_controls(evaluator(model), documents_of("ship")).keys() == {
             "memory_off",
             "memory_shuffled_in_time",
         }
 
-    def test_a_model_without_memory_has_none(self, without_memory, documents, reader):
-        assert evaluate_controls(reader(without_memory), documents) == {}
+    def test_a_model_without_memory_has_none(self, without_memory, documents, evaluator):
+        assert evaluate_controls(evaluator(without_memory), documents) == {}
 
 
 @pytest.mark.parametrize("options", [{"contraction": "uniform"}, {"read": "slots"}, {"read": "moments"}])
-def test_every_kind_of_memory(with_memory, documents, options, reader):
+def test_every_kind_of_memory(with_memory, documents, options, evaluator):
     """Rows that have written different numbers of segments are read side by side."""
     other = with_memory(**options)
-    assert_same(evaluate(reader(other), documents), literally(other, documents, "own"), documents, 1e-5)
+    assert_same(evaluate(evaluator(other), documents), literally(other, documents, "own"), documents, 1e-5)
 
 
 @torch.no_grad()
@@ -175,12 +177,12 @@ def slide(model: InfformerForCausalLM, documents: TokenizedDocuments, stride: in
 
 class TestSlidingWindow:
     @pytest.mark.parametrize(("stride", "batch_size"), [(1, 3), (4, 1), (8, 3)])
-    def test_with_memory(self, model, documents, reader, stride, batch_size):
-        read = reader(model, batch_size, stride=stride)
+    def test_with_memory(self, model, documents, evaluator, stride, batch_size):
+        read = evaluator(model, batch_size, stride=stride)
         assert_same(evaluate(read, documents), slide(model, documents, stride), documents, 1e-5)
 
     @pytest.mark.parametrize("stride", [1, 5, 8, 16])
-    def test_of_a_stock_model(self, without_memory, backbone, documents, reader, stride):
+    def test_of_a_stock_model(self, without_memory, backbone, documents, evaluator, stride):
         """Its logits come from transformers alone."""
         with torch.no_grad():
             expected = []
@@ -195,11 +197,11 @@ class TestSlidingWindow:
                     if end == len(tokens) - 1:
                         break
                 expected.append(np.concatenate(total))
-        assert_same(evaluate(reader(without_memory, stride=stride), documents), expected, documents, 1e-6)
+        assert_same(evaluate(evaluator(without_memory, stride=stride), documents), expected, documents, 1e-6)
 
-    def test_controls(self, model, documents, reader):
+    def test_controls(self, model, documents, evaluator):
         """Where nothing is ever written, a window reads as in a model without memory."""
-        read = reader(model, stride=4)
+        read = evaluator(model, stride=4)
         controls = evaluate_controls(read, documents)
         with torch.no_grad():
             backbone = InfformerForCausalLM.from_backbone(copy.deepcopy(model.backbone)).eval()
@@ -211,11 +213,11 @@ class TestSlidingWindow:
 class TestWarmUp:
     @pytest.mark.parametrize("batch_size", [1, 2, 8])
     @pytest.mark.parametrize("stride", [None, 8])
-    def test_the_memory_of_the_documents_before(self, with_memory, documents, reader, batch_size, stride):
+    def test_the_memory_of_the_documents_before(self, with_memory, documents, evaluator, batch_size, stride):
         """In float64: through so many segments of so wild a memory, rounding errors grow."""
         model = with_memory(sticky=True, sticky_bins=16).double()
-        warm_reader = reader(model, batch_size, warmup_documents=2, stride=stride)
-        warm = read_documents(warm_reader, documents, with_memory_of(warm_reader), "warm")
+        warm_evaluator = evaluator(model, batch_size, warmup_documents=2, stride=stride)
+        warm = read_documents(warm_evaluator, documents, with_memory_of(warm_evaluator), "warm")
         expected = []
         with torch.no_grad():
             for document in range(len(documents)):
@@ -237,32 +239,32 @@ class TestWarmUp:
                         break
         np.testing.assert_allclose(warm, np.concatenate(expected), rtol=1e-5)
 
-    def test_another_document_has_others_before_it(self, model, documents, reader):
+    def test_another_document_has_others_before_it(self, model, documents, evaluator):
         """With 5 documents there is room for 1 warm-up document, not for 2."""
-        controls = evaluate_controls(reader(model, warmup_documents=1), documents)
+        controls = evaluate_controls(evaluator(model, warmup_documents=1), documents)
         assert "memory_of_another_document" in controls
-        assert "memory_of_another_document" not in evaluate_controls(reader(model, warmup_documents=2), documents)
+        assert "memory_of_another_document" not in evaluate_controls(evaluator(model, warmup_documents=2), documents)
 
 
 class TestWhatCannotBeRead:
     @pytest.mark.parametrize("stride", [0, -1, 17])
-    def test_a_stride_beyond_the_segment(self, model, reader, stride):
+    def test_a_stride_beyond_the_segment(self, model, evaluator, stride):
         with pytest.raises(EvaluationError, match=f"stride={stride}: .* at least 1 and at most 16 tokens"):
-            reader(model, stride=stride)
+            evaluator(model, stride=stride)
 
-    def test_a_stride_that_does_not_divide_what_is_written(self, model, reader, without_memory):
+    def test_a_stride_that_does_not_divide_what_is_written(self, model, evaluator, without_memory):
         with pytest.raises(EvaluationError, match="stride=5 does not divide segment_length=16"):
-            reader(model, stride=5)
-        reader(without_memory, stride=5)
+            evaluator(model, stride=5)
+        evaluator(without_memory, stride=5)
 
-    def test_a_stride_beside_a_short_term_memory(self, reader):
+    def test_a_stride_beside_a_short_term_memory(self, evaluator):
         config = DecoderConfig(20, 16, 1, 2, feed_forward_size=16, memory=MemoryConfig(SEGMENT, short_term_length=16))
         with pytest.raises(EvaluationError, match="stride=8: a short-term memory is a sliding window already"):
-            reader(DecoderForCausalLM(config), stride=8)
+            evaluator(DecoderForCausalLM(config), stride=8)
 
-    def test_warming_up_no_memory(self, reader, without_memory):
+    def test_warming_up_no_memory(self, evaluator, without_memory):
         with pytest.raises(EvaluationError, match="warmup_documents=2: this model has no memory"):
-            reader(without_memory, warmup_documents=2)
+            evaluator(without_memory, warmup_documents=2)
 
 
 @pytest.mark.parametrize(
@@ -274,17 +276,17 @@ class TestWhatCannotBeRead:
         ({"warmup_documents": 3}, "disjoint segments of 16, after 3 documents, float32"),
     ],
 )
-def test_a_protocol_in_words(model, reader, options, words):
-    assert describe_protocol(reader(model, **options).protocol) == words
+def test_a_protocol_in_words(model, evaluator, options, words):
+    assert describe_protocol(evaluator(model, **options).protocol) == words
 
 
-def test_shares_add_up(model, documents, reader):
+def test_shares_add_up(model, documents, evaluator):
     """Two processes: each reads its lanes, and the sums of both are the nats."""
-    whole = read_documents(reader(model, 4), documents, with_memory_of(reader(model, 4)), "whole")
+    whole = read_documents(evaluator(model, 4), documents, with_memory_of(evaluator(model, 4)), "whole")
     sums: list[Tensor] = []
-    first = reader(model, 4, process=0, processes=2, reduce=lambda tensor: sums.append(tensor) or tensor)
+    first = evaluator(model, 4, rank=0, world_size=2, reduce=lambda tensor: sums.append(tensor) or tensor)
     read_documents(first, documents, with_memory_of(first), "first")
-    second = reader(model, 4, process=1, processes=2, reduce=lambda tensor: tensor + sums[0])
+    second = evaluator(model, 4, rank=1, world_size=2, reduce=lambda tensor: tensor + sums[0])
     together = read_documents(second, documents, with_memory_of(second), "second")
     assert 0 < sums[0].count_nonzero() < len(whole)
     np.testing.assert_allclose(together, whole, rtol=1e-5, atol=1e-6)
@@ -293,22 +295,22 @@ def test_shares_add_up(model, documents, reader):
 class TestAfterSegment:
     @pytest.mark.parametrize("stride", [None, 4])
     @pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (4, 2), (2, 7)])
-    def test_is_called_equally_often_on_every_process(self, model, documents, reader, stride, batch_size, processes):
+    def test_is_called_equally_often_on_every_process(self, model, documents, evaluator, stride, batch_size, processes):
         """Also on one that has less to read, or nothing; so they can agree there. With 7, two have nothing at all."""
         events: list[str] = []
-        share = {"stride": stride, "processes": processes, "after_segment": lambda: events.append("called")}
+        share = {"stride": stride, "world_size": processes, "after_segment": lambda: events.append("called")}
         hook = model.register_forward_hook(lambda *_: events.append("read"))
         told = []
         for process in range(processes):
             events.clear()
-            read = reader(model, batch_size, process=process, **share)
+            read = evaluator(model, batch_size, rank=process, **share)
             read_documents(read, documents, with_memory_of(read), "some")
             told.append(list(events))
         hook.remove()
         assert told == [["read", "called"] * (len(told[0]) // 2)] * processes
         assert len(told[0]) > 2
 
-    def test_may_cut_a_reading_short(self, model, documents, reader):
+    def test_may_cut_a_reading_short(self, model, documents, evaluator):
         """After as many segments as were read until then; the next reading begins anew."""
 
         def stop() -> None:
@@ -319,28 +321,28 @@ class TestAfterSegment:
 
         left, forwards = 3, []
         hook = model.register_forward_hook(lambda *_: forwards.append(None))
-        read = reader(model, after_segment=stop)
+        read = evaluator(model, after_segment=stop)
         with pytest.raises(InterruptedError):
             read_documents(read, documents, with_memory_of(read), "some")
         hook.remove()
         assert len(forwards) == 3
         assert torch.is_grad_enabled()
-        left, plain = 10**6, reader(model)
+        left, plain = 10**6, evaluator(model)
         again = read_documents(read, documents, with_memory_of(read), "again")
         assert (again == read_documents(plain, documents, with_memory_of(plain), "plain")).all()
 
 
-def test_in_bfloat16(model, documents, reader):
-    exact = evaluate(reader(model), documents)["nll"]
-    rounded = evaluate(reader(model, precision=torch.bfloat16), documents)["nll"]
+def test_in_bfloat16(model, documents, evaluator):
+    exact = evaluate(evaluator(model), documents)["nll"]
+    rounded = evaluate(evaluator(model, precision=torch.bfloat16), documents)["nll"]
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.01)
 
 
-def test_the_model_is_as_before(with_memory, documents, reader):
+def test_the_model_is_as_before(with_memory, documents, evaluator):
     model = with_memory()
     before = copy.deepcopy(model.state_dict())
     random = torch.get_rng_state()
-    measure(reader(model), documents, controls=True, checkpoint="here")
+    measure(evaluator(model), documents, controls=True, checkpoint="here")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)

@@ -13,8 +13,8 @@ SEGMENT = 16
 
 
 @pytest.fixture(scope="module")
-def results(model, documents, reader):
-    return measure(reader(model), documents, controls=True, checkpoint="here")
+def results(model, documents, evaluator):
+    return measure(evaluator(model), documents, controls=True, checkpoint="here")
 
 
 def test_results_are_strict_json(results, tmp_path, model, documents):
@@ -60,11 +60,11 @@ def test_the_difference_that_a_control_makes(results):
         assert control["difference"]["nats_per_token"] == pytest.approx(expected)
 
 
-def test_a_hopeless_model(without_memory, documents, tmp_path, reader):
-    """Too bad for its perplexity to be a number: the file stays JSON that every reader opens."""
+def test_a_hopeless_model(without_memory, documents, tmp_path, evaluator):
+    """Too bad for its perplexity to be a number: the file stays JSON that every evaluator opens."""
     hopeless = copy.deepcopy(without_memory)
     hopeless.backbone.lm_head.weight.data *= 1e5
-    results = measure(reader(hopeless), documents, controls=False, checkpoint="here")
+    results = measure(evaluator(hopeless), documents, controls=False, checkpoint="here")
     assert results["perplexity"]["token"] == math.inf
     write_results(tmp_path / "results.json", results)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
@@ -41,9 +41,9 @@ def models(backbone) -> dict[str, MemoryModel]:
 
 
 @pytest.fixture
-def reader(models) -> Callable[..., Reader]:
-    def make(kind: str = "memory", batch_size: int = 3) -> Reader:
-        return Reader(models[kind], SEGMENT, batch_size, progress=False)
+def evaluator(models) -> Callable[..., Evaluator]:
+    def make(kind: str = "memory", batch_size: int = 3) -> Evaluator:
+        return Evaluator(models[kind], SEGMENT, batch_size, progress=False)
 
     return make
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from infformer.data import DataConfig, tokenize_documents
 from infformer.errors import UserError
 from infformer.evaluation.perplexity import evaluate
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.models.generation import continue_text
 from infformer.models.loading import load_trained
 
@@ -80,14 +80,14 @@ def adapter(checkpoints) -> Callable[..., InfformerLM]:
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)),
 )
-def test_every_option_reaches_the_reader(checkpoints, kind, typed, expected):
+def test_every_option_reaches_the_evaluator(checkpoints, kind, typed, expected):
     """And changes nothing else."""
 
     def options(**typed: Any) -> dict[str, Any]:
-        reader = InfformerLM(str(checkpoints[kind]), device="cpu", **typed).reader
-        assert reader.model.segment_length in (None, reader.segment_length)
-        found = {name: getattr(reader, name) for name in ("batch_size", "precision", "segment_length")}
-        return {**found, "short_term_length": reader.model.short_term_length}
+        evaluator = InfformerLM(str(checkpoints[kind]), device="cpu", **typed).evaluator
+        assert evaluator.model.segment_length in (None, evaluator.segment_length)
+        found = {name: getattr(evaluator, name) for name in ("batch_size", "precision", "segment_length")}
+        return {**found, "short_term_length": evaluator.model.short_term_length}
 
     assert options(**typed) == {**options(), **expected} != options()
 
@@ -117,7 +117,7 @@ def test_a_task_of_the_harness_measures_what_eval_does(kind, checkpoints, tokeni
     )
     config = DataConfig(source="files", test=str(file), cache_dir=str(tmp_path))
     documents = tokenize_documents(config, "test", tokenizer)
-    ours = evaluate(Reader(load_trained(str(checkpoints[kind])), SEGMENT, progress=False), documents)
+    ours = evaluate(Evaluator(load_trained(str(checkpoints[kind])), SEGMENT, progress=False), documents)
     found = results["results"]["documents"]
     assert found["word_perplexity,none"] == pytest.approx(ours["perplexity"]["word"], rel=1e-4)
     assert found["bits_per_byte,none"] == pytest.approx(ours["bits_per_byte"], rel=1e-6)
@@ -151,7 +151,7 @@ def test_a_continuation_of_a_long_context(adapter, models, tokenizer):
         memory, losses = None, []
         for inputs, labels in zip(text[:, :-1].split(SEGMENT, 1), text[:, 1:].split(SEGMENT, 1), strict=True):
             with torch.no_grad():
-                output = models["memory"](inputs, memory=memory, shift_labels=labels)
+                output = models["memory"](inputs, memory=memory, targets=labels)
             memory = output.memory
             losses.append(output.token_losses[0])
         assert likelihood == pytest.approx(-float(torch.cat(losses)[-len(choice) :].sum()), rel=1e-5)

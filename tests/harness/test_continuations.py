@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.harness.continuations import Continuation, Score, score_continuations
 from infformer.models.generation import continue_text
 from infformer.models.memory_model import MemoryModel
@@ -50,7 +50,7 @@ def requests() -> list[Continuation]:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_equals_a_literal_loop(models, requests, kind, batch_size):
     """In float64: what is read in another batch is summed in another order, which such a model makes much of."""
-    one = Reader(copy.deepcopy(models[kind]).double(), SEGMENT, batch_size, progress=False)
+    one = Evaluator(copy.deepcopy(models[kind]).double(), SEGMENT, batch_size, progress=False)
     expected = [literally(one.model, request) for request in requests]
     found = score_continuations(one, requests, "")
     assert [score.log_likelihood for score in found] == pytest.approx(
@@ -60,8 +60,8 @@ def test_equals_a_literal_loop(models, requests, kind, batch_size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_model_would_write_is_greedy(reader, kind):
-    one, context = reader(kind), tokens(2 * SEGMENT + 3)
+def test_what_the_model_would_write_is_greedy(evaluator, kind):
+    one, context = evaluator(kind), tokens(2 * SEGMENT + 3)
     written = continue_text(one.model, torch.tensor(context), 2 * SEGMENT, SEGMENT, temperature=0).tolist()
     first, middle, last = (
         [*written[:place], written[place] % 256 + 1, *written[place + 1 :]] for place in (0, SEGMENT, -1)
@@ -72,15 +72,15 @@ def test_what_the_model_would_write_is_greedy(reader, kind):
 
 
 @pytest.mark.parametrize("kind", ["memory", "decoder"])
-def test_what_was_read_before_matters(reader, kind):
+def test_what_was_read_before_matters(evaluator, kind):
     """So that the tests above mean something."""
-    one, request = reader(kind), Continuation(tokens(2 * SEGMENT + 1), tokens(5))
+    one, request = evaluator(kind), Continuation(tokens(2 * SEGMENT + 1), tokens(5))
     own, forgotten = literally(one.model, request), literally(one.model, request, forget=True)
     assert abs(own.log_likelihood - forgotten.log_likelihood) > 0.01
 
 
-def test_a_context_is_read_once_for_all_its_continuations(reader):
-    one, context = reader(batch_size=4), tokens(3 * SEGMENT + 3)
+def test_a_context_is_read_once_for_all_its_continuations(evaluator):
+    one, context = evaluator(batch_size=4), tokens(3 * SEGMENT + 3)
     shapes = []
     hook = one.model.register_forward_pre_hook(lambda module, arguments: shapes.append(tuple(arguments[0].shape)))
     score_continuations(one, [Continuation(context, tokens(length)) for length in (1, 2, 3, 4)], "")
@@ -88,7 +88,7 @@ def test_a_context_is_read_once_for_all_its_continuations(reader):
     assert shapes == [(1, SEGMENT)] * 3 + [(4, 3 + 4 - 1)]
 
 
-def test_no_continuation_is_certain(reader):
+def test_no_continuation_is_certain(evaluator):
     empty = [Continuation(tokens(length), ()) for length in (1, SEGMENT, SEGMENT + 1, SEGMENT + 2)]
-    assert score_continuations(reader(), empty, "") == [(0.0, True)] * 4
-    assert score_continuations(reader(), [], "") == []
+    assert score_continuations(evaluator(), empty, "") == [(0.0, True)] * 4
+    assert score_continuations(evaluator(), [], "") == []

@@ -48,8 +48,8 @@ def test_what_a_model_cannot_do(asked, message):
 
 
 @pytest.mark.parametrize("kind", ["memory", "decoder", "none"])
-def test_a_long_prompt_is_continued(reader, tokenizer, kind):
-    one, prompt = reader(kind), tokenizer.encode("under the white whale, the sea")
+def test_a_long_prompt_is_continued(evaluator, tokenizer, kind):
+    one, prompt = evaluator(kind), tokenizer.encode("under the white whale, the sea")
     written = continue_text(one.model, torch.tensor(prompt), 20, SEGMENT, temperature=0).tolist()
     assert 0 not in written  # which would end it
     text = tokenizer.decode(written)
@@ -59,7 +59,7 @@ def test_a_long_prompt_is_continued(reader, tokenizer, kind):
 
 
 @pytest.fixture
-def written(monkeypatch, reader, tokenizer) -> Callable[..., str]:
+def written(monkeypatch, evaluator, tokenizer) -> Callable[..., str]:
     """What comes of a text that the model is about to write; it is an error to ask for more than that."""
 
     def write(text: str, options: GenerationOptions, tokenizer: PreTrainedTokenizerFast = tokenizer) -> str:
@@ -68,7 +68,7 @@ def written(monkeypatch, reader, tokenizer) -> Callable[..., str]:
             raise AssertionError("asked for more")
 
         monkeypatch.setattr(generation, "sample_tokens", sample)
-        return write_text(reader(), tokenizer, [1], options)
+        return write_text(evaluator(), tokenizer, [1], options)
 
     return write
 

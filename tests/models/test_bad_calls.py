@@ -19,7 +19,7 @@ from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
-from infformer.models.loading import check_fit, load_pretrained, load_trained, new_decoder, new_model
+from infformer.models.loading import check_vocabulary, load_pretrained, load_trained, new_decoder, new_model
 from infformer.models.memory_model import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -217,27 +217,27 @@ def wrapped(given: Given) -> MemoryModel:
 
 
 TOKENIZERS = [
-    Call("has 258 tokens", "model.tokenizer=", lambda g: check_fit(wrapped(g), with_tokens(g, ["new"]))),
+    Call("has 258 tokens", "model.tokenizer=", lambda g: check_vocabulary(wrapped(g), with_tokens(g, ["new"]))),
     Call(
         "is number 65, in the model's folder 66",
         "model.tokenizer=",
-        lambda g: check_fit(wrapped(g), other_tokenizer(g, change=swap)),
+        lambda g: check_vocabulary(wrapped(g), other_tokenizer(g, change=swap)),
     ),
-    Call("the tokenizer has no", "model.tokenizer=", lambda g: check_fit(wrapped(g), other_tokenizer(g, 250))),
+    Call("the tokenizer has no", "model.tokenizer=", lambda g: check_vocabulary(wrapped(g), other_tokenizer(g, 250))),
     Call(
         "eos_token is number 72",
         "model.tokenizer=",
-        lambda g: check_fit(wrapped(g), with_tokens(g, [], eos_token=g.tokenizer.convert_ids_to_tokens(72))),
+        lambda g: check_vocabulary(wrapped(g), with_tokens(g, [], eos_token=g.tokenizer.convert_ids_to_tokens(72))),
     ),
     Call(
         "bos_token is number 72, the model's 0",  # known from its configuration alone
         "model.tokenizer=",
-        lambda g: check_fit(g.model, with_tokens(g, [], bos_token=g.tokenizer.convert_ids_to_tokens(72))),
+        lambda g: check_vocabulary(g.model, with_tokens(g, [], bos_token=g.tokenizer.convert_ids_to_tokens(72))),
     ),
     Call(
         "has 257 tokens and the model knows 4000",
         "model.tokenizer=",
-        lambda g: check_fit(new_model({**GPT2, "vocab_size": 4000}), g.tokenizer),
+        lambda g: check_vocabulary(new_model({**GPT2, "vocab_size": 4000}), g.tokenizer),
     ),
 ]
 
@@ -275,16 +275,16 @@ class TestNotRefused:
             assert torch.equal(tensor, expected.memory.named_tensors()[name]), name
 
     def test_embeddings_beyond_the_tokens(self, tokenizer):
-        check_fit(new_model({**GPT2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}), tokenizer)
+        check_vocabulary(new_model({**GPT2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}), tokenizer)
 
     def test_a_model_without_a_beginning(self, tokenizer):
-        check_fit(new_model({**GPT2, "bos_token_id": None, "eos_token_id": [5, 0]}), tokenizer)
+        check_vocabulary(new_model({**GPT2, "bos_token_id": None, "eos_token_id": [5, 0]}), tokenizer)
 
     def test_a_token_that_the_tokenizer_was_given_since(self, given, tmp_path):
         model = new_model({**GPT2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0})
         model.save_pretrained(tmp_path / "model")
         given.tokenizer.save_pretrained(tmp_path / "model")
-        check_fit(load_trained(str(tmp_path / "model")), with_tokens(given, ["<pad>"]))
+        check_vocabulary(load_trained(str(tmp_path / "model")), with_tokens(given, ["<pad>"]))
 
 
 class TestAMemoryThatIsPassedOnInTraining:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses, cross_entropy
+from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses, cross_entropy
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 7, 5, 11
 
@@ -34,7 +34,7 @@ def hidden() -> Tensor:
 @pytest.fixture
 def labels() -> Tensor:
     labels = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
-    labels[0, -1] = labels[1] = NOT_SCORED
+    labels[0, -1] = labels[1] = IGNORE_INDEX
     return labels
 
 
@@ -58,7 +58,7 @@ def test_equals_plain_cross_entropy(head, hidden, labels, chunk_tokens):
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 21])
 def test_positions_without_a_label_lose_nothing(head, hidden, labels, chunk_tokens):
     losses = chunked_token_losses(hidden, cross_entropy(head), labels, chunk_tokens)
-    scored = labels != NOT_SCORED
+    scored = labels != IGNORE_INDEX
     assert (losses[~scored] == 0).all()
     assert (losses[scored] > 0).all()
     (gradient,) = torch.autograd.grad(losses.sum(), hidden)
@@ -66,7 +66,7 @@ def test_positions_without_a_label_lose_nothing(head, hidden, labels, chunk_toke
 
 
 def test_nothing_to_score_at_all(head, hidden):
-    losses = chunked_token_losses(hidden, cross_entropy(head), torch.full((BATCH, LENGTH), NOT_SCORED), 4)
+    losses = chunked_token_losses(hidden, cross_entropy(head), torch.full((BATCH, LENGTH), IGNORE_INDEX), 4)
     losses.sum().backward()
     assert losses.sum() == 0
     assert head.weight.grad.abs().max() == 0

@@ -26,11 +26,11 @@ def test_a_whole_model_is_one_graph_for_all_segments(backbone):
         for reset, lengths in cases:
             ids = torch.randint(64, (2, 16), generator=generator)
             arguments = {
-                "shift_labels": ids,
+                "targets": ids,
                 "memory": memory,
                 "reset": torch.tensor(reset, dtype=torch.bool),
                 "lengths": torch.tensor(lengths),
-                "sticky_offsets": torch.rand(2, model.sticky_samples, generator=generator),
+                "noise": torch.rand(2, model.noise_size, generator=generator),
             }
             results = []
             for run in (compiled, model):

@@ -17,7 +17,7 @@ from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
-from infformer.models.chunked_loss import NOT_SCORED
+from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
 from infformer.models.memory_model import ModelError
@@ -225,7 +225,7 @@ class TestAgainstItsEquations:
             offsets = None
             if random_offsets:
                 offsets = torch.rand(2, SAMPLES, generator=torch.Generator().manual_seed(number))
-            state = model(segment, memory=state, sticky_offsets=offsets).memory
+            state = model(segment, memory=state, noise=offsets).memory
             for index, layer in enumerate(model.layers):
                 alone = layer.memory.long_term
                 seen, attended = attentions[index][number]
@@ -446,7 +446,7 @@ class TestRows:
         last, other_padding = tokens(seed=9), tokens(seed=9)
         other_padding[0, 4:] = (other_padding[0, 4:] + 1) % VOCABULARY
         padded, other = (
-            model(segment, memory=state, shift_labels=segment, lengths=lengths, return_logits=True)
+            model(segment, memory=state, targets=segment, lengths=lengths, return_logits=True)
             for segment in (last, other_padding)
         )
         assert torch.equal(padded.logits[0, :4], other.logits[0, :4])
@@ -456,7 +456,7 @@ class TestRows:
         assert torch.equal(padded.loss, other.loss)
         assert_same_memory(padded.memory, other.memory)
 
-        short = model(last[:1, :4], memory=state.select_rows(torch.tensor([0])), shift_labels=last[:1, :4])
+        short = model(last[:1, :4], memory=state.select_rows(torch.tensor([0])), targets=last[:1, :4])
         torch.testing.assert_close(padded.token_losses[:1, :4], short.token_losses, rtol=1e-4, atol=1e-5)
         index = torch.tensor([0])
         assert_same_memory(padded.memory.select_rows(index), state.select_rows(index))
@@ -470,7 +470,7 @@ class TestRows:
         for state in (read(model, document(3))[-1].memory, empty(model)):
             model.zero_grad()
             segment = tokens(seed=9)
-            output = model(segment, memory=state, shift_labels=segment, lengths=torch.tensor(lengths))
+            output = model(segment, memory=state, targets=segment, lengths=torch.tensor(lengths))
             output.loss.backward()
             assert (output.token_losses[0] == 0).all()
             assert output.loss.isfinite()
@@ -510,12 +510,12 @@ class TestTraces:
         before = read(model, document(4))[-1].memory
         calls = [watch(layer.attention) for layer in model.layers]
         plain = model(tokens(seed=9), memory=before)
-        output = model(tokens(seed=9), memory=before, return_traces=True)
-        assert plain.traces is None
+        output = model(tokens(seed=9), memory=before, return_intermediates=True)
+        assert plain.intermediates is None
         assert torch.equal(output.logits, plain.logits)
         assert_same_memory(output.memory, plain.memory)
         for trace, layer, state, ((hidden, attended), _) in zip(
-            output.traces, model.layers, before.layers, calls, strict=True
+            output.intermediates, model.layers, before.layers, calls, strict=True
         ):
             assert torch.equal(trace.hidden, hidden)
             assert torch.equal(trace.attended, attended)
@@ -555,12 +555,12 @@ class TestTimeShuffle:
 class TestLosses:
     @every_memory
     def test_labels_and_shift_labels(self, memory):
-        """`labels` are shifted inside and lose one at the end; `shift_labels` are not and lose none."""
+        """`labels` are shifted inside and lose one at the end; `targets` are not and lose none."""
         model = trained(memory, dropout=0.0, attention_dropout=0.0)
         state, segment = read(model, document(3))[-1].memory, tokens(seed=9)
         following = torch.roll(segment, -1, dims=1)
         by_labels = model(segment, labels=segment, memory=state)
-        by_shifted = model(segment, shift_labels=following, memory=state)
+        by_shifted = model(segment, targets=following, memory=state)
         logits = model(segment, memory=state).logits
         expected = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(2, SEGMENT)
         auxiliary = sum(by_labels.auxiliary_losses.values())
@@ -572,9 +572,9 @@ class TestLosses:
 
     def test_what_has_no_label_is_not_scored(self):
         model, segment = trained(), tokens(seed=9)
-        labels = segment.masked_fill(torch.arange(SEGMENT) % 2 == 0, NOT_SCORED)
-        output = model(segment, shift_labels=labels)
-        assert ((output.token_losses > 0) == (labels != NOT_SCORED)).all()
+        labels = segment.masked_fill(torch.arange(SEGMENT) % 2 == 0, IGNORE_INDEX)
+        output = model(segment, targets=labels)
+        assert ((output.token_losses > 0) == (labels != IGNORE_INDEX)).all()
         torch.testing.assert_close(output.loss, output.token_losses.sum() / (2 * SEGMENT / 2))
 
     @pytest.mark.parametrize("memory", ["convolution", "most used", "long", "short and sticky"])
@@ -773,7 +773,7 @@ class TestNewModel:
         assert model.positions is None
         assert model.vocabulary_size == VOCABULARY
         sticky = memory is not None and memory.long_term is not None and memory.long_term.sticky
-        assert model.sticky_samples == (SAMPLES if sticky else 0)
+        assert model.noise_size == (SAMPLES if sticky else 0)
         memories = {id(parameter) for parameter in model.memory_parameters()}
         named = {name for name, parameter in model.named_parameters() if id(parameter) in memories}
         assert named == {name for name, _ in model.named_parameters() if ".memory." in name}

@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from infformer.models.loading import check_fit, new_decoder, vocabulary_of
+from infformer.models.loading import check_vocabulary, new_decoder, vocabulary_of
 from infformer.models.memory_model import ModelError
 
 
@@ -11,6 +11,6 @@ def test_a_model_from_scratch_has_room_for_a_vocabulary_with_holes() -> None:
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = new_decoder({**vocabulary_of(tokenizer), **small})
     assert model.vocabulary_size == 71
-    check_fit(model, tokenizer)
+    check_vocabulary(model, tokenizer)
     with pytest.raises(ModelError, match="the tokenizer has 71 tokens and the model knows 70"):
-        check_fit(new_decoder({"vocab_size": 70, **small}), tokenizer)
+        check_vocabulary(new_decoder({"vocab_size": 70, **small}), tokenizer)

@@ -18,7 +18,7 @@ from transformers import (
 
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
-from infformer.models.chunked_loss import NOT_SCORED
+from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.outputs import MemoryModelOutput
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM, _attention_modules
 
@@ -381,7 +381,7 @@ class TestRows:
         memory = read(wrapped, document(2))[-1].memory
         last, lengths = tokens(seed=9), torch.tensor([7, SEGMENT])
         labels = last.clone()
-        labels[0, 7:] = NOT_SCORED
+        labels[0, 7:] = IGNORE_INDEX
         padded = wrapped(last, memory=memory, labels=labels, lengths=lengths, return_logits=True)
         other_padding = last.clone()
         other_padding[0, 7:] = 0
@@ -414,7 +414,7 @@ class TestRows:
         for wrapped in (model(sticky=True), model()):
             memory = read(wrapped, document(2))[-1].memory
             plain, again, random = (
-                wrapped(tokens(seed=3), memory=memory, sticky_offsets=chosen).memory.layers[0].coefficients
+                wrapped(tokens(seed=3), memory=memory, noise=chosen).memory.layers[0].coefficients
                 for chosen in (None, torch.full((2, 16), 0.5), offsets)
             )
             assert torch.equal(plain, again)
@@ -444,13 +444,13 @@ class TestTraces:
                 with_kwargs=True,
             )
         plain = model(tokens(), memory=memory)
-        output = model(tokens(), memory=memory, return_traces=True)
-        assert plain.traces is None
+        output = model(tokens(), memory=memory, return_intermediates=True)
+        assert plain.intermediates is None
         assert torch.equal(output.logits, plain.logits)
         assert_same_memory(output.memory, plain.memory)
         assert list(model.long_term_memories()) == [1, 0]
         for trace, state, (number, layer) in zip(
-            output.traces, memory.layers, model.long_term_memories().items(), strict=True
+            output.intermediates, memory.layers, model.long_term_memories().items(), strict=True
         ):
             hidden, returned = seen[number]
             assert torch.equal(trace.hidden, hidden)
@@ -463,7 +463,7 @@ class TestTraces:
 
     def test_without_memory_there_are_none(self, stock):
         model = InfformerForCausalLM.from_backbone(copy.deepcopy(stock), memory_layers=[0])
-        assert model(tokens(), return_traces=True).traces == ()
+        assert model(tokens(), return_intermediates=True).intermediates == ()
         assert model.long_term_memories() == {}
 
 
@@ -492,8 +492,8 @@ class TestLosses:
     def test_labels_are_shift_labels_one_to_the_right(self, stock, model):
         wrapped = model()
         segment = tokens()
-        shifted = F.pad(segment[:, 1:], (0, 1), value=NOT_SCORED)
-        one, other = wrapped(segment, labels=segment), wrapped(segment, shift_labels=shifted)
+        shifted = F.pad(segment[:, 1:], (0, 1), value=IGNORE_INDEX)
+        one, other = wrapped(segment, labels=segment), wrapped(segment, targets=shifted)
         assert torch.equal(one.token_losses, other.token_losses)
         assert torch.equal(one.loss, other.loss)
         assert (one.token_losses[:, -1] == 0).all()
@@ -504,17 +504,17 @@ class TestLosses:
         """Every token of a document but its first is scored once, at its place, from the logits."""
         wrapped = model(**options)
         text = torch.cat(document(3), dim=1)
-        following = F.pad(text[:, 1:], (0, 1), value=NOT_SCORED)
+        following = F.pad(text[:, 1:], (0, 1), value=IGNORE_INDEX)
         memory, plain_memory, total, literal = None, None, 0.0, 0.0
         for segment, labels in zip(text.split(SEGMENT, dim=1), following.split(SEGMENT, dim=1), strict=True):
-            output = wrapped(segment, shift_labels=labels, memory=memory)
+            output = wrapped(segment, targets=labels, memory=memory)
             total, memory = total + output.token_losses.double().sum(), output.memory
             plain = wrapped(segment, memory=plain_memory)
             plain_memory = plain.memory
             for row, place in itertools.product(range(2), range(SEGMENT)):
-                if labels[row, place] != NOT_SCORED:
+                if labels[row, place] != IGNORE_INDEX:
                     literal -= plain.logits[row, place].double().log_softmax(-1)[labels[row, place]]
-        assert (following != NOT_SCORED).sum() == 2 * (3 * SEGMENT - 1)
+        assert (following != IGNORE_INDEX).sum() == 2 * (3 * SEGMENT - 1)
         torch.testing.assert_close(total, literal, rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("options", [{}, {"read": "moments"}, {"read": "slots"}])
@@ -523,7 +523,7 @@ class TestLosses:
         wrapped = model(**options, divergence_weight=0.5)
         memory = read(wrapped, document(1, rows=3))[0].memory.reset_rows(torch.tensor([False, False, True]))
         segment, lengths = tokens(3, seed=4), torch.tensor([SEGMENT, 5, SEGMENT])
-        labels = segment.masked_fill(torch.arange(SEGMENT) >= lengths.unsqueeze(1), NOT_SCORED)
+        labels = segment.masked_fill(torch.arange(SEGMENT) >= lengths.unsqueeze(1), IGNORE_INDEX)
         seen: dict[int, Tensor] = {}
         for index, layer in enumerate(wrapped.memories):
             layer.divergence = lambda attention, layer=layer, index=index: seen.setdefault(

@@ -68,7 +68,7 @@ def test_nothing_deprecated_is_used(model, tmp_path: Path):
     model.checkpoint_activations()
     memory = None
     for segment in text.split(SEGMENT, dim=1):
-        output = model.train()(segment, labels=segment, memory=memory, return_traces=True)
+        output = model.train()(segment, labels=segment, memory=memory, return_intermediates=True)
         memory = output.memory
     output.loss.backward()
     continue_text(model.eval(), text[0, :-3], 6, SEGMENT)

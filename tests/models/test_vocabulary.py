@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infformer.models.chunked_loss import NOT_SCORED, chunked_token_losses
+from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.memory_model import ModelError
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
@@ -43,7 +43,7 @@ def hidden() -> Tensor:
 @pytest.fixture
 def labels() -> Tensor:
     """Each token once, in no order; and some positions that are not scored."""
-    return torch.cat([torch.randperm(SIZE), torch.full((7,), NOT_SCORED)])[torch.randperm(20)]
+    return torch.cat([torch.randperm(SIZE), torch.full((7,), IGNORE_INDEX)])[torch.randperm(20)]
 
 
 both = pytest.mark.parametrize("make", [tied, adaptive])
@@ -126,12 +126,12 @@ def test_token_losses_and_their_gradients(
     losses = chunked_token_losses(hidden.view(4, 5, HIDDEN), vocabulary.token_losses, labels.view(4, 5), chunk_tokens)
     expected = torch.stack(
         [
-            hidden.new_zeros(()) if label == NOT_SCORED else -cluster_formula(vocabulary, state)[label].log()
+            hidden.new_zeros(()) if label == IGNORE_INDEX else -cluster_formula(vocabulary, state)[label].log()
             for state, label in zip(hidden, labels, strict=True)
         ]
     )
     assert losses.dtype == torch.float32
-    assert (losses.flatten()[labels == NOT_SCORED] == 0).all()
+    assert (losses.flatten()[labels == IGNORE_INDEX] == 0).all()
     torch.testing.assert_close(losses.flatten().double(), expected, rtol=1e-6, atol=1e-6)
 
     inputs = [hidden, *vocabulary.parameters()]
@@ -153,7 +153,7 @@ def test_gradients_numerically(make: Callable[[], Vocabulary], hidden: Tensor) -
 
 
 @both
-@pytest.mark.parametrize("labels", [[NOT_SCORED] * 20, [0] * 20, [], [4, 4]])
+@pytest.mark.parametrize("labels", [[IGNORE_INDEX] * 20, [0] * 20, [], [4, 4]])
 def test_every_parameter_takes_part_whatever_the_labels(
     make: Callable[[], Vocabulary], hidden: Tensor, labels: list[int]
 ) -> None:
@@ -161,7 +161,7 @@ def test_every_parameter_takes_part_whatever_the_labels(
     losses = vocabulary.token_losses(hidden[: len(labels)], torch.tensor(labels, dtype=torch.int64))
     assert losses.shape == (len(labels),)
     gradients = torch.autograd.grad(losses.sum(), list(vocabulary.parameters()))  # an unused one would be an error
-    nothing_scored = all(label == NOT_SCORED for label in labels)
+    nothing_scored = all(label == IGNORE_INDEX for label in labels)
     assert nothing_scored == all((gradient == 0).all() for gradient in gradients)
 
 

@@ -12,7 +12,7 @@ import torch
 from infformer.data import DataError, Lanes, TokenizedDocuments, tokenize_documents
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, evaluate_controls
-from infformer.evaluation.reading import EvaluationError, Reader
+from infformer.evaluation.reading import EvaluationError, Evaluator
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks import language_modelling
@@ -28,25 +28,25 @@ def documents(configure, tokenizer, tmp_path_factory) -> dict[str, TokenizedDocu
 
 
 @pytest.fixture(scope="module")
-def reader(backbone) -> Reader:
+def evaluator(backbone) -> Evaluator:
     """Of a model with a memory that matters."""
     torch.manual_seed(2)
     memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
     model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory)
     for parameter in model.memories.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Reader(model, SEGMENT, progress=False)
+    return Evaluator(model, SEGMENT, progress=False)
 
 
 @pytest.fixture(scope="module")
-def make(documents, reader, tokenizer) -> Callable[..., LanguageModelling]:
+def make(documents, evaluator, tokenizer) -> Callable[..., LanguageModelling]:
     """The task, with all documents or those of some splits."""
 
     def make(
-        splits: tuple[str, ...] = ("train", "validation", "test"), share: slice | None = None, **options
+        splits: tuple[str, ...] = ("train", "validation", "test"), rank_rows: slice | None = None, **options
     ) -> LanguageModelling:
-        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3, share=share)
-        return LanguageModelling(tokenizer, {split: documents[split] for split in splits}, lanes, reader, **options)
+        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3, rank_rows=rank_rows)
+        return LanguageModelling(tokenizer, {split: documents[split] for split in splits}, lanes, evaluator, **options)
 
     return make
 
@@ -61,11 +61,11 @@ class TestAStep:
             for segment in step:
                 expected = next(lanes)
                 assert torch.equal(segment.input_ids, expected.input_ids)
-                assert torch.equal(segment.shift_labels, expected.shift_labels)
+                assert torch.equal(segment.targets, expected.targets)
 
     def test_goes_on_where_another_process_stood(self, make):
         """Its state is JSON, and the same whatever the share."""
-        task, half = make(bptt_segments=2), make(bptt_segments=2, share=slice(2, 4))
+        task, half = make(bptt_segments=2), make(bptt_segments=2, rank_rows=slice(2, 4))
         for _ in range(5):
             task.next_step()
             half.next_step()
@@ -77,15 +77,15 @@ class TestAStep:
             assert torch.equal(segment.input_ids, expected.input_ids)
             assert torch.equal(segment.reads, expected.reads)
 
-    def test_of_other_lanes_is_refused(self, documents, make, reader, tokenizer):
-        other = LanguageModelling(tokenizer, documents, Lanes(documents["train"], 2, SEGMENT, seed=0), reader)
+    def test_of_other_lanes_is_refused(self, documents, make, evaluator, tokenizer):
+        other = LanguageModelling(tokenizer, documents, Lanes(documents["train"], 2, SEGMENT, seed=0), evaluator)
         with pytest.raises(DataError, match=r"training\.batch_size: the run to be resumed had 4, this one has 2"):
             other.load_state_dict(make().state_dict())
 
     def test_is_located_in_the_documents(self, documents, make):
         """Each line names a lane and a place where the lane's tokens are found."""
         train = documents["train"]
-        for segment in make(bptt_segments=4, share=slice(1, 3)).next_step():
+        for segment in make(bptt_segments=4, rank_rows=slice(1, 3)).next_step():
             for row, place in enumerate(make().locate(segment)):
                 lane, name, start = re.fullmatch(r"lane (\d+): '(.*)' at token (\d+)", place).groups()
                 length = int(segment.lengths[row])
@@ -99,25 +99,25 @@ class TestAStep:
 
 
 class TestWhatIsMeasured:
-    def test_during_training(self, documents, make, reader):
-        figures = evaluate(reader, documents["validation"])
+    def test_during_training(self, documents, make, evaluator):
+        figures = evaluate(evaluator, documents["validation"])
         measured = make().validate()
         assert measured.loss == figures["nll"] / figures["tokens"]
         perplexity = figures["perplexity"]["token"]
         assert measured.metrics == {"validation/loss": measured.loss, "validation/perplexity": perplexity}
         assert measured.text == f"validation perplexity {perplexity:.3f} per token (disjoint segments of 16, float32)"
 
-    def test_during_training_on_the_beginnings_alone(self, documents, make, reader):
-        figures = evaluate(reader, documents["validation"].beginnings(50))
+    def test_during_training_on_the_beginnings_alone(self, documents, make, evaluator):
+        figures = evaluate(evaluator, documents["validation"].beginnings(50))
         assert figures["tokens"] < sum(documents["validation"].token_counts - 1)
         assert make(max_validation_tokens=50).validate().loss == figures["nll"] / figures["tokens"]
 
-    def test_before_and_after(self, documents, make, reader):
-        figures = evaluate(reader, documents["test"])
+    def test_before_and_after(self, documents, make, evaluator):
+        figures = evaluate(evaluator, documents["test"])
         assert make().measure_before() == figures
         measured = make().measure("somewhere")
         assert {name: measured[name] for name in figures} == figures
-        controls = evaluate_controls(reader, documents["test"])
+        controls = evaluate_controls(evaluator, documents["test"])
         assert measured["controls"] == {name: {**controls[name], "difference": ANY} for name in controls}
         assert measured["controls"]["memory_off"]["nll"] != figures["nll"]
         assert measured["protocol"]["checkpoint"] == "somewhere"
@@ -146,13 +146,13 @@ class TestWhatIsMeasured:
 class TestInspection:
     """Writes nothing, so that every process can make it."""
 
-    def test_is_along_the_longest_test_document(self, documents, make, reader):
+    def test_is_along_the_longest_test_document(self, documents, make, evaluator):
         test = documents["test"]
         longest = int(test.token_counts.argmax())
         tokens = torch.from_numpy(test.tokens(longest, 0, int(test.token_counts[longest])))
         found = make(inspected_segments=3).inspect()
         assert found["document"]["segments"] == 3
-        assert found == inspect_document(reader.model, tokens, 3, progress=False)
+        assert found == inspect_document(evaluator.model, tokens, 3, progress=False)
         assert json.loads(json.dumps(found)) == found
 
     def test_is_not_made_if_not_wanted(self, make):
@@ -163,10 +163,10 @@ class TestInspection:
 
     def test_needs_a_long_term_memory(self, documents, tokenizer, backbone):
         lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0)
-        reader = Reader(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), SEGMENT, progress=False)
-        assert LanguageModelling(tokenizer, documents, lanes, reader, inspected_segments=3).inspect() == {}
+        evaluator = Evaluator(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), SEGMENT, progress=False)
+        assert LanguageModelling(tokenizer, documents, lanes, evaluator, inspected_segments=3).inspect() == {}
 
-    def test_of_a_document_that_is_too_short_is_none(self, documents, make, reader, monkeypatch, caplog):
+    def test_of_a_document_that_is_too_short_is_none(self, documents, make, evaluator, monkeypatch, caplog):
         def refuse(*arguments: object, **options: object) -> None:
             raise EvaluationError("it has only 1 segment")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from infformer.data import IGNORED
+from infformer.data import IGNORE_INDEX
 from infformer.tasks.question_answering import QuestionAnswering
 from infformer.tasks.question_stream import QuestionStream
 from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions
@@ -45,10 +45,10 @@ def test_training_goes_on_where_it_was() -> None:
     resumed.load_state_dict(state)
     for segment, other in zip(resumed.next_step(), expected, strict=True):
         assert torch.equal(segment.input_ids, other.input_ids)
-        assert torch.equal(segment.shift_labels, other.shift_labels)
+        assert torch.equal(segment.targets, other.targets)
     scored = [segment.global_tokens for segment in expected]
     assert scored == [0, 0, 4 * 5]
-    assert [int((segment.shift_labels != IGNORED).sum()) for segment in expected] == scored
+    assert [int((segment.targets != IGNORE_INDEX).sum()) for segment in expected] == scored
 
 
 def test_every_seed_learns_from_others() -> None:

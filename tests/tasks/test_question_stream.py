@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infformer.data import IGNORED, DataError, Segment
+from infformer.data import IGNORE_INDEX, DataError, Segment
 from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
 from infformer.tasks.question_stream import QuestionStream
 from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions, draw_sequences
@@ -48,13 +48,13 @@ def test_a_step_is_a_sequence_in_segments(segment_length: int) -> None:
             assert segment.reads.tolist() == [step * len(segments) + index] * 3
             assert segment.lanes.tolist() == [0, 1, 2]
             assert torch.equal(segment.documents, numbers)
-            assert segment.global_tokens == int((segment.shift_labels != IGNORED).sum())
+            assert segment.global_tokens == int((segment.targets != IGNORE_INDEX).sum())
             assert torch.equal(segment.input_ids, tokens[:, start : start + length])
-            assert segment.shift_labels.shape == (3, length)
+            assert segment.targets.shape == (3, length)
             for place in range(length):
                 scored = LENGTH <= start + place < INPUTS
-                expected = tokens[:, start + place + 1] if scored else torch.full((3,), IGNORED)
-                assert torch.equal(segment.shift_labels[:, place], expected)
+                expected = tokens[:, start + place + 1] if scored else torch.full((3,), IGNORE_INDEX)
+                assert torch.equal(segment.targets[:, place], expected)
         assert sum(segment.global_tokens for segment in segments) == 3 * SYMBOLS
 
 
@@ -83,10 +83,10 @@ def test_sequences_of_several_lengths_are_whole() -> None:
         segments = stream.next_step()
         length = length_of(segments)
         tokens = torch.from_numpy(draw_sequences(config, "train", range(3 * step, 3 * step + 3), 2, length))
-        inputs, labels = (torch.cat([getattr(s, n) for s in segments], dim=1) for n in ("input_ids", "shift_labels"))
+        inputs, labels = (torch.cat([getattr(s, n) for s in segments], dim=1) for n in ("input_ids", "targets"))
         assert torch.equal(inputs[:, : length + SYMBOLS], tokens[:, :-1])
         assert torch.equal(labels[:, length : length + SYMBOLS], tokens[:, length + 1 :])
-        assert int((labels != IGNORED).sum()) == 3 * SYMBOLS
+        assert int((labels != IGNORE_INDEX).sum()) == 3 * SYMBOLS
         assert [segment.reset.all().item() for segment in segments] == [True] + [False] * (len(segments) - 1)
         seen.add(length)
     assert seen == {3, 8, 15}
@@ -102,7 +102,7 @@ def test_no_read_is_ever_that_of_another() -> None:
 @pytest.mark.parametrize("config", [CONFIG, SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15])])
 def test_shares_together_are_the_whole(config: SortingConfig) -> None:
     whole = stream_of(config, 4, 7, seed=2)
-    parts = [stream_of(config, 4, 7, seed=2, share=share) for share in (range(2, 4), [1], range(1))]
+    parts = [stream_of(config, 4, 7, seed=2, rank_rows=rank_rows) for rank_rows in (range(2, 4), [1], range(1))]
     for _ in range(3):
         for segment, *pieces in zip(whole.next_step(), *(part.next_step() for part in parts), strict=True):
             assert all(piece.global_tokens == segment.global_tokens for piece in pieces)
@@ -130,8 +130,8 @@ def test_a_limited_number_of_sequences_comes_again_in_another_order(size: int, l
 def test_resumed_at_any_step_is_never_stopped(size: int | None, lengths: list[int]) -> None:
     config = SortingConfig(length=LENGTH, training_lengths=lengths, symbols=SYMBOLS, training_sequences=size)
 
-    def stream(share: range | None = None) -> QuestionStream:
-        return stream_of(config, 3, 7, seed=2, share=share)
+    def stream(rank_rows: range | None = None) -> QuestionStream:
+        return stream_of(config, 3, 7, seed=2, rank_rows=rank_rows)
 
     running, part = stream(), stream(range(2, 3))
     states = []
@@ -182,11 +182,11 @@ def test_tokens_between_the_answers_are_not_scored() -> None:
     config = AssociativeRecallConfig(keys=20, values=3, queries=2, training_lengths=[16])
     source = AssociativeRecall(config)
     questions = source.draw_training(np.arange(3), 2, 16)
-    (segment,) = QuestionStream(source, 3, 15, seed=2, share=[1]).next_step()
+    (segment,) = QuestionStream(source, 3, 15, seed=2, rank_rows=[1]).next_step()
     assert segment.global_tokens == 6
     assert segment.input_ids.tolist() == questions.tokens[1:2, :-1].tolist()
     value, _, other = questions.tokens[1, -3:].tolist()
-    assert segment.shift_labels.tolist() == [[IGNORED] * 12 + [value, IGNORED, other]]
+    assert segment.targets.tolist() == [[IGNORE_INDEX] * 12 + [value, IGNORE_INDEX, other]]
 
 
 def test_a_length_that_cannot_be_asked_is_refused_at_once() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer, answer_forced
@@ -43,8 +43,8 @@ def model() -> InfformerForCausalLM:
     return model
 
 
-def reader(model: nn.Module, batch_size: int = 4, **options) -> Reader:
-    return Reader(model, SEGMENT, batch_size, **options)
+def evaluator(model: nn.Module, batch_size: int = 4, **options) -> Evaluator:
+    return Evaluator(model, SEGMENT, batch_size, **options)
 
 
 def read_literally(model: nn.Module, tokens: list[int]) -> Tensor:
@@ -76,7 +76,7 @@ def literally(model: nn.Module, sequences: NDArray[np.int64], length: int) -> tu
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
 def test_who_counts_is_right_everywhere(counter: Callable, segment_length: int, batch_size: int) -> None:
     """Where the answer begins with a segment (6, 9), straddles two (8, 20) or more, or everything is in one (64)."""
-    read = Reader(counter(SYMBOLS, segment_length), segment_length, batch_size)
+    read = Evaluator(counter(SYMBOLS, segment_length), segment_length, batch_size)
     figures = measure_accuracy(read, draw(7), SYMBOLS, 10, 0)
     assert figures["length"] == LENGTH
     assert figures["sequences"] == 7
@@ -88,7 +88,7 @@ def test_who_counts_is_right_everywhere(counter: Callable, segment_length: int, 
 
 def test_who_always_says_the_same_is_right_once(stubborn: Callable) -> None:
     sequences = draw(20)
-    figures = measure_accuracy(reader(stubborn(SYMBOLS, SEGMENT)), sequences, SYMBOLS, 10, 0)
+    figures = measure_accuracy(evaluator(stubborn(SYMBOLS, SEGMENT)), sequences, SYMBOLS, 10, 0)
     by_position = (sequences[:, -SYMBOLS:] == 3).mean(axis=0)
     assert figures["accuracy"] == figures["accuracy_free_running"] == pytest.approx(1 / SYMBOLS)
     assert figures["accuracy_by_position"] == pytest.approx(by_position)
@@ -101,9 +101,9 @@ def test_accuracy_is_that_of_a_literal_loop(model: InfformerForCausalLM, length:
     answers = sequences[:, -SYMBOLS:]
     nll, forced, free = literally(model.eval(), sequences, length)
     assert forced != free
-    given = answer(reader(model), as_questions(sequences, SYMBOLS), "answers").free
+    given = answer(evaluator(model), as_questions(sequences, SYMBOLS), "answers").free
     assert given.reshape(-1, SYMBOLS).tolist() == free
-    figures = measure_accuracy(reader(model, 5), sequences, SYMBOLS, 10, 0)
+    figures = measure_accuracy(evaluator(model, 5), sequences, SYMBOLS, 10, 0)
     assert figures["nll"] == pytest.approx(nll, rel=1e-5)
     for name, given in (("accuracy", forced), ("accuracy_free_running", free)):
         right = given == answers
@@ -115,7 +115,7 @@ def test_the_true_answer_is_not_looked_at(model: InfformerForCausalLM) -> None:
     sequences = draw(10)
     others = sequences.copy()
     others[:, -SYMBOLS:] = sequences[:, : -SYMBOLS - 1 : -1]
-    one, other = (answer(reader(model), as_questions(each, SYMBOLS), "answers").free for each in (sequences, others))
+    one, other = (answer(evaluator(model), as_questions(each, SYMBOLS), "answers").free for each in (sequences, others))
     assert (one == other).all()
 
 
@@ -126,10 +126,10 @@ def test_shares_add_up(model: InfformerForCausalLM, evaluate: Callable, processe
     sequences = draw(4)
     sums: list[Tensor] = []
     for process in range(processes):
-        read = reader(model, process=process, processes=processes, reduce=lambda own: sums.append(own) or sum(sums))
+        read = evaluator(model, rank=process, world_size=processes, reduce=lambda own: sums.append(own) or sum(sums))
         figures = evaluate(read, sequences, SYMBOLS)
     assert len(sums) == processes
-    for name, value in evaluate(reader(model), sequences, SYMBOLS).items():
+    for name, value in evaluate(evaluator(model), sequences, SYMBOLS).items():
         expected = value if isinstance(value, dict) else pytest.approx(value, rel=1e-6)  # the counters need no model
         assert figures[name] == expected, name
 
@@ -144,13 +144,13 @@ def test_all_processes_read_as_often(
     """Also who has fewer questions, or none: engines that cut weights up need all of them, and so do agreements."""
     asked = as_questions(draw(questions), SYMBOLS)
     events: list[str] = []
-    share = {"processes": processes, "after_segment": lambda: events.append("called")}
+    share = {"world_size": processes, "after_segment": lambda: events.append("called")}
     told = []
     hook = model.register_forward_hook(lambda *_: events.append("read"))
     try:
         for process in range(processes):
             events.clear()
-            ask(reader(model, batch_size, process=process, **share), asked, "some")
+            ask(evaluator(model, batch_size, rank=process, **share), asked, "some")
             told.append(list(events))
     finally:
         hook.remove()
@@ -162,8 +162,8 @@ def test_all_processes_read_as_often(
 
 
 def test_in_bfloat16(model: InfformerForCausalLM) -> None:
-    exact = evaluate_teacher_forced(reader(model), draw(10), SYMBOLS)["nll"]
-    rounded = evaluate_teacher_forced(reader(model, precision=torch.bfloat16), draw(10), SYMBOLS)["nll"]
+    exact = evaluate_teacher_forced(evaluator(model), draw(10), SYMBOLS)["nll"]
+    rounded = evaluate_teacher_forced(evaluator(model, precision=torch.bfloat16), draw(10), SYMBOLS)["nll"]
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.05)
 
@@ -171,14 +171,14 @@ def test_in_bfloat16(model: InfformerForCausalLM) -> None:
 def test_the_model_is_as_before(model: InfformerForCausalLM) -> None:
     before = copy.deepcopy(model.state_dict())
     random = torch.get_rng_state()
-    measure_accuracy(reader(model.train()), draw(5), SYMBOLS, 10, 0)
+    measure_accuracy(evaluator(model.train()), draw(5), SYMBOLS, 10, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
 
 
 def test_the_table_has_a_line_for_each_length(counter: Callable) -> None:
-    read = reader(counter(SYMBOLS, SEGMENT))
+    read = evaluator(counter(SYMBOLS, SEGMENT))
     lengths = [measure_accuracy(read, draw(3, length), SYMBOLS, 10, 0) for length in (LENGTH, 1100)]
     protocol = {"segment": SEGMENT, "reset": "each sequence begins with an empty memory", "dtype": "float32"}
     header, *rows, last = format_accuracy({"lengths": lengths, "protocol": protocol}).splitlines()

@@ -20,7 +20,7 @@ from infformer.tasks.passkey import PasskeyConfig
 from infformer.tasks.sorting_sequences import SortingConfig
 from infformer.tasks.task import Task
 from infformer.training.building import build_model, build_task, build_tokenizer
-from infformer.training.runtime import settle_engine, start_processes
+from infformer.training.runtime import init_distributed, resolve_engine
 
 Build = Callable[..., MemoryModel]
 Ask = Callable[..., Task]
@@ -47,7 +47,7 @@ DECODER = {
 def accelerator(configure, tmp_path) -> Any:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    return start_processes(settle_engine(configure(tmp_path).engine), "float32", 2)
+    return init_distributed(resolve_engine(configure(tmp_path).engine), "float32", 2)
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def ask(configure, tmp_path, tokenizer, accelerator) -> Ask:
 
     def make(
         changes: dict[str, Any] | None = None,
-        share: range = SHARE,
+        rank_rows: range = SHARE,
         after_segment: Callable[[], None] = lambda: None,
         change: Callable[[RunConfig], None] = lambda config: None,
     ) -> Task:
         config = configure(tmp_path, changes)
         change(config)
         tokens = build_tokenizer(config, accelerator)
-        return build_task(config, tokens, build_model(config, tokens), accelerator, share, after_segment)
+        return build_task(config, tokens, build_model(config, tokens), accelerator, rank_rows, after_segment)
 
     return make
 
@@ -208,7 +208,7 @@ class TestWhatIsRead:
         assert [segment.input_ids.shape for segment in segments] == [(3, 12)] * 4
 
     def test_a_share_is_those_lanes_of_all(self, ask):
-        whole, own = read(ask(), 2), read(ask(share=range(1, 3)), 2)
+        whole, own = read(ask(), 2), read(ask(rank_rows=range(1, 3)), 2)
         for segment, part in zip(whole, own, strict=True):
             assert part.lanes.tolist() == [1, 2]
             assert torch.equal(part.input_ids, segment.input_ids[1:3])
@@ -316,7 +316,7 @@ class TestAnotherTask:
     }
 
     def test_sorting(self, ask):
-        task = ask(self.CHANGES, share=range(2, 4), change=self.chosen)
+        task = ask(self.CHANGES, rank_rows=range(2, 4), change=self.chosen)
         first, last = task.next_step()
         assert first.lanes.tolist() == [2, 3]
         assert (first.input_ids.shape, last.input_ids.shape) == ((2, 16), (2, 8))

@@ -23,10 +23,10 @@ from infformer.training.checkpoint import (
     newest_checkpoint,
     point_to_best,
     remove_old_checkpoints,
-    what_is_wrong,
+    validate_checkpoint,
 )
 from infformer.training.loop import TrainingFailedError
-from infformer.training.resuming import RunError, where_to_start
+from infformer.training.resuming import RunError, find_checkpoint
 
 LANES, LAYERS, BASIS_FUNCTIONS, WIDTH = 4, 2, 8, 16
 
@@ -170,7 +170,7 @@ class TestDamage:
         flip(root / "step-00000008" / TENSORS[1])
         config = configure(tmp_path / "new", {"resume": str(root / "step-00000008")})
         with pytest.raises(RunError, match=r"cannot be gone on from: optimizer\.safetensors is damaged"):
-            where_to_start(config, tmp_path / "new")
+            find_checkpoint(config, tmp_path / "new")
 
     def test_of_an_earlier_format_names_who_reads_it(self, root: Path, configure, tmp_path: Path) -> None:
         """Up to format 3 a manifest held nothing but sizes; nothing is begun anew over such checkpoints."""
@@ -178,7 +178,7 @@ class TestDamage:
             (folder / "manifest.json").write_text('{"state.json": 1}')
             (folder / "state.json").write_text('{"format": 3}')
         with pytest.raises(RunError, match=r"its format is 3, this version reads 4; the version that wrote it"):
-            where_to_start(configure(root.parent, {"resume": "auto"}), root.parent)
+            find_checkpoint(configure(root.parent, {"resume": "auto"}), root.parent)
 
     def test_weights_that_cannot_be_read_are_an_error_in_words(self, root: Path) -> None:
         (root / "step-00000008" / TENSORS[0]).write_bytes(b"")
@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_are_not_measured(root: Path) -> None:
 class TestWhereItGoesOn:
     def test_another_end_changes_what_follows_and_says_so(self, root: Path, configure, caplog) -> None:
         config = configure(root.parent, {"resume": "auto", "training.max_steps": 12})
-        assert where_to_start(config, root.parent) == root / "step-00000008"
+        assert find_checkpoint(config, root.parent) == root / "step-00000008"
         assert "training.max_steps was 8, is 12: schedule=cosine ends at max_steps, so from step 10 on" in caplog.text
 
     @pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
@@ -268,19 +268,19 @@ class TestWhereItGoesOn:
         path = root.parent / "config.yaml"
         path.write_text(path.read_text().replace("name: cosine", f"name: {schedule}"))
         changes = {"resume": "auto", "training.max_steps": 12, "schedule.name": schedule}
-        assert where_to_start(configure(root.parent, changes), root.parent) == root / "step-00000008"
+        assert find_checkpoint(configure(root.parent, changes), root.parent) == root / "step-00000008"
         assert "max_steps" not in caplog.text
 
     def test_an_end_that_is_behind_it_is_refused(self, root: Path, configure) -> None:
         config = configure(root.parent, {"resume": "auto", "training.max_steps": 7})
         with pytest.raises(RunError, match=r"training.max_steps=7, and .*step-00000008 has made 8 already"):
-            where_to_start(config, root.parent)
+            find_checkpoint(config, root.parent)
 
     def test_what_was_taken_away_for_a_newer_one_comes_back(self, root: Path, configure) -> None:
         """The run was killed in between; that was its newest."""
         (root / "step-00000008").rename(root / "step-00000008.replaced")
-        assert where_to_start(configure(root.parent, {"resume": "auto"}), root.parent) == root / "step-00000008"
-        assert what_is_wrong(root / "step-00000008") is None
+        assert find_checkpoint(configure(root.parent, {"resume": "auto"}), root.parent) == root / "step-00000008"
+        assert validate_checkpoint(root / "step-00000008") is None
 
     def test_best_is_what_the_checkpoint_says(self, root: Path) -> None:
         """The run was killed before it had changed the link."""
@@ -297,4 +297,4 @@ class TestWhereItGoesOn:
         if content is not None:
             path.write_text(content)
         with pytest.raises(RunError, match=r"resume=auto: the configuration .*config.yaml"):
-            where_to_start(configure(root.parent, {"resume": "auto"}), root.parent)
+            find_checkpoint(configure(root.parent, {"resume": "auto"}), root.parent)

@@ -24,7 +24,7 @@ from infformer.training.evaluation_folder import (
     write_record,
 )
 from infformer.training.folder import LOCK, RunError, held
-from infformer.training.resuming import where_to_start
+from infformer.training.resuming import find_checkpoint
 
 ALONE: Any = SimpleNamespace(is_main_process=True, num_processes=1)
 """As an accelerator: one process."""
@@ -179,13 +179,13 @@ class TestWhatAFolderHolds:
             folder.mkdir()
         if there == "a lock alone":
             (folder / LOCK).touch()
-        assert where_to_start(configure(folder, {"resume": resume}), folder) is None
+        assert find_checkpoint(configure(folder, {"resume": resume}), folder) is None
 
     def test_what_a_run_wrote_before_its_first_checkpoint_is_begun_again(self, configure, tmp_path, caplog):
         """Batch systems put it in the queue again, by the same command."""
         config = configure(tmp_path, {"resume": "auto"})
         self.killed_before_its_first_checkpoint(config, tmp_path)
-        assert where_to_start(config, tmp_path) is None
+        assert find_checkpoint(config, tmp_path) is None
         assert "was stopped before its first checkpoint; it begins again" in caplog.text
 
     REFUSED: ClassVar[dict[str, tuple[Callable[[Path], Any], str]]] = {
@@ -206,7 +206,7 @@ class TestWhatAFolderHolds:
         make, says = self.REFUSED[case]
         make(tmp_path)
         with pytest.raises(RunError) as refused:
-            where_to_start(configure(tmp_path, {"resume": "auto"}), tmp_path)
+            find_checkpoint(configure(tmp_path, {"resume": "auto"}), tmp_path)
         assert "resume=auto: " in str(refused.value)
         assert says in str(refused.value)
         assert "choose another name= or output_dir=, or remove the folder" in str(refused.value)
@@ -233,19 +233,19 @@ class TestWhatAFolderHolds:
         self.killed_before_its_first_checkpoint(config, tmp_path)
         change(tmp_path)
         with pytest.raises(RunError) as refused:
-            where_to_start(config, tmp_path)
+            find_checkpoint(config, tmp_path)
         assert says in str(refused.value)
 
     def test_another_run_before_its_first_checkpoint_is_refused(self, configure, tmp_path):
         self.killed_before_its_first_checkpoint(configure(tmp_path), tmp_path)
         with pytest.raises(RunError, match="which has no checkpoint, was configured otherwise: seed was 0, is 7"):
-            where_to_start(configure(tmp_path, {"seed": 7, "resume": "auto"}), tmp_path)
+            find_checkpoint(configure(tmp_path, {"seed": 7, "resume": "auto"}), tmp_path)
 
     def test_a_new_run_is_refused_beside_what_no_run_has_written(self, configure, tmp_path):
         for number in range(7):
             (tmp_path / f"{number}.txt").touch()
         with pytest.raises(RunError, match=r"holds 0\.txt, 1\.txt, 2\.txt, 3\.txt, 4\.txt and 2 more, which no run"):
-            where_to_start(configure(tmp_path), tmp_path)
+            find_checkpoint(configure(tmp_path), tmp_path)
 
 
 def evaluation(folder: Path, **options: Any) -> EvaluationRunConfig:

@@ -162,7 +162,7 @@ def train_literally(folder: Path, texts: Path, tokenizer: PreTrainedTokenizerFas
                     memory=memory,
                     reset=torch.tensor([row.reset for row in own]),
                     lengths=torch.tensor([len(row.inputs) for row in own]),
-                    sticky_offsets=torch.stack([row.draws for row in own]),
+                    noise=torch.stack([row.draws for row in own]),
                 )
                 memory = output.memory
                 nats = torch.zeros(())
@@ -270,9 +270,9 @@ class TestWhatItTells:
 
         begin = CheckpointWriter.begin
 
-        def begun(writer: CheckpointWriter, state: TrainingState, share: range) -> None:
+        def begun(writer: CheckpointWriter, state: TrainingState, rank_rows: range) -> None:
             calls.append(("save", state.step))
-            begin(writer, state, share)
+            begin(writer, state, rank_rows)
 
         config = configure(
             tmp_path_factory.mktemp("told") / "run",

@@ -29,13 +29,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infformer.data import DataError, tokenize_documents
 from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
-from infformer.evaluation.reading import Reader
+from infformer.evaluation.reading import Evaluator
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.sorting_sequences import SortingConfig
 from infformer.tasks.task import Validation
 from infformer.training import checkpoint, loop
-from infformer.training.checkpoint import FORMAT, CheckpointWriter, TrainingState, newest_checkpoint, what_is_wrong
+from infformer.training.checkpoint import (
+    FORMAT,
+    CheckpointWriter,
+    TrainingState,
+    newest_checkpoint,
+    validate_checkpoint,
+)
 from infformer.training.loop import EXIT_CODE, TrainingFailedError, TrainingStopped
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
@@ -89,7 +95,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def checkpoints(folder: Path) -> list[int]:
     """The steps of all checkpoints; every one of them must be whole, and nothing else lie beside them."""
     found = sorted(path for path in (folder / "checkpoints").iterdir() if path.name != "best")
-    assert [what_is_wrong(path) for path in found] == [None] * len(found)
+    assert [validate_checkpoint(path) for path in found] == [None] * len(found)
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
@@ -395,7 +401,9 @@ class TestInAProcessOfItsOwn:
             if process.returncode == 0:
                 break
             assert process.returncode == -9
-            assert all(what_is_wrong(path) is None for path in (tmp_path / "run/checkpoints").glob("step-????????"))
+            assert all(
+                validate_checkpoint(path) is None for path in (tmp_path / "run/checkpoints").glob("step-????????")
+            )
         assert process.returncode == 0
         assert records(tmp_path / "run") == records(longer)
 
@@ -562,12 +570,12 @@ class TestFullDisk:
         begin, finish = CheckpointWriter.begin, CheckpointWriter.finish
         written = 0
 
-        def begin_and_wait(writer: CheckpointWriter, state: TrainingState, share: range) -> None:
+        def begin_and_wait(writer: CheckpointWriter, state: TrainingState, rank_rows: range) -> None:
             nonlocal written
             writer.finish(wait=True)
             written = state.step
             with full_disk() if written == step else nullcontext():
-                begin(writer, state, share)
+                begin(writer, state, rank_rows)
                 wait_for_checkpoints()
 
         def finish_without_space(writer: CheckpointWriter, wait: bool) -> None:
@@ -682,7 +690,7 @@ class TestWhatIsKept:
         tokenizer = AutoTokenizer.from_pretrained(best)
         assert tokenizer.decode(tokenizer("the white whale")["input_ids"]) == "the white whale"
         documents = tokenize_documents(configure(whole).data, "test", tokenizer)
-        figures = evaluate(Reader(model, 16, progress=False), documents)
+        figures = evaluate(Evaluator(model, 16, progress=False), documents)
         assert figures["nll"] == pytest.approx(results(whole)["nll"], rel=1e-6)
 
 

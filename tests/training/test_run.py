@@ -318,18 +318,18 @@ class LastTokens:
 
     tokenizer = None
 
-    def __init__(self, share: range) -> None:
-        self.share, self.steps, self.validations = share, 0, 0
+    def __init__(self, rank_rows: range) -> None:
+        self.rank_rows, self.steps, self.validations = rank_rows, 0, 0
 
     def next_step(self) -> list[Segment]:
-        lanes, generator = torch.tensor(self.share), torch.Generator().manual_seed(self.steps)
+        lanes, generator = torch.tensor(self.rank_rows), torch.Generator().manual_seed(self.steps)
         tokens, labels = torch.randint(256, (4, 49), generator=generator), torch.full((4, 48), -100)
         labels[:, -4:] = tokens[:, -4:]
         self.steps += 1
         return [
             Segment(
                 input_ids=tokens[lanes, start : start + 16],
-                shift_labels=labels[lanes, start : start + 16],
+                targets=labels[lanes, start : start + 16],
                 lengths=torch.full_like(lanes, 16),
                 reset=torch.full_like(lanes, start == 0, dtype=torch.bool),
                 documents=torch.zeros_like(lanes),

@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from infformer.config import ENGINES, EngineConfig
 from infformer.training import runtime
-from infformer.training.runtime import EngineError, settle_engine, share_of_lanes, start_processes
+from infformer.training.runtime import EngineError, init_distributed, resolve_engine, rows_of_rank
 
 Launch = Callable[..., None]
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
@@ -55,18 +55,18 @@ def write(path: Path, options: Any) -> str:
 
 class TestTheEngineThatIsMeant:
     def test_without_a_configuration_of_accelerate(self, launched):
-        assert settle_engine(EngineConfig()) == EngineConfig("ddp")
+        assert resolve_engine(EngineConfig()) == EngineConfig("ddp")
         launched("--multi_gpu")
-        assert settle_engine(EngineConfig()) == EngineConfig("ddp")
+        assert resolve_engine(EngineConfig()) == EngineConfig("ddp")
 
     @pytest.mark.parametrize("name", [name for name in ENGINES if name != "auto"])
     def test_is_the_one_that_is_named(self, name):
-        assert settle_engine(EngineConfig(name)) == EngineConfig(name)
+        assert resolve_engine(EngineConfig(name)) == EngineConfig(name)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_deepspeed(self, launched, stage):
         launched("--use_deepspeed", f"--zero_stage={stage}")
-        meant = settle_engine(EngineConfig())
+        meant = resolve_engine(EngineConfig())
         assert (meant.name, meant.config) == (f"zero{stage}", None)
         assert meant.deepspeed["zero_optimization"]["stage"] == stage
 
@@ -74,23 +74,23 @@ class TestTheEngineThatIsMeant:
     def test_deepspeed_that_keeps_things_elsewhere(self, launched, optimizer, parameters):
         where = f"--offload_optimizer_device={optimizer}", f"--offload_param_device={parameters}"
         launched("--use_deepspeed", "--zero_stage=3", *where)
-        zero = settle_engine(EngineConfig()).deepspeed["zero_optimization"]
+        zero = resolve_engine(EngineConfig()).deepspeed["zero_optimization"]
         assert zero["offload_optimizer"]["device"] == optimizer
         assert zero["offload_param"]["device"] == parameters
 
     def test_deepspeed_by_a_file(self, launched, tmp_path):
         path = write(tmp_path / "Mine.json", ZERO[2])
         launched("--use_deepspeed", f"--deepspeed_config_file={path}")
-        assert settle_engine(EngineConfig()) == EngineConfig("zero2", config=path)
+        assert resolve_engine(EngineConfig()) == EngineConfig("zero2", config=path)
 
     def test_fsdp(self, launched):
         launched("--use_fsdp", "--fsdp_version=2")
-        assert settle_engine(EngineConfig()) == EngineConfig("fsdp2")
+        assert resolve_engine(EngineConfig()) == EngineConfig("fsdp2")
 
     def test_not_the_old_fsdp(self, launched):
         launched("--use_fsdp", "--fsdp_version=1")
         with pytest.raises(EngineError, match="FSDP version 1: choose version 2, or engine=fsdp2"):
-            settle_engine(EngineConfig())
+            resolve_engine(EngineConfig())
 
     @pytest.mark.parametrize(
         ("options", "meant"),
@@ -102,8 +102,8 @@ class TestTheEngineThatIsMeant:
     )
     def test_what_has_nothing_to_do_with_the_launcher_is_kept(self, launched, options, meant):
         launched(*options)
-        assert settle_engine(EngineConfig(patience=7.0)).name == meant
-        assert settle_engine(EngineConfig(patience=7.0)).patience == 7.0
+        assert resolve_engine(EngineConfig(patience=7.0)).name == meant
+        assert resolve_engine(EngineConfig(patience=7.0)).patience == 7.0
 
     @pytest.mark.parametrize(
         ("options", "configured"),
@@ -113,27 +113,27 @@ class TestTheEngineThatIsMeant:
     def test_a_named_one_is_not_quietly_another(self, launched, options, configured, name):
         launched(*options)
         if name == configured:
-            assert settle_engine(EngineConfig(name)).name == name
+            assert resolve_engine(EngineConfig(name)).name == name
             return
         message = rf"engine\.name={name}, but accelerate was configured for {configured}: choose engine=auto"
         with pytest.raises(EngineError, match=message):
-            settle_engine(EngineConfig(name))
+            resolve_engine(EngineConfig(name))
 
     def test_a_named_one_that_keeps_things_elsewhere_is_of_its_stage(self, launched):
         launched("--use_deepspeed", "--zero_stage=3")
-        assert settle_engine(EngineConfig("zero3_offload")).name == "zero3_offload"
+        assert resolve_engine(EngineConfig("zero3_offload")).name == "zero3_offload"
 
     @pytest.mark.parametrize("options", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": 0}}])
     def test_a_file_without_a_stage(self, launched, tmp_path, options):
         path = write(tmp_path / "mine.json", options)
         launched("--use_deepspeed", f"--deepspeed_config_file={path}")
         with pytest.raises(EngineError, match=rf"{path}.*stage"):
-            settle_engine(EngineConfig())
+            resolve_engine(EngineConfig())
 
     def test_no_stage_at_all(self, launched):
         launched("--use_deepspeed", "--zero_stage=0")
         with pytest.raises(EngineError, match="stage"):
-            settle_engine(EngineConfig())
+            resolve_engine(EngineConfig())
 
 
 class TestPrecision:
@@ -141,7 +141,7 @@ class TestPrecision:
     def test_float16_needs_a_device(self, monkeypatch, name):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         with pytest.raises(EngineError, match=r"training\.precision=float16: the CPU has no .* bfloat16 or float32"):
-            start_processes(EngineConfig(name, ZERO[1]), "float16")
+            init_distributed(EngineConfig(name, ZERO[1]), "float16")
 
     @pytest.mark.parametrize("name", ["fsdp2", "zero1", "zero2", "zero3", "zero3_offload"])
     def test_float16_needs_gradients_that_are_whole(self, monkeypatch, name):
@@ -149,7 +149,7 @@ class TestPrecision:
         with pytest.raises(
             EngineError, match=rf"training\.precision=float16 with engine={name}: .* bfloat16 or float32"
         ):
-            start_processes(EngineConfig(name, ZERO[1]), "float16")
+            init_distributed(EngineConfig(name, ZERO[1]), "float16")
 
 
 @pytest.mark.needs("deepspeed")
@@ -165,37 +165,39 @@ class TestDeepSpeedsConfiguration:
         with pytest.raises(
             EngineError, match=rf"engine\.config={path}: not a DeepSpeed configuration in JSON .*No such"
         ):
-            start_processes(settle_engine(EngineConfig(name, config=None if name == "auto" else str(path))), "float32")
+            init_distributed(
+                resolve_engine(EngineConfig(name, config=None if name == "auto" else str(path))), "float32"
+            )
 
     @pytest.mark.parametrize("text", ["", "stage: 2", '{"zero_optimization": {"stage": 2}'])
     def test_that_is_not_json(self, tmp_path, text):
         (tmp_path / "mine.json").write_text(text)
         with pytest.raises(EngineError, match=r"engine\.config=.*mine\.json: not a DeepSpeed configuration in JSON"):
-            start_processes(EngineConfig("zero2", config=str(tmp_path / "mine.json")), "float32")
+            init_distributed(EngineConfig("zero2", config=str(tmp_path / "mine.json")), "float32")
 
     @pytest.mark.parametrize("options", [[], "zero2", 2, None])
     def test_that_is_no_object(self, tmp_path, options):
         path = write(tmp_path / "mine.json", options)
         with pytest.raises(EngineError, match="a DeepSpeed configuration is an object with named parts"):
-            start_processes(EngineConfig("zero2", config=path), "float32")
+            init_distributed(EngineConfig("zero2", config=path), "float32")
 
     @pytest.mark.parametrize("options", [[], "auto", {"stage": "2"}, None])
     def test_whose_zero_is_no_stage(self, tmp_path, options):
         path = write(tmp_path / "mine.json", {"zero_optimization": options})
         with pytest.raises(EngineError, match=r"mine\.json"):
-            start_processes(EngineConfig("zero3", config=path), "float32")
+            init_distributed(EngineConfig("zero3", config=path), "float32")
 
     @pytest.mark.parametrize(("name", "stage"), [("zero1", 2), ("zero2", 3), ("zero3_offload", 2)])
     def test_of_another_stage(self, tmp_path, name, stage):
         path = write(tmp_path / "mine.json", ZERO[stage])
         message = rf"engine={name}, but zero_optimization\.stage is {stage} in {path}: choose engine=zero{stage}"
         with pytest.raises(EngineError, match=message):
-            start_processes(EngineConfig(name, config=path), "float32")
+            init_distributed(EngineConfig(name, config=path), "float32")
 
     def test_of_no_stage(self, tmp_path):
         path = write(tmp_path / "mine.json", {"wall_clock_breakdown": True})
         with pytest.raises(EngineError, match=r"engine=zero2, but zero_optimization\.stage is None in"):
-            start_processes(EngineConfig("zero2", config=path), "float32")
+            init_distributed(EngineConfig("zero2", config=path), "float32")
 
     @pytest.mark.parametrize(
         ("part", "option"),
@@ -214,7 +216,7 @@ class TestDeepSpeedsConfiguration:
     def test_that_decides_what_options_decide(self, tmp_path, part, option):
         path = write(tmp_path / "mine.json", {**ZERO[2], **part})
         with pytest.raises(EngineError) as refused:
-            start_processes(EngineConfig("zero2", config=path), "float32")
+            init_distributed(EngineConfig("zero2", config=path), "float32")
         assert str(refused.value).startswith(f"{path}: {next(iter(part))} is decided by {option}; remove it there")
 
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -260,19 +262,19 @@ class TestProcessesThatDoNotWorkTogether:
         monkeypatch.setenv("WORLD_SIZE", "4")
         accelerate(1, DistributedType.NO)
         with pytest.raises(EngineError, match=r"started 4 processes, but only 1 of them found each other.*torchrun"):
-            start_processes(EngineConfig("ddp"), "float32")
+            init_distributed(EngineConfig("ddp"), "float32")
 
     @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_in_another_way(self, accelerate, name, kind):
         accelerate(1, kind)
         with pytest.raises(EngineError, match=rf"engine\.name={name}, but these processes work as {kind.value}"):
-            start_processes(EngineConfig(name), "float32")
+            init_distributed(EngineConfig(name), "float32")
 
     @pytest.mark.parametrize(("processes", "lanes"), [(1, 6), (2, 6), (3, 6), (6, 6)])
     def test_lanes_are_shared_out_without_a_gap(self, processes, lanes):
         shares = [
-            share_of_lanes(Namespace(num_processes=processes, process_index=index), lanes) for index in range(processes)
+            rows_of_rank(Namespace(num_processes=processes, process_index=index), lanes) for index in range(processes)
         ]
         assert [lane for share in shares for lane in share] == list(range(lanes))
         assert {len(share) for share in shares} == {lanes // processes}

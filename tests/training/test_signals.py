@@ -13,7 +13,7 @@ EACH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.
 
 
 def alone() -> StopSignals:
-    """Of one process, whose own number is the highest."""
+    """Of one process, whose own number is the all_reduce_max."""
     return StopSignals(lambda number: number)
 
 

@@ -17,13 +17,13 @@ from torch.optim import SGD
 from infformer.data import Lanes, Segment, TokenizedDocuments
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
-from infformer.models.chunked_loss import NOT_SCORED
+from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.step import (
+    Microbatch,
     NonFiniteError,
-    Part,
     StepResult,
-    draw_sticky_offsets,
+    draw_noise,
     dropout_seed,
     train_step,
 )
@@ -45,12 +45,12 @@ class Step:
 
 @pytest.fixture
 def accelerator() -> NewAccelerator:
-    """One for steps of so many parts."""
+    """One for steps of so many microbatches."""
 
-    def new(parts: int) -> Accelerator:
+    def new(microbatches: int) -> Accelerator:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        return Accelerator(cpu=True, gradient_accumulation_steps=parts)
+        return Accelerator(cpu=True, gradient_accumulation_steps=microbatches)
 
     return new
 
@@ -102,7 +102,7 @@ def step(
     accelerator: NewAccelerator,
     model: InfformerForCausalLM,
     segments: Sequence[Segment],
-    parts: int = 1,
+    microbatches: int = 1,
     memory: MemoryState | None = None,
     gradient_clipping: float | None = None,
     offsets: Callable[[Segment], Tensor | None] = lambda segment: None,
@@ -116,16 +116,16 @@ def step(
         gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
     optimizer.register_step_pre_hook(remember)
-    rows = LANES // parts
+    rows = LANES // microbatches
     cut = [[segment.rows(slice(first, first + rows)) for segment in segments] for first in range(0, LANES, rows)]
-    memories = (memory or model.initial_memory(LANES)).split(parts)
-    seeds = dropout_seeds or range(parts)
+    memories = (memory or model.initial_memory(LANES)).split(microbatches)
+    seeds = dropout_seeds or range(microbatches)
     memories, result = train_step(
-        accelerator(parts),
+        accelerator(microbatches),
         model,
         optimizer,
         [
-            Part(own, before, [offsets(segment) for segment in own], seed)
+            Microbatch(own, before, [offsets(segment) for segment in own], seed)
             for own, before, seed in zip(cut, memories, seeds, strict=True)
         ],
         gradient_clipping,
@@ -144,10 +144,10 @@ def assert_close(one: Gradients, other: Gradients) -> None:
 
 
 class TestHowTheLanesAreCutDoesNotMatter:
-    @pytest.mark.parametrize("parts", [2, 4])
+    @pytest.mark.parametrize("microbatches", [2, 4])
     @pytest.mark.parametrize("together", [1, 3])
-    def test_loss_gradients_and_memory(self, accelerator, model, segments, parts, together):
-        whole, cut = (step(accelerator, model(), segments[:together], count) for count in (1, parts))
+    def test_loss_gradients_and_memory(self, accelerator, model, segments, microbatches, together):
+        whole, cut = (step(accelerator, model(), segments[:together], count) for count in (1, microbatches))
         tokens = sum(segment.global_tokens for segment in segments[:together])
         assert cut.result.scored_tokens == whole.result.scored_tokens == tokens
         assert cut.result.read_tokens == whole.result.read_tokens == tokens
@@ -157,11 +157,11 @@ class TestHowTheLanesAreCutDoesNotMatter:
         for name, tensor in whole.memory.named_tensors().items():
             torch.testing.assert_close(cut.memory.named_tensors()[name], tensor, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("parts", [2, 4])
-    def test_auxiliary_losses(self, accelerator, model, segments, parts):
-        """Rows that have no memory yet are not the same number in every part."""
+    @pytest.mark.parametrize("microbatches", [2, 4])
+    def test_auxiliary_losses(self, accelerator, model, segments, microbatches):
+        """Rows that have no memory yet are not the same number in every microbatch."""
         some = model(divergence_weight=1.0)
-        whole, cut = (step(accelerator, some, segments, count) for count in (1, parts))
+        whole, cut = (step(accelerator, some, segments, count) for count in (1, microbatches))
         assert whole.result.auxiliary_losses["divergence"] > 0.01
         assert cut.result.auxiliary_losses["divergence"] == pytest.approx(
             whole.result.auxiliary_losses["divergence"], rel=1e-5
@@ -174,7 +174,7 @@ class TestHowTheLanesAreCutDoesNotMatter:
         nats = []
         for lane, length in enumerate(segment.lengths.tolist()):
             logits = some.backbone(segment.input_ids[lane : lane + 1, :length]).logits[0]
-            nats.append(F.cross_entropy(logits, segment.shift_labels[lane, :length], reduction="sum"))
+            nats.append(F.cross_entropy(logits, segment.targets[lane, :length], reduction="sum"))
         mean = sum(nats) / segment.lengths.sum()
         made = step(accelerator, some, [segment], 2)
         assert made.result.loss == pytest.approx(mean.item(), rel=1e-6)
@@ -198,8 +198,8 @@ class TestGradientsThroughTheMemory:
         for segment in segments[:2]:
             output = some(segment.input_ids, memory=memory, reset=segment.reset, lengths=segment.lengths)
             memory = output.memory
-            real = segment.shift_labels >= 0
-            total = total + F.cross_entropy(output.logits[real], segment.shift_labels[real], reduction="sum")
+            real = segment.targets >= 0
+            total = total + F.cross_entropy(output.logits[real], segment.targets[real], reduction="sum")
             tokens += int(real.sum())
         (total / tokens).backward()
         expected = {name: parameter.grad for name, parameter in some.named_parameters()}
@@ -228,11 +228,11 @@ class TestGradientsThroughTheMemory:
 
 def score_the_end(segment: Segment, tokens: int, lanes: Sequence[int] = range(LANES)) -> Segment:
     """The same segment, of which only the last tokens of some lanes are scored; with 0 none at all."""
-    labels = torch.full_like(segment.shift_labels, NOT_SCORED)
+    labels = torch.full_like(segment.targets, IGNORE_INDEX)
     for lane in lanes:
         end = int(segment.lengths[lane])
-        labels[lane, end - tokens : end] = segment.shift_labels[lane, end - tokens : end]
-    return replace(segment, shift_labels=labels, global_tokens=tokens * len(lanes))
+        labels[lane, end - tokens : end] = segment.targets[lane, end - tokens : end]
+    return replace(segment, targets=labels, global_tokens=tokens * len(lanes))
 
 
 class TestSegmentsInWhichNothingIsScored:
@@ -246,8 +246,8 @@ class TestSegmentsInWhichNothingIsScored:
             output = some(segment.input_ids, memory=memory, reset=segment.reset, lengths=segment.lengths)
             memory = output.memory if tokens else output.memory.detach()
             if tokens:
-                real = segment.shift_labels >= 0
-                nats = nats + F.cross_entropy(output.logits[real], segment.shift_labels[real], reduction="sum")
+                real = segment.targets >= 0
+                nats = nats + F.cross_entropy(output.logits[real], segment.targets[real], reduction="sum")
                 divergence = divergence + LANES * tokens / total * output.auxiliary_losses["divergence"]
         (nats / total + divergence).backward()
         expected = {name: parameter.grad for name, parameter in some.named_parameters()}
@@ -261,23 +261,23 @@ class TestSegmentsInWhichNothingIsScored:
         for name, tensor in made.memory.named_tensors().items():
             torch.testing.assert_close(tensor, memory.named_tensors()[name].detach(), rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("parts", [2, 4])
-    def test_however_the_lanes_are_cut(self, accelerator, model, parts):
+    @pytest.mark.parametrize("microbatches", [2, 4])
+    def test_however_the_lanes_are_cut(self, accelerator, model, microbatches):
         lanes = Lanes(ragged_documents(70, 60, 80, 50), LANES, SEGMENT, seed=0, shuffle=False)
         segments = [score_the_end(next(lanes), tokens) for tokens in (0, 0, 3)]
         some = model(divergence_weight=1.0)
-        whole, cut = (step(accelerator, some, segments, count) for count in (1, parts))
+        whole, cut = (step(accelerator, some, segments, count) for count in (1, microbatches))
         assert whole.result.auxiliary_losses["divergence"] > 0.01
         for name in ("loss", "auxiliary_losses", "scored_tokens", "read_tokens"):
             assert getattr(cut.result, name) == pytest.approx(getattr(whole.result, name), rel=1e-5), name
         assert_close(cut.gradients, whole.gradients)
 
-    @pytest.mark.parametrize("parts", [2, 4])
-    def test_have_a_graph_where_other_lanes_are_scored(self, accelerator, model, segments, parts):
+    @pytest.mark.parametrize("microbatches", [2, 4])
+    def test_have_a_graph_where_other_lanes_are_scored(self, accelerator, model, segments, microbatches):
         """Lane 3 is scored in its second segment alone, but what it wrote in the first learns from that."""
         segments = [score_the_end(segments[0], 2, lanes=[0]), score_the_end(segments[1], 2, lanes=[3])]
         some = model(divergence_weight=0.0)
-        whole, cut = (step(accelerator, some, segments, count) for count in (1, parts))
+        whole, cut = (step(accelerator, some, segments, count) for count in (1, microbatches))
         assert_close(cut.gradients, whole.gradients)
 
     def test_keep_nothing_for_backward(self, accelerator, model, segments):
@@ -298,9 +298,11 @@ class TestSegmentsInWhichNothingIsScored:
         assert saved(0, 0, 2) == saved(0, 2) == saved(2) < saved(2, 2)
 
 
-def part(model: InfformerForCausalLM, segments: Sequence[Segment], memory: MemoryState | None = None) -> Part:
+def microbatch(
+    model: InfformerForCausalLM, segments: Sequence[Segment], memory: MemoryState | None = None
+) -> Microbatch:
     """All lanes at once."""
-    return Part(segments, memory or model.initial_memory(LANES), [None] * len(segments), 0)
+    return Microbatch(segments, memory or model.initial_memory(LANES), [None] * len(segments), 0)
 
 
 class TestALossThatIsNotFinite:
@@ -315,7 +317,7 @@ class TestALossThatIsNotFinite:
         before = copy.deepcopy(some.state_dict())
         optimizer = SGD(some.parameters(), 0.5, momentum=0.9)
         with pytest.raises(NonFiniteError, match="the loss is nan"):
-            train_step(accelerator(1), some, optimizer, [part(some, [segment], memory)], 1.0)
+            train_step(accelerator(1), some, optimizer, [microbatch(some, [segment], memory)], 1.0)
         assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
         assert optimizer.state_dict()["state"] == {}
         assert all(parameter.grad is None for parameter in some.parameters())
@@ -325,13 +327,13 @@ class TestALossThatIsNotFinite:
         some.backbone.transformer.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
         before = copy.deepcopy(some.state_dict())
         with pytest.raises(NonFiniteError, match="the gradient's norm nan"):
-            train_step(accelerator(1), some, SGD(some.parameters(), 0.5), [part(some, segments[:1])], None)
+            train_step(accelerator(1), some, SGD(some.parameters(), 0.5), [microbatch(some, segments[:1])], None)
         assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
         assert all(parameter.grad is None for parameter in some.parameters())
 
     @pytest.mark.parametrize("bad", [0, 1])
     def test_of_one_part_of_several(self, accelerator, model, segments, bad):
-        """Whichever it is: the gradients of the parts before it are forgotten too, and the last has made none."""
+        """Whichever it is: the gradients of those before it are forgotten too, and the last made none."""
         some = model()
         before = copy.deepcopy(some.state_dict())
         cut = [segments[0].rows(slice(first, first + 2)) for first in (0, 2)]
@@ -339,22 +341,22 @@ class TestALossThatIsNotFinite:
         memories[bad] = memories[bad].map_tensors(
             lambda tensor: torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor + 1
         )
-        parts = [
-            Part([replace(own, reset=torch.zeros_like(own.reset))], memory, [None], 0)
+        microbatches = [
+            Microbatch([replace(own, reset=torch.zeros_like(own.reset))], memory, [None], 0)
             for own, memory in zip(cut, memories, strict=True)
         ]
         new, backwards = accelerator(2), list[Tensor]()
         backward = new.backward
         new.backward = lambda loss: backwards.append(loss.detach()) or backward(loss)
         with pytest.raises(NonFiniteError, match="the loss is nan"):
-            train_step(new, some, SGD(some.parameters(), 0.5), parts, 1.0)
+            train_step(new, some, SGD(some.parameters(), 0.5), microbatches, 1.0)
         assert len(backwards) == 1
         assert all(torch.equal(tensor, before[name]) for name, tensor in some.state_dict().items())
         assert all(parameter.grad is None for parameter in some.parameters())
 
 
 class TestDropout:
-    """What is dropped belongs to the lanes of a part and to the step, not to whoever computes it."""
+    """What is dropped belongs to the lanes of a microbatch and to the step, not to whoever computes it."""
 
     RATE = 0.2
 
@@ -374,7 +376,7 @@ class TestDropout:
         assert other.result.loss != one.result.loss
 
     def test_is_the_same_wherever_its_part_stands(self, accelerator, model, segments):
-        """Two parts of lanes that read the same: which comes first does not matter, only what each draws from."""
+        """Two of lanes that read the same: which comes first does not matter, only what each draws from."""
         some = model(self.RATE)
         twice = [segment.rows(torch.tensor([0, 1, 0, 1])) for segment in segments]
         first, swapped, same = (
@@ -430,7 +432,7 @@ class TestStickyOffsets:
     SAMPLES = 500
 
     def test_are_spread_over_0_to_1(self, segments):
-        offsets = draw_sticky_offsets(segments[0], self.SAMPLES, seed=0)
+        offsets = draw_noise(segments[0], self.SAMPLES, seed=0)
         assert offsets.shape == (LANES, self.SAMPLES)
         assert offsets.dtype == torch.float32
         assert offsets.min() >= 0
@@ -439,17 +441,14 @@ class TestStickyOffsets:
         assert offsets.std() == pytest.approx(1 / math.sqrt(12), rel=0.05)
 
     def test_belong_to_the_lane_wherever_it_is_read(self, segments):
-        whole = draw_sticky_offsets(segments[2], self.SAMPLES, seed=3)
+        whole = draw_noise(segments[2], self.SAMPLES, seed=3)
         for lane in range(LANES):
-            alone = draw_sticky_offsets(segments[2].rows(slice(lane, lane + 1)), self.SAMPLES, seed=3)
+            alone = draw_noise(segments[2].rows(slice(lane, lane + 1)), self.SAMPLES, seed=3)
             assert torch.equal(alone[0], whole[lane])
 
     def test_differ_between_lanes_reads_and_seeds(self, segments):
         draws = [
-            row
-            for seed in (0, 1, 2**40)
-            for segment in segments
-            for row in draw_sticky_offsets(segment, self.SAMPLES, seed)
+            row for seed in (0, 1, 2**40) for segment in segments for row in draw_noise(segment, self.SAMPLES, seed)
         ]
         assert len(draws) == 3 * 3 * LANES
         correlations = np.corrcoef(torch.stack(draws).numpy()) - np.eye(len(draws))
@@ -457,10 +456,10 @@ class TestStickyOffsets:
 
     def test_make_a_step_that_does_not_depend_on_how_lanes_are_cut(self, accelerator, model, segments):
         def offsets(segment: Segment) -> Tensor:
-            return draw_sticky_offsets(segment, 16, seed=0)
+            return draw_noise(segment, 16, seed=0)
 
         sticky = model(sticky=True, sticky_bins=16)
-        whole, cut = (step(accelerator, sticky, segments, parts, offsets=offsets) for parts in (1, 4))
+        whole, cut = (step(accelerator, sticky, segments, microbatches, offsets=offsets) for microbatches in (1, 4))
         assert cut.result.loss == pytest.approx(whole.result.loss, rel=1e-6)
         for name, tensor in whole.memory.named_tensors().items():
             torch.testing.assert_close(cut.memory.named_tensors()[name], tensor, rtol=1e-4, atol=1e-5)
