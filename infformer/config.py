@@ -1,18 +1,19 @@
 """The map of a run: everything that can be set, with its type and its default.
 
-`conf/` holds the values that differ between runs, in Hydra's groups; this tree is what they are checked against, before
-any work. An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
+An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here. What is chosen by one word, such as
+`optimizer=adam`, stands beside its class; models and experiments, which decide on many options, stand in `conf/`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from infformer.data.options import DataConfig
+from infformer.data.options import DATA, DataConfig
 from infformer.errors import check_finite
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
@@ -39,16 +40,16 @@ def _check_place(option: str, value: str | None) -> None:
         raise ValueError(f"{option}=: name a folder, such as {option}=outputs/mine")
 
 
-ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
-
-TASKS: dict[str, type[TaskConfig]] = {
-    "language_modelling": TaskConfig,
-    "sorting": SortingConfig,
-    "passkey": PasskeyConfig,
-    "needle": NeedleConfig,
-    "associative_recall": AssociativeRecallConfig,
+TASKS: dict[str, TaskConfig] = {
+    "language_modelling": TaskConfig(),
+    "sorting": SortingConfig(),
+    "passkey": PasskeyConfig(),
+    "needle": NeedleConfig(),
+    "associative_recall": AssociativeRecallConfig(lengths=[512, 256, 1024], training_lengths=[256, 512, 1024]),
 }
-"""The options of each task, by the name that chooses it in `task=`."""
+"""What `task=` chooses. The texts of `passkey` and `needle` are those of `data`; a needle's text is one document or a
+part of it, so longer ones than `data=sample` cuts its novels to want data.max_held_out_characters=null. Sorting and
+recall are for models from scratch: experiment=sorting_…, associative_recall_small."""
 
 
 @dataclass
@@ -191,12 +192,16 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.epsilon={self.epsilon}: must be positive")
 
 
+OPTIMIZERS = {"adamw": OptimizerConfig("adamw"), "adam": OptimizerConfig("adam", weight_decay=0.0)}
+
+
 @dataclass
 class ScheduleConfig:
     """How the learning rates change over the run, all by the same factor."""
 
     name: str = "cosine"
-    """`cosine`, `linear`, `constant` or `inverse_sqrt`."""
+    """`cosine`: down half a cosine to `final_ratio` at the last step. `linear`: down a straight line to zero there.
+    `constant`: the same factor throughout. `inverse_sqrt`: 1/sqrt(step) after the warm-up, which it needs."""
     warmup_steps: int = 0
     """Steps of linear growth from zero."""
     final_ratio: float = 0.0
@@ -208,6 +213,12 @@ class ScheduleConfig:
         _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if not 0 <= self.final_ratio <= 1:
             raise ValueError(f"schedule.final_ratio={self.final_ratio}: must lie between 0 and 1")
+
+
+SCHEDULES = {
+    **{name: ScheduleConfig(name) for name in ("cosine", "linear", "constant")},
+    "inverse_sqrt": ScheduleConfig("inverse_sqrt", warmup_steps=1000),
+}
 
 
 @dataclass
@@ -237,9 +248,10 @@ class EngineConfig:
     """How several processes work together. None of it changes what is learned."""
 
     name: str = "auto"
-    """`ddp`: every process has the whole model. `fsdp2`: weights, gradients and moments are cut up (PyTorch). `zero1`,
-    `zero2`, `zero3`: moments, and gradients, and weights are (DeepSpeed). `zero3_offload`: and all lie in the host's
-    memory. `auto`: what accelerate was configured for, `ddp` if for nothing."""
+    """`ddp`: every process has the whole model, the fastest as long as it fits. `fsdp2`: weights, gradients and moments
+    are cut up (PyTorch). `zero1`, `zero2`, `zero3`: moments, and gradients, and weights are (DeepSpeed).
+    `zero3_offload`: and all lie in the host's memory. `auto`: what accelerate was configured for, `ddp` if for
+    nothing."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's configuration, for the zero engines."""
     config: str | None = None
@@ -249,7 +261,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_finite("engine.", self)
-        _check_choice("engine.name", self.name, ENGINES)
+        _check_choice("engine.name", self.name, ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"))
         if self.config is not None and not self.name.startswith("zero"):
             raise ValueError(
                 f"engine.config={self.config} with engine={self.name}: a DeepSpeed configuration belongs to "
@@ -259,14 +271,36 @@ class EngineConfig:
             raise ValueError(f"engine.patience={self.patience}: must be a positive number of seconds")
 
 
+_ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 100_000}  # smaller parameters stay whole
+ENGINES = {
+    **{name: EngineConfig(name) for name in ("auto", "ddp", "fsdp2")},
+    "zero1": EngineConfig("zero1", {"zero_optimization": {"stage": 1}}),
+    "zero2": EngineConfig("zero2", {"zero_optimization": {"stage": 2}}),
+    "zero3": EngineConfig("zero3", {"zero_optimization": _ZERO3}),
+    "zero3_offload": EngineConfig(
+        "zero3_offload",
+        {
+            "zero_force_ds_cpu_optimizer": False,  # Adam as everywhere else; DeepSpeed's own has to be compiled
+            "zero_optimization": {
+                **_ZERO3,
+                "offload_optimizer": {"device": "cpu"},
+                "offload_param": {"device": "cpu"},
+            },
+        },
+    ),
+}
+
+
 @dataclass
 class TrackerConfig:
     """Where the metrics are shown, beside `metrics.jsonl`. All but `name` concern wandb alone."""
 
     name: str = "none"
-    """`none`, `wandb` or `tensorboard`."""
+    """`none`; `wandb`: pip install 'infformer[wandb]', then `wandb login`, or tracker.mode=offline without an account;
+    `tensorboard`: pip install 'infformer[tensorboard]', then tensorboard --logdir outputs."""
     project: str = "infformer"
     entity: str | None = None
+    """A user or a team. Null: the account's default."""
     tags: list[str] = field(default_factory=list)
     mode: str | None = None
     """`online` or `offline`. Null leaves the choice to WANDB_MODE and wandb's own settings, which default to online."""
@@ -277,6 +311,9 @@ class TrackerConfig:
             raise ValueError("tracker.project=: give the project a name, such as tracker.project=infformer")
         if self.mode is not None:
             _check_choice("tracker.mode", self.mode, ("online", "offline"))
+
+
+TRACKERS = {name: TrackerConfig(name) for name in ("none", "wandb", "tensorboard")}
 
 
 @dataclass(kw_only=True)
@@ -389,11 +426,23 @@ class EvaluationRunConfig:
             )
 
 
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "task": TASKS,
+    "data": DATA,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "engine": ENGINES,
+    "tracker": TRACKERS,
+}
+"""The groups that are chosen from by one word, such as `optimizer=adam`, beside those of `conf/`."""
+
+
 @cache
 def register_schemas() -> None:
-    """Tell Hydra the types by which it checks `conf/train.yaml`, `conf/eval.yaml` and the choices of `conf/task/`."""
+    """Tell Hydra the types by which it checks `conf/train.yaml` and `conf/eval.yaml`, and what stands in `CHOICES`."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(name="evaluation_schema", node=EvaluationRunConfig)
-    for name, options in TASKS.items():
-        store.store(group="task", name=f"{name}_schema", node=options)
+    for group, choices in CHOICES.items():
+        for name, options in choices.items():
+            store.store(group=group, name=name, node=options)

@@ -267,7 +267,7 @@ def floats(kind: type[Any], prefix: str = "") -> Iterator[tuple[type[Any], str]]
 
 NUMBERS = [
     *floats(RunConfig),
-    *(number for task in TASKS.values() for number in floats(task, "task.")),
+    *(number for task in TASKS.values() for number in floats(type(task), "task.")),
 ]
 
 

@@ -10,19 +10,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from infformer.config import CHOICES as TYPED
 from infformer.config import ENGINES, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
 from infformer.tasks.associative_recall import AssociativeRecall
-from infformer.training.command_line import OptionError, compose
+from infformer.training.command_line import OptionError, choices_of, compose
 
 CONF = Path(__file__).parents[1] / "conf"
 pytestmark = pytest.mark.usefixtures("composed_quickly")
 FOLLOWING = {"training", *(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
 """Groups that nobody chooses: what is in them comes with the model, or with a model and a memory."""
-GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {"."} - FOLLOWING)
-CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {"."} - FOLLOWING | {*TYPED})
+CHOICES = [(group, choice) for group in GROUPS for choice in choices_of(group, CONF)]
 MODELS, MEMORIES, EXPERIMENTS = (
     [choice for group, choice in CHOICES if group == wanted] for wanted in ("model", "model/memory", "experiment")
 )
@@ -119,12 +120,12 @@ def test_evaluations_of_every_data(data):
 class TestTasks:
     def test_every_task_can_be_chosen(self):
         assert {choice for group, choice in CHOICES if group == "task"} == set(TASKS)
-        assert run_config().task == evaluation_config().task == TASKS["language_modelling"]()
+        assert run_config().task == evaluation_config().task == TASKS["language_modelling"]
 
     @pytest.mark.parametrize("task", TASKS)
     def test_each_has_its_own_options(self, task):
         chosen = run_config(f"task={task}").task
-        assert type(chosen) is TASKS[task]
+        assert chosen == TASKS[task]
         assert evaluation_config(f"task={task}").task == chosen
         assert chosen.is_language_modelling == (task == "language_modelling")
 

@@ -144,3 +144,28 @@ class DataConfig:
         """Where tokenised documents are kept, as an absolute path that need not exist yet."""
         chosen = self.cache_dir or os.environ.get("INFFORMER_CACHE") or "~/.cache/infformer"
         return Path(os.path.expanduser(chosen)).absolute()
+
+
+_VISIT = 32
+"""Segments. A lane that stays in one book for hundreds of steps lets the weights learn the book through its memory: the
+training loss falls, and that of other books rises. So a lane goes to another place every so often, with an empty
+memory. An article is a few segments long: it is read from its start to its end."""
+
+DATA = {
+    "sample": DataConfig(segments_per_visit=_VISIT, max_held_out_characters=60_000),
+    "text": DataConfig("files", train=None, validation=None, test=None, segments_per_visit=_VISIT),
+    **{
+        name: DataConfig("hub", "Salesforce/wikitext", subset, articles=True)
+        for name, subset in (("wikitext2", "wikitext-2-raw-v1"), ("wikitext103", "wikitext-103-raw-v1"))
+    },
+    # Two books may have one title; none have one address.
+    "pg19": DataConfig("hub", "emozilla/pg19", id_field="url", segments_per_visit=_VISIT),
+}
+"""What `data=` chooses. `sample`: the novels that come with the package; of those held out, which are measured several
+times over, only the first 60,000 characters. `text`: your own documents, .txt (a document each), .jsonl (a document a
+line), both also as .gz or .zst, .parquet, or folders written by save_to_disk, for example
+
+    data=text 'data.train=books/train/*.txt' 'data.validation=[books/held_out.jsonl,more.parquet]'
+
+`wikitext2`, `wikitext103`: 600 and about 28,500 articles to learn from, and the same 60 + 60 to measure on. `pg19`:
+28,602 books published before 1919, and 50 + 100 to measure on, some 11 GB; a copy as tables, which `datasets` reads."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -123,7 +124,7 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
     chosen: list[Override] = []
     values: list[Override] = []
     for override in typed:
-        choices = sorted(path.stem for path in (conf / override.key_or_group).glob("*.yaml"))
+        choices = choices_of(override.key_or_group, conf)
         choice = override._value
         chooses = bool(choices or override.package) and not isinstance(choice, dict)
         (chosen if chooses else values).append(override)
@@ -146,6 +147,13 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
         if problem is not None:
             return problem
     return OptionError(_in_one_line(error))
+
+
+def choices_of(group: str, conf: Path) -> list[str]:
+    """What can be chosen from a group of Hydra's; nothing if it is no such group."""
+    register_schemas()
+    with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
+        return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
 def _compose(name: str, conf: Path, overrides: Sequence[str]) -> DictConfig:
@@ -211,7 +219,7 @@ def _unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> list[tuple[
 
 def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
     group, _, last = option.rpartition(".")
-    tasks = [name for name, options in TASKS.items() if last in typing.get_type_hints(options)]
+    tasks = [name for name, options in TASKS.items() if last in vars(options)]
     if group == "task" and tasks:
         chosen = " or ".join(f"task={name}" for name in tasks)
         return OptionError(f"{typed}: the task of this run has no such option; leave it out, or choose {chosen}")
@@ -241,7 +249,7 @@ def _options(kind: type[Any], prefix: str = "") -> list[str]:
         found.append(prefix + name)
         inner: Any = _without_none(declared)
         if dataclasses.is_dataclass(inner):
-            variants: list[Any] = list(TASKS.values()) if inner is TaskConfig else [inner]
+            variants: list[Any] = [type(task) for task in TASKS.values()] if inner is TaskConfig else [inner]
             found += [option for variant in variants for option in _options(variant, f"{prefix}{name}.")]
     return found
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -18,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from infformer.config import EngineConfig, RunConfig
+from infformer.config import CHOICES, EngineConfig, RunConfig
 from infformer.training import loop
 from infformer.training.loop import TrainingStopped
 from infformer.training.metrics import read_metrics
@@ -42,11 +43,11 @@ def installed(names: Iterable[str]) -> list[str]:
 
 
 def engine(name: str) -> EngineConfig:
-    """As `conf/engine/` has it, but that even the smallest weight is cut up."""
-    options: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "engine" / f"{name}.yaml"))
+    """As `engine=` chooses it, but that even the smallest weight is cut up."""
+    chosen = replace(deepcopy(CHOICES["engine"][name]), patience=60)
     if name.startswith("zero3"):
-        options["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return EngineConfig(**options, patience=60)
+        chosen.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return chosen
 
 
 @dataclass

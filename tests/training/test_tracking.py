@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from infformer.config import TrackerConfig
 from infformer.training.tracking import NoTracker, TrackerError, _ForgivingTracker, flatten, open_tracker
@@ -227,11 +226,3 @@ def test_a_tracker_that_fails_does_not_stop_the_run(figure, caplog):
 def test_impossible_options_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         TrackerConfig(**values)
-
-
-@pytest.mark.parametrize("name", ["none", "wandb", "tensorboard"])
-def test_the_published_options_fit_their_type(name, request):
-    path = request.config.rootpath / "conf" / "tracker" / f"{name}.yaml"
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackerConfig), OmegaConf.load(path)))
-    assert isinstance(options, TrackerConfig)
-    assert options.name == name
