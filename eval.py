@@ -21,8 +21,7 @@ from infformer.plots.evaluation import plot_results
 from infformer.training.before import check_evaluation
 from infformer.training.building import ask, make_evaluator
 from infformer.training.command_line import start
-from infformer.training.evaluation_folder import check_that_it_may_be_written, evaluation_folder, write_record
-from infformer.training.folder import held
+from infformer.training.folder import check_that_it_may_be_written, evaluation_folder, held, write_record
 from infformer.training.runtime import Accelerator, EngineError, init_distributed, resolve_engine
 
 

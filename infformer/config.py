@@ -6,15 +6,16 @@ An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
 from infformer.data.options import DATA, DataConfig
-from infformer.errors import check_finite
+from infformer.errors import check_finite, free, measuring
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -71,7 +72,7 @@ class ModelConfig:
     """Transformer-XL: the last hidden states that a decoder's attention sees beside the segment. 0: none."""
     compressive: CompressiveMemoryConfig | None = None
     """Compressive Transformer: what leaves a decoder's short-term memory, compressed. Null: none."""
-    attention: str | None = None
+    attention: str | None = free(None)
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ class ModelConfig:
 class TrainingConfig:
     """The loop."""
 
-    max_steps: int = 1000
+    max_steps: int = free(1000)
     """Optimiser steps."""
     batch_size: int = 8
     """Lanes: streams of text read side by side, all processes and accumulated parts together."""
@@ -127,29 +128,29 @@ class TrainingConfig:
     """Tokens that each lane reads at a time; the memory's segment as well."""
     bptt_segments: int = 1
     """Segments of each lane in one step. With more than one, gradients flow through the memory between them."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = free(1)
     """Parts into which each process's lanes are cut, one after the other in memory; the step is the same."""
     gradient_clipping: float | None = 1.0
     """Largest norm of the gradient. Null: no limit."""
     precision: str = "float32"
     """`float32`, `bfloat16` or `float16` for autocast; weights and memory stay float32."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = free(False)
     """Compute activations again in backward instead of keeping them."""
-    compile: bool = False
+    compile: bool = free(False)
     """`torch.compile` the model."""
     freeze_backbone: bool = False
     """Train the memory alone."""
-    log_every: int = 10
+    log_every: int = free(10)
     """Steps between two lines of metrics."""
-    evaluate_every: int | None = 200
+    evaluate_every: int | None = free(200)
     """Steps between two evaluations on the validation documents. Null: only at the end."""
-    checkpoint_every: int | None = 200
+    checkpoint_every: int | None = free(200)
     """Steps between two checkpoints. Null: only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = free(2)
     """How many of the last checkpoints stay, beside the best."""
-    sample_every: int | None = None
+    sample_every: int | None = free(None)
     """Steps between two samples of text. Null: none."""
-    sample_tokens: int = 64
+    sample_tokens: int = free(64)
     """Length of a sample."""
 
     def __post_init__(self) -> None:
@@ -327,14 +328,14 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    name: str = "run"
+    evaluation: EvaluationConfig = measuring(EvaluationConfig)
+    engine: EngineConfig = free(EngineConfig)
+    tracker: TrackerConfig = free(TrackerConfig)
+    name: str = free("run")
     """The run's folder is `outputs/<name>`, unless `output_dir` says otherwise."""
-    output_dir: str = "outputs/${name}"
+    output_dir: str = free("outputs/${name}")
     seed: int = 0
-    resume: str | None = None
+    resume: str | None = free(None)
     """`auto`: go on from the newest whole checkpoint of `output_dir`, if there is one. A path: from that checkpoint.
     Null: start; an `output_dir` that already holds a run is an error."""
 
@@ -381,7 +382,7 @@ class EvaluationRunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     """What to ask of it: perplexity on the documents of `data`, or one of `TASKS`."""
     data: DataConfig = field(default_factory=DataConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = free(EngineConfig)
     split: str = "test"
     """`train`, `validation` or `test`."""
     segment_length: int | None = None
@@ -393,7 +394,7 @@ class EvaluationRunConfig:
     warmup_documents: int = 0
     """Give the memory a head start: before each document, read as many of those before it in the list."""
     precision: str = "float32"
-    batch_size: int = 8
+    batch_size: int = free(8)
     """Documents read side by side; the figures do not depend on it."""
     controls: bool = True
     """Measure again without the memory, with the memory of another document, and with a memory shuffled in time."""
@@ -401,10 +402,10 @@ class EvaluationRunConfig:
     """Tokens of a decoder's short-term memory, which may be longer than in training. Null: as in training."""
     tokenizer: str | None = None
     """A folder or a hub name. Null: the model's."""
-    output_dir: str | None = None
+    output_dir: str | None = free(None)
     """Where `results.json` and the plots go. Null: a folder in `outputs/evaluation`, called by the checkpoint and by
     what is asked of it."""
-    overwrite: bool = False
+    overwrite: bool = free(False)
     """Write over what `output_dir` holds, if it is a training run or another evaluation. False: that is an error; the
     same evaluation writes over its own results."""
 
@@ -435,6 +436,23 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "tracker": TRACKERS,
 }
 """The groups that are chosen from by one word, such as `optimizer=adam`, beside those of `conf/`."""
+
+
+def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every option and every group of a typed tree, as it is typed, the options of every task among them."""
+    for declared in fields(kind):
+        option = prefix + declared.name
+        yield option, declared
+        inner = without_none(get_type_hints(kind)[declared.name])
+        for variant in map(type, TASKS.values()) if inner is TaskConfig else [inner]:
+            if is_dataclass(variant):
+                yield from options_of(variant, f"{option}.")
+
+
+def without_none(declared: Any) -> Any:
+    """What an option holds that may be null."""
+    kinds = get_args(declared)
+    return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else declared
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infformer.data.errors import DataError
+from infformer.errors import free, measuring
 
 SOURCES = ("sample", "hub", "files")
 SPLITS = ("train", "validation", "test")
@@ -37,10 +38,10 @@ class DataConfig:
     """Documents to learn from. `hub`: a split, such as `train` or `train[:10%]`; `files`: a path, a glob (`**` goes
     into folders) or a list of them; null: none."""
 
-    validation: Any = "validation"
+    validation: Any = measuring("validation")
     """Documents held out, to be measured during training. Written like `train`."""
 
-    test: Any = "test"
+    test: Any = measuring("test")
     """Documents held out for the final figures. Written like `train`."""
 
     text_field: str = "text"
@@ -78,10 +79,10 @@ class DataConfig:
     memory; what is left is read in the same epoch, at another time. Null: read every document from its start to its
     end."""
 
-    cache_dir: str | None = None
+    cache_dir: str | None = free(None)
     """Where tokenised documents are kept. Null: `$INFFORMER_CACHE`, else `~/.cache/infformer`."""
 
-    workers: int = 1
+    workers: int = free(1)
     """Processes that tokenise. A fast tokenizer uses every core in one process; more help a slow tokenizer."""
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from infformer.errors import measuring
 from infformer.tasks.questions import Floats, Integers, Questions, random_of
 from infformer.tasks.task import TaskConfig
 
@@ -17,16 +18,16 @@ from infformer.tasks.task import TaskConfig
 class RetrievalConfig(TaskConfig):
     """What every retrieval task asks: something that stood at some depth of a long text."""
 
-    lengths: list[int] = field(default_factory=lambda: [1024, 4096])
+    lengths: list[int] = measuring(lambda: [1024, 4096])
     """Tokens of the texts to measure by, question and answer included; during training, by the first of them."""
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    depths: list[float] = measuring(lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Where to look for the answer, as a part of the text: 0 is its beginning, 1 its end, just before the question."""
     training_lengths: list[int] = field(default_factory=lambda: [1024])
     """Tokens of the texts to learn from, the answers at any depth: each step draws one, with a probability ∝ 1/length,
     so that all lengths together are read equally much."""
-    validation_questions: int = 8
+    validation_questions: int = measuring(8)
     """How many texts are read during training at each depth."""
-    test_questions: int = 20
+    test_questions: int = measuring(20)
     """How many texts are read at the end at each length and depth."""
 
     def __post_init__(self) -> None:

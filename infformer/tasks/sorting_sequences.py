@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from infformer.data.errors import DataError
+from infformer.errors import measuring
 from infformer.tasks.questions import Integers, Questions, random_of
 from infformer.tasks.task import TaskConfig
 
@@ -35,11 +36,11 @@ class SortingConfig(TaskConfig):
     training_sequences: int | None = None
     """How many sequences to learn from, epoch after epoch, each in an order of its own; published: 8000. Null: never
     the same one twice."""
-    validation_sequences: int = 64
+    validation_sequences: int = measuring(64)
     """How many are measured during training."""
-    test_sequences: int = 200
+    test_sequences: int = measuring(200)
     """How many are measured at the end, of each length."""
-    evaluation_lengths: list[int] = field(default_factory=list)
+    evaluation_lengths: list[int] = measuring(list)
     """Further lengths to measure at the end."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ import difflib
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +22,8 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from infformer.config import TASKS, register_schemas
+from infformer.config import TASKS, options_of, register_schemas, without_none
 from infformer.errors import UserError
-from infformer.tasks.task import TaskConfig
 
 Options = TypeVar("Options")
 
@@ -223,7 +221,7 @@ def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
     if group == "task" and tasks:
         chosen = " or ".join(f"task={name}" for name in tasks)
         return OptionError(f"{typed}: the task of this run has no such option; leave it out, or choose {chosen}")
-    options = _options(kind)
+    options = list(dict.fromkeys(option for option, _ in options_of(kind)))
     names = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in options}, n=3, cutoff=0.7)
     alike = [name for near in names for name in options if name.rpartition(".")[2] == near]
     alike.sort(key=lambda name: (name.rpartition(".")[2] != last, name.rpartition(".")[0] != group))
@@ -242,27 +240,9 @@ def _perhaps(name: str, known: Sequence[str], first: Sequence[str] = ()) -> str:
     return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
 
 
-def _options(kind: type[Any], prefix: str = "") -> list[str]:
-    """Every option and every group of a typed tree, the options of every task among them."""
-    found: list[str] = []
-    for name, declared in typing.get_type_hints(kind).items():
-        found.append(prefix + name)
-        inner: Any = _without_none(declared)
-        if dataclasses.is_dataclass(inner):
-            variants: list[Any] = [type(task) for task in TASKS.values()] if inner is TaskConfig else [inner]
-            found += [option for variant in variants for option in _options(variant, f"{prefix}{name}.")]
-    return found
-
-
-def _without_none(declared: Any) -> Any:
-    if isinstance(declared, types.UnionType) or typing.get_origin(declared) is typing.Union:
-        return next(part for part in typing.get_args(declared) if part is not type(None))
-    return declared
-
-
 def _in_words(declared: Any) -> str:
     """What a value of this type must be."""
-    inner = _without_none(declared)
+    inner = without_none(declared)
     words = {
         int: "must be a whole number",
         float: "must be a number",

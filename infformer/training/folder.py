@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and what it says of the run in it.
+"""The folder of a run or of an evaluation: who may write into it, and what it says of what was run.
 
 One process at a time writes into a folder: the main process of a run, or of an evaluation, holds a lock on the file
 `.lock` in it. The system gives the lock up when that process ends, however it ends.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -20,12 +21,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from infformer.config import EvaluationRunConfig, options_of
+from infformer.durable import write_text
 from infformer.errors import UserError
 from infformer.training.runtime import Accelerator, decided_by_main
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+RECORD = "evaluation.json"
+"""Which evaluation the results beside it are of."""
 _PROBE = 2**16
 """Bytes that must find room in a folder before any work is begun."""
 
@@ -99,14 +105,67 @@ def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
-    """The options, but for these and groups of these, that differ between two flat configurations, in words."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], kind: type[Any], *marks: str) -> list[str]:
+    """The options that differ between two flat configurations of a kind, in words; not those that are marked so."""
+    free = tuple(name for name, field in options_of(kind) if field.metadata.get("may_change") in marks)
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
         for option in sorted(then.keys() | now.keys())
         if then.get(option) != now.get(option)
         and not any(option == group or option.startswith(f"{group}.") for group in free)
     ]
+
+
+def evaluation_folder(config: EvaluationRunConfig) -> Path:
+    """`output_dir`, or where it is null a place of its own for this checkpoint and what it is asked."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    place = Path(_resolved(config.checkpoint))
+    names = [name for name in place.parts if name not in (place.anchor, "outputs", "checkpoints", "model")]
+    asked = config.data.subset or Path(config.data.repository or config.data.source).name
+    if not config.task.is_language_modelling:
+        asked = type(config.task).__name__.removesuffix("Config").lower()
+    elif config.split != "test":
+        asked = f"{asked}_{config.split}"
+    return Path("outputs", "evaluation", "_".join([*names[-2:], asked]))
+
+
+def check_that_it_may_be_written(config: EvaluationRunConfig, folder: Path) -> None:
+    """Results are written over by the same evaluation alone, unless told so.
+
+    Raises:
+        RunError: the folder holds a training run, or the results of another evaluation.
+    """
+    if config.overwrite:
+        return
+    remedy = "choose another output_dir=, or set overwrite=true to write over them"
+    if any((folder / name).exists() for name in OF_A_RUN):
+        raise RunError(f"output_dir={folder} holds a training run, and the results there are its own: {remedy}")
+    if not (folder / "results.json").exists():
+        return
+    try:
+        then = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        changed = differences(then, _options(config), EvaluationRunConfig, "free")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"output_dir={folder} holds results, and nothing says of what ({error}): {remedy}") from error
+    if changed:
+        raise RunError(f"output_dir={folder} holds the results of another evaluation ({'; '.join(changed)}): {remedy}")
+
+
+def write_record(config: EvaluationRunConfig, folder: Path) -> None:
+    """Say which evaluation the results are of."""
+    write_text(folder / RECORD, json.dumps(_options(config), indent=1))
+
+
+def _options(config: EvaluationRunConfig) -> dict[str, Any]:
+    """As they are typed, with the checkpoint that is meant: `best` may be another one tomorrow."""
+    return flatten(as_dictionary(config) | {"checkpoint": _resolved(config.checkpoint)})
+
+
+def _resolved(checkpoint: str) -> str:
+    """A folder by its whole path; a name on the hub as it is."""
+    place = Path(checkpoint).expanduser()
+    return str(place.resolve()) if place.exists() else checkpoint
 
 
 @contextmanager

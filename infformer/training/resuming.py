@@ -9,6 +9,7 @@ from typing import Any
 from infformer.config import RunConfig
 from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, validate_checkpoint
 from infformer.training.folder import (
+    OF_A_RUN,
     RunError,
     as_dictionary,
     differences,
@@ -20,18 +21,6 @@ from infformer.training.metrics import read_metrics
 from infformer.training.optimization import ENDING_SCHEDULES
 
 logger = logging.getLogger(__name__)
-
-FREE_TO_CHANGE = (
-    "name", "output_dir", "resume", "tracker", "engine", "evaluation", "data.cache_dir", "data.workers",
-    "data.validation", "data.test", "training.max_steps", "training.log_every", "training.evaluate_every",
-    "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.sample_tokens",
-    "training.compile", "training.gradient_checkpointing", "training.gradient_accumulation", "model.attention",
-    "task.validation_sequences", "task.test_sequences", "task.evaluation_lengths", "task.lengths", "task.depths",
-    "task.validation_questions", "task.test_questions",
-)  # fmt: skip
-"""Options (or groups of them) that a resumed run may have otherwise than before: they do not change what is learned,
-except that some schedules are made of `training.max_steps`, which is said then."""
-_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
 def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
@@ -79,7 +68,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
 
 def _refuse_what_is_there(folder: Path) -> None:
     found = what_lies_in(folder)
-    if any(name in found for name in _OF_A_RUN):
+    if any(name in found for name in OF_A_RUN):
         raise RunError(
             f"output_dir={folder} already holds a run: go on with it by resume=auto, choose another name= or "
             "output_dir=, or remove the folder"
@@ -134,7 +123,7 @@ def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
 
 
 def _check_that_it_is_the_same(config: RunConfig, then: dict[str, Any], run: str) -> None:
-    changed = differences(then, flatten(as_dictionary(config)), FREE_TO_CHANGE)
+    changed = differences(then, flatten(as_dictionary(config)), RunConfig, "free", "measuring")
     if changed:
         raise RunError(
             f"resume={config.resume}: {run} was configured otherwise: {'; '.join(changed)}. Set these back, or begin a "

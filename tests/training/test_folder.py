@@ -18,12 +18,14 @@ from infformer.config import EvaluationRunConfig, RunConfig
 from infformer.data.options import DataConfig
 from infformer.tasks.passkey import PasskeyConfig
 from infformer.training import run
-from infformer.training.evaluation_folder import (
+from infformer.training.folder import (
+    LOCK,
+    RunError,
     check_that_it_may_be_written,
     evaluation_folder,
+    held,
     write_record,
 )
-from infformer.training.folder import LOCK, RunError, held
 from infformer.training.resuming import find_checkpoint
 
 ALONE: Any = SimpleNamespace(is_main_process=True, num_processes=1)
