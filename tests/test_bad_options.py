@@ -24,234 +24,235 @@ from infformer.training.runtime import _read_deepspeed_file
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 pytestmark = pytest.mark.usefixtures("composed_quickly")
-SMALL = (
-    "model=decoder",
-    "data=sample",
-    "model.architecture.hidden_size=24",
-    "model.architecture.num_hidden_layers=1",
-    "training.segment_length=16",
-    "training.batch_size=4",
-)
-SCRATCH = ("model=tiny_scratch", "training.segment_length=16", "training.batch_size=4")
+BASES = {
+    "SMALL": "model=decoder data=sample model.architecture.hidden_size=24 model.architecture.num_hidden_layers=1 "
+    "training.segment_length=16 training.batch_size=4",
+    "SCRATCH": "model=tiny_scratch training.segment_length=16 training.batch_size=4",
+}
+GIB = 2**30
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": lambda typed: before.check_run(compose("train", RunConfig, CONF, typed), 1, True),
+    "eval": lambda typed: before.check_evaluation(compose("eval", EvaluationRunConfig, CONF, typed)),
+}
 
-
-COMPOSING = [
+# The command, what is typed, what is named if that is not the last option, and what is said to do about it.
+REFUSED = [
     # What there is not
-    ("training.max_stepz=3", "training.max_stepz=3", "did you mean training.max_steps?"),
-    ("+training.max_stepz=3", "training.max_stepz=3", "did you mean training.max_steps?"),
-    ("++training.max_stepz=3", "training.max_stepz=3", "did you mean training.max_steps?"),
-    ("+misspelt.option=1", "misspelt.option=1", "there are training, model, task"),
-    ("++seeds=1", "seeds=1", "did you mean seed?"),
-    ("learning_rate=1", "learning_rate=1", "did you mean optimizer.learning_rate"),
-    ("optimizer.lr=1", "optimizer.lr=1", "optimizer has name, learning_rate"),
-    ("modle=tiny", "modle=tiny", "did you mean model"),
-    ("~nothing", "~nothing", "there is no option nothing"),
-    ("model=tinny", "model=tinny", "did you mean tiny?"),
-    ("model/memory=stiky", "model/memory=stiky", "did you mean sticky?"),
-    ("experiment=nothing", "experiment=nothing", "choose one of associative_recall_small"),
-    ("+model=gpt2", "+model=gpt2", "type it without +"),
-    ("task=passkey task.nothing=1", "task.nothing=1", "digits"),
-    ("task.length=20", "task.length=20", "choose task=sorting"),
-    (
-        "model=decoder model.architecture.hidden_sizes=3",
-        "model.architecture.hidden_sizes=3",
-        "did you mean hidden_size",
-    ),
-    ("+model.memory.rigde=1", "model.memory.rigde=1", "did you mean model.memory.ridge"),
-    ("hydra.nothing=1", "hydra.nothing", "not in"),
-    ("max_steps", "max_steps", "type name=value"),
-    ("name=a=b", "name=a=b", "quote"),
+    ("train", "training.max_stepz=3", "", "did you mean training.max_steps?"),
+    ("train", "+training.max_stepz=3", "", "did you mean training.max_steps?"),
+    ("train", "++training.max_stepz=3", "", "did you mean training.max_steps?"),
+    ("train", "+misspelt.option=1", "", "there are training, model, task"),
+    ("train", "++seeds=1", "", "did you mean seed?"),
+    ("train", "learning_rate=1", "", "did you mean optimizer.learning_rate"),
+    ("train", "optimizer.lr=1", "", "optimizer has name, learning_rate"),
+    ("train", "modle=tiny", "", "did you mean model"),
+    ("train", "~nothing", "~nothing", "there is no option nothing"),
+    ("train", "model=tinny", "", "did you mean tiny?"),
+    ("train", "model/memory=stiky", "", "did you mean sticky?"),
+    ("train", "experiment=nothing", "", "choose one of associative_recall_small"),
+    ("train", "+model=gpt2", "", "type it without +"),
+    ("train", "task=passkey task.nothing=1", "", "digits"),
+    ("train", "task.length=20", "", "choose task=sorting"),
+    ("train", "model=decoder model.architecture.hidden_sizes=3", "", "did you mean hidden_size"),
+    ("train", "+model.memory.rigde=1", "", "did you mean model.memory.ridge"),
+    ("train", "hydra.nothing=1", "Could not override 'hydra.nothing'", "not in"),
+    ("train", "max_steps", "", "type name=value"),
+    ("train", "name=a=b", "", "quote"),
     # Groups that are null or something else
-    ("model=gpt2 model.memory.ridge=0.1", "model.memory.ridge=0.1", "such as model/memory=sticky"),
-    ("model/memory=none model.memory.ridge=0.1", "model.memory.ridge=0.1", "such as model/memory=sticky"),
-    ("model/memory=none ++model.memory.ridge=0.1", "model.memory.ridge=0.1", "such as model/memory=sticky"),
-    ("model.compressive.rate=2", "model.compressive.rate=2", "such as model/memory=compressive"),
-    ("model.memory=sticky", "model.memory=sticky", "options are set one by one"),
-    ("model=null", "model=null", "choose one of decoder, gpt2"),
-    ("optimizer=null", "optimizer=null", "choose one of adam, adamw"),
-    ("optimizer=3", "optimizer=3", "choose one of adam, adamw"),
-    ("schedule=null", "schedule=null", "choose one of constant"),
-    ("task=null", "task=null", "choose one of"),
-    ("data=null", "data=null", "choose one of"),
-    ("engine=null", "engine=null", "choose one of auto, ddp"),
-    ("tracker=null", "tracker=null", "choose one of none, tensorboard, wandb"),
-    ("training=null", "training=null", "choose one of"),
-    ("training=[1]", "training=[1]", "choose one of"),
-    ("evaluation=null", "evaluation=null", "options are set one by one: batch_size"),
-    ("evaluation=full", "evaluation=full", "options are set one by one: batch_size"),
-    ("model.architecture=3", "model.architecture=3", "fields with values"),
+    ("train", "model=gpt2 model.memory.ridge=0.1", "", "such as model/memory=sticky"),
+    ("train", "model/memory=none model.memory.ridge=0.1", "", "such as model/memory=sticky"),
+    ("train", "model/memory=none ++model.memory.ridge=0.1", "", "such as model/memory=sticky"),
+    ("train", "model.compressive.rate=2", "", "such as model/memory=compressive"),
+    ("train", "model.memory=sticky", "", "options are set one by one"),
+    ("train", "model=null", "", "choose one of decoder, gpt2"),
+    ("train", "optimizer=null", "", "choose one of adam, adamw"),
+    ("train", "optimizer=3", "", "choose one of adam, adamw"),
+    ("train", "schedule=null", "", "choose one of constant"),
+    ("train", "task=null", "", "choose one of"),
+    ("train", "data=null", "", "choose one of"),
+    ("train", "engine=null", "", "choose one of auto, ddp"),
+    ("train", "tracker=null", "", "choose one of none, tensorboard, wandb"),
+    ("train", "training=null", "", "choose one of"),
+    ("train", "training=[1]", "", "choose one of"),
+    ("train", "evaluation=null", "", "options are set one by one: batch_size"),
+    ("train", "evaluation=full", "", "options are set one by one: batch_size"),
+    ("train", "model.architecture=3", "", "fields with values"),
     # Values of another kind
-    ("training.max_steps=many", "training.max_steps=many", "must be a whole number"),
-    ("training.max_steps=2.5", "training.max_steps=2.5", "must be a whole number"),
-    ("training.max_steps=null", "training.max_steps=null", "must be a whole number"),
-    ("training.evaluate_every=often", "training.evaluate_every=often", "must be a whole number, or null"),
-    ("training.compile=maybe", "training.compile=maybe", "true or false"),
-    ("optimizer.learning_rate=fast", "optimizer.learning_rate=fast", "must be a number"),
-    ("optimizer.betas=[a,b]", "optimizer.betas=[a,b]", "a list of numbers"),
-    ("optimizer.betas=null", "optimizer.betas=null", "a list of numbers"),
-    ("name=[1]", "name=[1]", "must be a text"),
-    ("seed=1,2", "seed=1,2", "--multirun"),
-    ("model.memory.ridge=${training.nothing}", "model.memory.ridge", "mend this value"),
+    ("train", "training.max_steps=many", "", "must be a whole number"),
+    ("train", "training.max_steps=2.5", "", "must be a whole number"),
+    ("train", "training.max_steps=null", "", "must be a whole number"),
+    ("train", "training.evaluate_every=often", "", "must be a whole number, or null"),
+    ("train", "training.compile=maybe", "", "true or false"),
+    ("train", "optimizer.learning_rate=fast", "", "must be a number"),
+    ("train", "optimizer.betas=[a,b]", "", "a list of numbers"),
+    ("train", "optimizer.betas=null", "", "a list of numbers"),
+    ("train", "name=[1]", "", "must be a text"),
+    ("train", "seed=1,2", "Ambiguous value for argument 'seed=1,2'", "--multirun"),
+    ("train", "model.memory.ridge=${training.nothing}", "model.memory.ridge", "mend this value"),
     # Values that cannot be
-    ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan", "finite"),
-    ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1", "at least 0"),
-    ("optimizer.epsilon=-1e-8", "optimizer.epsilon=-1e-08", "positive"),
-    ("optimizer.epsilon=0", "optimizer.epsilon=0", "positive"),
-    ("optimizer.betas=[0.9,nan]", "optimizer.betas=[0.9, nan]", "finite"),
-    ("training.gradient_clipping=inf", "training.gradient_clipping=inf", "finite"),
-    ("model.memory.ridge=1e300", "model.memory.ridge=1e+300", "from 1e-12 to 1e+12"),
-    ("model.memory.ridge=0", "model.memory.ridge=0", "positive"),
-    ("model.memory.divergence_weight=-1", "model.memory.divergence_weight=-1", "must not be negative"),
-    ("model.memory.prior_standard_deviation=1e-300", "model.memory.prior_standard_deviation=1e-300", "from 1e-06"),
-    ("model.memory.widths=[0.1,1e300]", "model.memory.widths=[0.1, 1e+300]", "positive, from"),
-    ("model.memory.basis_functions=2", "model.memory.basis_functions=2", "at least 4"),
-    ("model.memory_layers=[]", "model.memory_layers=[]", "model/memory=none"),
-    ("training.segment_length=1", "training.segment_length=1", "at least 2"),
-    ("training.segment_length=2", "training.segment_length=2", "at least 4"),
-    ("training.segment_length=65", "training.segment_length=65", "take a multiple"),
-    ("training.bptt_segments=0", "training.bptt_segments=0", "at least 1"),
-    ("output_dir=", "output_dir=", "name a folder"),
-    ("name=", "name=", "give the run a name"),
-    ("name=..", "name=..", "give the run a name"),
-    ("resume=", "resume=", "auto"),
-    ("tracker.project=", "tracker.project=", "give the project a name"),
-    ("tracker.mode=online_", "tracker.mode=online_", "online, offline"),
-    ("engine.patience=nan", "engine.patience=nan", "finite"),
-    ("task=passkey task.depths=[nan]", "task.depths=[nan]", "from 0"),
-    ("model.pretrained=", "model.pretrained=", "a folder"),
+    ("train", "optimizer.learning_rate=nan", "", "finite"),
+    ("train", "optimizer.weight_decay=-1", "", "at least 0"),
+    ("train", "optimizer.epsilon=-1e-8", "optimizer.epsilon=-1e-08", "positive"),
+    ("train", "optimizer.epsilon=0", "", "positive"),
+    ("train", "optimizer.betas=[0.9,nan]", "optimizer.betas=[0.9, nan]", "finite"),
+    ("train", "training.gradient_clipping=inf", "", "finite"),
+    ("train", "model.memory.ridge=1e300", "model.memory.ridge=1e+300", "from 1e-12 to 1e+12"),
+    ("train", "model.memory.ridge=0", "", "positive"),
+    ("train", "model.memory.divergence_weight=-1", "", "must not be negative"),
+    ("train", "model.memory.prior_standard_deviation=1e-300", "", "from 1e-06"),
+    ("train", "model.memory.widths=[0.1,1e300]", "model.memory.widths=[0.1, 1e+300]", "positive, from"),
+    ("train", "model.memory.basis_functions=2", "", "at least 4"),
+    ("train", "model.memory_layers=[]", "", "model/memory=none"),
+    ("train", "training.segment_length=1", "", "at least 2"),
+    ("train", "training.segment_length=2", "", "at least 4"),
+    ("train", "training.segment_length=65", "", "take a multiple"),
+    ("train", "training.bptt_segments=0", "", "at least 1"),
+    ("train", "output_dir=", "", "name a folder"),
+    ("train", "name=", "", "give the run a name"),
+    ("train", "name=..", "", "give the run a name"),
+    ("train", "resume=", "", "auto"),
+    ("train", "tracker.project=", "", "give the project a name"),
+    ("train", "tracker.mode=online_", "", "online, offline"),
+    ("train", "engine.patience=nan", "", "finite"),
+    ("train", "task=passkey task.depths=[nan]", "", "from 0"),
+    ("train", "model.pretrained=", "", "a folder"),
+    ("train", "training.max_steps=0", "", "at least 1"),
+    ("train", "training.precision=float8", "", "float32, bfloat16, float16"),
+    ("train", "optimizer.name=sgd", "", "adamw, adam"),
+    ("train", "schedule.final_ratio=2", "", "between 0 and 1"),
+    ("train", "engine.name=zero4", "", "choose one of auto, ddp, fsdp2, zero1"),
+    ("train", "engine.patience=0", "", "a positive number of seconds"),
+    ("train", "engine.patience=-1", "", "a positive number of seconds"),
+    ("train", "engine=auto engine.config=mine.json", "engine.config=mine.json with engine=auto", "engine=zero1, zero2"),
+    ("train", "engine=ddp engine.config=mine.json", "engine.config=mine.json with engine=ddp", "engine=zero1, zero2"),
+    (
+        "train",
+        "engine=fsdp2 engine.config=mine.json",
+        "engine.config=mine.json with engine=fsdp2",
+        "engine=zero1, zero2",
+    ),
+    ("train", "data.source=internet", "", "sample, hub, files"),
+    ("train", "seed=-1", "", "from 0 to"),
+    ("train", "task=sorting task.symbols=1", "", "at least 2"),
+    ("train", "task=sorting task.length=0", "", "at least 1"),
+    ("train", "task=sorting task.training_lengths=[64,0]", "task.training_lengths=[64, 0]", "each must be at least 1"),
+    # Models and memories that do not fit together
+    ("train", "model.memory.read=all", "", "affine, moments, slots"),
+    ("train", "model.memory.basis_functions=9", "", "the 2 widths"),
+    ("train", "model.pretrained=null", "give one of model.pretrained=", "model.architecture="),
+    ("train", "model.memory.segment_length=16", "", "set the latter"),
+    ("train", "model=gpt2 model/memory=short_term", "model.short_term_length=512", "only model=decoder"),
+    (
+        "train",
+        "model=gpt2_ltm model/memory=compressive",
+        "model.short_term_length=512, model.compressive=…",
+        "only model=decoder",
+    ),
+    ("train", "model=sorting", "model.tokenizer=null", "needs a tokenizer"),
+    ("train", "model=sorting_small", "model.tokenizer=null", "needs a tokenizer"),
+    ("train", "model=decoder model/memory=compressive model.compressive.rate=3", "", "128"),
+    ("train", "model=decoder model/memory=long_term model.short_term_length=40", "", "multiple of"),
+    ("train", "model=decoder model.memory_layers=[0]", "", "set it to null"),
+    ("train", "model=decoder training.freeze_backbone=true", "", "false"),
+    # Evaluations
+    ("eval", "", "checkpoint=", "must be given"),
+    ("eval", "checkpoint=", "", "name a checkpoint"),
+    ("eval", "checkpoint=x output_dir=", "", "name a folder"),
+    ("eval", "checkpoint=x control=false", "", "did you mean controls?"),
+    ("eval", "checkpoint=x +controll=false", "", "did you mean controls?"),
+    ("eval", "checkpoint=x training.precision=float32", "", "did you mean precision?"),
+    ("eval", "checkpoint=x segment_length=1", "", "at least 2"),
+    ("eval", "checkpoint=x precision=float8", "", "choose one of float32"),
+    ("eval", "checkpoint=x task.length=9", "", "choose task=sorting"),
+    ("eval", "checkpoint=x task=null", "", "choose one of"),
+    ("eval", "checkpoint=x split=dev", "", "train, validation, test"),
+    ("eval", "checkpoint=x batch_size=0", "", "at least 1"),
+    ("eval", "checkpoint=x short_term_length=0", "", "at least 1"),
+    ("eval", "checkpoint=x task=passkey task.depths=[0,2]", "task.depths=[0.0, 2.0]", "from 0, the beginning"),
+    ("eval", "checkpoint=x task=passkey task.nothing=1", "", "there is no option task.nothing"),
+    ("eval", "checkpoint=x task=passkey stride=8", "", "disjoint segments"),
+    # What an evaluation cannot read
+    ("eval", "checkpoint=DECODER short_term_length=1600000000", "", "GiB"),
+    ("eval", "checkpoint=DECODER segment_length=100000000", "", "GiB"),
+    ("eval", "checkpoint=DECODER task=sorting task.length=100000000000", "", "GiB"),
+    ("eval", "checkpoint=DECODER data=text data.test=nowhere.txt", "", "no such file"),
+    ("eval", "checkpoint=DECODER checkpoint=./nowhere", "", "no such folder"),
+    ("eval", "checkpoint=DECODER data=text", "data.test=null", "needs test documents"),
+    # Sizes that no machine has
+    ("train", "SMALL model/memory=sticky model.memory.basis_functions=1000000", "", "GiB"),
+    ("train", "SMALL model/memory=sticky model.memory.past_samples=10000000000", "", "GiB"),
+    ("train", "SMALL model/memory=sticky model.memory.sticky_bins=1000000000", "", "GiB"),
+    ("train", "SMALL training.bptt_segments=100000000", "", "GiB"),
+    ("train", "SMALL training.batch_size=1000000000", "", "GiB"),
+    ("train", "SMALL training.segment_length=1000000", "", "GiB"),
+    ("train", "SMALL model.short_term_length=1000000000", "", "GiB"),
+    ("train", "SMALL model/memory=compressive model.compressive.length=1000000000", "", "GiB"),
+    ("train", "SMALL model.architecture.hidden_size=4000000", "", "GiB"),
+    ("train", "SMALL experiment=sorting_small task.length=100000000000", "", "GiB"),
+    ("train", "SMALL experiment=sorting_small task.symbols=100000000000", "", "GiB"),
+    # Architectures that there are not
+    ("train", "SMALL model.architecture.num_hidden_layers=0", "", "at least 1"),
+    ("train", "SMALL model.architecture.num_hidden_layers=-1", "", "at least"),
+    ("train", "SMALL model.architecture.num_attention_heads=0", "", "at least 1"),
+    ("train", "SMALL +model.architecture.dropout=2", "", "less than 1"),
+    ("train", "SMALL +model.architecture.dropout=nan", "", "finite"),
+    ("train", "SMALL model.architecture.hidden_size=wide", "", "a whole number"),
+    ("train", "SMALL +model.architecture.hidden_sizes=3", "", "it has activation"),
+    ("train", "SMALL model.architecture.feed_forward_size=0", "", "at least 1"),
+    ("train", "SMALL model.architecture.positions=none", "", "relative, rotary"),
+    # Documents
+    ("train", "SMALL data=text data.train=nowhere.txt", "", "no such file"),
+    ("train", "SMALL data.test=other", "", "choose one"),
+    ("train", "SMALL data=text data.train=null", "", "set data.train="),
+    # What transformers cannot build
+    ("train", "SCRATCH model.architecture.model_type=gpt22", "", "did you mean gpt2"),
+    ("train", "SCRATCH model.architecture.n_head=5", "", "divisible"),
+    ("train", "SCRATCH model.architecture.n_head=0", "", "at least 1"),
+    ("train", "SCRATCH model.architecture.n_layer=0", "", "at least 1"),
+    ("train", "SCRATCH model.architecture.n_layer=-1", "", "at least"),
+    ("train", "SCRATCH model.architecture.attn_pdrop=2", "", "between 0 and 1"),
+    ("train", "SCRATCH model.architecture.n_embd=wide", "", "expected int"),
+    ("train", "SCRATCH +model.architecture.n_headz=2", "", "did you mean n_head"),
+    ("train", "SCRATCH +model.architecture.activation_function=no", "", "another value"),
+    ("train", "SCRATCH model.attention=fastest", "", "choose another value"),
+    ("train", "model.attention=fastest", "", "choose another"),
+    ("train", "model.pretrained=./nowhere", "", "no such folder"),
 ]
 
 
-@pytest.mark.parametrize(("options", "named", "remedy"), COMPOSING)
-def test_a_bad_option_of_training_is_named_with_its_remedy(options, named, remedy):
+@pytest.mark.parametrize(("command", "options", "named", "remedy"), REFUSED)
+def test_what_is_refused_is_named_with_its_remedy_before_any_work(
+    monkeypatch, decoder, command, options, named, remedy
+):
+    monkeypatch.setattr(before, "memory_of_this_machine", lambda: 16 * GIB)
+    for base, stands_for in {**BASES, "DECODER": str(decoder)}.items():
+        options = options.replace(base, stands_for)
+    typed = options.split(" ") if options else []
     with pytest.raises(UserError) as caught:
-        compose("train", RunConfig, CONF, options.split(" "))
+        COMMANDS[command](typed)
     message = str(caught.value)
-    assert named in message
+    assert message.lstrip("+").startswith(named or typed[-1].lstrip("+"))
     assert remedy in message
     assert "To append" not in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("options", "named", "remedy"),
-    [
-        ("", "checkpoint=", "must be given"),
-        ("checkpoint=", "checkpoint=", "name a checkpoint"),
-        ("checkpoint=x output_dir=", "output_dir=", "name a folder"),
-        ("checkpoint=x control=false", "control=false", "did you mean controls?"),
-        ("checkpoint=x +controll=false", "controll=false", "did you mean controls?"),
-        ("checkpoint=x training.precision=float32", "training.precision=float32", "did you mean precision?"),
-        ("checkpoint=x segment_length=1", "segment_length=1", "at least 2"),
-        ("checkpoint=x precision=float8", "precision=float8", "choose one of float32"),
-        ("checkpoint=x task.length=9", "task.length=9", "choose task=sorting"),
-        ("checkpoint=x task=null", "task=null", "choose one of"),
-    ],
-)
-def test_a_bad_option_of_an_evaluation_is_named_with_its_remedy(options, named, remedy):
-    with pytest.raises(UserError) as caught:
-        compose("eval", EvaluationRunConfig, CONF, options.split())
-    assert str(caught.value).removeprefix("+").startswith(named)
-    assert remedy in str(caught.value)
-
-
-GIB = 2**30
-
-
-@pytest.mark.parametrize(
-    ("options", "named", "remedy"),
-    [
-        # Sizes that no machine has
-        ("model/memory=sticky model.memory.basis_functions=1000000", "model.memory.basis_functions=1000000", "GiB"),
-        ("model/memory=sticky model.memory.past_samples=10000000000", "model.memory.past_samples=10000000000", "GiB"),
-        ("model/memory=sticky model.memory.sticky_bins=1000000000", "model.memory.sticky_bins=1000000000", "GiB"),
-        ("training.bptt_segments=100000000", "training.bptt_segments=100000000", "GiB"),
-        ("training.batch_size=1000000000", "training.batch_size=1000000000", "GiB"),
-        ("training.segment_length=1000000", "training.segment_length=1000000", "GiB"),
-        ("model.short_term_length=1000000000", "model.short_term_length=1000000000", "GiB"),
-        ("model/memory=compressive model.compressive.length=1000000000", "model.compressive.length=1000000000", "GiB"),
-        ("model.architecture.hidden_size=4000000", "model.architecture.hidden_size=4000000", "GiB"),
-        ("experiment=sorting_small task.length=100000000000", "task.length=100000000000", "GiB"),
-        ("experiment=sorting_small task.symbols=100000000000", "task.symbols=100000000000", "GiB"),
-        # Architectures that there are not
-        ("model.architecture.num_hidden_layers=0", "model.architecture.num_hidden_layers=0", "at least 1"),
-        ("model.architecture.num_hidden_layers=-1", "model.architecture.num_hidden_layers=-1", "at least"),
-        ("model.architecture.num_attention_heads=0", "model.architecture.num_attention_heads=0", "at least 1"),
-        ("+model.architecture.dropout=2", "model.architecture.dropout=2", "less than 1"),
-        ("+model.architecture.dropout=nan", "model.architecture.dropout=nan", "finite"),
-        ("model.architecture.hidden_size=wide", "model.architecture.hidden_size=wide", "a whole number"),
-        ("+model.architecture.hidden_sizes=3", "model.architecture.hidden_sizes=3", "it has activation"),
-        ("model.architecture.feed_forward_size=0", "model.architecture.feed_forward_size=0", "at least 1"),
-        # Documents, a place, a tracker
-        ("data=text data.train=nowhere.txt", "data.train=nowhere.txt", "no such file"),
-        ("data.test=other", "data.test=other", "choose one"),
-        ("data=text data.train=null", "data.train=null", "set data.train="),
-    ],
-)
-def test_what_would_stop_a_run_is_found_before_it(monkeypatch, options, named, remedy):
-    monkeypatch.setattr(before, "memory_of_this_machine", lambda: 16 * GIB)
-    config = compose("train", RunConfig, CONF, [*SMALL, *options.split()])
-    with pytest.raises(UserError) as caught:
-        before.check_run(config, 1, True)
-    assert str(caught.value).startswith(named)
-    assert remedy in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "named", "remedy"),
-    [
-        ("model.architecture.model_type=gpt22", "model.architecture.model_type=gpt22", "did you mean gpt2"),
-        ("model.architecture.n_head=5", "model.architecture.n_head=5", "divisible"),
-        ("model.architecture.n_head=0", "model.architecture.n_head=0", "at least 1"),
-        ("model.architecture.n_layer=0", "model.architecture.n_layer=0", "at least 1"),
-        ("model.architecture.n_layer=-1", "model.architecture.n_layer=-1", "at least"),
-        ("model.architecture.attn_pdrop=2", "model.architecture.attn_pdrop=2", "between 0 and 1"),
-        ("model.architecture.n_embd=wide", "model.architecture.n_embd=wide", "expected int"),
-        ("+model.architecture.n_headz=2", "model.architecture.n_headz=2", "did you mean n_head"),
-        ("+model.architecture.activation_function=no", "model.architecture.activation_function=no", "another value"),
-        ("model.attention=fastest", "model.attention=fastest", "choose another value"),
-    ],
-)
-def test_what_transformers_cannot_build_is_found_before_a_run(options, named, remedy):
-    config = compose("train", RunConfig, CONF, [*SCRATCH, *options.split()])
-    with pytest.raises(UserError) as caught:
-        before.check_run(config, 1, True)
-    assert str(caught.value).startswith(named)
-    assert remedy in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "named", "remedy"),
-    [
-        ("model.attention=fastest", "model.attention=fastest", "choose another"),
-        ("model.pretrained=./nowhere", "model.pretrained=./nowhere", "no such folder"),
-    ],
-)
-def test_a_pretrained_model_that_there_is_not_is_found_before_a_run(options, named, remedy):
-    config = compose("train", RunConfig, CONF, options.split())
-    with pytest.raises(UserError) as caught:
-        before.check_run(config, 1, True)
-    assert str(caught.value).startswith(named)
-    assert remedy in str(caught.value)
-
-
-@pytest.mark.parametrize(
     "options",
     [
-        (),
-        SMALL,
-        (*SMALL, "model/memory=compressive"),
-        SCRATCH,
-        ("experiment=sorting_16k",),
-        ("experiment=associative_recall_small",),
-        ("experiment=wt103_infformer_sticky", "data=sample", "data.articles=false"),
-        ("model=decoder", "training.bptt_segments=16", "training.batch_size=64"),
+        "",
+        BASES["SMALL"],
+        BASES["SMALL"] + " model/memory=compressive",
+        BASES["SCRATCH"],
+        "experiment=sorting_16k",
+        "experiment=associative_recall_small",
+        "experiment=wt103_infformer_sticky data=sample data.articles=false",
+        "model=decoder training.bptt_segments=16 training.batch_size=64",
     ],
-    ids=" ".join,
 )
 def test_what_can_be_run_is_not_refused(monkeypatch, tmp_path, options):
     monkeypatch.setattr(before, "memory_of_this_machine", lambda: 16 * GIB)
-    before.check_run(compose("train", RunConfig, CONF, [*options, f"output_dir={tmp_path}/run"]), 1, True)
+    before.check_run(compose("train", RunConfig, CONF, [*options.split(), f"output_dir={tmp_path}/run"]), 1, True)
     assert not (tmp_path / "run").exists()
 
 
@@ -330,26 +331,6 @@ def decoder(tokenizer, tmp_path_factory) -> Path:
     memory = MemoryConfig(16, 16, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16))
     new_decoder({"vocab_size": len(tokenizer), **sizes}, memory).save_pretrained(folder)
     return folder
-
-
-class TestEvaluation:
-    @pytest.mark.parametrize(
-        ("options", "named", "remedy"),
-        [
-            ("short_term_length=1600000000", "short_term_length=1600000000", "GiB"),
-            ("segment_length=100000000", "segment_length=100000000", "GiB"),
-            ("task=sorting task.length=100000000000", "task.length=100000000000", "GiB"),
-            ("data=text data.test=nowhere.txt", "data.test=nowhere.txt", "no such file"),
-            ("checkpoint=./nowhere", "checkpoint=./nowhere", "no such folder"),
-        ],
-    )
-    def test_what_would_stop_it_is_found_before_it(self, monkeypatch, decoder, options, named, remedy):
-        monkeypatch.setattr(before, "memory_of_this_machine", lambda: 16 * GIB)
-        config = compose("eval", EvaluationRunConfig, CONF, [f"checkpoint={decoder}", *options.split()])
-        with pytest.raises(UserError) as caught:
-            before.check_evaluation(config)
-        assert str(caught.value).startswith(named)
-        assert remedy in str(caught.value)
 
 
 class TestScripts:

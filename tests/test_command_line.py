@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,9 +65,7 @@ def train_refused(start, configure, options_of, tmp_path) -> Refused:
 
     def message(*options: str) -> str:
         typed = options_of(configure(tmp_path / "run"))
-        began = time.monotonic()
         code, text = start(train_command, *typed, *options)
-        assert time.monotonic() - began < 15
         assert code == 1
         assert "Traceback" not in text
         assert not (tmp_path / "run").exists()
@@ -102,28 +99,12 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
     ("option", "says"),
     [
         ("training.max_stepz=3", ["training.max_stepz=3", "did you mean training.max_steps?"]),
-        ("training.max_steps=many", ["training.max_steps=many", "must be a whole number"]),
-        ("training.max_steps=0", ["training.max_steps=0", "at least 1"]),
-        ("training.precision=float8", ["training.precision=float8", "float32, bfloat16, float16"]),
         ("training.precision=float16", ["training.precision=float16", "use bfloat16 or float32"]),
-        ("optimizer.name=sgd", ["optimizer.name=sgd", "adamw, adam"]),
-        ("schedule.final_ratio=2", ["schedule.final_ratio=2", "between 0 and 1"]),
-        ("model=nothing", ["model=nothing", "tiny", "gpt2_ltm"]),
-        ("data.source=internet", ["data.source=internet", "sample, hub, files"]),
-        ("model.memory.read=all", ["model.memory.read=all", "affine, moments, slots"]),
-        ("model.memory.basis_functions=9", ["model.memory.basis_functions=9", "the 2 widths", "take a multiple"]),
         ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 1"]),
-        ("model.pretrained=null", ["model.pretrained=", "model.architecture=", "give one"]),
-        ("model.pretrained=./nowhere", ["model.pretrained=./nowhere", "no such folder"]),
         ("training.segment_length=17", ["segment_length=16", "training.segment_length=17", "set the latter"]),
         ("training.batch_size=64", ["training.batch_size=64", "smaller batch"]),
         ("training.batch_size=3", ["training.batch_size=3", "training.gradient_accumulation=2", "multiple of 2"]),
         ("resume=nowhere", ["resume=nowhere", "cannot be gone on from", "nowhere"]),
-        ("data.train=nowhere.txt", ["data.train=nowhere.txt", "no such file"]),
-        ("data.train=null", ["data.train=null", "needs train documents"]),
-        ("seed=-1", ["seed=-1", "from 0 to"]),
-        ("task=nothing", ["task=nothing", "associative_recall", "passkey"]),
-        ("task.length=20", ["task.length=20", "choose task=sorting"]),
     ],
 )
 def test_training_refuses(train_refused, option, says):
@@ -163,13 +144,9 @@ def test_a_tokenizer_of_another_model(train_refused, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("split=dev", ["split=dev", "train, validation, test"]),
-        ("batch_size=0", ["batch_size=0", "at least 1"]),
-        ("segment_length=17", ["segment_length=17", "16"]),
-        ("checkpoint=./nowhere", ["checkpoint=./nowhere", "no such folder"]),
-        ("tokenizer=./nowhere", ["tokenizer=./nowhere", "no such folder"]),
-        ("data.test=null", ["data.test=null", "needs test documents"]),
         ("control=false", ["control=false", "did you mean controls?"]),
+        ("segment_length=17", ["segment_length=17", "16"]),
+        ("tokenizer=./nowhere", ["tokenizer=./nowhere", "no such folder"]),
     ],
 )
 def test_evaluation_refuses(eval_refused, option, says):
@@ -177,47 +154,12 @@ def test_evaluation_refuses(eval_refused, option, says):
     assert all(part in message for part in says), message
 
 
-def test_an_evaluation_of_nothing(start):
-    code, text = start(eval_command)
-    assert code == 1
-    assert "checkpoint" in text
-    assert "Traceback" not in text
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["model=gpt2", "model/memory=short_term"], ["model.short_term_length=512", "only model=decoder", "sticky"]),
-        (["model=gpt2_ltm", "model/memory=compressive"], ["model.compressive=…", "only model=decoder", "sticky"]),
-        (["model=sorting"], ["model.tokenizer=null", "needs a tokenizer"]),
-        (
-            ["model=decoder", "model/memory=compressive", "model.compressive.rate=3"],
-            ["model.compressive.rate=3", "128"],
-        ),
-        (
-            ["model=decoder", "model/memory=long_term", "model.short_term_length=40"],
-            ["length=40", "multiple of", "128"],
-        ),
-        (["model=decoder", "model.memory_layers=[0]"], ["model.memory_layers=[0]", "set it to null"]),
-        (["model=decoder", "training.freeze_backbone=true"], ["training.freeze_backbone=true", "false"]),
-        (
-            ["model=decoder", "model.architecture.no_such=1"],
-            ["model.architecture.no_such=1", "type +model.architecture.no_such=1"],
-        ),
-        (["model=decoder", "+model.architecture.no_such=1"], ["model.architecture.no_such=1", "it has activation,"]),
-        (["model=decoder", "model.architecture.positions=none"], ["positions=none", "relative, rotary"]),
-        (["model=decoder", "+model.architecture.vocab_size=100"], ["has 257 tokens", "knows 100", "model.tokenizer="]),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_a_model_that_cannot_be(start, model_folder, tmp_path, options, says):
-    if "model=decoder" in options:
-        options = [*options, f"model.tokenizer={model_folder}"]
+def test_a_decoder_whose_vocabulary_is_too_small_for_its_tokenizer(start, model_folder, tmp_path):
+    options = ("model=decoder", "+model.architecture.vocab_size=100", f"model.tokenizer={model_folder}")
     code, text = start(train_command, *options, f"output_dir={tmp_path / 'run'}")
-    message = " ".join(text.split())
     assert code == 1
-    assert "Traceback" not in message
-    assert all(part in message for part in says), message
+    assert "Traceback" not in text
+    assert all(part in text for part in ("has 257 tokens", "knows 100", "model.tokenizer=")), text
     assert not (tmp_path / "run").exists()
 
 
@@ -267,9 +209,6 @@ class TestSorting:
         [
             (["+model.architecture.vocab_size=20"], ["task.symbols=20", "set model.architecture.vocab_size=21"]),
             (["task.symbols=40", "+model.architecture.vocab_size=21"], ["task.symbols=40", "vocab_size=41"]),
-            (["task.symbols=1"], ["task.symbols=1", "at least 2"]),
-            (["task.length=0"], ["task.length=0", "at least 1"]),
-            (["task.training_lengths=[64,0]"], ["task.training_lengths=[64, 0]", "each must be at least 1"]),
             (["model.architecture.num_attention_heads=5"], ["num_attention_heads=5", "hidden_size=12"]),
         ],
         ids=lambda value: " ".join(value),
@@ -347,11 +286,8 @@ class TestRetrieval:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            (["task=passkey", "task.depths=[0,2]"], ["task.depths=[0.0, 2.0]", "from 0, the beginning"]),
             (["task=passkey", "task.lengths=[20]"], ["a length of 20", "choose lengths of at least that"]),
             (["task=needle", "task.lengths=[9000]"], ["a length of 9,000 (task", "longest test document has 193"]),
-            (["task=passkey", "task.nothing=1"], ["task.nothing=1", "there is no option task.nothing"]),
-            (["task=passkey", "stride=8"], ["stride=8", "disjoint segments"]),
             (["task=associative_recall"], ["this task has 577 symbols", "the model knows 257"]),
         ],
         ids=lambda value: " ".join(value),
@@ -391,10 +327,6 @@ class TestShortTermMemoryInEvaluation:
         assert len({trained, longer, whole}) == 3
         # No document has so many tokens: what is not there changes nothing.
         assert beyond == pytest.approx(whole, rel=1e-6)
-
-    def test_none(self, eval_refused, decoder_checkpoint):
-        message = eval_refused(f"checkpoint={decoder_checkpoint}", "short_term_length=0")
-        assert "short_term_length=0: must be at least 1" in message
 
     def test_not_of_whole_segments_beside_a_long_term_memory(self, eval_refused, tmp_path):
         sizes = {"vocab_size": 8, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
