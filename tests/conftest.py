@@ -185,7 +185,6 @@ def files_of_conf_are_parsed_once() -> Iterator[None]:
 def composed_quickly() -> Iterator[None]:
     """What the chosen groups make is composed once; Hydra applies the single options to a copy of that."""
     compose = command_line._compose
-    choices_of = cache(lambda group: command_line.choices_of(group, CONF))
 
     @cache
     def composed_of(name: str, conf: Path, chosen: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
@@ -195,7 +194,7 @@ def composed_quickly() -> Iterator[None]:
         typed = OverridesParser.create().parse_overrides(list(options))
         if any(one.key_or_group.startswith("hydra.") or one.is_sweep_override() for one in typed):
             return compose(name, conf, options)
-        chosen = tuple(str(one.input_line) for one in typed if choices_of(one.key_or_group))
+        chosen = tuple(str(one.input_line) for one in typed if command_line.choices_of(one.key_or_group, CONF))
         composed, own = composed_of(name, conf, chosen)
         composed = composed.copy()
         HydraConfig.instance().cfg = own

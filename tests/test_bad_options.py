@@ -314,13 +314,15 @@ class TestWandb:
             before.check_run(config, 1, True)
 
 
-def test_an_evaluation_ends_in_a_sentence_from_any_folder(tmp_path):
-    command = [sys.executable, str(ROOT / "eval.py"), "checkpoint=infformer/checkpoints/tiny", "precision=float16"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def test_a_command_ends_in_a_sentence_from_any_folder(tmp_path):
+    """As a user sees it, in a process of its own, without a network."""
+    command = [sys.executable, str(ROOT / "eval.py"), "checkpoint=someone/something"]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: precision=float16")
+    sentence = "error: checkpoint=someone/something: http://127.0.0.1:9 cannot be reached"
+    assert done.stderr.splitlines()[-1].startswith(sentence)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,6 +148,7 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
     return OptionError(_in_one_line(error))
 
 
+@cache
 def choices_of(group: str, conf: Path) -> list[str]:
     """What can be chosen from a group of Hydra's; nothing if it is no such group."""
     register_schemas()
