@@ -17,8 +17,8 @@ from hydra.core.config_store import ConfigStore
 from infformer.data.options import DATA, DataConfig
 from infformer.errors import check_finite, free, measuring
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.needle import NeedleConfig
 from infformer.tasks.passkey import PasskeyConfig
@@ -52,6 +52,13 @@ TASKS: dict[str, TaskConfig] = {
 part of it, so longer ones than `data=sample` cuts its novels to want data.max_held_out_characters=null. Sorting and
 recall are for models from scratch: experiment=sorting_…, associative_recall_small."""
 
+MEMORIES: dict[str, type[MemoryConfig]] = {
+    "short_term": MemoryConfig,
+    "compressive": CompressiveMemoryConfig,
+    "long_term": LongTermMemoryConfig,
+}
+"""The options of each kind of memory, by the name of its schema for `model/memory=`."""
+
 
 @dataclass
 class ModelConfig:
@@ -64,14 +71,10 @@ class ModelConfig:
     those of `DecoderConfig` (infformer/models/decoder.py)."""
     tokenizer: str | None = None
     """A folder, a name on the hub, or `words`: every word of the training documents. Null: the pretrained model's."""
-    memory: LongTermMemoryConfig | None = None
-    """∞-former's long-term memory. Null: none."""
+    memory: MemoryConfig | None = None
+    """What each layer remembers, one of `MEMORIES`. Null: nothing."""
     memory_layers: list[int] | None = None
     """Layers of a Hugging Face model that get one, from 0. Null: all."""
-    short_term_length: int = 0
-    """Transformer-XL: the last hidden states that a decoder's attention sees beside the segment. 0: none."""
-    compressive: CompressiveMemoryConfig | None = None
-    """Compressive Transformer: what leaves a decoder's short-term memory, compressed. Null: none."""
     attention: str | None = free(None)
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
 
@@ -88,12 +91,8 @@ class ModelConfig:
                 "model.memory_layers=[]: name the layers that have a memory, from 0; null is all of them, and "
                 "model/memory=none is no memory"
             )
-        if not self.is_decoder and (self.short_term_length or self.compressive is not None):
-            raise ValueError(
-                f"model.short_term_length={self.short_term_length}, model.compressive="
-                f"{'null' if self.compressive is None else '…'}: only model=decoder has such memories; beside a "
-                "Hugging Face model choose model/memory=none, long_term, sticky or published"
-            )
+        if self.memory is not None and not self.is_decoder:
+            self.memory.check_pretrained()
         if self.is_decoder and self.memory_layers is not None:
             raise ValueError(
                 f"model.memory_layers={list(self.memory_layers)}: all layers of a decoder have the same memories; set "
@@ -104,16 +103,6 @@ class ModelConfig:
     def is_decoder(self) -> bool:
         """Whether this is the project's own model from scratch."""
         return self.architecture.get("model_type") == "decoder"
-
-    def decoder_memory(self, segment_length: int) -> MemoryConfig | None:
-        """The memories of a decoder that reads segments of this length; None for none.
-
-        Raises:
-            ValueError: they do not fit together.
-        """
-        if not self.short_term_length and self.compressive is None and self.memory is None:
-            return None
-        return MemoryConfig(segment_length, self.short_term_length, self.compressive, self.memory)
 
 
 @dataclass
@@ -352,20 +341,9 @@ class RunConfig:
                 "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words; the "
                 "tasks of symbols, which need none, are chosen by task=sorting or task=associative_recall"
             )
-        if self.model.is_decoder:
-            self.model.decoder_memory(self.training.segment_length)
         if self.model.memory is not None:
-            if self.model.memory.segment_length != self.training.segment_length:
-                raise ValueError(
-                    f"model.memory.segment_length={self.model.memory.segment_length} is not "
-                    f"training.segment_length={self.training.segment_length}: set the latter, the former follows it"
-                )
-            if self.model.memory.input_gate and self.training.bptt_segments == 1:
-                raise ValueError(
-                    "model.memory.input_gate=true with training.bptt_segments=1: the gate shapes what later segments "
-                    "read, so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or "
-                    "more"
-                )
+            self.model.memory.check_segment_length(self.training.segment_length)
+            self.model.memory.check_training(self.training.bptt_segments)
         if self.training.freeze_backbone and (self.model.memory is None or self.model.is_decoder):
             raise ValueError(
                 "training.freeze_backbone=true trains a memory beside a pretrained model, and this run has none: set "
@@ -464,3 +442,5 @@ def register_schemas() -> None:
     for group, choices in CHOICES.items():
         for name, options in choices.items():
             store.store(group=group, name=name, node=options)
+    for name, memory in MEMORIES.items():
+        store.store(group="model/memory", name=f"{name}_schema", node=memory)

@@ -165,7 +165,7 @@ def describe_figures(inspection: Inspection) -> dict[str, str]:
     if inspection["writing"]:
         shares = [share for row in inspection["writing"]["sampled_places"] for layer in row for share in layer]
         places = len(inspection["writing"]["sampled_places"][0][0])
-        captions["noise_size"] = (
+        captions["sticky_samples"] = (
             "Where the past is sampled at each write: bright places get more room than others, and stay longer. An "
             f"even picture says that stickiness does nothing. Here places get from {places * min(shares):.2f} to "
             f"{places * max(shares):.2f} times the samples of an even sampling."

@@ -21,17 +21,14 @@ from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Density, Gaussian, TruncatedParabola, match_moments
 from infformer.evaluation.memory_reconstruction import WrittenPast
 from infformer.evaluation.reading import EvaluationError
-from infformer.memory.layer import LayerState
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
-from infformer.memory.state import LayerMemories
-from infformer.models.memory_model import MemoryModel
-from infformer.models.outputs import Intermediates
+from infformer.memory.memory import Memory
+from infformer.memory.short_term import ShortTermMemory, ShortTermState
+from infformer.memory.state import MemoryState, ModelState
+from infformer.models.base import LayerRead, MemoryModel
 
 PLACES = 64
 """Equal parts of [0, 1] in which the samples of sticky memories are counted."""
-
-Memories = LayerMemories[Any]
-"""Of a model: of each layer a long-term memory, alone or with others beside it."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,13 @@ class ReadSegment:
     """[1, length]."""
     targets: Tensor
     """[1, length]."""
-    before: Memories
-    """The memory that it was read with."""
-    after: Memories
-    """The memory after it was read and, if it was whole, pushed on."""
+    before: ModelState
+    """The state that it was read with."""
+    after: ModelState
+    """The state after it was read and, if it was complete, written."""
     nats: float
     """Negative log-likelihood of a token, the mean over the segment."""
-    intermediates: tuple[Intermediates, ...]
+    intermediates: tuple[LayerRead, ...]
     """Of each layer, in the order of the memories."""
 
 
@@ -90,12 +87,12 @@ def inspect_document(
     Raises:
         EvaluationError: there is no such memory or layer, or nothing would be read from memory.
     """
-    memories = model.long_term_memories()
+    memories = long_term_memories(model)
     numbers = _choose_layers(memories, layers)
     count = _count_segments(model, len(tokens), segments)
     chosen = [list(memories).index(number) for number in numbers]
     config = memories[numbers[0]].config
-    length, cached = config.segment_length, model.short_term_length
+    length, cached = memories[numbers[0]].signal.segment_length, model.short_term_length
     writes = min(count, (len(tokens) - 1) // length) - cached // length
 
     pasts = [WrittenPast(memories[number]) for number in numbers]
@@ -136,11 +133,21 @@ def inspect_document(
     predicted = min(count * length, len(tokens) - 1)
     return {
         "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
-        "memory": {**asdict(config), "short_term_length": cached, "layers": numbers},
+        "memory": {"segment_length": length, **asdict(config), "short_term_length": cached, "layers": numbers},
         "reading": _columns(reading),
         "writing": _columns(writing),
         "reconstruction": reconstruction,
     }
+
+
+def long_term_memories(model: MemoryModel) -> dict[int, LongTermMemory]:
+    """A model's continuous memories by the numbers of their layers, also those behind a short-term memory."""
+
+    def behind(memory: Memory | None) -> Memory | None:
+        return memory.behind if isinstance(memory, ShortTermMemory) else memory
+
+    found = {number: behind(memory) for number, memory in model.layer_memories().items()}
+    return {number: memory for number, memory in found.items() if isinstance(memory, LongTermMemory)}
 
 
 @torch.no_grad()
@@ -152,15 +159,14 @@ def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator
         tokens: of the document, int64 [tokens].
         segments: at most so many.
     """
-    memory = model.initial_memory(1)
-    assert isinstance(memory, LayerMemories)
+    state = model.initial_state(1)
     inputs, labels = (part.to(model.device).unsqueeze(0) for part in (tokens[:-1], tokens[1:]))
     pairs = zip(*(part.split(model.segment_length, dim=1) for part in (inputs, labels)), strict=True)
     for number, (input_ids, targets) in zip(range(segments), pairs, strict=False):
-        output = model(input_ids, memory=memory, targets=targets, return_intermediates=True)
+        output = model(input_ids, state=state, targets=targets, return_intermediates=True)
         nats = float(output.token_losses.mean())
-        yield ReadSegment(number, input_ids, targets, memory, output.memory, nats, output.intermediates)
-        memory = output.memory
+        yield ReadSegment(number, input_ids, targets, state, output.state, nats, output.intermediates)
+        state = output.state
 
 
 def density_figures(reading: Reading, past: WrittenPast, short_term_length: int) -> dict[str, list[float]]:
@@ -203,7 +209,7 @@ def centre_and_width(attention: Density, basis: GaussianBasis) -> tuple[Tensor, 
     return mean, variance.sqrt()
 
 
-def contribution(trace: Intermediates) -> float:
+def contribution(trace: LayerRead) -> float:
     """How much a layer's memory adds to its self-attention: ‖memory's context‖ / ‖self-attention's output‖.
 
     The norms are Euclidean, over the width of the model; the ratio is the mean over the segment's tokens.
@@ -245,8 +251,8 @@ def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequ
         states = [
             _without_long_term(state) if index in empty else state for index, state in enumerate(segment.before.layers)
         ]
-        memory = replace(segment.before, layers=tuple(states))
-        return float(model(segment.input_ids, memory=memory, targets=segment.targets).token_losses.mean())
+        state = ModelState(tuple(states))
+        return float(model(segment.input_ids, state=state, targets=segment.targets).token_losses.mean())
 
     return {
         "nats": segment.nats,
@@ -292,25 +298,26 @@ def _count_segments(model: MemoryModel, tokens: int, most: int) -> int:
     return min(most, -(-(tokens - 1) // length))
 
 
-def _reading(trace: Intermediates) -> Reading:
-    assert trace.reading is not None
-    return trace.reading
+def _reading(trace: LayerRead) -> Reading:
+    reading: Reading = trace.memory.reading
+    return reading
 
 
-def _long_term(state: LongTermState | LayerState) -> LongTermState:
-    long_term = state.long_term if isinstance(state, LayerState) else state
-    assert long_term is not None
+def _long_term(state: MemoryState) -> LongTermState:
+    """The state of a long-term memory, which may stand behind a short-term one."""
+    long_term = state.behind if isinstance(state, ShortTermState) else state
+    assert isinstance(long_term, LongTermState)
     return long_term
 
 
-def _without_long_term(state: LongTermState | LayerState) -> LongTermState | LayerState:
+def _without_long_term(state: MemoryState) -> MemoryState:
     empty = _long_term(state).map_tensors(torch.zeros_like)
-    return replace(state, long_term=empty) if isinstance(state, LayerState) else empty
+    return replace(state, behind=empty) if isinstance(state, ShortTermState) else empty
 
 
-def _segments_written(memory: Memories) -> int:
+def _segments_written(state: ModelState) -> int:
     """All layers write at the same time."""
-    return int(_long_term(memory.layers[0]).segments)
+    return int(_long_term(state.layers[0]).segments)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

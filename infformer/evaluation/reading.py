@@ -21,12 +21,12 @@ from infformer.data.lanes import IGNORE_INDEX, Segment
 from infformer.data.reading import read_once
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.errors import UserError
-from infformer.memory.state import MemoryState
-from infformer.models.memory_model import MemoryModel
+from infformer.memory.state import ModelState
+from infformer.models.base import MemoryModel
 
 TokenLosses = NDArray[np.float32]
 
-Read = Callable[[Segment, "MemoryState | None"], "tuple[Tensor, MemoryState | None]"]
+Read = Callable[[Segment, "ModelState | None"], "tuple[Tensor, ModelState | None]"]
 """How one segment is read: the segment and the memory so far to the token losses and the memory after."""
 
 
@@ -133,7 +133,7 @@ def read_documents(evaluator: Evaluator, documents: TokenizedDocuments, read: Re
     inputs = documents.token_counts - 1
     first = np.cumsum(inputs) - inputs
     nats = np.zeros(int(inputs.sum()), dtype=np.float32)
-    memory: MemoryState | None = None
+    memory: ModelState | None = None
     with torch.autocast(device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
         for segment in _with_progress(evaluator, documents, title):
             losses, memory = read(segment.to(device, non_blocking=True), memory)
@@ -149,9 +149,9 @@ def read_documents(evaluator: Evaluator, documents: TokenizedDocuments, read: Re
 def with_memory(evaluator: Evaluator) -> Read:
     """Each segment is read with the document's memory."""
 
-    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+    def read(segment: Segment, memory: ModelState | None) -> tuple[Tensor, ModelState | None]:
         output = _score(evaluator, segment, memory)
-        return output.token_losses, _carry(evaluator, segment, memory, output.memory)
+        return output.token_losses, _carry(evaluator, segment, memory, output.state)
 
     return read
 
@@ -159,7 +159,7 @@ def with_memory(evaluator: Evaluator) -> Read:
 def without_memory(evaluator: Evaluator) -> Read:
     """Each segment is read with an empty memory."""
 
-    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+    def read(segment: Segment, memory: ModelState | None) -> tuple[Tensor, ModelState | None]:
         return _score(evaluator, segment, None).token_losses, None
 
     return read
@@ -170,13 +170,13 @@ def with_shuffled_memory(evaluator: Evaluator) -> Read:
 
     shuffle = evaluator.model.time_shuffle()
 
-    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+    def read(segment: Segment, memory: ModelState | None) -> tuple[Tensor, ModelState | None]:
         if memory is None:
-            memory = evaluator.model.initial_memory(len(segment.lengths))
+            memory = evaluator.model.initial_state(len(segment.lengths))
         memory = memory.reset_rows(segment.reset)
         losses = _score(evaluator, segment, evaluator.model.shuffle_time(memory, shuffle)).token_losses
-        written = evaluator.model(segment.input_ids, memory=memory, lengths=segment.lengths, return_logits=False)
-        return losses, _carry(evaluator, segment, memory, written.memory)
+        written = evaluator.model(segment.input_ids, state=memory, lengths=segment.lengths, return_logits=False)
+        return losses, _carry(evaluator, segment, memory, written.state)
 
     return read
 
@@ -188,7 +188,7 @@ def with_memory_of_another_document(evaluator: Evaluator, documents: TokenizedDo
     """
     inputs, partner = documents.token_counts - 1, partners(documents, evaluator.warmup_documents)
 
-    def read(segment: Segment, memory: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
+    def read(segment: Segment, memory: ModelState | None) -> tuple[Tensor, ModelState | None]:
         losses = _score(evaluator, segment, memory).token_losses
         # Beside each document its neighbour is read, and only that is written to memory.
         neighbours = torch.zeros_like(segment.input_ids, device="cpu")
@@ -201,12 +201,12 @@ def with_memory_of_another_document(evaluator: Evaluator, documents: TokenizedDo
                 neighbours[row, : lengths[row]] = torch.from_numpy(documents.tokens(neighbour, min(start, stop), stop))
         written = evaluator.model(
             neighbours.to(segment.input_ids.device),
-            memory=memory,
+            state=memory,
             reset=segment.reset,
             lengths=lengths.to(segment.input_ids.device),
             return_logits=False,
         )
-        return losses, written.memory
+        return losses, written.state
 
     return read
 
@@ -228,10 +228,10 @@ def partners(documents: TokenizedDocuments, warmup_documents: int = 0) -> list[i
     return [after[document] for document in range(count)]
 
 
-def _score(evaluator: Evaluator, segment: Segment, memory: MemoryState | None) -> Any:
+def _score(evaluator: Evaluator, segment: Segment, memory: ModelState | None) -> Any:
     return evaluator.model(
         segment.input_ids,
-        memory=memory,
+        state=memory,
         reset=segment.reset,
         targets=segment.targets,
         lengths=segment.lengths,
@@ -239,8 +239,8 @@ def _score(evaluator: Evaluator, segment: Segment, memory: MemoryState | None) -
 
 
 def _carry(
-    evaluator: Evaluator, segment: Segment, before: MemoryState | None, after: MemoryState | None
-) -> MemoryState | None:
+    evaluator: Evaluator, segment: Segment, before: ModelState | None, after: ModelState | None
+) -> ModelState | None:
     """The memory for the next window: only the windows that are whole disjoint segments are written."""
     if before is None or after is None or evaluator.stride in (None, evaluator.segment_length):
         return after

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infformer.evaluation.reading import Evaluator
-from infformer.memory.state import MemoryState
+from infformer.memory.state import ModelState
 from infformer.models.chunked_loss import IGNORE_INDEX
 
 
@@ -75,16 +75,16 @@ def score_continuations(evaluator: Evaluator, requests: Sequence[Continuation], 
     return [scores[number] for number in range(len(requests))]
 
 
-def _read(evaluator: Evaluator, beginnings: Sequence[Sequence[int]]) -> MemoryState:
+def _read(evaluator: Evaluator, beginnings: Sequence[Sequence[int]]) -> ModelState:
     """The memory after beginnings of whole segments, which may be none."""
-    memory = evaluator.model.initial_memory(len(beginnings))
+    memory = evaluator.model.initial_state(len(beginnings))
     for start in range(0, max(map(len, beginnings)), evaluator.segment_length):
         tokens, lengths = _segment(evaluator, beginnings, start, padding=0)
-        memory = evaluator.model(tokens, memory=memory, lengths=lengths, return_logits=False).memory
+        memory = evaluator.model(tokens, state=memory, lengths=lengths, return_logits=False).state
     return memory
 
 
-def _score(evaluator: Evaluator, requests: Sequence[Continuation], memory: MemoryState) -> list[Score]:
+def _score(evaluator: Evaluator, requests: Sequence[Continuation], memory: ModelState) -> list[Score]:
     """Scores of what follows a memory each."""
     inputs = [[*context, *tokens][:-1] for context, tokens in requests]
     labels = [[IGNORE_INDEX] * (len(context) - 1) + [*tokens] for context, tokens in requests]
@@ -93,8 +93,8 @@ def _score(evaluator: Evaluator, requests: Sequence[Continuation], memory: Memor
     for start in range(0, max(map(len, inputs)), evaluator.segment_length):
         tokens, lengths = _segment(evaluator, inputs, start, padding=0)
         targets, _ = _segment(evaluator, labels, start, padding=IGNORE_INDEX)
-        output = evaluator.model(tokens, memory=memory, targets=targets, lengths=lengths, return_logits=True)
-        memory = output.memory
+        output = evaluator.model(tokens, state=memory, targets=targets, lengths=lengths, return_logits=True)
+        memory = output.state
         # On the CPU before it becomes float64, which not every accelerator has.
         nats += output.token_losses.cpu().double().sum(dim=1)
         greedy &= ((output.logits.argmax(dim=-1) == targets) | (targets == IGNORE_INDEX)).all(dim=1).cpu()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infformer.errors import check_finite
+from infformer.memory.memory import ContentAttention, Entries, Memory, MemoryOutput, SegmentContext
+from infformer.memory.options import MemoryConfig
+from infformer.memory.short_term import Queue
 
 FUNCTIONS = ("convolution", "mean", "max", "most_used")
 
-ContentAttention = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Attention of the current segment on entries [batch, length, hidden] by their content alone, through which gradients
-reach nothing but the entries: what is read [batch, queries, width], and the weights [batch, heads, queries, length]."""
-
 
 @dataclass
-class CompressiveMemoryConfig:
-    """What one compressed memory is."""
+class CompressiveMemoryConfig(MemoryConfig):
+    """A compressed memory behind the short-term one."""
+
+    kind: ClassVar[str] = "compressive"
 
     length: int = 128
     """Compressed entries; each stands for `rate` tokens."""
@@ -33,16 +34,39 @@ class CompressiveMemoryConfig:
     """Weight of the attention-reconstruction loss, which trains the convolution and nothing else."""
 
     def __post_init__(self) -> None:
-        check_finite("model.compressive.", self)
+        super().__post_init__()
+        check_finite("model.memory.", self)
+        if self.short_term_length == 0:
+            raise ValueError(
+                "model.memory.short_term_length=0: a compressed memory keeps what leaves the short-term memory; set it "
+                "to a multiple of the segment, or to null"
+            )
         if self.function not in FUNCTIONS:
-            raise ValueError(f"model.compressive.function={self.function}: choose one of {', '.join(FUNCTIONS)}")
+            raise ValueError(f"model.memory.function={self.function}: choose one of {', '.join(FUNCTIONS)}")
         for name in ("length", "rate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.compressive.{name}={getattr(self, name)}: must be at least 1")
+                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
         if self.reconstruction_weight < 0:
+            raise ValueError(f"model.memory.reconstruction_weight={self.reconstruction_weight}: must not be negative")
+
+    def check_segment_length(self, segment_length: int) -> None:
+        super().check_segment_length(segment_length)
+        if segment_length % self.rate:
             raise ValueError(
-                f"model.compressive.reconstruction_weight={self.reconstruction_weight}: must not be negative"
+                f"model.memory.rate={self.rate} does not divide training.segment_length={segment_length}: choose a "
+                "rate that does"
             )
+
+    @property
+    def adds_to_attention(self) -> bool:
+        return False
+
+    @property
+    def entries(self) -> int:
+        return super().entries + self.length
+
+    def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        return [CompressiveMemory(self, hidden_size) for _ in range(layers)]
 
 
 class Compression(nn.Module):
@@ -89,3 +113,40 @@ class Compression(nn.Module):
         usage = weights.mean(dim=(1, 2))  # [batch, length]
         most_used = usage.topk(leaving.shape[1] // rate, dim=-1).indices.sort(dim=-1).values  # in the order of the text
         return torch.take_along_dim(leaving, most_used.unsqueeze(-1), dim=1)
+
+
+class CompressiveMemory(Memory):
+    """The last compressed entries of a layer, behind its short-term memory.
+
+    Args:
+        config: what it is.
+        hidden_size: width of the model.
+    """
+
+    def __init__(self, config: CompressiveMemoryConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.compression = Compression(config, hidden_size)
+        self.loss_weights = {"reconstruction": config.reconstruction_weight}
+
+    def initial_state(self, batch: int) -> Queue:
+        return Queue.empty(batch, self.config.length, self.hidden_size)
+
+    def entries(self, state: Queue) -> Entries:
+        return Entries(state.entries, state.real)
+
+    def forward(self, hidden: Tensor, state: Queue, context: SegmentContext, shared: Any) -> MemoryOutput:
+        """Compress what leaves the short-term memory; attention alone reads it."""
+        if context.complete is None or context.leaving is None or context.attend is None:
+            return MemoryOutput(state)
+        entries, error = self.compression(context.leaving, context.attend)
+        state, _ = state.push(entries, context.complete)
+        return MemoryOutput(state, losses={"reconstruction": error * context.complete.unsqueeze(-1)})
+
+    def shuffle_time(self, state: Queue, shuffle: Any) -> Queue:
+        return state.shuffle_time()
+
+    def reset_parameters(self) -> None:
+        if self.config.function == "convolution":
+            self.compression.convolution.reset_parameters()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ from infformer.continuous.density import (
     variance_divergence,
 )
 from infformer.continuous.regression import even_middles, even_steps, first_operator, next_operators, rounded
-from infformer.errors import check_finite
+from infformer.errors import UserError, check_finite
+from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 from infformer.memory.time_shuffle import shuffled_positions
@@ -36,11 +38,11 @@ MINIMAL_VARIANCE = 1e-4
 
 
 @dataclass
-class LongTermMemoryConfig:
+class LongTermMemoryConfig(MemoryConfig):
     """What one long-term memory is; the defaults are the published GPT-2 constants, without stickiness."""
 
-    segment_length: int = 512
-    """T, tokens of a segment. Only whole segments are written."""
+    kind: ClassVar[str] = "long_term"
+
     basis_functions: int = 512
     """N, the size of the memory: N vectors of the model's width, whatever has been read."""
     widths: list[float] = field(default_factory=list)
@@ -80,6 +82,7 @@ class LongTermMemoryConfig:
     """σ₀ of that divergence."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_finite("model.memory.", self)
         choices = {
             "contraction": ("constant", "uniform"),
@@ -90,7 +93,7 @@ class LongTermMemoryConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        for name in ("segment_length", "basis_functions", "past_samples", "sticky_bins"):
+        for name in ("basis_functions", "past_samples", "sticky_bins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
         # Far outside of these, numbers of the regression and of the densities are 0 or infinite.
@@ -129,6 +132,29 @@ class LongTermMemoryConfig:
                 f"widths {list(self.widths)}: take a multiple of their number, and two functions of each at least"
             )
 
+    def check_training(self, bptt_segments: int) -> None:
+        if self.input_gate and bptt_segments == 1:
+            raise ValueError(
+                "model.memory.input_gate=true with training.bptt_segments=1: the gate shapes what later segments read, "
+                "so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or more"
+            )
+
+    def numbers(self, hidden_size: int, layers: int, rows: int, segment_length: int) -> int:
+        """The states, the operators in float64, and the histograms of one layer."""
+        states = super().numbers(hidden_size, layers, rows, segment_length)
+        states += rows * layers * hidden_size * self.basis_functions
+        operators = 2 * self.basis_functions * (self.basis_functions + segment_length + self.past_samples)
+        return states + operators + rows * segment_length * (self.sticky_bins if self.sticky else 0)
+
+    def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        if hidden_size % heads:
+            raise UserError(
+                f"model.architecture.num_attention_heads={heads}: the heads of a long-term memory divide "
+                f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
+            )
+        signal = ContinuousSignal(self, segment_length)
+        return [LongTermMemory(self, hidden_size, heads, signal) for _ in range(layers)]
+
 
 @dataclass(frozen=True)
 class LongTermState(MemoryState):
@@ -138,11 +164,6 @@ class LongTermState(MemoryState):
     """B, float32, shape [batch, N, hidden]."""
     segments: Tensor
     """How many segments each row has written; int64, shape [batch]; 0 is an empty memory."""
-
-    def shuffle_time(self, shuffle: Tensor) -> LongTermState:
-        """The same past in another order, by the matrix that `ContinuousSignal.time_shuffle` returns."""
-        with torch.autocast(shuffle.device.type, enabled=False):
-            return replace(self, coefficients=shuffle @ self.coefficients)
 
 
 class WriteOperators(NamedTuple):
@@ -168,6 +189,10 @@ class ContinuousSignal(nn.Module):
 
     They follow from the configuration alone, so they are buffers that no checkpoint stores. They are computed in
     float64 and kept in float32, also where the model is cast to a shorter type.
+
+    Args:
+        config: of the memories.
+        segment_length: T, tokens of a segment.
     """
 
     centres: Tensor
@@ -176,9 +201,10 @@ class ContinuousSignal(nn.Module):
     past: Tensor
     new: Tensor
 
-    def __init__(self, config: LongTermMemoryConfig) -> None:
+    def __init__(self, config: LongTermMemoryConfig, segment_length: int) -> None:
         super().__init__()
         self.config = config
+        self.segment_length = segment_length
         for name, tensor in self._buffers_in(torch.device("cpu"), torch.float32).items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -214,14 +240,14 @@ class ContinuousSignal(nn.Module):
                 rounded(operator, self.new.dtype)[rows]
                 for operator in next_operators(
                     self._exact_basis(),
-                    config.segment_length,
+                    self.segment_length,
                     self.past_steps,
                     contraction,
                     config.ridge,
                     # A sample stands for so many tokens. If it counted for one, the newest segment, of which there are
                     # many more samples to a stretch, would outweigh the past around it, and tokens there would not
                     # be remembered alike.
-                    past_weight=counts.double() * config.segment_length / config.past_samples,
+                    past_weight=counts.double() * self.segment_length / config.past_samples,
                     zeros=self._zeros,
                 )
             )
@@ -270,15 +296,15 @@ class ContinuousSignal(nn.Module):
         with torch.device("cpu"):  # also where a loader builds the model on the meta device
             basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
             rate = torch.tensor(config.contraction_rate, dtype=torch.float64)
-            past, new = next_operators(basis, config.segment_length, self.past_steps, rate, config.ridge)
-            first = first_operator(basis, config.segment_length, config.ridge, self._zeros)
+            past, new = next_operators(basis, self.segment_length, self.past_steps, rate, config.ridge)
+            first = first_operator(basis, self.segment_length, config.ridge, self._zeros)
             buffers = {"centres": basis.centres.to(dtype), "widths": basis.widths.to(dtype)}
             for name, operator in {"first": first, "past": past, "new": new}.items():
                 buffers[name] = rounded(operator, dtype).unsqueeze(0)
         return {name: tensor.to(device) for name, tensor in buffers.items()}
 
 
-class LongTermMemory(nn.Module):
+class LongTermMemory(Memory):
     """The learned part of one layer's long-term memory.
 
     Computes in float32, whatever the type of its input, of its weights, and of autocast.
@@ -292,11 +318,11 @@ class LongTermMemory(nn.Module):
 
     def __init__(self, config: LongTermMemoryConfig, hidden_size: int, heads: int, signal: ContinuousSignal) -> None:
         super().__init__()
-        if hidden_size % heads != 0:
-            raise ValueError(f"{heads} heads do not divide a width of {hidden_size}")
         self.config = config
         self.heads = heads
         self.signal = signal
+        self.noise_size = config.past_samples if config.sticky else 0
+        self.loss_weights = {"divergence": config.divergence_weight}
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -328,23 +354,20 @@ class LongTermMemory(nn.Module):
             torch.zeros(batch, dtype=torch.int64, device=signal.device),
         )
 
-    def forward(
-        self,
-        hidden: Tensor,
-        state: LongTermState,
-        operators: WriteOperators | None = None,
-        offsets: Tensor | None = None,
-        whole: Tensor | None = None,
-    ) -> tuple[Reading, LongTermState]:
-        """Read the memory, and write the same segment to it where there are operators to write with.
+    def prepare(self, state: LongTermState, context: SegmentContext) -> WriteOperators | None:
+        """The operators of the write: all layers have written equally many segments."""
+        return None if context.complete is None else self.signal.operators(state.segments)
 
-        One call, because engines that cut up weights put a module's together for the time of its call. The arguments
-        are those of `read` and `write`.
-        """
+    def forward(
+        self, hidden: Tensor, state: LongTermState, context: SegmentContext, shared: WriteOperators | None
+    ) -> MemoryOutput:
         reading = self.read(hidden, state)
-        if operators is None:
-            return reading, state
-        return reading, self.write(hidden, state, operators, reading.attention, offsets, whole)
+        written = state
+        if shared is not None:
+            new = hidden if context.leaving is None else context.leaving
+            written = self.write(new, state, shared, reading.attention, context.noise, context.complete)
+        divergence = self.divergence(reading.attention) * (state.segments.unsqueeze(-1) > 0)
+        return MemoryOutput(written, reading.context, {"divergence": divergence}, reading)
 
     def read(self, hidden: Tensor, state: LongTermState) -> Reading:
         """What every token of a segment sees of the past segments; exactly zero where the memory is empty.
@@ -368,8 +391,8 @@ class LongTermMemory(nn.Module):
         state: LongTermState,
         operators: WriteOperators,
         attention: Density,
-        offsets: Tensor | None = None,
-        whole: Tensor | None = None,
+        noise: Tensor | None = None,
+        complete: Tensor | None = None,
     ) -> LongTermState:
         """The memory after a segment: B' = G_pastᵀ Ψ(t) B + G_newᵀ X.
 
@@ -378,19 +401,19 @@ class LongTermMemory(nn.Module):
             state: the memory before it.
             operators: `signal.operators(state.segments)`; the same for all layers of a model.
             attention: where the segment looked when it read `state`; sticky memories sample the past there.
-            offsets: random offsets of those samples in [0, 1), [batch, M]; deterministic if not given.
-            whole: rows to write, bool [batch]; the others stay as they are. All if not given.
+            noise: random offsets of those samples in [0, 1), [batch, M]; deterministic if not given.
+            complete: rows to write, bool [batch]; the others stay as they are. All if not given.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             basis = self.signal.basis
             hidden = self.gated(hidden.to(state.coefficients.dtype))
             # From coefficients to samples to coefficients: one matrix [batch or 1, N, N], which needs no gradient.
-            carried = operators.past.mT @ basis.evaluate(self.past_positions(attention, offsets).to(hidden))
+            carried = operators.past.mT @ basis.evaluate(self.past_positions(attention, noise).to(hidden))
             coefficients = carried @ state.coefficients + operators.new.mT @ hidden
         segments = state.segments + 1
-        if whole is not None:
-            coefficients = torch.where(whole.view(-1, 1, 1), coefficients, state.coefficients)
-            segments = torch.where(whole, segments, state.segments)
+        if complete is not None:
+            coefficients = torch.where(complete.view(-1, 1, 1), coefficients, state.coefficients)
+            segments = torch.where(complete, segments, state.segments)
         return LongTermState(coefficients, segments)
 
     def gated(self, hidden: Tensor) -> Tensor:
@@ -401,18 +424,18 @@ class LongTermMemory(nn.Module):
         convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), bias, padding=1)
         return hidden * torch.sigmoid(convolved.mT)
 
-    def past_positions(self, attention: Density, offsets: Tensor | None = None) -> Tensor:
+    def past_positions(self, attention: Density, noise: Tensor | None = None) -> Tensor:
         """Where a write samples the old signal: ascending, shape [M], or [batch, M] with stickiness.
 
         Args:
             attention: where the segment looked,
-            offsets: and the random offsets, as for `write`.
+            noise: and the random offsets, as for `write`.
         """
         if not self.config.sticky:
             return self.signal.past_steps.to(self.signal.centres)
         with torch.no_grad():
             histogram = attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
-            return warped_positions(histogram, self.config.past_samples, offsets)
+            return warped_positions(histogram, self.config.past_samples, noise)
 
     def moved_places(self, places: Tensor, segments: int, attention: Density) -> Tensor:
         """Where the tokens written so far lie after one more write.
@@ -429,15 +452,25 @@ class LongTermMemory(nn.Module):
         """
         config = self.config
         if segments == 0:
-            return even_middles(config.segment_length).to(places)
+            return even_middles(self.signal.segment_length).to(places)
         if config.sticky:
             histogram = attention_histogram(attention, self.signal.basis, config.sticky_bins).to(places)
             places = places_after_warp(histogram, places.unsqueeze(0)).squeeze(0)
             if config.sticky_placement == "published":
                 places = (places + 0.5 / config.past_samples).clamp(max=1)
         contraction = segments / (segments + 1) if config.contraction == "uniform" else config.contraction_rate
-        new = contraction + (1 - contraction) * even_steps(config.segment_length).to(places)
+        new = contraction + (1 - contraction) * even_steps(self.signal.segment_length).to(places)
         return torch.cat([contraction * places, new])
+
+    def reset_buffers(self) -> None:
+        self.signal.reset_parameters()
+
+    def time_shuffle(self) -> Tensor:
+        return self.signal.time_shuffle()
+
+    def shuffle_time(self, state: LongTermState, shuffle: Tensor) -> LongTermState:
+        with torch.autocast(shuffle.device.type, enabled=False):
+            return replace(state, coefficients=shuffle @ state.coefficients)
 
     def divergence(self, attention: Density) -> Tensor:
         """How far the densities' variance is from the prior's, mean over heads, shape [batch, queries]; 0 for slots."""

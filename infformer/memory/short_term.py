@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from infformer.memory.memory import Entries, Memory, MemoryOutput, SegmentContext
 from infformer.memory.state import MemoryState
 from infformer.memory.time_shuffle import shuffled_entries
 
@@ -22,12 +23,9 @@ class Queue(MemoryState):
     """int64 [batch]."""
 
     @classmethod
-    def empty(cls, batch: int, length: int, hidden_size: int, device: torch.device) -> Self:
+    def empty(cls, batch: int, length: int, hidden_size: int) -> Self:
         """A queue of `length` places in which nothing is."""
-        return cls(
-            torch.zeros(batch, length, hidden_size, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
-        )
+        return cls(torch.zeros(batch, length, hidden_size), torch.zeros(batch, dtype=torch.int64))
 
     @property
     def length(self) -> int:
@@ -66,3 +64,66 @@ class Queue(MemoryState):
             filled=torch.where(rows, filled, self.filled),
         )
         return after, joined[:, :count]
+
+
+@dataclass(frozen=True)
+class ShortTermState(MemoryState):
+    """What a layer with a short-term memory holds between two segments."""
+
+    short_term: Queue
+    behind: Any
+    """The state of the memory behind it; None without one."""
+
+
+class ShortTermMemory(Memory):
+    """The last hidden states of a layer, to which its attention looks back, and perhaps a memory behind them.
+
+    Args:
+        length: how many hidden states; with a memory behind them a multiple of the segment's.
+        hidden_size: width of the model.
+        behind: what leaves the short-term memory is written to it. None: what leaves is forgotten.
+    """
+
+    def __init__(self, length: int, hidden_size: int, behind: Memory | None = None) -> None:
+        super().__init__()
+        self.length = length
+        self.hidden_size = hidden_size
+        self.behind = behind
+        if behind is not None:
+            self.noise_size, self.loss_weights = behind.noise_size, behind.loss_weights
+
+    def initial_state(self, batch: int) -> ShortTermState:
+        queue = Queue.empty(batch, self.length, self.hidden_size)
+        return ShortTermState(queue, None if self.behind is None else self.behind.initial_state(batch))
+
+    def prepare(self, state: ShortTermState, context: SegmentContext) -> Any:
+        return None if self.behind is None else self.behind.prepare(state.behind, context)
+
+    def entries(self, state: ShortTermState) -> Entries:
+        """Those of the memory behind it, and then its own."""
+        older = None if self.behind is None else self.behind.entries(state.behind)
+        own = Entries(state.short_term.entries, state.short_term.real)
+        return own if older is None else Entries(*(torch.cat(pair, dim=1) for pair in zip(older, own, strict=True)))
+
+    def forward(self, hidden: Tensor, state: ShortTermState, context: SegmentContext, shared: Any) -> MemoryOutput:
+        queue, complete, leaving = state.short_term, context.complete, None
+        if complete is not None:
+            queue, leaving = queue.push(hidden, complete)
+            # All of a segment leaves, or nothing: the length is a multiple of the segment's.
+            complete = complete & (state.short_term.filled == self.length)
+        if self.behind is None:
+            return MemoryOutput(ShortTermState(queue, None))
+        behind = self.behind(hidden, state.behind, context._replace(complete=complete, leaving=leaving), shared)
+        return behind._replace(state=ShortTermState(queue, behind.state))
+
+    def time_shuffle(self) -> Any:
+        return None if self.behind is None else self.behind.time_shuffle()
+
+    def shuffle_time(self, state: ShortTermState, shuffle: Any) -> ShortTermState:
+        """That of each memory apart."""
+        behind = None if self.behind is None else self.behind.shuffle_time(state.behind, shuffle)
+        return ShortTermState(state.short_term.shuffle_time(), behind)
+
+    def reset_parameters(self) -> None:
+        if self.behind is not None:
+            self.behind.reset_parameters()

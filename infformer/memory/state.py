@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -111,11 +111,9 @@ class MemoryState:
         return self.map_tensors(lambda tensor: named[next(names)].to(tensor))
 
 
-StateT = TypeVar("StateT", bound=MemoryState, covariant=True)
-
-
 @dataclass(frozen=True)
-class LayerMemories(MemoryState, Generic[StateT]):
-    """The memories of a model: one state for each layer that has one."""
+class ModelState(MemoryState):
+    """What a model remembers between two segments."""
 
-    layers: tuple[StateT, ...]
+    layers: tuple[MemoryState, ...]
+    """Of each layer that has a memory, in their order."""

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from infformer.models.base import ModelError
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import new_decoder
-from infformer.models.memory_model import ModelError
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 """By the names that transformers has for all of its models."""

@@ -31,7 +31,7 @@ def chunked_token_losses(
         targets: the token that follows each position, [batch, length]; -100 where nothing is scored.
 
     Returns:
-        TokenLosses, float32, [batch, length]; 0 where nothing is scored.
+        Nats, float32, [batch, length]; 0 where nothing is scored.
     """
     chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
     return torch.cat([checkpoint(token_losses, *chunk, use_reentrant=False) for chunk in chunks]).view(targets.shape)

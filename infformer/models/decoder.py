@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import Any, NamedTuple, cast
+from dataclasses import fields
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, ini
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.layer import LayerMemory, LayerState, MemoryConfig
-from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTermMemoryConfig, WriteOperators
-from infformer.memory.state import LayerMemories
-from infformer.models.attention import Attention, encode_positions
-from infformer.models.memory_model import MemoryModel, ModelError, mean_over_tokens
-from infformer.models.outputs import Intermediates, MemoryModelOutput
-from infformer.models.second_backward import refuse_second_backward
+from infformer.memory.memory import Memory, SegmentContext
+from infformer.memory.options import MemoryConfig
+from infformer.memory.state import ModelState
+from infformer.models.base import LayerRead, MemoryModel, ModelError, SegmentRead, stored_memory
+from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, encode_positions
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
-
-DecoderMemories = LayerMemories[LayerState]
 
 CHOICES = {
     "positions": ("relative", "rotary"),
@@ -58,7 +54,8 @@ class DecoderConfig(PreTrainedConfig):
         initializer_range: standard deviation of new weights; None: 1/√inputs of each matrix, better for small widths.
         adaptive_cutoffs: where the bands of an adaptive vocabulary begin; empty for a plain one.
         adaptive_divisor: by how much each band of it is narrower than the one before.
-        memory: which memories there are; None for none at all.
+        memory: what each layer remembers; None for nothing.
+        segment_length: tokens of a segment; memories are written by complete ones.
     """
 
     model_type = "decoder"
@@ -81,6 +78,7 @@ class DecoderConfig(PreTrainedConfig):
         adaptive_cutoffs: list[int] | None = None,
         adaptive_divisor: float = 1.0,
         memory: MemoryConfig | dict[str, Any] | None = None,
+        segment_length: int = 512,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -97,7 +95,10 @@ class DecoderConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.adaptive_cutoffs = adaptive_cutoffs or []
         self.adaptive_divisor = adaptive_divisor
-        self.memory = asdict(memory) if isinstance(memory, MemoryConfig) else memory
+        self.segment_length = segment_length
+        self.memory = memory.to_json() if isinstance(memory, MemoryConfig) else memory
+        if self.memory is not None and self.memory["short_term_length"] is None:
+            self.memory = {**self.memory, "short_term_length": segment_length}
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):
             _check_size(name, getattr(self, name))
         self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
@@ -118,26 +119,13 @@ class DecoderConfig(PreTrainedConfig):
             raise ModelError(
                 f"model.architecture.head_size={self.head_size}: rotary positions turn pairs; make it even"
             )
-        if self.memory_config.long_term is not None and hidden_size % num_attention_heads:
-            raise ModelError(
-                f"model.architecture.num_attention_heads={num_attention_heads}: the heads of a long-term memory divide "
-                f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
-            )
         kwargs.setdefault("tie_word_embeddings", False)  # the vocabulary is one module and ties its own
         super().__init__(**kwargs)
 
     @property
-    def memory_config(self) -> MemoryConfig:
-        """The memories' configuration as its own type; an unknown option in a stored one is an error."""
-        stored = dict(self.memory or {})
-        kinds = {"compressive": CompressiveMemoryConfig, "long_term": LongTermMemoryConfig}
-        try:
-            parts = {name: kind(**stored.pop(name)) for name, kind in kinds.items() if stored.get(name) is not None}
-            return MemoryConfig(**{**stored, **parts})
-        except TypeError as error:
-            raise ModelError(
-                f"the memory in this model's config.json is not one that this version knows: {error}"
-            ) from error
+    def memory_config(self) -> MemoryConfig | None:
+        """What each layer remembers, as its own type; an unknown option in a stored one is an error."""
+        return stored_memory(self.memory, self.segment_length)
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -150,105 +138,63 @@ def _check_number(name: str, value: Any, wanted: str, holds: Callable[[float], b
         raise ModelError(f"model.architecture.{name}={value}: give a number that is {wanted}")
 
 
-class FeedForward(nn.Module):
-    """Two linear maps with an activation between them."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.expand = nn.Linear(config.hidden_size, config.feed_forward_size)
-        self.activation = ACT2FN[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
-        self.contract = nn.Linear(config.feed_forward_size, config.hidden_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.contract(self.dropout(self.activation(self.expand(hidden))))
-
-
-class Surroundings(NamedTuple):
-    """What all layers need to know of a segment."""
-
-    encoding: Tensor
-    """Of positions; see `encode_positions`."""
-    allowed: Tensor
-    """Which entries of the context each token may see; see `causal_mask`."""
-    whole: Tensor | None
-    """Rows whose segment is whole and is written, bool [batch]; None where no row's can be."""
-    operators: WriteOperators | None
-    offsets: Tensor | None
-    traced: bool
-    """Whether a layer also returns what happened in it."""
-
-
-class LayerOutput(NamedTuple):
-    """What a layer returns."""
-
-    hidden: Tensor
-    state: LayerState
-    segment: Tensor
-    """What attention saw of the segment so far, [batch, length so far, hidden]."""
-    divergence: Tensor | None
-    """Of the long-term memory's densities, [batch, queries]."""
-    reconstruction: Tensor | None
-    """Error of the compression, [batch, queries]."""
-    trace: Intermediates | None
-
-
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention with its memories, then feed-forward, each with its residual sum and its norm."""
+    """Attention with its memory, then feed-forward, each with its residual sum and its norm.
 
-    def __init__(self, config: DecoderConfig, memory: MemoryConfig, signal: ContinuousSignal | None) -> None:
+    Args:
+        sizes: of its parts.
+        memory: of this layer; None for none.
+    """
+
+    def __init__(self, sizes: BlockSizes, memory: Memory | None) -> None:
         super().__init__()
-        self.pre_norm = config.normalization_placement == "pre"
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.head_size,
-            config.positions,
-            config.attention_dropout,
-        )
-        self.memory = LayerMemory(memory, config.hidden_size, config.num_attention_heads, signal)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = new_norm(config)
-        self.feed_forward_norm = new_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention = Attention(sizes)
+        self.memory = memory
+        self.feed_forward = FeedForward(sizes)
+        self.attention_residual = Residual(sizes)
+        self.feed_forward_residual = Residual(sizes)
 
-    def forward(self, hidden: Tensor, state: LayerState, past: Tensor | None, around: Surroundings) -> LayerOutput:
+    def forward(
+        self,
+        hidden: Tensor,
+        state: Any,
+        past: Tensor | None,
+        encoding: Tensor,
+        allowed: Tensor,
+        context: SegmentContext,
+        shared: Any,
+        return_intermediates: bool,
+    ) -> tuple[Tensor, Tensor, LayerRead | None]:
         """Read a segment, or more tokens of one.
 
         Args:
             hidden: [batch, length, hidden].
+            state: of the memory.
             past: what attention saw of the segment's earlier tokens, [batch, earlier, hidden].
+            encoding: of positions; see `encode_positions`.
+            allowed: which entries of the context each token may see; see `causal_mask`.
+            context, shared: see `Memory.forward`.
+
+        Returns:
+            The hidden states, what attention saw of the segment so far, and what the memory made of it.
         """
-        residual = hidden
-        seen = self.attention_norm(hidden) if self.pre_norm else hidden
+        seen = self.attention_residual.enter(hidden)
         segment = seen if past is None else torch.cat([past, seen], dim=1)
-        memories = torch.cat([state.compressed.entries, state.short_term.entries], dim=1)
-        context = torch.cat([memories.to(segment.dtype), segment], dim=1)
-        attended = self.attention(seen, context, around.allowed, around.encoding)
-        reading = self.memory.read(seen, state)
-        trace = Intermediates(seen, attended, reading) if around.traced else None
-        if reading is not None:
-            attended = attended + reading.context.to(attended.dtype)
-        hidden = residual + self.dropout(attended)
-        hidden = hidden if self.pre_norm else self.attention_norm(hidden)
-
-        residual = hidden
-        hidden = self.feed_forward(self.feed_forward_norm(hidden) if self.pre_norm else hidden)
-        hidden = residual + self.dropout(hidden)
-        hidden = hidden if self.pre_norm else self.feed_forward_norm(hidden)
-
-        reconstruction = None
-        if around.whole is not None:
-
-            def attend(entries: Tensor) -> tuple[Tensor, Tensor]:
-                return self.attention.attend_by_content(seen, entries)
-
-            state, reconstruction = self.memory.write(
-                seen, state, around.whole, reading, around.operators, around.offsets, attend
+        entries = None if self.memory is None else self.memory.entries(state)
+        visible = segment if entries is None else torch.cat([entries.hidden.to(segment.dtype), segment], dim=1)
+        added = attended = self.attention(seen, visible, allowed, encoding)
+        read: LayerRead | None = None
+        if self.memory is not None:
+            output = self.memory(
+                seen, state, context._replace(attend=partial(self.attention.attend_by_content, seen)), shared
             )
-        long_term = self.memory.long_term
-        divergence = None if reading is None or long_term is None else long_term.divergence(reading.attention)
-        return LayerOutput(hidden, state, segment, divergence, reconstruction, trace)
+            if output.context is not None:
+                added = attended + output.context.to(attended.dtype)
+            read = LayerRead(output, seen, attended) if return_intermediates else LayerRead(output)
+        hidden = self.attention_residual.leave(hidden, added)
+
+        seen = self.feed_forward_residual.enter(hidden)
+        return self.feed_forward_residual.leave(hidden, self.feed_forward(seen)), segment, read
 
 
 class DecoderForCausalLM(MemoryModel):
@@ -259,92 +205,74 @@ class DecoderForCausalLM(MemoryModel):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.memory_config = memory = config.memory_config
-        self.segment_length = memory.segment_length if config.memory else None
-        self.signal = None if memory.long_term is None else ContinuousSignal(memory.long_term)
+        memory = config.memory_config
+        self.segment_length = None if memory is None else config.segment_length
+        sizes = BlockSizes(
+            **{field.name: getattr(config, field.name) for field in fields(BlockSizes) if field.name != "heads"},
+            heads=config.num_attention_heads,
+        )
         self.vocabulary = (
             AdaptiveVocabulary(config.vocab_size, config.hidden_size, config.adaptive_cutoffs, config.adaptive_divisor)
             if config.adaptive_cutoffs
             else TiedVocabulary(config.vocab_size, config.hidden_size)
         )
-        self.layers = nn.ModuleList(DecoderLayer(config, memory, self.signal) for _ in range(config.num_hidden_layers))
-        self.final_norm = new_norm(config) if config.normalization_placement == "pre" else None
+        layers = config.num_hidden_layers
+        memories: list[Memory | None] = [None] * layers
+        if memory is not None:
+            memories = [*memory.build(config.hidden_size, config.num_attention_heads, layers, config.segment_length)]
+        self.layers = nn.ModuleList(DecoderLayer(sizes, own) for own in memories)
+        self.final_norm = sizes.new_norm() if config.normalization_placement == "pre" else None
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
-    def forward(
+    def read_segment(
         self,
         input_ids: Tensor,
-        labels: Tensor | None = None,
-        memory: DecoderMemories | None = None,
-        reset: Tensor | None = None,
-        *,
-        targets: Tensor | None = None,
-        lengths: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        noise: Tensor | None = None,
-        return_logits: bool | None = None,
-        return_intermediates: bool = False,
-        segment_cache: tuple[Tensor, ...] | None = None,
-        use_cache: bool = False,
-    ) -> MemoryModelOutput:
-        """Read one segment of each row, of at most `segment_length` tokens.
-
-        Args:
-            segment_cache, use_cache: what each layer's attention saw of the segment so far, to generate within it; such
-                tokens are not written. The others are those of every `MemoryModel`.
-        """
-        memory, lengths = self._begin(input_ids, memory, reset, lengths, attention_mask)
-        before = 0 if segment_cache is None else segment_cache[0].shape[1]
-        around = self._surroundings(memory, input_ids, before, lengths, noise, return_intermediates)
+        state: ModelState,
+        context: SegmentContext,
+        shared: Any,
+        return_intermediates: bool,
+        segment_cache: tuple[Tensor, ...] | None,
+        use_cache: bool,
+    ) -> SegmentRead:
+        length = input_ids.shape[1]
+        cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
+        # All layers are written together: what is real in one is real in all.
+        real = self._real_entries(state)
+        visible = (0 if real is None else real.shape[1]) + cached + length
+        allowed = causal_mask(real, length, visible, self.device)
+        rotary = self.config.positions == "rotary"
+        width = self.config.head_size if rotary else self.config.hidden_size
+        encoding = encode_positions(visible, width, self.config.positions, self.device)
+        encoding = encoding if rotary else self.dropout(encoding)
 
         hidden = self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size))
-        outputs: list[LayerOutput] = []
+        reads, seen = [], []
         for index, layer in enumerate(self.layers):
+            own = state.layers[index] if state.layers else None
             past = None if segment_cache is None else segment_cache[index]
-            outputs.append(layer(hidden, memory.layers[index], past, around))
-            hidden = outputs[-1].hidden
+            hidden, segment, read = layer(hidden, own, past, encoding, allowed, context, shared, return_intermediates)
+            seen.append(segment)
+            if read is not None:
+                reads.append(read)
         hidden = self.dropout(hidden if self.final_norm is None else self.final_norm(hidden))
+        return SegmentRead(hidden, tuple(reads), tuple(seen) if use_cache else None)
 
-        written = LayerMemories(tuple(layer.state for layer in outputs))
-        refuse_second_backward(hidden, written)
-        output = MemoryModelOutput(
-            memory=written,
-            auxiliary_losses=self._auxiliary_losses(outputs, memory, lengths),
-            intermediates=tuple(layer.trace for layer in outputs if layer.trace is not None)
-            if return_intermediates
-            else None,
-            segment_cache=tuple(layer.segment for layer in outputs) if use_cache else None,
-        )
-        scored = self._score(output, hidden, self.vocabulary.token_losses, labels, targets, lengths)
-        if return_logits or (return_logits is None and not scored):
-            output.logits = self.vocabulary.logits(hidden)
-        return output
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return self.vocabulary.token_losses(hidden, targets)
 
-    def initial_memory(self, batch: int) -> DecoderMemories:
-        """Empty memories for `batch` rows."""
-        layers = cast(Iterator[DecoderLayer], iter(self.layers))
-        return LayerMemories(tuple(layer.memory.initial_state(batch, self.device) for layer in layers))
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.vocabulary.logits(hidden)
 
-    def long_term_memories(self) -> dict[int, LongTermMemory]:
+    def cached_tokens(self, segment_cache: tuple[Tensor, ...]) -> int:
+        return segment_cache[0].shape[1]
+
+    def layer_memories(self) -> dict[int, Memory]:
         layers = enumerate(cast(Iterator[DecoderLayer], iter(self.layers)))
-        return {number: layer.memory.long_term for number, layer in layers if layer.memory.long_term is not None}
+        return {number: layer.memory for number, layer in layers if layer.memory is not None}
 
     def sharding_units(self) -> list[nn.Module]:
         return list(self.layers)
-
-    def memory_parameters(self) -> Iterator[nn.Parameter]:
-        for layer in cast(Iterator[DecoderLayer], iter(self.layers)):
-            yield from layer.memory.parameters()
-
-    @property
-    def short_term_length(self) -> int:
-        return self.memory_config.short_term_length
-
-    @property
-    def noise_size(self) -> int:
-        memory = self.memory_config.long_term
-        return memory.past_samples if memory is not None and memory.sticky else 0
 
     @property
     def positions(self) -> int | None:
@@ -354,51 +282,16 @@ class DecoderForCausalLM(MemoryModel):
     def vocabulary_size(self) -> int:
         return self.config.vocab_size
 
-    def _surroundings(
-        self,
-        memory: DecoderMemories,
-        input_ids: Tensor,
-        before: int,
-        lengths: Tensor | None,
-        offsets: Tensor | None,
-        traced: bool,
-    ) -> Surroundings:
-        batch, length = input_ids.shape
-        whole = self._whole_rows(batch, before, length, lengths)
-        state = memory.layers[0]  # all layers are written together: what is real in one is real in all
-        context = state.compressed.length + state.short_term.length + before + length
-        width = self.config.head_size if self.config.positions == "rotary" else self.config.hidden_size
-        encoding = encode_positions(context, width, self.config.positions, self.device)
-        operators = None
-        if whole is not None and self.signal is not None and state.long_term is not None:
-            operators = self.signal.operators(state.long_term.segments)
-        dropped = encoding if self.config.positions == "rotary" else self.dropout(encoding)
-        return Surroundings(dropped, causal_mask(state, length, context), whole, operators, offsets, traced)
-
-    def _auxiliary_losses(
-        self, outputs: list[LayerOutput], memory: DecoderMemories, lengths: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Means over tokens, sums over layers, by name."""
-        config, losses = self.memory_config, {}
-        divergences = [layer.divergence for layer in outputs if layer.divergence is not None]
-        if config.long_term is not None and divergences:
-            state = memory.layers[0].long_term
-            assert state is not None
-            divergence = torch.stack(divergences).sum(0) * (state.segments.unsqueeze(-1) > 0)
-            losses["divergence"] = config.long_term.divergence_weight * mean_over_tokens(divergence, lengths)
-        if config.compressive is not None:
-            errors = [layer.reconstruction for layer in outputs if layer.reconstruction is not None]
-            error = (
-                mean_over_tokens(torch.stack(errors).sum(0), lengths) if errors else torch.zeros((), device=self.device)
-            )
-            losses["reconstruction"] = config.compressive.reconstruction_weight * error
-        return losses
-
-    def _renew(self, names: set[str]) -> None:
-        """They are new already: each belongs to a module that `_init_weights` has seen."""
+    def _real_entries(self, state: ModelState) -> Tensor | None:
+        """Which entries before the segment are real, bool [batch, entries]; None without any."""
+        for memory, layer in zip(self.layer_memories().values(), state.layers, strict=True):
+            entries = memory.entries(layer)
+            return None if entries is None else entries.real
+        return None
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases, in the memories too: there is nothing pretrained that they could disturb."""
+        super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
             inputs = module.weight[0].numel()
             deviation = self.config.initializer_range
@@ -412,26 +305,21 @@ class DecoderForCausalLM(MemoryModel):
         if isinstance(module, Attention) and not module.rotary:
             initialization.zeros_(module.content_bias)
             initialization.zeros_(module.distance_bias)
-        if isinstance(module, ContinuousSignal):  # not learned, so never loaded
-            module.reset_parameters()
 
 
-def new_norm(config: DecoderConfig) -> nn.Module:
-    """A norm of the residual stream."""
-    kind = nn.LayerNorm if config.normalization == "layer" else nn.RMSNorm
-    return kind(config.hidden_size, eps=1e-5)
+def causal_mask(real: Tensor | None, queries: int, length: int, device: torch.device) -> Tensor:
+    """Which entries of a context the last tokens of it may see, bool [batch or 1, 1, queries, length].
 
-
-def causal_mask(state: LayerState, queries: int, length: int) -> Tensor:
-    """Which entries of a context the last tokens of it may see, bool [batch, 1, queries, length].
-
-    The context is the compressed memory, the short-term memory and the segment; in the memories only what is real.
+    Args:
+        real: the context begins with entries of a memory, of which only these may be seen, bool [batch, entries].
+        queries: how many tokens look.
+        length: of the context.
     """
-    memory = torch.cat([state.compressed.real, state.short_term.real], dim=1)
-    real = F.pad(memory, (0, length - memory.shape[1]), value=True)
-    entries = torch.arange(length, device=real.device)
-    places = entries[length - queries :]
-    return real[:, None, None, :] & (entries <= places.unsqueeze(-1))
+    entries = torch.arange(length, device=device)
+    causal = entries <= entries[length - queries :].unsqueeze(-1)
+    if real is None:
+        return causal[None, None]
+    return F.pad(real, (0, length - real.shape[1]), value=True)[:, None, None, :] & causal
 
 
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
-from infformer.models.memory_model import MemoryModel, ModelError
+from infformer.models.base import MemoryModel, ModelError
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = "infformer/checkpoints/"

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from infformer.memory.state import MemoryState
-from infformer.models.memory_model import MemoryModel, ModelError
+from infformer.memory.state import ModelState
+from infformer.models.base import MemoryModel, ModelError
 
 
 def continue_text(
@@ -57,15 +57,15 @@ def sample_tokens(
         raise ModelError(
             f"prompt= has the shape {list(prompt.shape)}: give the token ids of one text, [length], at least one token"
         )
-    memory: MemoryState | None = None
+    memory: ModelState | None = None
     segment = prompt.to(model.device).unsqueeze(0)
     while segment.shape[1] > segment_length:
-        memory = model(segment[:, :segment_length], memory=memory, return_logits=False).memory
+        memory = model(segment[:, :segment_length], state=memory, return_logits=False).state
         segment = segment[:, segment_length:]
 
     unread, cache = segment, None
     while True:
-        output = model(unread, memory=memory, segment_cache=cache, use_cache=True)
+        output = model(unread, state=memory, segment_cache=cache, use_cache=True)
         cache = output.segment_cache
         logits = output.logits[0, -1].float().cpu()
         if temperature == 0:
@@ -75,7 +75,7 @@ def sample_tokens(
         yield int(token)
         unread = token.to(model.device).unsqueeze(0)
         if segment.shape[1] == segment_length:
-            memory = model(segment, memory=memory, return_logits=False).memory
+            memory = model(segment, state=memory, return_logits=False).state
             segment, cache = unread, None
         else:
             segment = torch.cat([segment, unread], dim=1)

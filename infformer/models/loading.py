@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from infformer.memory.layer import MemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory import compressive, long_term  # noqa: F401, the kinds that a stored configuration may name
+from infformer.memory.options import MemoryConfig
+from infformer.models.base import MemoryModel, ModelError
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import load, load_config, load_weights, model_folder
-from infformer.models.memory_model import MemoryModel, ModelError
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -21,8 +21,9 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 def load_pretrained(
     name: str,
-    memory: LongTermMemoryConfig | None = None,
+    memory: MemoryConfig | None = None,
     memory_layers: list[int] | None = None,
+    segment_length: int = 512,
     **kwargs: Any,
 ) -> InfformerForCausalLM:
     """A pretrained causal language model with a new memory beside its attention, or with none.
@@ -38,7 +39,7 @@ def load_pretrained(
     config = load_config(folder, "model.pretrained")
     if isinstance(config, InfformerConfig) and config.memory is None:
         wrapped = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
-        return InfformerForCausalLM.from_backbone(wrapped.backbone, memory, memory_layers)
+        return InfformerForCausalLM.from_backbone(wrapped.backbone, memory, memory_layers, segment_length)
     if isinstance(config, InfformerConfig):
         raise ModelError(
             f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
@@ -50,7 +51,7 @@ def load_pretrained(
             "use resume="
         )
     backbone = load_weights(AutoModelForCausalLM, config, folder, "model.pretrained", **kwargs)
-    return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
+    return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length)
 
 
 def load_trained(
@@ -68,32 +69,32 @@ def load_trained(
     """
     folder = model_folder(name)
     config = load_config(folder, "checkpoint")
-    caches = isinstance(config, DecoderConfig) and config.memory_config.short_term_length > 0
-    if short_term_length is not None and not caches:
+    ours = isinstance(config, DecoderConfig | InfformerConfig)
+    memory: MemoryConfig | None = config.memory_config if ours else None
+    if short_term_length is not None and (memory is None or not memory.short_term_length):
         raise ModelError(f"short_term_length={short_term_length}: {name} has no short-term memory; set it to null")
-    if isinstance(config, DecoderConfig):
-        memory = config.memory_config
-        length = segment_length or memory.segment_length
-        long_term = memory.long_term and replace(memory.long_term, segment_length=length)
-        cached = short_term_length or memory.short_term_length
-        try:
-            memory = MemoryConfig(length, cached, memory.compressive, long_term)
-        except ValueError as error:
-            said = str(error).replace("training.segment", "segment").replace("model.short_term", "short_term")
-            raise ModelError(f"{name} with segment_length={length}, short_term_length={cached}: {said}") from error
-        config.memory = asdict(memory) if config.memory else None
-        return load_weights(DecoderForCausalLM, config, folder, "checkpoint")
-    if not isinstance(config, InfformerConfig):
+    if not ours:
         return InfformerForCausalLM.from_backbone(load_weights(AutoModelForCausalLM, config, folder, "checkpoint"))
-    if config.memory is not None and segment_length is not None:
-        config.memory = {**config.memory, "segment_length": segment_length}
-    return load_weights(InfformerForCausalLM, config, folder, "checkpoint")
+    if memory is not None:
+        length = segment_length or config.segment_length
+        try:
+            memory = replace(memory, short_term_length=short_term_length or memory.short_term_length)
+            memory.check_segment_length(length)
+        except ValueError as error:
+            said = str(error).replace("training.segment", "segment").replace("model.memory.short_term", "short_term")
+            raise ModelError(
+                f"{name} with segment_length={length}, short_term_length={memory.short_term_length}: {said}"
+            ) from error
+        config.memory, config.segment_length = memory.to_json(), length
+    kind = DecoderForCausalLM if isinstance(config, DecoderConfig) else InfformerForCausalLM
+    return load_weights(kind, config, folder, "checkpoint")
 
 
 def new_model(
     architecture: dict[str, Any],
-    memory: LongTermMemoryConfig | None = None,
+    memory: MemoryConfig | None = None,
     memory_layers: list[int] | None = None,
+    segment_length: int = 512,
     attention: str | None = None,
 ) -> InfformerForCausalLM:
     """A stock model from scratch, from the fields of its configuration, with a memory beside its attention.
@@ -108,22 +109,28 @@ def new_model(
         options = f"model.architecture={architecture}" + ("" if attention is None else f" model.attention={attention}")
         reason = " ".join(str(error).split())
         raise ModelError(f"{options}: no model can be made of this: {type(error).__name__}: {reason}") from error
-    return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers)
+    return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length)
 
 
-def new_decoder(architecture: dict[str, Any], memory: MemoryConfig | None = None) -> DecoderForCausalLM:
+def new_decoder(
+    architecture: dict[str, Any], memory: MemoryConfig | None = None, segment_length: int = 512
+) -> DecoderForCausalLM:
     """A decoder from scratch, from the fields of its configuration.
 
     Raises:
         ModelError: an option that a decoder does not have, or a value that it cannot have.
     """
     fields = {name: value for name, value in architecture.items() if name != "model_type"}
-    known = {*inspect.signature(DecoderConfig).parameters, "bos_token_id", "eos_token_id"} - {"memory", "kwargs"}
+    known = {*inspect.signature(DecoderConfig).parameters, "bos_token_id", "eos_token_id"} - {
+        "memory",
+        "segment_length",
+        "kwargs",
+    }
     for name in fields.keys() - known:
         raise ModelError(
             f"model.architecture.{name}={fields[name]}: a decoder has no such option; it has {', '.join(sorted(known))}"
         )
-    return DecoderForCausalLM(DecoderConfig(**fields, memory=memory))
+    return DecoderForCausalLM(DecoderConfig(**fields, memory=memory, segment_length=segment_length))
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

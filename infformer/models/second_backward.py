@@ -13,15 +13,15 @@ class BackwardError(UserError, RuntimeError):
     """A backward pass through segments whose graph is gone."""
 
 
-def refuse_second_backward(hidden: Tensor, memory: MemoryState) -> None:
-    """Let a later backward pass that reaches a segment through its memory say what is wrong, if that cannot go on.
+def refuse_second_backward(hidden: Tensor, state: MemoryState) -> None:
+    """Let a later backward pass that reaches a segment through its state say what is wrong, if that cannot go on.
 
     It cannot where an earlier pass went through the segment and freed its graph. One pass through the losses of several
     segments is what memories are trained by, and one that was told `retain_graph=True` frees nothing.
 
     Args:
         hidden: last hidden states of the segment, through which every pass goes that begins at its losses or logits.
-        memory: after the segment.
+        state: after the segment.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hidden.requires_grad:
         return
@@ -34,11 +34,11 @@ def refuse_second_backward(hidden: Tensor, memory: MemoryState) -> None:
     def refuse(_: Tensor) -> None:
         if freed_by and torch._C._current_graph_task_id() not in freed_by:
             raise BackwardError(
-                "memory= was made by a segment whose backward pass is over: pass on output.memory.detach(), or call "
+                "state= was made by a segment whose backward pass is over: pass on output.state.detach(), or call "
                 "backward once, on the sum of the segments' losses"
             )
 
     hidden.register_hook(remember)
-    for tensor in memory.named_tensors().values():
+    for tensor in state.named_tensors().values():
         if tensor.requires_grad:
             tensor.register_hook(refuse)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infformer.models.base import ModelError
 from infformer.models.chunked_loss import cross_entropy
-from infformer.models.memory_model import ModelError
 
 
 class TiedVocabulary(nn.Module):

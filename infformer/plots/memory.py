@@ -46,7 +46,7 @@ def plot_inspection(inspection_json: Path) -> list[Path]:
         ),
     }
     if inspection["writing"]:
-        figures["noise_size"] = _draw_samples(inspection)
+        figures["sticky_samples"] = _draw_samples(inspection)
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 

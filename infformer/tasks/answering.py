@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infformer.evaluation.reading import Evaluator
-from infformer.memory.state import MemoryState
+from infformer.memory.state import ModelState
 from infformer.tasks.questions import Integers, Questions
 
 
@@ -85,14 +85,14 @@ def alone(evaluator: Evaluator) -> Evaluator:
 
 
 def _answer_forced(
-    evaluator: Evaluator, tokens: Tensor, memory: MemoryState | None, start: int, end: int
+    evaluator: Evaluator, tokens: Tensor, memory: ModelState | None, start: int, end: int
 ) -> NDArray[np.float64]:
     """Which of the last `end` tokens are right, and the nats of each, [2, rows, end]; `memory` is that at `start`."""
     logits: list[Tensor] = []
     first = tokens.shape[1] - 1 - end  # the input from which the first of them is predicted
     for segment in tokens[:, start:-1].split(evaluator.segment_length, dim=1):
         output = _read(evaluator, segment, memory)
-        memory = output.memory
+        memory = output.state
         logits.append(output.logits[:, max(first - start, 0) :])
         start += segment.shape[1]
     scores, true = torch.cat(logits, dim=1).float(), tokens[:, -end:]
@@ -104,7 +104,7 @@ def _answer_forced(
 def _answer_freely(
     evaluator: Evaluator,
     tokens: Tensor,
-    memory: MemoryState | None,
+    memory: ModelState | None,
     start: int,
     asked: Tensor,
     asked_anywhere: NDArray[np.bool_],
@@ -125,29 +125,29 @@ def _answer_freely(
             output = _read(evaluator, segment, memory)
             token = torch.where(asked[:, place], output.logits[:, -1].argmax(dim=-1), token)
             if whole:
-                memory, segment = output.memory, segment[:, :0]
+                memory, segment = output.state, segment[:, :0]
         given.append(token)
         segment = torch.cat([segment, token.unsqueeze(1)], dim=1)
     return torch.stack(given, dim=1)
 
 
-def _read_text(evaluator: Evaluator, tokens: Tensor, end: int) -> tuple[MemoryState | None, int]:
+def _read_text(evaluator: Evaluator, tokens: Tensor, end: int) -> tuple[ModelState | None, int]:
     """Read the segments before the one from which the first of the last `end` tokens is predicted.
 
     Returns:
         The memory, and the input that comes next.
     """
     start = (tokens.shape[1] - 1 - end) // evaluator.segment_length * evaluator.segment_length
-    memory: MemoryState | None = None
+    memory: ModelState | None = None
     for first in range(0, start, evaluator.segment_length):
         segment = tokens[:, first : first + evaluator.segment_length]
-        memory = _read(evaluator, segment, memory, return_logits=False).memory
+        memory = _read(evaluator, segment, memory, return_logits=False).state
     return memory, start
 
 
-def _read(evaluator: Evaluator, segment: Tensor, memory: MemoryState | None, return_logits: bool | None = None) -> Any:
+def _read(evaluator: Evaluator, segment: Tensor, memory: ModelState | None, return_logits: bool | None = None) -> Any:
     with torch.autocast(segment.device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
-        return evaluator.model(segment, memory=memory, return_logits=return_logits)
+        return evaluator.model(segment, state=memory, return_logits=return_logits)
 
 
 def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:

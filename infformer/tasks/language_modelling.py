@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.data.lanes import Lanes, Segment
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.evaluation.memory_instruments import inspect_document
+from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.reading import EvaluationError, Evaluator, describe_protocol
 from infformer.evaluation.report import format_table, write_results
@@ -100,7 +100,7 @@ class LanguageModelling:
     def inspect(self) -> dict[str, Any]:
         """What the memory holds along the longest test document; empty without a long-term memory."""
         model = self._evaluator.model
-        if not self._inspected_segments or self._test is None or not model.long_term_memories():
+        if not self._inspected_segments or self._test is None or not long_term_memories(model):
             return {}
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))

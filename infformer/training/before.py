@@ -13,9 +13,7 @@ from infformer.config import EvaluationRunConfig, RunConfig
 from infformer.data.options import SPLITS
 from infformer.data.sources import check_sources
 from infformer.errors import UserError
-from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.layer import MemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.architecture import try_architecture, try_kernel
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import load_config
@@ -62,7 +60,7 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
     check_size(
         shape,
         training.segment_length,
-        _memories(chosen.memory, chosen.short_term_length, chosen.compressive),
+        chosen.memory,
         lanes=lanes,
         lanes_at_once=max(1, lanes // training.gradient_accumulation),
         bptt_segments=training.bptt_segments,
@@ -72,9 +70,11 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
             "training.batch_size": (training.batch_size, 64),
             "training.segment_length": (training.segment_length, 512),
             "training.bptt_segments": (training.bptt_segments, 8),
-            **({} if chosen.memory is None else _of_memory(chosen.memory)),
-            "model.short_term_length": (chosen.short_term_length, 512),
-            "model.compressive.length": (chosen.compressive.length if chosen.compressive else 0, 512),
+            **{
+                f"model.memory.{name}": (value, 512)
+                for name, value in vars(chosen.memory or object).items()
+                if type(value) is int
+            },
             **{
                 f"model.architecture.{name}": (value, 4096)
                 for name, value in chosen.architecture.items()
@@ -94,20 +94,19 @@ def check_evaluation(config: EvaluationRunConfig) -> None:
     if config.task.vocabulary_size is None:
         check_sources(config.data, [config.split])
     shape: Any = load_config(config.checkpoint, "checkpoint")
-    memory = MemoryConfig(short_term_length=0)
-    if isinstance(shape, DecoderConfig):
-        memory = shape.memory_config
-    long_term = shape.memory_config if isinstance(shape, InfformerConfig) else memory.long_term
-    length = config.segment_length or (long_term.segment_length if long_term else 1)
-    short_term = config.short_term_length or memory.short_term_length
+    ours = isinstance(shape, DecoderConfig | InfformerConfig)
+    memory = shape.memory_config if ours else None
+    length = config.segment_length or (shape.segment_length if memory else 1)
+    if memory is not None and config.short_term_length is not None:
+        memory.short_term_length = config.short_term_length
     check_size(
         shape,
         length,
-        _memories(long_term, short_term, memory.compressive),
+        memory,
         longest_text=_longest_text(config),
         options={
             "segment_length": (length, 512),
-            "short_term_length": (short_term, 512),
+            "short_term_length": (config.short_term_length or 0, 512),
             **_of_task(config),
         },
     )
@@ -116,7 +115,7 @@ def check_evaluation(config: EvaluationRunConfig) -> None:
 def check_size(
     shape: Any,
     segment_length: int,
-    memories: tuple[int, int, int, int],
+    memory: MemoryConfig | None,
     *,
     options: dict[str, tuple[int, int]],
     lanes: int = 1,
@@ -129,8 +128,7 @@ def check_size(
 
     Args:
         shape: the model's configuration.
-        memories: basis functions, samples of the past, bins of a histogram, and states that attention sees beside the
-            segment.
+        memory: what each layer remembers.
         options: what decides on it, each with its value and a usual one; the most unusual is to blame.
         weights: bytes of the model and of what is kept to train it.
 
@@ -139,13 +137,11 @@ def check_size(
     """
     inner = shape.backbone if isinstance(shape, InfformerConfig) else shape.get_text_config()
     layers, hidden = getattr(inner, "num_hidden_layers", 1), getattr(inner, "hidden_size", 1)
-    functions, samples, bins, seen = memories
-    operators = 8 * functions * (functions + segment_length + samples)
-    states = 4 * lanes * layers * hidden * (functions + seen)
     activations = 2 * lanes_at_once * bptt_segments * segment_length * hidden * layers
-    histograms = 4 * lanes_at_once * segment_length * bins
+    remembered = 0 if memory is None else 4 * memory.numbers(hidden, layers, lanes, segment_length)
+    seen = 0 if memory is None else memory.entries
     allowed = lanes_at_once * segment_length * (segment_length + seen) if seen else 0
-    needed = weights + operators + states + activations + histograms + allowed + 8 * lanes * longest_text
+    needed = weights + activations + remembered + allowed + 8 * lanes * longest_text
     there = memory_of_this_machine()
     if needed > there:
         option = max(options, key=lambda name: options[name][0] / options[name][1])
@@ -164,24 +160,6 @@ def memory_of_this_machine() -> int:
         limit = file.read_text().strip() if file.exists() else ""
         there += [int(limit)] if limit.isdigit() else []
     return min(there)
-
-
-def _memories(
-    long_term: LongTermMemoryConfig | None, short_term: int, compressed: CompressiveMemoryConfig | None
-) -> tuple[int, int, int, int]:
-    seen = short_term + (0 if compressed is None else compressed.length)
-    if long_term is None:
-        return 0, 0, 0, seen
-    bins = long_term.sticky_bins if long_term.sticky else 0
-    return long_term.basis_functions, long_term.past_samples, bins, seen
-
-
-def _of_memory(memory: LongTermMemoryConfig) -> dict[str, tuple[int, int]]:
-    return {
-        "model.memory.basis_functions": (memory.basis_functions, 512),
-        "model.memory.past_samples": (memory.past_samples, 512),
-        "model.memory.sticky_bins": (memory.sticky_bins, 512),
-    }
 
 
 def _of_task(config: RunConfig | EvaluationRunConfig) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents, warn_of_shared_documents
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.reading import Evaluator
+from infformer.models.base import MemoryModel
 from infformer.models.loading import (
     check_vocabulary,
     load_pretrained,
@@ -21,7 +22,6 @@ from infformer.models.loading import (
     new_model,
     vocabulary_of,
 )
-from infformer.models.memory_model import MemoryModel
 from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.needle import NeedleConfig, NeedleInABook
@@ -50,7 +50,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     model: MemoryModel
     if chosen.pretrained is not None:
         kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
-        model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, **kernel)
+        model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, segment_length, **kernel)
     else:
         if tokenizer is not None:
             vocabulary = vocabulary_of(tokenizer)
@@ -58,9 +58,9 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
             vocabulary = {"vocab_size": config.task.vocabulary_size}
         architecture = {**vocabulary, **chosen.architecture}
         if chosen.is_decoder:
-            model = new_decoder(architecture, chosen.decoder_memory(segment_length))
+            model = new_decoder(architecture, chosen.memory, segment_length)
         else:
-            model = new_model(architecture, chosen.memory, chosen.memory_layers, chosen.attention)
+            model = new_model(architecture, chosen.memory, chosen.memory_layers, segment_length, chosen.attention)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     model.check_segment_length(segment_length)

@@ -36,8 +36,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from infformer.durable import rename, synchronise, write_text
 from infformer.errors import UserError
-from infformer.memory.state import MemoryState
-from infformer.models.memory_model import MemoryModel
+from infformer.memory.state import ModelState
+from infformer.models.base import MemoryModel
 from infformer.tasks.task import Task
 from infformer.training.metrics import StepMetrics
 from infformer.training.runtime import Accelerator, all_reduce_max, gathered
@@ -70,7 +70,7 @@ class TrainingState:
     """May be a step ahead."""
     position: dict[str, Any]
     """Where it stood after the last step that was made."""
-    memories: list[MemoryState]
+    memories: list[ModelState]
     """Of the lanes of this process, part by part."""
     step: int = 0
     tokens: int = 0
@@ -371,7 +371,7 @@ def _copy_of(state: TrainingState, accelerator: Accelerator, rank_rows: range) -
         for name, tensor in whole:  # also where nothing is kept: all processes put a tensor together
             if main:
                 tensors[name] = _to_host(tensor)
-    memory = MemoryState.concatenate(state.memories).named_tensors()
+    memory = ModelState.concatenate(state.memories).named_tensors()
     own = {"lanes": torch.tensor(rank_rows)} | {f"memory.{name}": _to_host(tensor) for name, tensor in memory.items()}
     schedule = {name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"}
     shared = {
@@ -483,12 +483,12 @@ def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict
 
 
 def _load_memories(
-    folder: Path, memories: list[MemoryState], rank_rows: range, device: torch.device
-) -> list[MemoryState]:
+    folder: Path, memories: list[ModelState], rank_rows: range, device: torch.device
+) -> list[ModelState]:
     """The memories of these lanes, whichever process had them, cut into parts like those given."""
     files = [load_file(path) for path in sorted(folder.glob("process-*.safetensors"))]
     lanes = torch.cat([file["lanes"] for file in files])
     rows = torch.stack([(lanes == lane).nonzero()[0, 0] for lane in rank_rows])
-    template = MemoryState.concatenate(memories)
+    template = ModelState.concatenate(memories)
     stored = {name: torch.cat([file[f"memory.{name}"] for file in files]) for name in template.named_tensors()}
     return template.with_tensors(stored).select_rows(rows.to(device)).split(len(memories))

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from infformer.config import OptimizerConfig, ScheduleConfig
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 
 ENDING_SCHEDULES = ("cosine", "linear")
 """Those whose learning rates depend on `training.max_steps`, at which they end."""

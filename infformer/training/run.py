@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from infformer.config import EngineConfig, RunConfig
 from infformer.durable import write_text
 from infformer.evaluation.report import write_results
-from infformer.memory.state import MemoryState
+from infformer.memory.state import ModelState
 from infformer.plots.memory import plot_inspection
 from infformer.plots.run import plot_run
 from infformer.training.before import check_run
@@ -116,7 +116,7 @@ def _run(
         model.compile()
     prepared, wrapped = prepare(accelerator, model, optimizer)
     shards: Shards = ZeroShards(model, prepared.optimizer) if is_zero(accelerator) else TorchShards(model, optimizer)
-    memory: MemoryState = model.initial_memory(len(rank_rows)).to(accelerator.device)
+    memory: ModelState = model.initial_state(len(rank_rows)).to(accelerator.device)
     memories = memory.split(training.gradient_accumulation)
     state = TrainingState(model, shards, schedule, task, task.state_dict(), memories)
     if checkpoint is not None:

@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from infformer.config import EngineConfig
 from infformer.errors import UserError
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 
 __all__ = [
     "Accelerator",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter, beside the number of its steps."""

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from infformer.data.lanes import Segment
-from infformer.memory.state import MemoryState
+from infformer.memory.state import ModelState
+from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX
-from infformer.models.outputs import MemoryModelOutput
 from infformer.training.metrics import StepResult
 from infformer.training.runtime import Accelerator
 
@@ -26,7 +26,7 @@ class Microbatch:
 
     segments: Sequence[Segment]
     """Their next ones, through which gradients flow together."""
-    memory: MemoryState
+    memory: ModelState
     noise: Sequence[Tensor | None]
     """For each segment; None for deterministic sampling."""
     dropout_seed: int
@@ -42,7 +42,7 @@ def train_step(
     optimizer: Optimizer,
     microbatches: Sequence[Microbatch],
     gradient_clipping: float | None,
-) -> tuple[list[MemoryState], StepResult]:
+) -> tuple[list[ModelState], StepResult]:
     """Forward, backward and update.
 
     The loss is the mean over all scored tokens of the global batch: it does not depend on how lanes are spread over
@@ -76,8 +76,8 @@ def train_step(
             memory, objective = microbatch.memory, torch.zeros((), device=accelerator.device)
             for segment, offsets in zip(microbatch.segments, microbatch.noise, strict=True):
                 output = _read(model, segment, memory, offsets)
-                assert output.memory is not None
-                memory = output.memory
+                assert output.state is not None
+                memory = output.state
                 measured[1] += segment.lengths.sum()
                 if segment.global_tokens == 0:
                     continue
@@ -122,13 +122,13 @@ def _gradient_norm(accelerator: Accelerator, model: nn.Module, largest: float | 
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def _read(model: nn.Module, segment: Segment, memory: MemoryState, noise: Tensor | None) -> MemoryModelOutput:
+def _read(model: nn.Module, segment: Segment, memory: ModelState, noise: Tensor | None) -> MemoryModelOutput:
     """Read a segment; without a graph, losses and logits where nothing is scored in the whole global batch."""
     scored = segment.global_tokens > 0
     with torch.set_grad_enabled(scored):
         return model(
             segment.input_ids,
-            memory=memory,
+            state=memory,
             reset=segment.reset,
             targets=segment.targets if scored else None,
             lengths=segment.lengths,

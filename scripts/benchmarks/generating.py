@@ -20,7 +20,7 @@ from benchmarks.report import Comparison, Result, paired
 from benchmarks.streaming import SMALL
 from benchmarks.training_step import add_model_options
 from infformer.models.generation import sample_tokens
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 
 

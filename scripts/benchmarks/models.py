@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from benchmarks.arithmetic import Sizes
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
-from infformer.models.outputs import MemoryModelOutput
+from infformer.models.base import MemoryModelOutput
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 
 BACKBONES = ("gpt2", "rotary")

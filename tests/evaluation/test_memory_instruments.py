@@ -24,8 +24,8 @@ from infformer.evaluation.reading import EvaluationError
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
-from infformer.models.memory_model import MemoryModel
-from infformer.models.outputs import Intermediates
+from infformer.models.base import MemoryModel
+from infformer.models.base import Intermediates
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT, HEADS = 8, 2

@@ -10,7 +10,7 @@ from infformer.evaluation.reading import Evaluator
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8

@@ -10,7 +10,7 @@ import torch
 from infformer.evaluation.reading import Evaluator
 from infformer.harness.continuations import Continuation, Score, score_continuations
 from infformer.models.generation import continue_text
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 
 SEGMENT = 8
 KINDS = ("memory", "decoder", "none")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infformer.models.attention import Attention, encode_positions, rotate, shift_to_entries
+from infformer.models.block import Attention, encode_positions, rotate, shift_to_entries
 
 BATCH, LENGTH, HIDDEN, HEADS, HEAD = 2, 7, 10, 3, 4
 CONTEXTS = {  # how many tokens ask, and how many entries at the front are not real in each row

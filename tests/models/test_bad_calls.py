@@ -20,7 +20,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
 from infformer.models.loading import check_vocabulary, load_pretrained, load_trained, new_decoder, new_model
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8

@@ -20,8 +20,8 @@ from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
-from infformer.models.memory_model import ModelError
-from infformer.models.outputs import MemoryModelOutput
+from infformer.models.base import ModelError
+from infformer.models.base import MemoryModelOutput
 
 SEGMENT, VOCABULARY, HIDDEN, HEADS, HEAD, SAMPLES = 6, 50, 12, 3, 6, 16
 

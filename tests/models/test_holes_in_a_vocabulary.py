@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from infformer.models.loading import check_vocabulary, new_decoder, vocabulary_of
-from infformer.models.memory_model import ModelError
+from infformer.models.base import ModelError
 
 
 def test_a_model_from_scratch_has_room_for_a_vocabulary_with_holes() -> None:

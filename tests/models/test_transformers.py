@@ -20,8 +20,8 @@ from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
-from infformer.models.memory_model import MemoryModel
-from infformer.models.outputs import MemoryModelOutput
+from infformer.models.base import MemoryModel
+from infformer.models.base import MemoryModelOutput
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 
 SEGMENT, VOCABULARY = 8, 50

@@ -15,7 +15,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import model_folder
 from infformer.models.loading import load_pretrained, load_trained
-from infformer.models.memory_model import MemoryModel, ModelError
+from infformer.models.base import MemoryModel, ModelError
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
 SEGMENT = 8

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infformer.memory.state import MemoryState
-from infformer.models.outputs import MemoryModelOutput
+from infformer.models.base import MemoryModelOutput
 
 
 @dataclass(frozen=True)

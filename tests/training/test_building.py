@@ -14,7 +14,7 @@ from infformer.data import Segment
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.memory_model import MemoryModel
+from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.passkey import PasskeyConfig
 from infformer.tasks.sorting_sequences import SortingConfig

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from infformer.models.loading import load_trained
-from infformer.models.memory_model import ModelError
+from infformer.models.base import ModelError
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.task import Validation
 from infformer.training import loop

@@ -1,30 +1,92 @@
-"""Attention of a segment on its context, with positions that are distances: Transformer-XL's, or rotary ones."""
+"""The parts of a layer: attention with positions that are distances, Transformer-XL's or rotary ones; feed-forward;
+the residual stream around each of them."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The sizes and choices of a layer's parts; those of `DecoderConfig` that have the same names."""
+
+    hidden_size: int
+    heads: int
+    head_size: int
+    feed_forward_size: int
+    activation: str
+    positions: str
+    normalization: str
+    normalization_placement: str
+    dropout: float
+    attention_dropout: float
+
+    def new_norm(self) -> nn.Module:
+        """A norm of the residual stream."""
+        kind = nn.LayerNorm if self.normalization == "layer" else nn.RMSNorm
+        return kind(self.hidden_size, eps=1e-5)
+
+
+class Residual(nn.Module):
+    """The residual stream around a part: x + part(norm(x)) where norms stand before, norm(x + part(x)) where after.
+
+    Args:
+        sizes: of the layer.
+    """
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        super().__init__()
+        self.before = sizes.normalization_placement == "pre"
+        self.norm = sizes.new_norm()
+        self.dropout = nn.Dropout(sizes.dropout)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the part sees."""
+        return self.norm(hidden) if self.before else hidden
+
+    def leave(self, hidden: Tensor, added: Tensor) -> Tensor:
+        """The stream after the part has added to it."""
+        hidden = hidden + self.dropout(added)
+        return hidden if self.before else self.norm(hidden)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them.
+
+    Args:
+        sizes: of the layer.
+    """
+
+    def __init__(self, sizes: BlockSizes) -> None:
+        super().__init__()
+        self.expand = nn.Linear(sizes.hidden_size, sizes.feed_forward_size)
+        self.activation = ACT2FN[sizes.activation]
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.contract = nn.Linear(sizes.feed_forward_size, sizes.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.contract(self.dropout(self.activation(self.expand(hidden))))
 
 
 class Attention(nn.Module):
     """Causal multi-head attention of the last tokens of a context on all of it.
 
     Args:
-        hidden_size: width of the model.
-        heads: how many.
-        head_size: width of each.
-        positions: `relative` or `rotary`.
-        dropout: of the attention weights.
+        sizes: of the layer.
     """
 
-    def __init__(self, hidden_size: int, heads: int, head_size: int, positions: str, dropout: float) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
-        self.heads = heads
-        self.rotary = positions == "rotary"
-        self.dropout = dropout
+        self.heads = heads = sizes.heads
+        self.rotary = sizes.positions == "rotary"
+        self.dropout = sizes.attention_dropout
+        hidden_size, head_size = sizes.hidden_size, sizes.head_size
         width = heads * head_size
         self.query = nn.Linear(hidden_size, width, bias=False)
         self.key = nn.Linear(hidden_size, width, bias=False)

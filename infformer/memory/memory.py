@@ -1,0 +1,106 @@
+"""The contract of every memory: a module beside the attention of one layer, and what it holds, which is a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from infformer.memory.state import MemoryState
+
+ContentAttention = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Attention of the current segment on entries [batch, length, hidden] by their content alone, through which gradients
+reach nothing but the entries: what is read [batch, queries, width], and the weights [batch, heads, queries, length]."""
+
+
+class SegmentContext(NamedTuple):
+    """What the memories of all layers are told about the segment that is read."""
+
+    complete: Tensor | None
+    """Rows whose segment is complete and is written, bool [batch]; None where no row's can be."""
+    noise: Tensor | None = None
+    """Random numbers in [0, 1), [batch, noise_size]; None: the memory is deterministic."""
+    attend: ContentAttention | None = None
+    """The layer's attention by content alone; None where the memory stands beside somebody else's attention."""
+    leaving: Tensor | None = None
+    """What leaves the short-term memory and is written instead of the segment, [batch, length, hidden]; None without
+    one."""
+
+
+class Entries(NamedTuple):
+    """What attention sees before the segment."""
+
+    hidden: Tensor
+    """[batch, length, hidden]."""
+    real: Tensor
+    """Which of them are real, bool [batch, length]."""
+
+
+class MemoryOutput(NamedTuple):
+    """What a memory returns for a segment."""
+
+    state: MemoryState
+    """What it holds after the segment."""
+    context: Tensor | None = None
+    """What is added to the output of self-attention, [batch, length, hidden]; None: nothing."""
+    losses: dict[str, Tensor] = {}  # noqa: RUF012, nobody changes it
+    """Auxiliary losses of each token by name, [batch, length]: zero in rows that do not count, and not yet weighted."""
+    reading: Any = None
+    """How the memory was read, in the kind's own terms, for its instruments."""
+
+
+class Memory(nn.Module):
+    """The learned part of one layer's memory.
+
+    Nothing that carries over between segments lives here: `forward` takes the state before a segment and returns the
+    one after it. An empty memory adds exactly nothing, and a new one adds nothing until it is trained. A row whose
+    segment is not complete leaves its state as it was.
+    """
+
+    noise_size: int = 0
+    """Random numbers that a row takes for each segment in training."""
+    loss_weights: dict[str, float] = {}  # noqa: RUF012, nobody changes it
+    """Weights of the auxiliary losses, by their names."""
+
+    def initial_state(self, batch: int) -> MemoryState:
+        """An empty memory for `batch` rows, on any device."""
+        raise NotImplementedError
+
+    def prepare(self, state: Any, context: SegmentContext) -> Any:
+        """What the memories of all layers need for this segment and compute alike, from the state of the first."""
+        return None
+
+    def entries(self, state: Any) -> Entries | None:
+        """What attention sees before the segment; None for a memory that only adds to what attention returns."""
+        return None
+
+    def forward(self, hidden: Tensor, state: Any, context: SegmentContext, shared: Any) -> MemoryOutput:
+        """Read the memory for a segment, and write the segment.
+
+        One call for both: engines that cut up weights put a module's together for the time of its call.
+
+        Args:
+            hidden: the segment as the layer's attention sees it, [batch, length, hidden], any floating type.
+            state: before it.
+            shared: what `prepare` returned.
+        """
+        raise NotImplementedError
+
+    def time_shuffle(self) -> Any:
+        """What `shuffle_time` needs, for whoever shuffles many states."""
+        return None
+
+    def shuffle_time(self, state: Any, shuffle: Any) -> MemoryState:
+        """The same past in another order, as a control: see `memory.time_shuffle`.
+
+        Args:
+            shuffle: what `time_shuffle` returned.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Begin anew: what a memory that was never trained has."""
+
+    def reset_buffers(self) -> None:
+        """Compute anew what follows from the options and is not learned: a loader leaves arbitrary numbers there."""

@@ -1,0 +1,129 @@
+"""The options that every memory has, and how a stored configuration finds the kind that it is of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+from infformer.memory.memory import Memory
+from infformer.memory.short_term import ShortTermMemory
+
+
+@dataclass
+class MemoryConfig:
+    """What the layers of a model remember. This kind: Transformer-XL's short-term memory and nothing else.
+
+    Every other kind is a subclass that builds what stands behind the short-term memory: what leaves that is written to
+    it.
+    """
+
+    kind: ClassVar[str] = "short_term"
+    """By which a stored configuration is known; each subclass has its own."""
+
+    short_term_length: int | None = None
+    """Transformer-XL: the last hidden states that attention sees beside the segment. It may be longer when a model is
+    measured than it was in training. 0: none. Null: as many as a segment has; beside a pretrained model none."""
+
+    def __post_init__(self) -> None:
+        if self.short_term_length is not None and self.short_term_length < 0:
+            raise ValueError(f"model.memory.short_term_length={self.short_term_length}: must not be negative")
+        if type(self) is MemoryConfig and self.short_term_length == 0:
+            raise ValueError(
+                "model.memory.short_term_length=0: this would be no memory at all; choose model/memory=none, or set it "
+                "to null, which is as many tokens as a segment has"
+            )
+
+    def check_segment_length(self, segment_length: int) -> None:
+        """Make sure that segments of this length can be written.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if type(self) is not MemoryConfig and (self.short_term_length or 0) % segment_length:
+            raise ValueError(
+                f"model.memory.short_term_length={self.short_term_length}: what leaves it is written segment by "
+                f"segment; make it a multiple of training.segment_length={segment_length}"
+            )
+
+    def check_pretrained(self) -> None:
+        """Make sure that this can stand beside the attention of a pretrained model, which looks at the segment alone.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.short_term_length or not self.adds_to_attention:
+            raise ValueError(
+                f"model.memory.short_term_length={'null' if self.short_term_length is None else self.short_term_length}"
+                ": only model=decoder has a short-term or a compressed memory; beside a Hugging Face model choose "
+                "model/memory=none, long_term, sticky or published"
+            )
+
+    def check_training(self, bptt_segments: int) -> None:
+        """Make sure that all of it learns.
+
+        Args:
+            bptt_segments: segments through which gradients flow.
+
+        Raises:
+            ValueError: something does not.
+        """
+
+    def build(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        """A new memory for each layer, none where nothing is remembered.
+
+        Args:
+            hidden_size: width of the model.
+            heads: attention heads.
+            layers: how many have a memory.
+            segment_length: tokens of a segment; only complete ones are written.
+        """
+        behind = self.build_behind(hidden_size, heads, layers, segment_length)
+        if not self.short_term_length:
+            return behind
+        return [
+            ShortTermMemory(self.short_term_length, hidden_size, behind[layer] if behind else None)
+            for layer in range(layers)
+        ]
+
+    def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        """For each layer what stands behind its short-term memory; here nothing."""
+        return []
+
+    @property
+    def adds_to_attention(self) -> bool:
+        """Whether something is added to what attention returns; otherwise attention looks at the memory itself."""
+        return type(self) is not MemoryConfig
+
+    @property
+    def entries(self) -> int:
+        """How many states attention sees beside the segment."""
+        return self.short_term_length or 0
+
+    def numbers(self, hidden_size: int, layers: int, rows: int, segment_length: int) -> int:
+        """How many float32 numbers the memories of a model take at least, for the refusal of what cannot fit."""
+        return rows * layers * hidden_size * self.entries
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a model's `config.json`."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        """The configuration that `to_json` wrote, of whichever kind that has been imported.
+
+        Raises:
+            ValueError: there is no such kind, or it has no such option.
+        """
+        fields = dict(stored)
+        kinds = {kind.kind: kind for kind in (cls, *_subclasses(cls))}
+        kind = kinds.get(fields.pop("kind", ""))
+        if kind is None:
+            raise ValueError(f"memory.kind={stored.get('kind')}: there are {', '.join(kinds)}")
+        try:
+            return kind(**fields)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+def _subclasses(kind: type[Any]) -> list[type[Any]]:
+    return [found for own in kind.__subclasses__() for found in (own, *_subclasses(own))]

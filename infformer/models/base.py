@@ -1,0 +1,463 @@
+"""What every language model with memories promises, whatever its backbone and its memories."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from infformer.errors import UserError
+from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.options import MemoryConfig
+from infformer.memory.state import ModelState
+from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
+from infformer.models.second_backward import refuse_second_backward
+
+logger = logging.getLogger(__name__)
+
+
+class ModelError(UserError, ValueError):
+    """A model or tokenizer that cannot be loaded, or does not fit."""
+
+
+class LayerRead(NamedTuple):
+    """What happened in a layer that has a memory while it read a segment."""
+
+    memory: MemoryOutput
+    hidden: Tensor | None = None
+    """What its attention saw of the segment, and what is written to memory, now or later; [batch, length, hidden]. None
+    where intermediates were not asked for."""
+    attended: Tensor | None = None
+    """What self-attention returned, [batch, length, hidden]; None likewise."""
+
+
+class SegmentRead(NamedTuple):
+    """What a model made of a segment, before its vocabulary."""
+
+    hidden: Tensor
+    """The last hidden states, [batch, length, hidden]."""
+    layers: tuple[LayerRead, ...]
+    """Of each layer that has a memory, in their order."""
+    cache: Any
+    """What attention keeps of the segment so far; None if that was not asked for."""
+
+
+@dataclass
+class MemoryModelOutput(ModelOutput):
+    """One type, whatever is switched on; what was not asked for is None.
+
+    A mapping, as Hugging Face's Trainer and DeepSpeed want it. Beside `loss` and `logits` its names are none of
+    transformers' own, which renames those of every `ModelOutput` together with its own.
+    """
+
+    loss: Tensor | None = None
+    """Mean of `token_losses` over scored tokens, plus the auxiliary losses; a scalar. With labels or targets only."""
+    logits: Tensor | None = None
+    """Scores of the next token, [batch, length, vocabulary]."""
+    state: ModelState | None = None
+    """What the memories hold after this segment, to be handed to the next one."""
+    token_losses: Tensor | None = None
+    """Negative log-likelihood of each target in nats, [batch, length], float32; 0 where nothing is scored. With labels
+    or targets only."""
+    auxiliary_losses: dict[str, Tensor] | None = None
+    """Scalars by name, already weighted."""
+    intermediates: tuple[LayerRead, ...] | None = None
+    """What happened in each layer that has a memory, in their order. With `return_intermediates` only."""
+    segment_cache: Any = None
+    """What attention keeps of the segment so far, to go on within it: with `use_cache=True`, until the next segment."""
+
+
+class MemoryModel(PreTrainedModel):
+    """A causal language model that reads a document segment by segment; its state is a value between two of them."""
+
+    segment_length: int | None
+    """Only complete segments of this many tokens are written to memory. None: there is no memory to write to."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        state: ModelState | None = None,
+        reset: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        return_logits: bool | None = None,
+        return_intermediates: bool = False,
+        segment_cache: Any = None,
+        use_cache: bool = False,
+    ) -> MemoryModelOutput:
+        """Read one segment of each row, of at most `segment_length` tokens.
+
+        Args:
+            input_ids: one segment of each row, [batch, length].
+            labels: as in transformers, shifted inside (`labels=input_ids`): the last position has no label here.
+            state: what `state` was after the row's last segment; empty if not given.
+            reset: rows that begin a new document with this segment, bool [batch].
+            targets: the token that follows each position, [batch, length], -100 where nothing is scored; with them no
+                label is lost between two segments. Instead of `labels`.
+            lengths: real tokens of each row, [batch]; the rest is padding on the right, neither scored nor written.
+            attention_mask: the same as a tokenizer and its collators say it, [batch, length]: 1 for a real token, and 0
+                for the padding on the right. Instead of `lengths`.
+            noise: random numbers in [0, 1) for the memories, [batch, noise_size]; without them they are deterministic.
+            return_logits: by default only where there are neither labels nor targets.
+            return_intermediates: what happened inside each layer, for the memories' instruments.
+            segment_cache, use_cache: what attention keeps of the segment so far, to generate within it; such tokens are
+                not written.
+
+        Raises:
+            ModelError: what was given is not of so many rows of so many tokens.
+        """
+        state, lengths = self._begin(input_ids, state, reset, lengths, attention_mask)
+        memories = list(self.layer_memories().values())
+        cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
+        context = SegmentContext(self._complete_rows(input_ids, cached, lengths), noise)
+        shared = memories[0].prepare(state.layers[0], context) if memories else None
+        read = self.read_segment(input_ids, state, context, shared, return_intermediates, segment_cache, use_cache)
+        after = ModelState(tuple(layer.memory.state for layer in read.layers))
+        auxiliary = self._auxiliary_losses(memories, read.layers, lengths)
+        refuse_second_backward(read.hidden, after)
+        output = MemoryModelOutput(
+            state=after,
+            auxiliary_losses=auxiliary,
+            intermediates=read.layers if return_intermediates else None,
+            segment_cache=read.cache,
+        )
+        if labels is not None:
+            targets = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if targets is not None:
+            targets = _without_padding(targets, lengths)
+            output.token_losses = chunked_token_losses(read.hidden, self.token_losses, targets)
+            scored = (targets != IGNORE_INDEX).sum().clamp(min=1)
+            output.loss = output.token_losses.sum() / scored + sum(auxiliary.values())
+        if return_logits or (return_logits is None and targets is None):
+            output.logits = self.logits(read.hidden)
+        return output
+
+    @abstractmethod
+    def layer_memories(self) -> dict[int, Memory]:
+        """The memories by the numbers of their layers, from 0, in their order."""
+
+    @abstractmethod
+    def read_segment(
+        self,
+        input_ids: Tensor,
+        state: ModelState,
+        context: SegmentContext,
+        shared: Any,
+        return_intermediates: bool,
+        segment_cache: Any,
+        use_cache: bool,
+    ) -> SegmentRead:
+        """Take a segment through all layers; the arguments are those of `forward` and of `Memory.forward`."""
+
+    @abstractmethod
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Hidden states [tokens, hidden] and targets [tokens] to nats [tokens]."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, length, hidden] to scores of the next token."""
+
+    @abstractmethod
+    def cached_tokens(self, segment_cache: Any) -> int:
+        """How many tokens of the segment a cache holds."""
+
+    @abstractmethod
+    def sharding_units(self) -> list[nn.Module]:
+        """The modules that an engine which cuts up weights puts together, each as a whole, for the time of its call."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int | None:
+        """How many positions the model has; None if it has no such limit."""
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything is carried from one segment to the next."""
+        return self.segment_length is not None
+
+    @property
+    def short_term_length(self) -> int:
+        """How many tokens before its segment a token attends to as they were; 0 without a short-term memory."""
+        memory = self.config.memory_config
+        return 0 if memory is None else memory.short_term_length
+
+    @property
+    def noise_size(self) -> int:
+        """How many random numbers a row's memories take for each segment in training."""
+        return max((memory.noise_size for memory in self.layer_memories().values()), default=0)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the model knows."""
+        return self.get_input_embeddings().weight.shape[0]  # type: ignore[return-value, index]
+
+    def initial_state(self, batch: int) -> ModelState:
+        """Empty memories for `batch` rows."""
+        memories = self.layer_memories().values()
+        return ModelState(tuple(memory.initial_state(batch) for memory in memories)).to(self.device)
+
+    def memory_parameters(self) -> Iterator[nn.Parameter]:
+        """The memories' own parameters, as against the backbone's."""
+        for memory in self.layer_memories().values():
+            yield from memory.parameters()
+
+    def time_shuffle(self) -> Any:
+        """What `shuffle_time` needs, for whoever shuffles many states."""
+        memories = list(self.layer_memories().values())
+        return memories[0].time_shuffle() if memories else None
+
+    def shuffle_time(self, state: ModelState, shuffle: Any = None) -> ModelState:
+        """The same state with its past in another order, a control: does the order of what is remembered matter?
+
+        Each kind of memory is cut into 16 blocks of time, which change places in a fixed way (`memory.time_shuffle`).
+        Rows stay apart, and an empty memory stays empty.
+
+        Args:
+            shuffle: what `time_shuffle` returns; computed if not given.
+        """
+        shuffle = self.time_shuffle() if shuffle is None else shuffle
+        pairs = zip(self.layer_memories().values(), state.layers, strict=True)
+        return ModelState(tuple(memory.shuffle_time(layer, shuffle) for memory, layer in pairs))
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, dtype: Any = torch.float32, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a model as transformers does, but in float32 unless another `dtype` is asked for.
+
+        Weights of a memory that the folder lacks are those of a new memory, and the log says so.
+
+        Raises:
+            ModelError: it lacks others.
+        """
+        dtype = kwargs.pop("torch_dtype", dtype)  # its old name
+        loaded: Any = super().from_pretrained(*args, dtype=dtype, output_loading_info=True, **kwargs)
+        model, report = loaded
+        missing = set(report["missing_keys"])
+        memories = {id(parameter) for parameter in model.memory_parameters()}
+        new = {name for name, parameter in model.named_parameters() if name in missing and id(parameter) in memories}
+        if missing - new:
+            raise ModelError(
+                f"the folder lacks {len(missing - new)} weights of the model, such as {min(missing - new)}: it is not "
+                "whole, or they have other names there; give the folder as it was saved"
+            )
+        if new:
+            logger.warning("the folder lacks %d weights of the memory, such as %s: they are new", len(new), min(new))
+            model._renew(new)
+        return loaded if output_loading_info else model
+
+    @torch.no_grad()
+    def _renew(self, names: set[str]) -> None:
+        """Give those of the memories' weights that were not loaded what a new memory has."""
+        every = {id(parameter): name for name, parameter in self.named_parameters()}
+        for memory in self.layer_memories().values():
+            parameters = {every[id(parameter)]: parameter for parameter in memory.parameters()}
+            if names.isdisjoint(parameters):
+                continue
+            loaded = {name: parameter.clone() for name, parameter in parameters.items() if name not in names}
+            memory.reset_parameters()
+            for name, tensor in loaded.items():
+                parameters[name].copy_(tensor)
+
+    def check_segment_length(self, length: int) -> None:
+        """Make sure that the model can read segments of this length, and that its memory writes them.
+
+        Raises:
+            ModelError: it cannot, or does not.
+        """
+        if self.segment_length is not None and length != self.segment_length:
+            raise ModelError(
+                f"segment_length={length} is not that of the memory, which writes whole segments of "
+                f"{self.segment_length} tokens and forgets all others: set it to {self.segment_length}"
+            )
+        if self.positions is not None and length > self.positions:
+            raise ModelError(
+                f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
+                f"{self.positions} at most"
+            )
+
+    def choose_segment_length(self, wanted: int | None) -> int:
+        """The length of the segments to read: as wanted, or the memory's, or for a model without one all positions.
+
+        Raises:
+            ModelError: the model cannot read such segments, or it has no limit by which to choose.
+        """
+        length = wanted or self.segment_length or self.positions
+        if length is None:
+            raise ModelError("segment_length=null: this model has no limit of positions; say how long a segment is")
+        self.check_segment_length(length)
+        return length
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What a memory computes instead of learning is never loaded."""
+        if isinstance(module, Memory):
+            module.reset_buffers()
+
+    def _begin(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[ModelState, Tensor | None]:
+        """The state before a segment, and how many tokens of each row are real; None for all.
+
+        Raises:
+            ModelError: what was given is not of so many rows of so many tokens.
+        """
+        batch, length = input_ids.shape
+        if attention_mask is not None:
+            if lengths is not None:
+                raise ModelError("attention_mask= and lengths= say the same: give one of them")
+            lengths = _lengths_of(attention_mask, batch, length)
+        for name, rows in (("reset", reset), ("lengths", lengths)):
+            if rows is not None and rows.shape != (batch,):
+                raise ModelError(f"{name}= has the shape {list(rows.shape)}: give one value for each of {batch} rows")
+        if lengths is not None and not torch.compiler.is_compiling():
+            _check_lengths(lengths, length)
+        state = self.initial_state(batch) if state is None else state
+        for tensor in state.named_tensors().values():
+            if len(tensor) != batch:
+                raise ModelError(
+                    f"state= has {len(tensor)} rows, input_ids {batch}: each row of the input goes on with its row of "
+                    "the state; choose rows by state.select_rows(index), or begin with state=None"
+                )
+        return state if reset is None else state.reset_rows(reset), lengths
+
+    def _complete_rows(self, input_ids: Tensor, cached: int, lengths: Tensor | None) -> Tensor | None:
+        """Rows whose segment is complete and is written, bool [batch]; None where no row's can be.
+
+        Args:
+            cached: tokens of the segment that were read before.
+            lengths: how many of those that are read now are real in each row, [batch]; all if not given.
+
+        Raises:
+            ModelError: these are more tokens than a segment has.
+        """
+        batch, length = input_ids.shape
+        if self.segment_length is not None and cached + length > self.segment_length:
+            raise ModelError(
+                f"{cached + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
+            )
+        if length != self.segment_length:
+            return None
+        return torch.ones(batch, dtype=torch.bool, device=self.device) if lengths is None else lengths == length
+
+    def _auxiliary_losses(
+        self, memories: list[Memory], layers: tuple[LayerRead, ...], lengths: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Means over tokens, sums over layers, by name."""
+        losses = {}
+        for name, weight in memories[0].loss_weights.items() if memories else ():
+            found = [layer.memory.losses[name] for layer in layers if name in layer.memory.losses]
+            mean = (
+                mean_over_tokens(torch.stack(found).sum(0), lengths) if found else torch.zeros((), device=self.device)
+            )
+            losses[name] = weight * mean
+        return losses
+
+    def checkpoint_activations(self) -> None:
+        """Compute each layer anew in the backward pass instead of keeping what is inside it: less memory, more time."""
+        # The newer of transformers' two names, where it has it; the older one is deprecated there.
+        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def _set_gradient_checkpointing(  # type: ignore[override] # of which the last arguments differ between versions
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ModelError(
+                "use_reentrant=True: reentrant checkpointing runs the first forward pass without a graph, so nothing "
+                "would flow back through the memory; take {'use_reentrant': False}"
+            )
+        super()._set_gradient_checkpointing(enable, self._checkpointing(gradient_checkpointing_func), **kwargs)
+
+    def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """How a layer is computed anew in the backward pass."""
+        return function
+
+
+def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryConfig | None:
+    """The memory in a model's `config.json`, as its own type.
+
+    Raises:
+        ModelError: it is not one that this version knows, or not one of such segments.
+    """
+    if stored is None:
+        return None
+    try:
+        memory = MemoryConfig.from_json(stored)
+    except ValueError as error:
+        raise ModelError(
+            f"the memory in this model's config.json is not one that this version knows: {error}"
+        ) from error
+    try:
+        memory.check_segment_length(segment_length)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return memory
+
+
+def mean_over_tokens(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean of [batch, length] over the real tokens of all rows.
+
+    A row that does not count is zero and not left out: otherwise the mean of two halves of a batch would not be that of
+    the whole.
+
+    Args:
+        lengths: real tokens of each row, [batch]; all if not given.
+    """
+    if lengths is None:
+        return values.mean()
+    real = torch.arange(values.shape[1], device=lengths.device) < lengths.unsqueeze(-1)
+    return (values * real).sum() / lengths.sum().clamp(min=1)
+
+
+def _lengths_of(attention_mask: Tensor, batch: int, length: int) -> Tensor:
+    """The number of real tokens of each row, [batch], of a mask that is 1 for them and 0 for the padding behind them.
+
+    Raises:
+        ModelError: another mask.
+    """
+    if attention_mask.shape != (batch, length):
+        raise ModelError(
+            f"attention_mask= has the shape {list(attention_mask.shape)}: give a value for each token, "
+            f"[{batch}, {length}]"
+        )
+    lengths = (attention_mask != 0).sum(dim=1)
+    places = torch.arange(length, device=lengths.device)
+    if not torch.equal(attention_mask != 0, places < lengths.unsqueeze(-1)):
+        raise ModelError(
+            "attention_mask= has zeros before ones: padding stands behind the text, since a segment goes on from the "
+            "one before; set tokenizer.padding_side='right'"
+        )
+    return lengths
+
+
+def _check_lengths(lengths: Tensor, length: int) -> None:
+    possible = ((lengths >= 0) & (lengths <= length)).all()
+    if lengths.is_cuda:
+        torch._assert_async(possible, f"lengths= are from 0 to {length}, the tokens of a row")  # waits for nothing
+    elif not possible:
+        raise ModelError(f"lengths={lengths.tolist()}: a row has from 0 to {length} tokens")
+
+
+def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return labels
+    padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
+    return labels.masked_fill(padding, IGNORE_INDEX)
