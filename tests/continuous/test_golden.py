@@ -39,10 +39,8 @@ def golden(name) -> Golden:
 @pytest.fixture
 def memory(name, golden) -> LongTermMemory:
     """Ours, with their weights."""
-    config = LongTermMemoryConfig(
-        segment_length=64, basis_functions=32, past_samples=512, widths=[0.005, 0.01], **OPTIONS[name]
-    )
-    memory = LongTermMemory(config, hidden_size=32, heads=4, signal=ContinuousSignal(config))
+    config = LongTermMemoryConfig(basis_functions=32, past_samples=512, widths=[0.005, 0.01], **OPTIONS[name])
+    memory = LongTermMemory(config, hidden_size=32, heads=4, signal=ContinuousSignal(config, 64))
     weights = {
         "query.weight": torch.eye(32),  # the queries are given
         "key.weight": golden["weight.proj_key.weight"],

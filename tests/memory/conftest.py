@@ -11,7 +11,7 @@ def small_config() -> Callable[..., LongTermMemoryConfig]:
     """Sizes that all differ, so that no axis can stand for another."""
 
     def build(**options) -> LongTermMemoryConfig:
-        sizes = {"segment_length": 12, "basis_functions": 16, "past_samples": 20, "sticky_bins": 32}
+        sizes = {"basis_functions": 16, "past_samples": 20, "sticky_bins": 32}
         return LongTermMemoryConfig(**{**sizes, "widths": [0.03, 0.08], **options})
 
     return build
@@ -21,9 +21,11 @@ def small_config() -> Callable[..., LongTermMemoryConfig]:
 def build_memory(small_config) -> Callable[..., LongTermMemory]:
     """A trained memory in the place of a new one: every weight is random, the output's too."""
 
-    def build(dtype: torch.dtype = torch.float64, hidden_size: int = 6, heads: int = 3, **options) -> LongTermMemory:
+    def build(
+        dtype: torch.dtype = torch.float64, hidden_size: int = 6, heads: int = 3, segment_length: int = 12, **options
+    ) -> LongTermMemory:
         config = small_config(**options)
-        signal = ContinuousSignal(config).to(dtype)
+        signal = ContinuousSignal(config, segment_length).to(dtype)
         signal.reset_parameters()  # anew in `dtype`, not rounded to float32 on the way
         memory = LongTermMemory(config, hidden_size, heads, signal).to(dtype)
         generator = torch.Generator().manual_seed(0)

@@ -151,5 +151,5 @@ class TestErrors:
         ],
     )
     def test_options(self, options, message):
-        with pytest.raises(ValueError, match=rf"^model\.compressive\.{message}$"):
+        with pytest.raises(ValueError, match=rf"^model\.memory\.{message}$"):
             CompressiveMemoryConfig(**options)

@@ -9,6 +9,7 @@ from torch import Tensor
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Gaussian, Slots
+from infformer.errors import UserError
 from infformer.memory.long_term import (
     ContinuousSignal,
     LongTermMemory,
@@ -17,6 +18,8 @@ from infformer.memory.long_term import (
     Reading,
     WriteOperators,
 )
+from infformer.memory.memory import SegmentContext
+from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram
 
 READS = {
@@ -102,7 +105,7 @@ def literal_form(config: LongTermMemoryConfig) -> tuple[float, bool]:
 
 
 def _naive_row(memory: LongTermMemory, segments: list[Tensor], coefficients: Tensor, count: int) -> Passage:
-    config = memory.config
+    config, length = memory.config, memory.signal.segment_length
     grid = torch.linspace(0, 1, config.basis_functions // len(config.widths), dtype=torch.float64)
     basis = torch.tensor([(c, w) for c in grid for w in config.widths], dtype=torch.float64).unbind(dim=1)
     weights = naive.Weights(*(getattr(memory, name).weight for name in naive.Weights._fields))
@@ -113,14 +116,23 @@ def _naive_row(memory: LongTermMemory, segments: list[Tensor], coefficients: Ten
         divergences.append(divergence)
         data = naive.gate(hidden, memory.gate.weight, memory.gate.bias) if config.input_gate else hidden
         if count == 0:
-            operator = naive.first_operator(config.segment_length, basis, config.ridge, literal_form(config)[1])
+            operator = naive.first_operator(length, basis, config.ridge, literal_form(config)[1])
             coefficients = naive.write(None, data, operator, basis)
         else:
             contraction = count / (count + 1) if config.contraction == "uniform" else config.contraction_rate
-            stands_for = count * config.segment_length / config.past_samples if config.contraction == "uniform" else 1.0
+            stands_for = (
+                count * memory.signal.segment_length / config.past_samples if config.contraction == "uniform" else 1.0
+            )
             before, zeros = literal_form(config)
             operator = naive.next_operator(
-                config.segment_length, config.past_samples, contraction, basis, config.ridge, stands_for, before, zeros
+                memory.signal.segment_length,
+                config.past_samples,
+                contraction,
+                basis,
+                config.ridge,
+                stands_for,
+                before,
+                zeros,
             )
             positions = (torch.arange(1, config.past_samples + 1).double() - before) / config.past_samples
             if config.sticky:
@@ -234,7 +246,7 @@ class TestAgainstTheLiteralEquations:
         memory = build_memory(**read, sticky=True)
         hidden, state = random(1, 12, 6), used_state(memory, [2])
         offsets = random(1, 20, seed=3).sigmoid()
-        reading, after = step(memory, hidden, state, offsets=offsets)
+        reading, after = step(memory, hidden, state, noise=offsets)
         basis = memory.signal.basis
         positions = naive.resample(attention_histogram(reading.attention, basis, 32), 20, offsets)
         operator = naive.next_operator(12, 20, 0.5, basis, 0.5, before=0.5)
@@ -259,27 +271,27 @@ class TestOneCall:
 
     @every_read
     @every_write
-    def test_reads_then_writes(self, build_memory, read, write):
+    def test_one_call_reads_and_then_writes(self, build_memory, read, write):
         memory = build_memory(**read, **write)
         hidden, state = random(3, 12, 6), used_state(memory, [0, 1, 3])
-        operators = memory.signal.operators(state.segments)
-        offsets = random(3, 20, seed=2).sigmoid()
-        whole = torch.tensor([True, False, True])
+        context = SegmentContext(torch.tensor([True, False, True]), random(3, 20, seed=2).sigmoid())
+        operators = memory.prepare(state, context)
         expected = memory.read(hidden, state)
-        written = memory.write(hidden, state, operators, expected.attention, offsets, whole)
-        reading, after = memory(hidden, state, operators, offsets, whole)
-        assert torch.equal(reading.context, expected.context)
-        assert torch.equal(memory.divergence(reading.attention), memory.divergence(expected.attention))
+        written = memory.write(hidden, state, operators, expected.attention, context.noise, context.complete)
+        output = memory(hidden, state, context, operators)
+        assert torch.equal(output.context, expected.context)
+        divergence = memory.divergence(expected.attention) * torch.tensor([[0.0], [1.0], [1.0]])
+        assert torch.equal(output.losses["divergence"], divergence)
         for name, tensor in written.named_tensors().items():
-            assert torch.equal(after.named_tensors()[name], tensor), name
+            assert torch.equal(output.state.named_tensors()[name], tensor), name
 
     @every_read
-    def test_without_operators_nothing_is_written(self, build_memory, read):
+    def test_an_incomplete_segment_is_read_and_not_written(self, build_memory, read):
         memory = build_memory(**read)
-        hidden, state = random(3, 5, 6), used_state(memory, [0, 1, 3])
-        reading, after = memory(hidden, state)
-        assert torch.equal(reading.context, memory.read(hidden, state).context)
-        assert after is state
+        hidden, state, context = random(3, 5, 6), used_state(memory, [0, 1, 3]), SegmentContext(None)
+        output = memory(hidden, state, context, memory.prepare(state, context))
+        assert torch.equal(output.context, memory.read(hidden, state).context)
+        assert output.state is state
 
     @every_read
     @every_write
@@ -288,10 +300,13 @@ class TestOneCall:
         inputs = [random(2, 12, 6).requires_grad_(), *memory.parameters()]
         state = used_state(memory, [1, 2])
         found = []
-        for call in (
-            step,
-            lambda memory, hidden, state: memory(hidden, state, memory.signal.operators(state.segments)),
-        ):
+
+        def one_call(memory: LongTermMemory, hidden: Tensor, state: LongTermState) -> tuple[Reading, MemoryState]:
+            context = SegmentContext(torch.ones(2, dtype=torch.bool))
+            output = memory(hidden, state, context, memory.prepare(state, context))
+            return output.reading, output.state
+
+        for call in (step, one_call):
             reading, after = call(memory, inputs[0], state)
             passage = Passage([reading.context], [memory.divergence(reading.attention)], after.coefficients)
             found.append(gradients(passage, inputs))
@@ -364,7 +379,7 @@ class TestRows:
         memory = build_memory(**write)
         hidden, state = random(3, 12, 6), used_state(memory, [0, 1, 3])
         _, every = step(memory, hidden, state)
-        _, some = step(memory, hidden, state, whole=torch.tensor([False, True, False]))
+        _, some = step(memory, hidden, state, complete=torch.tensor([False, True, False]))
         assert torch.equal(some.coefficients[[0, 2]], state.coefficients[[0, 2]])
         assert torch.equal(some.coefficients[1], every.coefficients[1])
         assert some.segments.tolist() == [0, 2, 3]
@@ -406,7 +421,7 @@ class TestPrecision:
         assert torch.equal(after.coefficients, exact_after.coefficients)
 
     def test_operators_survive_half_precision_and_back(self, small_config):
-        signal = ContinuousSignal(small_config())
+        signal = ContinuousSignal(small_config(), 12)
         before = {name: buffer.clone() for name, buffer in signal.named_buffers()}
         signal.to(torch.bfloat16).to(torch.float32)
         for name, buffer in signal.named_buffers():
@@ -415,16 +430,16 @@ class TestPrecision:
     def test_operators_are_computed_in_float64(self, small_config):
         """Far from what float32 makes of these normal equations."""
         config = small_config(ridge=1e-4)
-        signal = ContinuousSignal(config)
+        signal = ContinuousSignal(config, 12)
         basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
         exact = naive.next_operator(12, 20, 0.5, basis, config.ridge)
         assert (torch.cat([signal.past[0], signal.new[0]]) - exact).norm() < 1e-6 * exact.norm()
 
     def test_built_on_the_meta_device_and_filled_by_reset_parameters(self, small_config):
         with torch.device("meta"):
-            signal = ContinuousSignal(small_config())
+            signal = ContinuousSignal(small_config(), 12)
         signal.to_empty(device="cpu").reset_parameters()
-        for name, buffer in ContinuousSignal(small_config()).named_buffers():
+        for name, buffer in ContinuousSignal(small_config(), 12).named_buffers():
             assert torch.equal(signal.get_buffer(name), buffer)
 
 
@@ -433,7 +448,7 @@ class TestContraction:
         """Segment k is the k-th unit vector at every token; the signal's values at 400 positions, [400, segments]."""
         state = memory.initial_state(1)
         for k in range(segments):
-            hidden = torch.eye(segments, dtype=torch.float64)[k].expand(1, memory.config.segment_length, -1)
+            hidden = torch.eye(segments, dtype=torch.float64)[k].expand(1, memory.signal.segment_length, -1)
             _, state = step(memory, hidden, state)
         positions = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
         return memory.signal.basis.evaluate(positions) @ state.coefficients[0]
@@ -467,8 +482,8 @@ class TestContraction:
 
     def test_uniform_gives_every_token_equal_weight(self):
         """Also of many more tokens than coefficients: in the integral of the signal no token outweighs another."""
-        config = LongTermMemoryConfig(32, 32, [0.02, 0.1], past_samples=128, contraction="uniform", ridge=1.0)
-        signal, segments = ContinuousSignal(config).double(), 250
+        config = LongTermMemoryConfig(None, 32, [0.02, 0.1], past_samples=128, contraction="uniform", ridge=1.0)
+        signal, segments = ContinuousSignal(config, 32).double(), 250
         integral = naive.normal_cumulative((1 - signal.centres) / signal.widths)
         integral = integral - naive.normal_cumulative(-signal.centres / signal.widths)
         weights = []
@@ -573,7 +588,6 @@ class TestConfig:
             ("read", "dot"),
             ("density", "laplace"),
             ("sticky_placement", "late"),
-            ("segment_length", 0),
             ("basis_functions", 0),
             ("basis_functions", 17),
             ("basis_functions", 2),
@@ -598,9 +612,8 @@ class TestConfig:
             small_config(contraction="uniform", sticky_placement="published")
 
     def test_heads_that_do_not_divide_the_width(self, small_config):
-        config = small_config()
-        with pytest.raises(ValueError, match="4 heads do not divide a width of 6"):
-            LongTermMemory(config, 6, 4, ContinuousSignal(config))
+        with pytest.raises(UserError, match=r"num_attention_heads=4: .*hidden_size=6 among them"):
+            small_config().build(6, 4, layers=1, segment_length=12)
 
     @pytest.mark.parametrize("segment_length", [1, 2, 7, 8, 511, 512])
     def test_every_segment_length_can_be_written(self, build_memory, segment_length):
@@ -623,7 +636,7 @@ class TestConfig:
 
     def test_the_defaults_are_the_published_ones(self):
         config = LongTermMemoryConfig()
-        assert (config.segment_length, config.basis_functions, config.past_samples) == (512, 512, 512)
+        assert (config.basis_functions, config.past_samples) == (512, 512)
         assert (config.contraction_rate, config.ridge, config.divergence_weight) == (0.5, 0.5, 1e-6)
         assert config.widths == [0.005, 0.01]
 
@@ -632,7 +645,7 @@ class TestNewMemory:
     @every_read
     def test_reads_exactly_nothing_until_trained(self, small_config, read):
         config = small_config(**read)
-        memory = LongTermMemory(config, 6, 3, ContinuousSignal(config))
+        memory = LongTermMemory(config, 6, 3, ContinuousSignal(config, 12))
         reading = memory.read(random(2, 12, 6), used_state(memory, [1, 2]))
         assert torch.equal(reading.context, torch.zeros(2, 12, 6))
 
@@ -652,15 +665,16 @@ class TestNewMemory:
 
 class TestTimeShuffle:
     def test_within_blocks_it_is_the_old_signal_of_another_block(self):
-        config = LongTermMemoryConfig(segment_length=64)
-        signal = ContinuousSignal(config)
+        config = LongTermMemoryConfig()
+        signal = ContinuousSignal(config, 64)
+        memory = LongTermMemory(config, 3, 1, signal)
         t = torch.linspace(0, 1, 1024, dtype=torch.float64)
         curve = torch.stack([torch.sin(9 * t), t.square(), torch.cos(30 * t)], dim=-1).float()
         coefficients = torch.linalg.lstsq(signal.basis.evaluate(t.float()), curve, driver="gelsd").solution
         state = LongTermState(coefficients.expand(2, -1, -1).clone(), torch.tensor([3, 0])).reset_rows(
             torch.tensor([False, True])
         )
-        shuffled = state.shuffle_time(signal.time_shuffle())
+        shuffled = memory.shuffle_time(state, signal.time_shuffle())
         assert torch.equal(shuffled.segments, state.segments)
         assert torch.equal(shuffled.coefficients[1], torch.zeros_like(coefficients))
         for block in range(16):

@@ -24,7 +24,7 @@ def test_a_segment_is_one_graph_whatever_the_rows_have_read(build_memory, option
         state = LongTermState(coefficients, segments)
         reading = memory.read(hidden, state)
         operators = memory.signal.operators(segments)
-        after = memory.write(hidden, state, operators, reading.attention, whole=whole)
+        after = memory.write(hidden, state, operators, reading.attention, complete=whole)
         return reading.context, after.coefficients, memory.divergence(reading.attention)
 
     torch._dynamo.reset()

@@ -8,7 +8,6 @@ from infformer.memory.short_term import Queue
 from infformer.memory.time_shuffle import shuffled_entries
 
 BATCH, HIDDEN = 3, 4
-CPU = torch.device("cpu")
 
 
 def entries(count: int, seed: int) -> Tensor:
@@ -26,7 +25,7 @@ EVERY_ROW = rows(0, 1, 2)
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_equals_a_list(length, count):
     """Rows are written at different times; what leaves a full queue leaves the list, in its order."""
-    queue = Queue.empty(BATCH, length, HIDDEN, CPU)
+    queue = Queue.empty(BATCH, length, HIDDEN)
     lists: list[list[Tensor]] = [[] for _ in range(BATCH)]
     for step, written in enumerate([(0, 1), (1,), (0, 1, 2), (), (1, 2), (0, 1, 2), (1,), (0, 1, 2)]):
         new = entries(count, seed=step)
@@ -53,7 +52,7 @@ def test_equals_a_list(length, count):
 
 
 def test_what_is_kept_has_no_gradient_and_what_leaves_has_its_own():
-    queue, _ = Queue.empty(BATCH, 5, HIDDEN, CPU).push(entries(5, seed=0), EVERY_ROW)
+    queue, _ = Queue.empty(BATCH, 5, HIDDEN).push(entries(5, seed=0), EVERY_ROW)
     new = entries(7, seed=1).requires_grad_()
     after, leaving = queue.push(new, EVERY_ROW)
     assert not after.entries.requires_grad
@@ -63,7 +62,7 @@ def test_what_is_kept_has_no_gradient_and_what_leaves_has_its_own():
 
 def test_a_queue_of_no_length_hands_everything_on():
     new = entries(3, seed=0).requires_grad_()
-    after, leaving = Queue.empty(BATCH, 0, HIDDEN, CPU).push(new, rows(0, 2))
+    after, leaving = Queue.empty(BATCH, 0, HIDDEN).push(new, rows(0, 2))
     assert torch.equal(leaving, new)
     assert leaving.requires_grad
     assert after.entries.shape == (BATCH, 0, HIDDEN)
@@ -72,7 +71,7 @@ def test_a_queue_of_no_length_hands_everything_on():
 
 
 def test_the_old_queue_is_not_changed():
-    queue, _ = Queue.empty(BATCH, 4, HIDDEN, CPU).push(entries(3, seed=0), EVERY_ROW)
+    queue, _ = Queue.empty(BATCH, 4, HIDDEN).push(entries(3, seed=0), EVERY_ROW)
     kept = queue.map_tensors(Tensor.clone)
     queue.push(entries(2, seed=1), EVERY_ROW)
     assert torch.equal(queue.entries, kept.entries)
@@ -81,7 +80,7 @@ def test_the_old_queue_is_not_changed():
 
 def test_the_type_is_kept():
     """Whatever the type of the hidden states: rows of one state are of one type."""
-    queue = Queue.empty(BATCH, 4, HIDDEN, CPU)
+    queue = Queue.empty(BATCH, 4, HIDDEN)
     after, leaving = queue.push(entries(4, seed=0).bfloat16(), EVERY_ROW)
     assert after.entries.dtype == queue.entries.dtype == torch.float32
     assert torch.equal(after.entries, entries(4, seed=0).bfloat16().float())
@@ -89,11 +88,11 @@ def test_the_type_is_kept():
 
 
 def test_a_reset_row_is_an_empty_one():
-    queue, _ = Queue.empty(BATCH, 4, HIDDEN, CPU).push(entries(4, seed=0), EVERY_ROW)
+    queue, _ = Queue.empty(BATCH, 4, HIDDEN).push(entries(4, seed=0), EVERY_ROW)
     reset = queue.reset_rows(rows(1))
     assert reset.real.sum(1).tolist() == [4, 0, 4]
     again, _ = reset.push(entries(2, seed=1), EVERY_ROW)
-    fresh, _ = Queue.empty(BATCH, 4, HIDDEN, CPU).push(entries(2, seed=1), EVERY_ROW)
+    fresh, _ = Queue.empty(BATCH, 4, HIDDEN).push(entries(2, seed=1), EVERY_ROW)
     assert torch.equal(again.entries[1], fresh.entries[1])
     assert again.filled.tolist() == [4, 2, 4]
 
