@@ -63,9 +63,8 @@ def describe(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """
     checkpoint = folder / "checkpoints" / Path(results["protocol"]["checkpoint"]).name
     model = OmegaConf.load(folder / "config.yaml").model
-    vectors = model.short_term_length
-    vectors += 0 if model.compressive is None else model.compressive.length
-    vectors += 0 if model.memory is None else model.memory.basis_functions
+    sizes = ("short_term_length", "length", "basis_functions")
+    vectors = sum(model.memory.get(name, 0) for name in sizes)
     return {
         "parameters": count_parameters(checkpoint / "model"),
         "vectors": vectors,

@@ -66,7 +66,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
 def new_passes(sizes: Sizes, deviation: float, setting: Setting) -> dict[str, Callable[[], list[Tensor]]]:
     """`ours` and `eager`: calls that return what is read, and the gradients of means, variances and values."""
     torch.manual_seed(0)
-    signal = ContinuousSignal(memory_config(sizes)).to(setting.device)
+    signal = ContinuousSignal(memory_config(sizes), sizes.segment).to(setting.device)
     shape = (sizes.batch, sizes.heads, sizes.segment)
     size = sizes.hidden // sizes.heads
     mean = torch.rand(shape, device=setting.device, requires_grad=True)

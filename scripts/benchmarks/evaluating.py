@@ -64,11 +64,11 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
             with setting.autocast():
                 memory = model(
                     read.input_ids,
-                    memory=memory,
+                    state=state,
                     reset=read.reset,
                     targets=read.targets,
                     lengths=read.lengths,
-                ).memory
+                ).state
 
     def whole_evaluation() -> None:
         evaluate(evaluator, documents)

@@ -42,7 +42,7 @@ class LiteralMemory(LongTermMemory):
         basis = torch.tensor([(centre, width) for centre in grid for width in config.widths], dtype=torch.float64)
         centres, widths = basis.unbind(dim=1)
         operator = naive.next_operator(
-            config.segment_length,
+            signal.segment_length,
             config.past_samples,
             config.contraction_rate,
             (centres, widths),
@@ -70,14 +70,14 @@ class LiteralMemory(LongTermMemory):
         state: LongTermState,
         operators: WriteOperators | None,
         attention: Density,
-        offsets: Tensor | None = None,
-        whole: Tensor | None = None,
+        noise: Tensor | None = None,
+        complete: Tensor | None = None,
     ) -> LongTermState:
         assert isinstance(attention, Gaussian)
         with torch.autocast(hidden.device.type, enabled=False):
             with torch.no_grad():
                 mass = naive.histogram(naive.gaussian_cumulative(*attention), self.config.sticky_bins)
-                positions = naive.resample(mass, self.config.past_samples, offsets)
+                positions = naive.resample(mass, self.config.past_samples, noise)
             written = naive.write(state.coefficients, hidden.float(), self.operator, self.literal_basis, positions)
         return LongTermState(written, state.segments + 1)
 
@@ -143,7 +143,7 @@ def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> 
     """
     torch.manual_seed(0)
     config = memory_config(sizes)
-    signal = ContinuousSignal(config)
+    signal = ContinuousSignal(config, sizes.segment)
     ours = LongTermMemory(config, sizes.hidden, sizes.heads, signal)
     nn.init.normal_(ours.output.weight, std=0.02)
     literal = LiteralMemory(config, sizes.hidden, sizes.heads, signal)

@@ -28,7 +28,6 @@ BACKBONES = ("gpt2", "rotary")
 def memory_config(sizes: Sizes) -> LongTermMemoryConfig:
     """A sticky memory, the published one but for its sizes."""
     return LongTermMemoryConfig(
-        segment_length=sizes.segment,
         basis_functions=sizes.basis_functions,
         past_samples=sizes.past_samples,
         sticky=True,
@@ -72,7 +71,7 @@ def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM
         )
     else:
         network = LlamaForCausalLM(LlamaConfig(**_rotary(sizes)))
-    model = InfformerForCausalLM.from_backbone(network, memory_config(sizes) if memory else None)
+    model = InfformerForCausalLM.from_backbone(network, memory_config(sizes) if memory else None, segment_length=sizes.segment)
     for layer in model.memories:
         nn.init.normal_(layer.output.weight, std=0.02)
     return model
@@ -95,27 +94,27 @@ class WindowReader(nn.Module):
         input_ids: Tensor,
         *,
         targets: Tensor,
-        memory: Cache | None = None,
+        state: Cache | None = None,
         noise: None = None,
         return_logits: bool = False,
     ) -> MemoryModelOutput:
         name = cache_argument(self.network)
-        read = self.network.model(input_ids, **{name: memory}, use_cache=True)
+        read = self.network.model(input_ids, **{name: state}, use_cache=True)
         losses = chunked_token_losses(read.last_hidden_state, cross_entropy(self.network.lm_head), targets)
-        return MemoryModelOutput(loss=losses.mean(), token_losses=losses, memory=read[name])
+        return MemoryModelOutput(loss=losses.mean(), token_losses=losses, state=read[name])
 
     @property
     def noise_size(self) -> int:
         return 0
 
 
-def without_graph(memory: Any) -> Any:
+def without_graph(state: Any) -> Any:
     """What a model remembers, cut off from the graph that made it; a key-value cache in place."""
-    if not isinstance(memory, Cache):
-        return None if memory is None else memory.detach()
-    for layer in memory.layers:
+    if not isinstance(state, Cache):
+        return None if state is None else state.detach()
+    for layer in state.layers:
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-    return memory
+    return state
 
 
 def tensor_bytes(memory: Any) -> int:

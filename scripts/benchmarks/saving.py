@@ -53,7 +53,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda number: 1.0)
     task: Any = SimpleNamespace(tokenizer=None)
     shards = TorchShards(step.model, step.optimizer)
-    memory = step.model.initial_memory(sizes.batch)
+    memory = step.model.initial_state(sizes.batch)
     state = TrainingState(step.model, shards, schedule, task, {}, [memory])
     alone = [_seconds(step) for _ in range(options.warmup + 5)][options.warmup :]
     usual = summarize(alone).median

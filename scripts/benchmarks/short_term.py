@@ -11,7 +11,7 @@ import torch
 from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
 from benchmarks.report import Comparison, Ratio, Result, paired
-from infformer.memory.layer import MemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 
 
@@ -82,7 +82,8 @@ def _training_step(options: argparse.Namespace, memory: int, setting: Setting) -
         num_attention_heads=options.heads,
         feed_forward_size=4 * options.hidden,
         positions=options.positions,
-        memory=MemoryConfig(options.segment, memory) if memory else None,
+        memory=MemoryConfig(memory) if memory else None,
+        segment_length=options.segment,
     )
     model = DecoderForCausalLM(config).to(setting.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -90,13 +91,13 @@ def _training_step(options: argparse.Namespace, memory: int, setting: Setting) -
     full = None
     for _ in range(-(-memory // options.segment)):
         with torch.no_grad():
-            full = model(tokens, memory=full, return_logits=False).memory
+            full = model(tokens, state=full, return_logits=False).state
     if options.compile:
         model.compile()
 
     def step() -> None:
         with setting.autocast():
-            loss = model(tokens, targets=tokens, memory=full).loss
+            loss = model(tokens, targets=tokens, state=full).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -56,8 +56,8 @@ class Stream:
         """Read and score one more segment."""
         tokens = random_tokens(self._sizes, self._setting.device)
         with self._setting.autocast():
-            output = self._model(tokens[:, :-1], targets=tokens[:, 1:], memory=self._memory, return_logits=False)
-        self._memory = output.memory
+            output = self._model(tokens[:, :-1], targets=tokens[:, 1:], state=self._memory, return_logits=False)
+        self._memory = output.state
         self.segments += 1
 
     def read_up_to(self, segment: int) -> None:

@@ -33,7 +33,7 @@ class TrainingStep:
     """Forward, backward, clipping and AdamW, on a stream of random tokens; what is remembered goes on.
 
     Args:
-        model: reads a segment, `model(tokens, targets=…, memory=…, noise=…, return_logits=False)`.
+        model: reads a segment, `model(tokens, targets=…, state=…, noise=…, return_logits=False)`.
     """
 
     def __init__(self, model: Any, sizes: Sizes, setting: Setting) -> None:
@@ -52,13 +52,13 @@ class TrainingStep:
             output = self.model(
                 tokens[:, :-1],
                 targets=tokens[:, 1:],
-                memory=self._memory,
+                state=self._memory,
                 noise=offsets,
                 return_logits=False,
             )
         output.loss.backward()
         self.update()
-        self._memory = without_graph(output.memory)
+        self._memory = without_graph(output.state)
 
     def update(self) -> None:
         """Clip, step, and forget the gradients."""
@@ -192,15 +192,15 @@ def new_parts(step: TrainingStep, sizes: Sizes, setting: Setting, compiled: bool
     """The parts of a step with memory, one by one; in their order they leave the gradients that the last one takes."""
     transform: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
     model, device = step.model, setting.device
-    head, signal = model.backbone.get_output_embeddings(), model.signal
+    head, signal = model.backbone.get_output_embeddings(), model.memories[0].signal
     shape = (sizes.batch, sizes.segment, sizes.hidden)
     upstream = torch.randn(shape, device=device) / sizes.tokens
     tokens = random_tokens(sizes, device)
     with torch.no_grad():
-        memory = None
+        state = None
         for _ in range(2):
-            memory = model(tokens[:, :-1], memory=memory, return_logits=False).memory
-    states = memory.layers
+            state = model(tokens[:, :-1], state=state, return_logits=False).state
+    states = state.layers
     last, *hidden = (torch.randn(shape, device=device, requires_grad=True) for _ in range(1 + len(states)))
     with torch.no_grad():
         readings = map(LongTermMemory.read, model.memories, hidden, states)
