@@ -59,10 +59,10 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
 
     @torch.inference_mode()
     def forward_alone() -> None:
-        memory = None
+        state = None
         for read in segments:
             with setting.autocast():
-                memory = model(
+                state = model(
                     read.input_ids,
                     state=state,
                     reset=read.reset,
