@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infformer.memory.layer import MemoryConfig
 
 from infformer.config import TASKS, EvaluationRunConfig, RunConfig
 from infformer.errors import UserError
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.training import before

@@ -84,7 +84,7 @@ class TestArithmetic:
         """Ours, the literal one, a state and a segment."""
         models, memory_layer = module("models"), module("memory_layer")
         config = models.memory_config(sizes)
-        signal = memory_layer.ContinuousSignal(config)
+        signal = memory_layer.ContinuousSignal(config, sizes.segment)
         kinds = (memory_layer.LongTermMemory, memory_layer.LiteralMemory)
         ours, literal = (kind(config, sizes.hidden, sizes.heads, signal) for kind in kinds)
         state = memory_layer.LongTermState(torch.randn(3, 16, 24), torch.full((3,), 2))
@@ -371,8 +371,8 @@ class TestModels:
             memory, each = None, []
             for start in range(0, 20, 4):
                 stop = start + 4
-                output = evaluator(tokens[:, start:stop], targets=document[:, start + 1 : stop + 1], memory=memory)
-                memory = output.memory
+                output = evaluator(tokens[:, start:stop], targets=document[:, start + 1 : stop + 1], state=memory)
+                memory = output.state
                 each.append(output.token_losses)
             return torch.cat(each, dim=1)[0]
 

@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from hydra.core.global_hydra import GlobalHydra
+from infformer.memory.layer import MemoryConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +20,6 @@ import eval as eval_command
 import train as train_command
 from infformer.command import Ended
 from infformer.hub import problem_with_the_hub
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.models.pretrained import InfformerForCausalLM

@@ -31,8 +31,8 @@ def model(backbone) -> InfformerForCausalLM:
     stock = copy.deepcopy(backbone.config)
     stock.resid_pdrop = stock.embd_pdrop = stock.attn_pdrop = 0.3
     torch.manual_seed(1)
-    memory = LongTermMemoryConfig(SEGMENT, 8, [0.05, 0.1], 16, sticky=True, sticky_bins=16)
-    model = InfformerForCausalLM.from_backbone(type(backbone)(stock), memory)
+    memory = LongTermMemoryConfig(None, 8, [0.05, 0.1], 16, sticky=True, sticky_bins=16)
+    model = InfformerForCausalLM.from_backbone(type(backbone)(stock), memory, segment_length=16)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model

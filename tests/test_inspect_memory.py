@@ -27,8 +27,8 @@ def script(monkeypatch, tmp_path) -> ModuleType:
 def checkpoint(backbone, tokenizer, tmp_path_factory) -> Path:
     """A checkpoint of a run, in which a model folder is."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    memory = LongTermMemoryConfig(segment_length=16, basis_functions=8, past_samples=16, sticky=True)
-    model = InfformerForCausalLM.from_backbone(backbone, memory)
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16, sticky=True)
+    model = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=16)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder
@@ -47,7 +47,7 @@ def test_a_page_that_needs_no_other_file(script, checkpoint, monkeypatch, tmp_pa
     found = json.loads((tmp_path / "page" / "inspection.json").read_text())
     assert (found["name"], found["document"]["segments"], found["memory"]["layers"]) == ("whale", 4, [1])
     pictures = sorted(path.stem for path in (tmp_path / "page").glob("*.png"))
-    assert "noise_size" in pictures
+    assert "sticky_samples" in pictures
     assert page.count('src="data:image/png;base64,') == len(pictures) == 7
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "64 tokens in 4 segments of 16" in page

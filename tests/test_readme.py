@@ -115,7 +115,7 @@ def test_the_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = (block for kind, block in BLOCKS if kind == "python")
     names: dict[str, object] = {}
     exec(example, names)
-    assert names["output"].memory.layers[0].segments.tolist() == [8]  # type: ignore[attr-defined]
+    assert names["output"].state.layers[0].segments.tolist() == [8]  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 from matplotlib.image import imread
 
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 
@@ -196,11 +195,11 @@ def test_the_table_of_perplexities(from_scratch):
 def test_parameters_are_counted_in_the_file(from_scratch, tmp_path):
     """Neither the long-term memory's operators are among them, nor anything twice."""
     long_term = LongTermMemoryConfig(
-        segment_length=8, basis_functions=4, widths=[0.05, 0.1], past_samples=8, sticky=True
+        short_term_length=8, basis_functions=4, widths=[0.05, 0.1], past_samples=8, sticky=True
     )
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "feed_forward_size": 20}
     vocabulary = {"vocab_size": 50, "adaptive_cutoffs": [10, 30], "adaptive_divisor": 2}
-    model = new_decoder({**sizes, **vocabulary}, MemoryConfig(8, 8, None, long_term))
+    model = new_decoder({**sizes, **vocabulary}, long_term, segment_length=8)
     model.save_pretrained(tmp_path)
     assert from_scratch.count_parameters(tmp_path) == sum(parameter.numel() for parameter in model.parameters())
 

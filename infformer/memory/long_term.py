@@ -27,7 +27,7 @@ from infformer.continuous.density import (
 )
 from infformer.continuous.regression import even_middles, even_steps, first_operator, next_operators, rounded
 from infformer.errors import UserError, check_finite
-from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import DerivedBuffers, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
@@ -184,7 +184,7 @@ class Reading(NamedTuple):
     """Where each head of each query looked, shape [batch, heads, queries]."""
 
 
-class ContinuousSignal(nn.Module):
+class ContinuousSignal(DerivedBuffers):
     """The fixed part of a long-term memory, one for all layers: the basis and the regression operators.
 
     They follow from the configuration alone, so they are buffers that no checkpoint stores. They are computed in
@@ -461,9 +461,6 @@ class LongTermMemory(Memory):
         contraction = segments / (segments + 1) if config.contraction == "uniform" else config.contraction_rate
         new = contraction + (1 - contraction) * even_steps(self.signal.segment_length).to(places)
         return torch.cat([contraction * places, new])
-
-    def reset_buffers(self) -> None:
-        self.signal.reset_parameters()
 
     def time_shuffle(self) -> Tensor:
         return self.signal.time_shuffle()

@@ -50,6 +50,14 @@ class MemoryOutput(NamedTuple):
     """How the memory was read, in the kind's own terms, for its instruments."""
 
 
+class DerivedBuffers(nn.Module):
+    """Buffers that follow from options: no checkpoint stores them, and a loader leaves arbitrary numbers there."""
+
+    def reset_parameters(self) -> None:
+        """Compute them anew, where they are."""
+        raise NotImplementedError
+
+
 class Memory(nn.Module):
     """The learned part of one layer's memory.
 
@@ -101,6 +109,3 @@ class Memory(nn.Module):
 
     def reset_parameters(self) -> None:
         """Begin anew: what a memory that was never trained has."""
-
-    def reset_buffers(self) -> None:
-        """Compute anew what follows from the options and is not learned: a loader leaves arbitrary numbers there."""

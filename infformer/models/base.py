@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from infformer.errors import UserError
-from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import DerivedBuffers, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
@@ -302,9 +302,9 @@ class MemoryModel(PreTrainedModel):
         return length
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What a memory computes instead of learning is never loaded."""
-        if isinstance(module, Memory):
-            module.reset_buffers()
+        """What is computed instead of learned is never loaded."""
+        if isinstance(module, DerivedBuffers):
+            module.reset_parameters()
 
     def _begin(
         self,

@@ -15,7 +15,7 @@ FIGURES = {
     "density_centres",
     "density_tokens_back",
     "density_widths",
-    "noise_size",
+    "sticky_samples",
 }
 
 
@@ -59,7 +59,7 @@ def test_every_measure_has_its_figure(tmp_path, monkeypatch, layers, heads, segm
     path = tmp_path / "inspection.json"
     path.write_text(json.dumps(inspection(layers, heads, segments, sticky)))
     figures = plot_inspection(path)
-    assert {figure.stem for figure in figures} == FIGURES - ({"noise_size"} if not sticky else set())
+    assert {figure.stem for figure in figures} == FIGURES - ({"sticky_samples"} if not sticky else set())
     for figure in figures:
         assert figure.parent == tmp_path
         picture = imread(figure)[..., :3]

@@ -415,7 +415,7 @@ class TestAnInspection:
             assert panels[0].get_ylim() == (-0.02, 1.02)
 
     def test_samples_are_beside_those_of_an_even_spread(self, figures):
-        one, four, bar = figures["noise_size"].axes
+        one, four, bar = figures["sticky_samples"].axes
         expected = {
             "layer 1": (one, [[2.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 3.0]]),
             "layer 4": (four, [[0.5, 4.0], [0.5, 0.0], [2.0, 0.0], [1.0, 0.0]]),
