@@ -214,6 +214,7 @@ def contribution(trace: LayerRead) -> float:
 
     The norms are Euclidean, over the width of the model; the ratio is the mean over the segment's tokens.
     """
+    assert trace.attended is not None
     norms = _reading(trace).context.float().norm(dim=-1), trace.attended.float().norm(dim=-1)
     return float((norms[0] / norms[1]).mean())
 
