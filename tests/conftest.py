@@ -29,19 +29,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from infformer.config import RunConfig
+from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.tasks import language_modelling
 from infformer.training import command_line, run
 
 CONF = Path(__file__).parents[1] / "conf"
 WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "harpoon", "of", "to", "a", "in", "under")
-MEMORY = {
-    "segment_length": "${training.segment_length}",
-    "basis_functions": 8,
-    "widths": [0.05, 0.1],
-    "past_samples": 16,
-    "sticky": True,
-    "sticky_bins": 16,
-}
+MEMORY = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16, sticky=True, sticky_bins=16)
 Train = Callable[..., dict[str, Any]]
 Configure = Callable[..., RunConfig]
 

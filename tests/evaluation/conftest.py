@@ -52,9 +52,9 @@ def with_memory(backbone) -> Callable[..., InfformerForCausalLM]:
     """A model whose memory does something."""
 
     def build(**options) -> InfformerForCausalLM:
-        sizes = {"segment_length": SEGMENT, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
+        sizes = {"basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
         config = LongTermMemoryConfig(**{**sizes, **options})
-        model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), config)
+        model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), config, segment_length=SEGMENT)
         torch.manual_seed(2)
         for parameter in model.memories.parameters():
             nn.init.normal_(parameter)

@@ -10,7 +10,7 @@ import torch
 
 from infformer.evaluation.figures import figures_of, interval_of_ratio, previous_occurrences
 from infformer.evaluation.perplexity import evaluate
-from infformer.memory.layer import MemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -79,8 +79,10 @@ def test_by_position(model, documents, evaluator, nats):
 def test_by_recency(model, documents, evaluator, nats, stride, short_term):
     """Attention sees the window in which a token is scored, and the short-term memory before that."""
     if short_term:
-        memory = MemoryConfig(SEGMENT, short_term)
-        model = DecoderForCausalLM(DecoderConfig(300, 16, 1, 2, feed_forward_size=16, memory=memory))
+        memory = MemoryConfig(short_term)
+        model = DecoderForCausalLM(
+            DecoderConfig(300, 16, 1, 2, feed_forward_size=16, memory=memory, segment_length=SEGMENT)
+        )
     figures = figures_of(evaluator(model, stride=stride), documents, nats)
     expected = {"within_window": [0, 0.0], "beyond_window": [0, 0.0], "never": [0, 0.0]}
     for document, position, loss in places(documents, nats):

@@ -21,15 +21,14 @@ from infformer.evaluation.memory_instruments import (
 )
 from infformer.evaluation.memory_reconstruction import WrittenPast
 from infformer.evaluation.reading import EvaluationError
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
+from infformer.memory.options import MemoryConfig
+from infformer.models.base import Intermediates, MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
-from infformer.models.base import MemoryModel
-from infformer.models.base import Intermediates
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT, HEADS = 8, 2
-MEMORY = {"segment_length": SEGMENT, "basis_functions": 16, "past_samples": 32, "sticky_bins": 16}
+MEMORY = {"basis_functions": 16, "past_samples": 32, "sticky_bins": 16}
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def wrapped(backbone):
 
     def build(memory_layers: list[int] | None = None, **options) -> InfformerForCausalLM:
         memory = LongTermMemoryConfig(**{**MEMORY, **options})
-        return trained(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, memory_layers))
+        return trained(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, memory_layers, SEGMENT))
 
     return build
 
@@ -48,10 +47,12 @@ def decoder(tokenizer):
     """A decoder whose memories matter."""
 
     def build(short_term_length: int, **options) -> DecoderForCausalLM:
-        memory = MemoryConfig(SEGMENT, short_term_length, long_term=LongTermMemoryConfig(**{**MEMORY, **options}))
+        memory = LongTermMemoryConfig(**{**MEMORY, **options, "short_term_length": short_term_length})
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "feed_forward_size": 20}
         torch.manual_seed(0)
-        return trained(DecoderForCausalLM(DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=memory)))
+        return trained(
+            DecoderForCausalLM(DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=memory, segment_length=SEGMENT))
+        )
 
     return build
 
@@ -106,7 +107,7 @@ class TestInspectDocument:
         for layer in range(2):
             hidden = output.intermediates[layer].hidden[0].double()
             places = (torch.arange(SEGMENT) + 0.5) / SEGMENT
-            signal = model.signal.basis.evaluate(places) @ output.memory.layers[layer].coefficients[0]
+            signal = model.signal.basis.evaluate(places) @ output.state.layers[layer].coefficients[0]
             expected = 1 - (hidden - signal).square().sum() / (hidden - hidden.mean(0)).square().sum()
             assert found["total"][layer] == pytest.approx(float(expected), abs=1e-4)
             assert found["by_age"][layer] == [pytest.approx(float(expected), abs=1e-4)]
@@ -125,8 +126,8 @@ class TestInspectDocument:
         memory, hidden = None, []
         with torch.no_grad():
             for segment in tokens[:-1].split(SEGMENT):
-                output = model(segment[None], memory=memory, return_intermediates=True)
-                memory, hidden = output.memory, [*hidden, output.intermediates[0].hidden[0]]
+                output = model(segment[None], state=memory, return_intermediates=True)
+                memory, hidden = output.state, [*hidden, output.intermediates[0].hidden[0]]
         past = torch.stack(hidden[:written])
         newest = 0.5 + 0.5 * torch.arange(1, SEGMENT + 1) / SEGMENT
         signal = model.signal.basis.evaluate(newest) @ memory.layers[0].long_term.coefficients[0]
@@ -148,14 +149,14 @@ class TestInspectDocument:
                     kept = {number: layer.output.weight.clone() for number, layer in outputs.items()}
                     for layer in outputs.values():
                         layer.output.weight.zero_()
-                    loss = model(segment[None], memory=memory, targets=labels[None]).token_losses.mean()
+                    loss = model(segment[None], state=memory, targets=labels[None]).token_losses.mean()
                     for number, layer in outputs.items():
                         layer.output.weight.copy_(kept[number])
                     return float(loss)
 
                 layers = model.long_term_memories()
                 rows.append((nats({}), nats(layers), *(nats({number: layer}) for number, layer in layers.items())))
-                memory = model(segment[None], memory=memory).memory
+                memory = model(segment[None], state=memory).state
         rows = rows[reading["segment"][0] :]
         assert len(rows) == len(reading["nats"]) > 1
         assert reading["nats"] == pytest.approx([row[0] for row in rows], abs=1e-5)
@@ -204,7 +205,7 @@ class TestInspectDocument:
 
     def test_models_without_a_long_term_memory(self, backbone, tokenizer):
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
-        config = DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=MemoryConfig(SEGMENT, SEGMENT))
+        config = DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=MemoryConfig(SEGMENT), segment_length=SEGMENT)
         for model in (InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), DecoderForCausalLM(config)):
             with pytest.raises(EvaluationError, match="this model has no long-term memory"):
                 inspect_document(model, document(40), progress=False)

@@ -16,8 +16,8 @@ Array = NDArray[np.float64]
 
 
 def new_memory(size: int, width: int = WIDTH, **options) -> LongTermMemory:
-    config = LongTermMemoryConfig(segment_length=size, basis_functions=size, past_samples=size, **options)
-    return LongTermMemory(config, width, HEADS, ContinuousSignal(config))
+    config = LongTermMemoryConfig(basis_functions=size, past_samples=size, **options)
+    return LongTermMemory(config, width, HEADS, ContinuousSignal(config, size))
 
 
 def white_noise(size: int, width: int = WIDTH) -> list[Tensor]:

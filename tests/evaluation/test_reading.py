@@ -13,7 +13,7 @@ from infformer.data import TokenizedDocuments
 from infformer.evaluation.perplexity import evaluate, evaluate_controls, measure
 from infformer.evaluation.reading import EvaluationError, describe_protocol, partners, read_documents
 from infformer.evaluation.reading import with_memory as with_memory_of
-from infformer.memory.layer import MemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -48,7 +48,7 @@ def literally(model: InfformerForCausalLM, documents: TokenizedDocuments, memory
     for document in range(len(documents)):
         memory, own = None, [None]
         for inputs, _ in cut(documents, document):
-            memory = model(inputs, memory=memory).memory
+            memory = model(inputs, state=memory).state
             own.append(memory)
         memories.append(own)
     for document in range(len(documents)):
@@ -61,7 +61,7 @@ def literally(model: InfformerForCausalLM, documents: TokenizedDocuments, memory
         losses.append(
             np.concatenate(
                 [
-                    nats(model(inputs, memory=past[min(number, len(past) - 1)]).logits, targets)
+                    nats(model(inputs, state=past[min(number, len(past) - 1)]).logits, targets)
                     for number, (inputs, targets) in enumerate(cut(documents, document))
                 ]
             )
@@ -160,13 +160,13 @@ def slide(model: InfformerForCausalLM, documents: TokenizedDocuments, stride: in
     for document in range(len(documents)):
         memories = [None]
         for inputs, _ in cut(documents, document):
-            memories.append(model(inputs, memory=memories[-1]).memory)
+            memories.append(model(inputs, state=memories[-1]).state)
         tokens = torch.from_numpy(documents.tokens(document, 0, int(documents.token_counts[document])))
         found, previous = [], 0
         for begin in range(0, len(tokens) - 1, stride):
             end = min(begin + SEGMENT, len(tokens) - 1)
             written = -(-begin // SEGMENT)  # whole segments that hold all that is before the window
-            logits = model(tokens[begin:end].unsqueeze(0), memory=memories[written]).logits
+            logits = model(tokens[begin:end].unsqueeze(0), state=memories[written]).logits
             found.append(nats(logits[:, previous - begin :], tokens[previous + 1 : end + 1]))
             previous = end
             if end == len(tokens) - 1:
@@ -224,15 +224,15 @@ class TestWarmUp:
                 memory = None
                 for other in (document - 2, document - 1):
                     for inputs, _ in cut(documents, other % len(documents)):
-                        memory = model(inputs, memory=memory).memory
+                        memory = model(inputs, state=memory).state
                 memories = [memory]
                 for inputs, _ in cut(documents, document):
-                    memories.append(model(inputs, memory=memories[-1]).memory)
+                    memories.append(model(inputs, state=memories[-1]).state)
                 tokens = torch.from_numpy(documents.tokens(document, 0, int(documents.token_counts[document])))
                 previous, step = 0, stride or SEGMENT
                 for begin in range(0, len(tokens) - 1, step):
                     end = min(begin + SEGMENT, len(tokens) - 1)
-                    logits = model(tokens[begin:end].unsqueeze(0), memory=memories[-(-begin // SEGMENT)]).logits
+                    logits = model(tokens[begin:end].unsqueeze(0), state=memories[-(-begin // SEGMENT)]).logits
                     expected.append(nats(logits[:, previous - begin :], tokens[previous + 1 : end + 1]))
                     previous = end
                     if end == len(tokens) - 1:
@@ -258,7 +258,7 @@ class TestWhatCannotBeRead:
         evaluator(without_memory, stride=5)
 
     def test_a_stride_beside_a_short_term_memory(self, evaluator):
-        config = DecoderConfig(20, 16, 1, 2, feed_forward_size=16, memory=MemoryConfig(SEGMENT, short_term_length=16))
+        config = DecoderConfig(20, 16, 1, 2, feed_forward_size=16, memory=MemoryConfig(16), segment_length=SEGMENT)
         with pytest.raises(EvaluationError, match="stride=8: a short-term memory is a sliding window already"):
             evaluator(DecoderForCausalLM(config), stride=8)
 

@@ -31,7 +31,7 @@ def test_results_are_strict_json(results, tmp_path, model, documents):
         "memory": model.config.memory,
         "checkpoint": "here",
     }
-    assert model.config.memory["segment_length"] == SEGMENT
+    assert model.config.segment_length == SEGMENT
 
 
 def test_every_perplexity_stands_beside_its_protocol(results):

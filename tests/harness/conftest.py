@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,22 +8,27 @@ import torch
 from torch import nn
 
 from infformer.evaluation.reading import Evaluator
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.base import MemoryModel
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8
-LONG_TERM = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
+LONG_TERM = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16)
 
 
 def build(kind: str, stock: nn.Module) -> MemoryModel:
     if kind == "decoder":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "feed_forward_size": 32}
-        memory = MemoryConfig(SEGMENT, short_term_length=SEGMENT, long_term=LONG_TERM)
-        return DecoderForCausalLM(DecoderConfig(vocab_size=257, **sizes, bos_token_id=0, eos_token_id=0, memory=memory))
-    return InfformerForCausalLM.from_backbone(copy.deepcopy(stock), LONG_TERM if kind == "memory" else None)
+        memory = replace(LONG_TERM, short_term_length=SEGMENT)
+        return DecoderForCausalLM(
+            DecoderConfig(
+                vocab_size=257, **sizes, bos_token_id=0, eos_token_id=0, memory=memory, segment_length=SEGMENT
+            )
+        )
+    return InfformerForCausalLM.from_backbone(
+        copy.deepcopy(stock), LONG_TERM if kind == "memory" else None, segment_length=SEGMENT
+    )
 
 
 @pytest.fixture(scope="session")

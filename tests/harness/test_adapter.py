@@ -151,8 +151,8 @@ def test_a_continuation_of_a_long_context(adapter, models, tokenizer):
         memory, losses = None, []
         for inputs, labels in zip(text[:, :-1].split(SEGMENT, 1), text[:, 1:].split(SEGMENT, 1), strict=True):
             with torch.no_grad():
-                output = models["memory"](inputs, memory=memory, targets=labels)
-            memory = output.memory
+                output = models["memory"](inputs, state=memory, targets=labels)
+            memory = output.state
             losses.append(output.token_losses[0])
         assert likelihood == pytest.approx(-float(torch.cat(losses)[-len(choice) :].sum()), rel=1e-5)
 

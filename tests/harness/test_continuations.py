@@ -9,8 +9,8 @@ import torch
 
 from infformer.evaluation.reading import Evaluator
 from infformer.harness.continuations import Continuation, Score, score_continuations
-from infformer.models.generation import continue_text
 from infformer.models.base import MemoryModel
+from infformer.models.generation import continue_text
 
 SEGMENT = 8
 KINDS = ("memory", "decoder", "none")
@@ -27,8 +27,8 @@ def literally(model: MemoryModel, request: Continuation, forget: bool = False) -
     text = torch.tensor([[*request.context, *request.tokens]])
     memory, logits = None, []
     for segment in text[:, :-1].split(SEGMENT, dim=1):
-        output = model(segment, memory=None if forget else memory)
-        memory = output.memory
+        output = model(segment, state=None if forget else memory)
+        memory = output.state
         logits.append(output.logits[0])
     scored = torch.cat(logits)[len(request.context) - 1 :].double().log_softmax(-1)
     targets = torch.tensor(request.tokens)

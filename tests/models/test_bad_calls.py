@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from infformer.memory.layer import MemoryConfig
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5Config, ViTConfig
 
 from infformer.errors import UserError
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
 from infformer.models.loading import check_vocabulary, load_pretrained, load_trained, new_decoder, new_model
-from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8

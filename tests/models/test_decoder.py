@@ -9,19 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from infformer.memory.layer import MemoryConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
+from infformer.models.base import MemoryModelOutput, ModelError
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
-from infformer.models.base import ModelError
-from infformer.models.base import MemoryModelOutput
 
 SEGMENT, VOCABULARY, HIDDEN, HEADS, HEAD, SAMPLES = 6, 50, 12, 3, 6, 16
 

@@ -2,8 +2,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from infformer.models.loading import check_vocabulary, new_decoder, vocabulary_of
 from infformer.models.base import ModelError
+from infformer.models.loading import check_vocabulary, new_decoder, vocabulary_of
 
 
 def test_a_model_from_scratch_has_room_for_a_vocabulary_with_holes() -> None:

@@ -18,8 +18,8 @@ from transformers import (
 
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
-from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.base import MemoryModelOutput
+from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM, _attention_modules
 
 SEGMENT, VOCABULARY = 12, 50

@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from infformer.memory.layer import MemoryConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
-from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT, VOCABULARY = 12, 50

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import convert_to_fp32
+from infformer.memory.layer import MemoryConfig
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, modeling_outputs
 from transformers.utils import logging as transformers_logging
 
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.base import MemoryModel, MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
-from infformer.models.base import MemoryModel
-from infformer.models.base import MemoryModelOutput
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 
 SEGMENT, VOCABULARY = 8, 50

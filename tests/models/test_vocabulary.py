@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.base import ModelError
+from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
 SIZE, HIDDEN, CUTOFFS, DIVISOR = 13, 8, [3, 5, 9], 2.0

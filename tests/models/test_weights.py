@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from infformer.memory.layer import MemoryConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.base import MemoryModel, ModelError
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import model_folder
 from infformer.models.loading import load_pretrained, load_trained
-from infformer.models.base import MemoryModel, ModelError
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
 SEGMENT = 8

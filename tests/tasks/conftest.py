@@ -35,17 +35,17 @@ class Model(nn.Module):
         self.segment_length = segment_length
 
     def forward(
-        self, input_ids: Tensor, memory: Tally | None = None, return_logits: bool | None = None
+        self, input_ids: Tensor, state: Tally | None = None, return_logits: bool | None = None
     ) -> MemoryModelOutput:
         rows, length = input_ids.shape
         assert not self.training
         assert rows >= 1
         assert 1 <= length <= self.segment_length
-        if memory is None:
-            memory = Tally(*torch.zeros(3, rows, self.symbols, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
-        tally = memory.map_tensors(Tensor.clone)
+        if state is None:
+            state = Tally(*torch.zeros(3, rows, self.symbols, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+        tally = state.map_tensors(Tensor.clone)
         answers = torch.stack([self.answer(tokens, tally) for tokens in input_ids.T], dim=1)
-        output = MemoryModelOutput(memory=tally if length == self.segment_length else memory)
+        output = MemoryModelOutput(state=tally if length == self.segment_length else state)
         if return_logits is not False:
             output.logits = 5.0 * nn.functional.one_hot(answers, self.vocabulary_size)
         return output
@@ -106,12 +106,12 @@ class Witness(nn.Module):
         self.segment_length = segment_length
 
     def forward(
-        self, input_ids: Tensor, memory: Past | None = None, return_logits: bool | None = None
+        self, input_ids: Tensor, state: Past | None = None, return_logits: bool | None = None
     ) -> MemoryModelOutput:
         assert not self.training
         assert 1 <= input_ids.shape[1] <= self.segment_length
-        tokens = input_ids if memory is None else torch.cat([memory.tokens, input_ids], dim=1)
-        output = MemoryModelOutput(memory=Past(tokens) if input_ids.shape[1] == self.segment_length else memory)
+        tokens = input_ids if state is None else torch.cat([state.tokens, input_ids], dim=1)
+        output = MemoryModelOutput(state=Past(tokens) if input_ids.shape[1] == self.segment_length else state)
         if return_logits is not False:
             said = torch.from_numpy(np.stack([what_followed(row) for row in tokens.numpy()]))[:, -input_ids.shape[1] :]
             output.logits = 5.0 * nn.functional.one_hot(said, self.vocabulary_size)

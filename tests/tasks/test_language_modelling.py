@@ -31,8 +31,8 @@ def documents(configure, tokenizer, tmp_path_factory) -> dict[str, TokenizedDocu
 def evaluator(backbone) -> Evaluator:
     """Of a model with a memory that matters."""
     torch.manual_seed(2)
-    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
-    model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory)
+    memory = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16)
+    model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
     for parameter in model.memories.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return Evaluator(model, SEGMENT, progress=False)

@@ -40,8 +40,8 @@ def model() -> InfformerForCausalLM:
     config = GPT2Config(
         vocab_size=CONFIG.vocabulary_size, n_positions=SEGMENT, n_embd=16, n_layer=2, n_head=2, initializer_range=1.0
     )
-    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
-    model = InfformerForCausalLM.from_backbone(GPT2LMHeadModel(config), memory)
+    memory = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16)
+    model = InfformerForCausalLM.from_backbone(GPT2LMHeadModel(config), memory, segment_length=SEGMENT)
     for parameter in model.memories.parameters():
         nn.init.normal_(parameter)
     return model.eval()
@@ -102,8 +102,8 @@ def test_answers_are_those_of_a_literal_loop(model) -> None:
             for text, answers in ((row, forced), (own, free)):
                 memory = None
                 for segment in torch.tensor([text[:place]]).split(SEGMENT, dim=1):
-                    output = model(segment, memory=memory)
-                    memory = output.memory
+                    output = model(segment, state=memory)
+                    memory = output.state
                 answers.append(int(output.logits[0, -1].argmax()))
                 if text is row:
                     nats.append(-float(output.logits[0, -1].log_softmax(dim=0)[row[place]]))

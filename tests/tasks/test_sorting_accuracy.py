@@ -36,8 +36,8 @@ def model() -> InfformerForCausalLM:
         vocab_size=SYMBOLS + 1, n_positions=SEGMENT, n_embd=16, n_layer=2, n_head=2, initializer_range=1.0
     )
     backbone = GPT2LMHeadModel(config)
-    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, widths=[0.05, 0.1], past_samples=16)
-    model = InfformerForCausalLM.from_backbone(backbone, memory)
+    memory = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16)
+    model = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT)
     for parameter in model.memories.parameters():
         nn.init.normal_(parameter)
     return model
@@ -51,8 +51,8 @@ def read_literally(model: nn.Module, tokens: list[int]) -> Tensor:
     """The scores of what follows after these tokens, read from the first on; [vocabulary]."""
     memory = None
     for segment in torch.tensor([tokens]).split(SEGMENT, dim=1):
-        output = model(segment, memory=memory)
-        memory = output.memory
+        output = model(segment, state=memory)
+        memory = output.state
     return output.logits[0, -1]
 
 

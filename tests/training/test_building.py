@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from infformer.config import EvaluationConfig, RunConfig
 from infformer.data import Segment
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.layer import MemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.passkey import PasskeyConfig
@@ -99,12 +99,12 @@ class TestThePretrainedModel:
 
     @pytest.mark.parametrize("layers", [None, [1]])
     def test_which_layers_have_a_memory(self, build, layers):
-        assert list(build({"model.memory_layers": layers}).long_term_memories()) == (layers or [0, 1])
+        assert list(build({"model.memory_layers": layers}).layer_memories()) == (layers or [0, 1])
 
     def test_every_option_of_the_memory(self, build):
         """Two memories, as not every value goes with every other; in one of them, each is another than by default."""
         common = LongTermMemoryConfig(
-            segment_length=16,
+            short_term_length=0,
             basis_functions=12,
             widths=[0.03, 0.07, 0.2],
             past_samples=24,
@@ -119,12 +119,12 @@ class TestThePretrainedModel:
             prior_standard_deviation=0.2,
         )
         memories = [replace(common, contraction="uniform"), replace(common, sticky_placement="published")]
-        defaults = asdict(LongTermMemoryConfig(segment_length=8, basis_functions=8))
+        defaults = asdict(LongTermMemoryConfig(basis_functions=8))
         for name, default in defaults.items():
             assert any(asdict(memory)[name] != default for memory in memories), name
         for memory in memories:
-            model = build({"model.memory": asdict(memory), "training.bptt_segments": 2})
-            assert [each.config for each in model.long_term_memories().values()] == [memory, memory]
+            model = build({"model.memory": memory, "training.bptt_segments": 2})
+            assert [each.config for each in model.layer_memories().values()] == [memory, memory]
 
     @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
     def test_attention(self, build, kernel):
@@ -160,7 +160,7 @@ class TestAModelFromScratch:
         assert {name: getattr(config, name) for name in architecture} == architecture
         assert (model.vocabulary_size, config.bos_token_id) == (len(tokenizer), tokenizer.bos_token_id)
         assert config._attn_implementation == "eager"
-        assert list(model.long_term_memories()) == [1]
+        assert list(model.layer_memories()) == [1]
 
     def test_a_larger_vocabulary(self, scratch):
         assert scratch({**GPT2, "vocab_size": 300}).vocabulary_size == 300
@@ -169,18 +169,14 @@ class TestAModelFromScratch:
         ("changes", "memory"),
         [
             ({"model.memory": None}, None),
-            ({"model.memory": None, "model.short_term_length": 24}, MemoryConfig(16, 24)),
+            ({"model.memory": MemoryConfig(24)}, MemoryConfig(24)),
             (
-                {
-                    "model.memory": None,
-                    "model.short_term_length": 16,
-                    "model.compressive": {"length": 12, "rate": 2, "reconstruction_weight": 0.5},
-                },
-                MemoryConfig(16, 16, CompressiveMemoryConfig(length=12, rate=2, reconstruction_weight=0.5)),
+                {"model.memory": CompressiveMemoryConfig(length=12, rate=2, reconstruction_weight=0.5)},
+                CompressiveMemoryConfig(16, length=12, rate=2, reconstruction_weight=0.5),
             ),
             (
-                {"model.short_term_length": 32},
-                MemoryConfig(16, 32, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16, sticky=True, sticky_bins=16)),
+                {"model.memory.short_term_length": 32},
+                LongTermMemoryConfig(32, 8, [0.05, 0.1], 16, sticky=True, sticky_bins=16),
             ),
         ],
         ids=["none", "short_term", "compressive", "long_term"],
@@ -188,7 +184,7 @@ class TestAModelFromScratch:
     def test_the_memories_of_a_decoder(self, scratch, changes, memory):
         model = scratch(DECODER, changes)
         assert {name: getattr(model.config, name) for name in DECODER} == DECODER
-        assert model.config.memory_config == (memory or MemoryConfig())
+        assert model.config.memory_config == memory
         assert model.has_memory == (memory is not None)
 
     def test_a_task_of_symbols_says_the_vocabulary(self, configure, tmp_path):
@@ -309,8 +305,7 @@ class TestAnotherTask:
         "model.pretrained": None,
         "model.architecture": DECODER,
         "model.tokenizer": "none is asked for",
-        "model.memory": None,
-        "model.short_term_length": 32,
+        "model.memory": MemoryConfig(32),
         "training.batch_size": 4,
         "training.precision": "bfloat16",
     }

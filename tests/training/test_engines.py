@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from infformer.config import CHOICES, EngineConfig, RunConfig
@@ -69,7 +69,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         entries = []
         for number, config in enumerate(runs):
             path = folder / f"{number}.yaml"
-            OmegaConf.save(OmegaConf.structured(config), path)
+            path.write_bytes(pickle.dumps(config))
             entries.append([str(path), (faults or {}).get(number)])
         (folder / "runs.json").write_text(json.dumps(entries))
         command = ["--standalone", "--nproc_per_node", "2", str(Path(__file__).with_name("processes.py"))]

@@ -33,7 +33,6 @@ STEPS, WARMUP, FINAL = 4, 2, 0.1
 CLIPPING, DECAY, BETAS, EPSILON = 0.5, 0.1, (0.8, 0.95), 1e-3
 RATE, MEMORY_RATE = 3e-3, 2e-2
 MEMORY = {
-    "segment_length": SEGMENT,
     "basis_functions": 8,
     "widths": [0.05, 0.1],
     "past_samples": 16,
@@ -44,7 +43,7 @@ MEMORY = {
 }
 CHANGES = {
     "seed": SEED,
-    "model.memory": MEMORY,
+    "model.memory": LongTermMemoryConfig(**MEMORY),
     "data.shuffle": False,
     "data.segments_per_visit": VISIT,
     "training.max_steps": STEPS,
@@ -129,7 +128,7 @@ def factor(step: int) -> float:
 def train_literally(folder: Path, texts: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[Made]:
     """The steps of the loop."""
     torch.manual_seed(SEED)
-    model = load_pretrained(str(folder), LongTermMemoryConfig(**MEMORY)).train()
+    model = load_pretrained(str(folder), LongTermMemoryConfig(**MEMORY), segment_length=SEGMENT).train()
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         in_memory, decays = name.startswith("memories."), parameter.dim() > 1 and ".gate." not in name
@@ -145,7 +144,7 @@ def train_literally(folder: Path, texts: Path, tokenizer: PreTrainedTokenizerFas
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     lanes, tokens = read_lanes(texts, tokenizer), 0
-    memories = [model.initial_memory(LANES // PARTS) for _ in range(PARTS)]
+    memories = [model.initial_state(LANES // PARTS) for _ in range(PARTS)]
     for step in range(STEPS):
         segments = [next(lanes) for _ in range(BPTT)]
         total = sum(len(row.targets) for rows in segments for row in rows)
@@ -159,12 +158,12 @@ def train_literally(folder: Path, texts: Path, tokenizer: PreTrainedTokenizerFas
                 own = rows[first : first + LANES // PARTS]
                 output = model(
                     torch.tensor([row.inputs + [0] * (SEGMENT - len(row.inputs)) for row in own]),
-                    memory=memory,
+                    state=memory,
                     reset=torch.tensor([row.reset for row in own]),
                     lengths=torch.tensor([len(row.inputs) for row in own]),
                     noise=torch.stack([row.draws for row in own]),
                 )
-                memory = output.memory
+                memory = output.state
                 nats = torch.zeros(())
                 for row, logits in zip(own, output.logits, strict=True):
                     length = len(row.targets)

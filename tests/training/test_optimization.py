@@ -20,8 +20,8 @@ RATES = {"learning_rate": 0.5, "memory_learning_rate": 2.0, "weight_decay": 0.25
 @pytest.fixture
 def model(backbone) -> Callable[..., InfformerForCausalLM]:
     def build(**options) -> InfformerForCausalLM:
-        config = LongTermMemoryConfig(segment_length=16, basis_functions=8, past_samples=16, **options)
-        return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), config)
+        config = LongTermMemoryConfig(basis_functions=8, past_samples=16, **options)
+        return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), config, segment_length=16)
 
     return build
 

@@ -30,6 +30,9 @@ from infformer.data import DataError, tokenize_documents
 from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.reading import Evaluator
+from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.sorting_sequences import SortingConfig
@@ -291,16 +294,20 @@ DECODER = {
     "dropout": 0.2,
     "attention_dropout": 0.2,
 }
-LONG_TERM = {"segment_length": 16, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16, "sticky_bins": 16}
+LONG_TERM = {
+    "short_term_length": 16,
+    "basis_functions": 8,
+    "widths": [0.05, 0.1],
+    "past_samples": 16,
+    "sticky_bins": 16,
+}
 DECODER_MEMORIES = {
-    "short-term": {"model.short_term_length": 20, "model.memory": None},
+    "short-term": {"model.memory": MemoryConfig(20)},
     "compressive": {
-        "model.short_term_length": 16,
-        "model.compressive": {"length": 6, "rate": 4},
-        "model.memory": None,
+        "model.memory": CompressiveMemoryConfig(16, length=6, rate=4),
     },
-    "long-term": {"model.short_term_length": 16, "model.memory": {**LONG_TERM, "sticky": False}},
-    "sticky": {"model.short_term_length": 16, "model.memory": {**LONG_TERM, "sticky": True}},
+    "long-term": {"model.memory": LongTermMemoryConfig(**LONG_TERM, sticky=False)},
+    "sticky": {"model.memory": LongTermMemoryConfig(**LONG_TERM, sticky=True)},
 }
 
 

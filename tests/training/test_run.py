@@ -53,9 +53,11 @@ def finished(configure, train, tmp_path_factory) -> Path:
 class TestTheFolder:
     def test_holds_what_the_run_was(self, finished, configure):
         config = OmegaConf.load(finished / "config.yaml")
-        assert config.training.segment_length == config.model.memory.segment_length == 16
+        assert config.training.segment_length == 2 * config.model.memory.basis_functions == 16
         assert config.output_dir == str(finished)
-        assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(run.RunConfig), config))
+        changes = {"training.sample_every": 4, "evaluation.inspected_segments": 4, "evaluation.controls": True}
+        same = configure(finished, {**changes, "training.sample_tokens": 9})
+        assert config == OmegaConf.to_container(OmegaConf.structured(same), resolve=True)
         versions = json.loads((finished / "versions.json").read_text())
         assert versions["torch"] == torch.__version__
         assert versions.keys() >= {"python", "git_revision", "infformer", "transformers", "accelerate", "datasets"}

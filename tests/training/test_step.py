@@ -64,8 +64,10 @@ def model(backbone) -> Callable[..., InfformerForCausalLM]:
         config = copy.deepcopy(backbone.config)
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
         stock = type(backbone)(config)
-        sizes = {"segment_length": SEGMENT, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
-        model = InfformerForCausalLM.from_backbone(stock, LongTermMemoryConfig(**{**sizes, **options}))
+        sizes = {"basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
+        model = InfformerForCausalLM.from_backbone(
+            stock, LongTermMemoryConfig(**{**sizes, **options}), segment_length=SEGMENT
+        )
         for parameter in model.memories.parameters():
             nn.init.normal_(parameter, std=0.3)
         return model.train()
@@ -118,7 +120,7 @@ def step(
     optimizer.register_step_pre_hook(remember)
     rows = LANES // microbatches
     cut = [[segment.rows(slice(first, first + rows)) for segment in segments] for first in range(0, LANES, rows)]
-    memories = (memory or model.initial_memory(LANES)).split(microbatches)
+    memories = (memory or model.initial_state(LANES)).split(microbatches)
     seeds = dropout_seeds or range(microbatches)
     memories, result = train_step(
         accelerator(microbatches),
@@ -196,8 +198,8 @@ class TestGradientsThroughTheMemory:
         some = model(divergence_weight=0.0)
         memory, total, tokens = None, 0.0, 0
         for segment in segments[:2]:
-            output = some(segment.input_ids, memory=memory, reset=segment.reset, lengths=segment.lengths)
-            memory = output.memory
+            output = some(segment.input_ids, state=memory, reset=segment.reset, lengths=segment.lengths)
+            memory = output.state
             real = segment.targets >= 0
             total = total + F.cross_entropy(output.logits[real], segment.targets[real], reduction="sum")
             tokens += int(real.sum())
@@ -243,8 +245,8 @@ class TestSegmentsInWhichNothingIsScored:
         segments = [score_the_end(segment, tokens) for segment, tokens in zip(segments, scored, strict=True)]
         memory, total, divergence, nats = None, LANES * sum(scored), 0.0, 0.0
         for segment, tokens in zip(segments, scored, strict=True):
-            output = some(segment.input_ids, memory=memory, reset=segment.reset, lengths=segment.lengths)
-            memory = output.memory if tokens else output.memory.detach()
+            output = some(segment.input_ids, state=memory, reset=segment.reset, lengths=segment.lengths)
+            memory = output.state if tokens else output.state.detach()
             if tokens:
                 real = segment.targets >= 0
                 nats = nats + F.cross_entropy(output.logits[real], segment.targets[real], reduction="sum")
@@ -302,14 +304,14 @@ def microbatch(
     model: InfformerForCausalLM, segments: Sequence[Segment], memory: MemoryState | None = None
 ) -> Microbatch:
     """All lanes at once."""
-    return Microbatch(segments, memory or model.initial_memory(LANES), [None] * len(segments), 0)
+    return Microbatch(segments, memory or model.initial_state(LANES), [None] * len(segments), 0)
 
 
 class TestALossThatIsNotFinite:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_stops_before_the_weights_change(self, accelerator, model, segments, value):
         some = model()
-        memory = some.initial_memory(LANES).map_tensors(
+        memory = some.initial_state(LANES).map_tensors(
             lambda tensor: torch.full_like(tensor, value) if tensor.is_floating_point() else tensor + 1
         )
         segment = copy.copy(segments[0])
@@ -337,7 +339,7 @@ class TestALossThatIsNotFinite:
         some = model()
         before = copy.deepcopy(some.state_dict())
         cut = [segments[0].rows(slice(first, first + 2)) for first in (0, 2)]
-        memories = some.initial_memory(LANES).split(2)
+        memories = some.initial_state(LANES).split(2)
         memories[bad] = memories[bad].map_tensors(
             lambda tensor: torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor + 1
         )
@@ -403,7 +405,7 @@ class TestDropout:
                 accelerator,
                 some,
                 [segment.rows(slice(first, first + LANES // 2)) for segment in segments],
-                memory=some.initial_memory(LANES // 2),
+                memory=some.initial_state(LANES // 2),
                 dropout_seeds=[seed],
             )
             for first, seed in zip((0, LANES // 2), seeds, strict=True)
