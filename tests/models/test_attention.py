@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infformer.models.block import Attention, encode_positions, rotate, shift_to_entries
+from infformer.models.block import Attention, BlockSizes, encode_positions, rotate, shift_to_entries
 
 BATCH, LENGTH, HIDDEN, HEADS, HEAD = 2, 7, 10, 3, 4
 CONTEXTS = {  # how many tokens ask, and how many entries at the front are not real in each row
@@ -28,7 +28,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def build_attention() -> BuildAttention:
     def build(positions: str = "relative", dropout: float = 0.0) -> Attention:
-        attention = Attention(HIDDEN, HEADS, HEAD, positions, dropout).double()
+        attention = Attention(
+            BlockSizes(HIDDEN, HEADS, HEAD, 8, "relu", positions, "layer", "pre", dropout, dropout)
+        ).double()
         generator = torch.Generator().manual_seed(1)
         for parameter in attention.parameters():
             nn.init.normal_(parameter, std=0.6, generator=generator)

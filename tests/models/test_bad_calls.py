@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from infformer.memory.layer import MemoryConfig
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5Config, ViTConfig
@@ -24,7 +23,7 @@ from infformer.models.loading import check_vocabulary, load_pretrained, load_tra
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8
-MEMORY = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=16)
+MEMORY = LongTermMemoryConfig(basis_functions=8, past_samples=16)
 SIZES = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = torch.arange(4 * SEGMENT).view(4, SEGMENT)
 GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -39,8 +38,8 @@ class Given(NamedTuple):
     model_folder: Path
     empty: Path
 
-    def memory(self, rows: int) -> Any:
-        return self.model(TEXT[:rows]).memory
+    def state(self, rows: int) -> Any:
+        return self.model(TEXT[:rows]).state
 
     def folder(self, config: Any) -> str:
         """Of a model with this configuration, an object or the text of its file, and the stock model's weights."""
@@ -60,8 +59,8 @@ class Given(NamedTuple):
 @pytest.fixture(scope="module")
 def models(backbone) -> dict[str, MemoryModel]:
     return {
-        "wrapped": InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), MEMORY),
-        "decoder": DecoderForCausalLM(DecoderConfig(**SIZES, memory=MemoryConfig(SEGMENT, SEGMENT, None, MEMORY))),
+        "wrapped": InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), MEMORY, segment_length=SEGMENT),
+        "decoder": DecoderForCausalLM(DecoderConfig(**SIZES, memory=MEMORY, segment_length=SEGMENT)),
     }
 
 
@@ -94,8 +93,8 @@ READING = [
     Call("lengths=[8, -1]", "from 0 to 8", lambda g: g.model(TEXT[:2], lengths=torch.tensor([8, -1]))),
     Call("lengths=", "each of 2 rows", lambda g: g.model(TEXT[:2], lengths=torch.tensor([8]))),
     Call("reset=", "each of 2 rows", lambda g: g.model(TEXT[:2], reset=torch.tensor([True, False, True]))),
-    Call("memory= has 4 rows, input_ids 1", "select_rows", lambda g: g.model(TEXT[:1], memory=g.memory(4))),
-    Call("memory= has 1 rows, input_ids 4", "select_rows", lambda g: g.model(TEXT, memory=g.memory(1))),
+    Call("state= has 4 rows, input_ids 1", "select_rows", lambda g: g.model(TEXT[:1], state=g.state(4))),
+    Call("state= has 1 rows, input_ids 4", "select_rows", lambda g: g.model(TEXT, state=g.state(1))),
     Call("segment_length=4", "set it to 8", lambda g: continue_text(g.model, TEXT.flatten(), 1, 4)),
     Call("segment_length=16", "set it to 8", lambda g: g.model.choose_segment_length(16)),
     Call("prompt=", "at least one token", lambda g: continue_text(g.model, TEXT[0, :0], 1, SEGMENT)),
@@ -271,8 +270,8 @@ class TestNotRefused:
         expected = models[kind].eval()(TEXT, labels=TEXT, lengths=lengths)
         output = models[kind](TEXT, labels=TEXT, attention_mask=attention_mask)
         assert torch.equal(output.token_losses, expected.token_losses)
-        for name, tensor in output.memory.named_tensors().items():
-            assert torch.equal(tensor, expected.memory.named_tensors()[name]), name
+        for name, tensor in output.state.named_tensors().items():
+            assert torch.equal(tensor, expected.state.named_tensors()[name]), name
 
     def test_embeddings_beyond_the_tokens(self, tokenizer):
         check_vocabulary(new_model({**GPT2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}), tokenizer)
@@ -299,25 +298,25 @@ class TestAMemoryThatIsPassedOnInTraining:
     def losses(model: MemoryModel, segments: int) -> list[Tensor]:
         memory, losses = None, []
         for _ in range(segments):
-            output = model(TEXT, labels=TEXT, memory=memory)
+            output = model(TEXT, labels=TEXT, state=memory)
             losses.append(output.loss)
-            memory = output.memory
+            memory = output.state
         return losses
 
     def test_after_its_backward_pass_is_refused(self, model):
         first = model(TEXT, labels=TEXT)
         first.loss.backward()
         # Also where it was changed in between.
-        memory = first.memory.select_rows(torch.tensor([3, 2, 1, 0]))
-        second = model(TEXT, labels=TEXT, memory=memory)
-        with pytest.raises(UserError, match=r"output\.memory\.detach\(\)"):
+        memory = first.state.select_rows(torch.tensor([3, 2, 1, 0]))
+        second = model(TEXT, labels=TEXT, state=memory)
+        with pytest.raises(UserError, match=r"output\.state\.detach\(\)"):
             second.loss.backward()
 
     def test_is_refused_by_a_loss_of_ones_own(self, model):
         first = model(TEXT)
         first.logits.logsumexp(-1).mean().backward()
-        with pytest.raises(UserError, match=r"output\.memory\.detach\(\)"):
-            model(TEXT, memory=first.memory).logits.logsumexp(-1).mean().backward()
+        with pytest.raises(UserError, match=r"output\.state\.detach\(\)"):
+            model(TEXT, state=first.state).logits.logsumexp(-1).mean().backward()
 
     def test_is_learned_through_by_one_backward_pass(self, model):
         sum(self.losses(model, 3)).backward()
@@ -325,11 +324,11 @@ class TestAMemoryThatIsPassedOnInTraining:
     def test_is_learned_through_twice_where_the_graph_was_kept(self, model):
         first = model(TEXT, labels=TEXT)
         first.loss.backward(retain_graph=True)
-        model(TEXT, labels=TEXT, memory=first.memory).loss.backward()
+        model(TEXT, labels=TEXT, state=first.state).loss.backward()
 
     def test_without_its_graph_is_learned_from_segment_by_segment(self, model):
         memory = None
         for _ in range(3):
-            output = model(TEXT, labels=TEXT, memory=memory)
+            output = model(TEXT, labels=TEXT, state=memory)
             output.loss.backward()
-            memory = output.memory.detach()
+            memory = output.state.detach()

@@ -5,17 +5,20 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from infformer.memory.layer import MemoryConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig, LongTermState
+from infformer.memory.memory import Memory
+from infformer.memory.options import MemoryConfig
+from infformer.memory.short_term import Queue
 from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModelOutput, ModelError
 from infformer.models.chunked_loss import IGNORE_INDEX
@@ -25,25 +28,25 @@ from infformer.models.generation import continue_text
 SEGMENT, VOCABULARY, HIDDEN, HEADS, HEAD, SAMPLES = 6, 50, 12, 3, 6, 16
 
 
-def long_term(**options) -> LongTermMemoryConfig:
-    return LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=SAMPLES, **options)
+def long_term(short_term_length: int = 0, **options) -> LongTermMemoryConfig:
+    return LongTermMemoryConfig(short_term_length, basis_functions=8, past_samples=SAMPLES, **options)
 
 
-def compressive(**options) -> MemoryConfig:
-    return MemoryConfig(SEGMENT, SEGMENT, compressive=CompressiveMemoryConfig(**{"length": 5, "rate": 2, **options}))
+def compressive(**options) -> CompressiveMemoryConfig:
+    return CompressiveMemoryConfig(SEGMENT, **{"length": 5, "rate": 2, **options})
 
 
 MEMORIES = {
     "none": None,
-    "short": MemoryConfig(SEGMENT, 8),
+    "short": MemoryConfig(8),
     "convolution": compressive(),
     "most used": compressive(function="most_used"),
-    "long": MemoryConfig(SEGMENT, long_term=long_term()),
-    "short and sticky": MemoryConfig(SEGMENT, SEGMENT, long_term=long_term(sticky=True, read="moments")),
-    "short and uniform": MemoryConfig(SEGMENT, 2 * SEGMENT, long_term=long_term(contraction="uniform", read="slots")),
+    "long": long_term(),
+    "short and sticky": long_term(SEGMENT, sticky=True, read="moments"),
+    "short and uniform": long_term(2 * SEGMENT, contraction="uniform", read="slots"),
 }
 REMEMBERING = {name: memory for name, memory in MEMORIES.items() if memory is not None}
-WITH_LONG_TERM = {name: memory for name, memory in REMEMBERING.items() if memory.long_term is not None}
+WITH_LONG_TERM = {name: memory for name, memory in REMEMBERING.items() if isinstance(memory, LongTermMemoryConfig)}
 every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 every_remembering = pytest.mark.parametrize("memory", REMEMBERING.values(), ids=REMEMBERING)
 every_long_term = pytest.mark.parametrize("memory", WITH_LONG_TERM.values(), ids=WITH_LONG_TERM)
@@ -61,7 +64,7 @@ def configure(memory: MemoryConfig | dict | None = None, **architecture) -> Deco
         "dropout": 0.2,
         "attention_dropout": 0.1,
     }
-    return DecoderConfig(**{**sizes, **architecture}, memory=memory)
+    return DecoderConfig(**{**sizes, "memory": memory, "segment_length": SEGMENT, **architecture})
 
 
 def trained(memory: MemoryConfig | None = None, **architecture) -> DecoderForCausalLM:
@@ -91,7 +94,7 @@ def document(segments: int, rows: int = 2) -> list[Tensor]:
 
 def empty(model: DecoderForCausalLM, rows: int = 2) -> MemoryState:
     """Empty memories in the type of the model: by default they are float32."""
-    memory = model.initial_memory(rows)
+    memory = model.initial_state(rows)
     return memory.map_tensors(lambda tensor: tensor.to(model.dtype) if tensor.is_floating_point() else tensor)
 
 
@@ -101,8 +104,8 @@ def read(
     """One segment after another, each with the memory of the last."""
     outputs, memory = [], empty(model, len(segments[0])) if memory is None else memory
     for segment in segments:
-        outputs.append(model(segment, labels=segment if labelled else None, memory=memory, return_logits=True))
-        memory = outputs[-1].memory
+        outputs.append(model(segment, labels=segment if labelled else None, state=memory, return_logits=True))
+        memory = outputs[-1].state
     return outputs
 
 
@@ -117,6 +120,15 @@ def assert_same_memory(one: MemoryState, other: MemoryState) -> None:
     assert one.named_tensors().keys() == other.named_tensors().keys()
     for name, tensor in one.named_tensors().items():
         assert torch.equal(tensor, other.named_tensors()[name]), name
+
+
+def behind(memory: Memory | MemoryState) -> Any:
+    """What stands behind a short-term memory, or is alone."""
+    return getattr(memory, "behind", memory)
+
+
+def queues(state: MemoryState) -> list[Queue]:
+    return [part for part in (getattr(state, "short_term", None), behind(state)) if isinstance(part, Queue)]
 
 
 def changed_somewhere(one: MemoryState, other: MemoryState, row: int) -> bool:
@@ -159,11 +171,11 @@ class TestAgainstItsEquations:
                 return inner @ part.contract.weight.T + part.contract.bias
 
             if placement == "post":
-                hidden = norm(layer.attention_norm, hidden + attend(hidden))
-                hidden = norm(layer.feed_forward_norm, hidden + transform(hidden))
+                hidden = norm(layer.attention_residual.norm, hidden + attend(hidden))
+                hidden = norm(layer.feed_forward_residual.norm, hidden + transform(hidden))
             else:
-                hidden = hidden + attend(norm(layer.attention_norm, hidden))
-                hidden = hidden + transform(norm(layer.feed_forward_norm, hidden))
+                hidden = hidden + attend(norm(layer.attention_residual.norm, hidden))
+                hidden = hidden + transform(norm(layer.feed_forward_residual.norm, hidden))
         if placement == "pre":
             hidden = norm(model.final_norm, hidden)
         expected = hidden @ table.T + model.vocabulary.bias
@@ -177,17 +189,17 @@ class TestAgainstItsEquations:
         model = trained(memory, normalization_placement=placement).double()
         state = empty(model, 3)
         for segment, lengths in zip(document(4, rows=3), ([6, 6, 6], [6, 2, 0], [6, 6, 0], [6, 6, 0]), strict=True):
-            state = model(segment, memory=state, lengths=torch.tensor(lengths)).memory
-        assert [layer.compressed.filled.tolist() for layer in state.layers] == [[8, 6, 0]] * 2
+            state = model(segment, state=state, lengths=torch.tensor(lengths)).state
+        assert [layer.behind.filled.tolist() for layer in state.layers] == [[8, 6, 0]] * 2
         assert [layer.short_term.filled.tolist() for layer in state.layers] == [[6, 6, 6]] * 2
 
         calls = [watch(layer.attention) for layer in model.layers]
-        model(tokens(3, seed=9), memory=state)
+        model(tokens(3, seed=9), state=state)
         for index, layer in enumerate(model.layers):
             attention, queue = layer.attention, state.layers[index]
             for row in range(3):
                 hidden, attended = (tensor[row] for tensor in calls[index][0])
-                parts = (part.entries[row][part.real[row]] for part in (queue.compressed, queue.short_term))
+                parts = (part.entries[row][part.real[row]] for part in (queue.behind, queue.short_term))
                 context = torch.cat([*parts, hidden])
                 earlier = len(context) - SEGMENT
                 distances = (earlier + torch.arange(SEGMENT))[:, None] - torch.arange(len(context))
@@ -215,28 +227,28 @@ class TestAgainstItsEquations:
         """Against the memory alone, given the segments by hand; and what it reads is added to what attention reads."""
         model = trained(memory, normalization_placement="pre")
         attentions = [watch(layer.attention) for layer in model.layers]
-        before = [watch(layer.attention_norm) for layer in model.layers]
-        after = [watch(layer.feed_forward_norm) for layer in model.layers]
+        before = [watch(layer.attention_residual.norm) for layer in model.layers]
+        after = [watch(layer.feed_forward_residual.norm) for layer in model.layers]
         delay = memory.short_term_length // SEGMENT
-        states = [layer.memory.long_term.initial_state(2) for layer in model.layers]
-        state = model.initial_memory(2)
+        memories = [behind(layer.memory) for layer in model.layers]
+        states = [alone.initial_state(2) for alone in memories]
+        state = model.initial_state(2)
         for number, segment in enumerate(document(5)):
             offsets = None
             if random_offsets:
                 offsets = torch.rand(2, SAMPLES, generator=torch.Generator().manual_seed(number))
-            state = model(segment, memory=state, noise=offsets).memory
-            for index, layer in enumerate(model.layers):
-                alone = layer.memory.long_term
+            state = model(segment, state=state, noise=offsets).state
+            for index, alone in enumerate(memories):
                 seen, attended = attentions[index][number]
                 reading = alone.read(seen, states[index])
                 residual, summed = before[index][number][0], after[index][number][0]
                 torch.testing.assert_close(summed, residual + attended + reading.context)
                 if number >= delay:
-                    operators = model.signal.operators(states[index].segments)
+                    operators = alone.signal.operators(states[index].segments)
                     leaving = attentions[index][number - delay][0]
                     states[index] = alone.write(leaving, states[index], operators, reading.attention, offsets)
-                assert_same_memory(state.layers[index].long_term, states[index])
-                assert state.layers[index].long_term.segments.tolist() == [max(number + 1 - delay, 0)] * 2
+                assert_same_memory(behind(state.layers[index]), states[index])
+                assert behind(state.layers[index]).segments.tolist() == [max(number + 1 - delay, 0)] * 2
             assert (reading.context.abs().max() > 1e-3) == (number > delay)
 
     def test_the_reconstruction_error_literally(self):
@@ -245,13 +257,13 @@ class TestAgainstItsEquations:
         model = trained(memory, normalization_placement="pre").double()
         state = empty(model, 3)
         for segment, lengths in zip(document(2, rows=3), ([6, 6, 0], [6, 6, 6]), strict=True):
-            state = model(segment, memory=state, lengths=torch.tensor(lengths)).memory
+            state = model(segment, state=state, lengths=torch.tensor(lengths)).state
         state = state.reset_rows(torch.tensor([False, True, False]))
         calls = [watch(layer.attention) for layer in model.layers]
-        output = model(tokens(3, seed=9), memory=state)
+        output = model(tokens(3, seed=9), state=state)
         total = 0.0
         for index, layer in enumerate(model.layers):
-            convolution = layer.memory.compression.convolution
+            convolution = layer.memory.behind.compression.convolution
             for row in (0, 2):  # row 1 is new
                 leaving = state.layers[index].short_term.entries[row]
                 compressed = torch.stack(
@@ -271,11 +283,11 @@ class TestAgainstItsEquations:
     def test_a_compression_that_loses_nothing_has_no_error(self):
         model = trained(compressive(rate=1)).double()
         for layer in model.layers:
-            nn.init.dirac_(layer.memory.compression.convolution.weight)
-            nn.init.zeros_(layer.memory.compression.convolution.bias)
+            nn.init.dirac_(layer.memory.behind.compression.convolution.weight)
+            nn.init.zeros_(layer.memory.behind.compression.convolution.bias)
         outputs = read(model, document(4))
         assert max(output.auxiliary_losses["reconstruction"] for output in outputs) < 1e-25
-        assert outputs[-1].memory.layers[0].compressed.filled.tolist() == [5, 5]
+        assert outputs[-1].state.layers[0].behind.filled.tolist() == [5, 5]
 
 
 class TestSegments:
@@ -288,8 +300,8 @@ class TestSegments:
             "normalization_placement": placement,
             "num_hidden_layers": layers,
         }
-        in_parts = trained(MemoryConfig(SEGMENT, 4 * SEGMENT), **architecture).double()
-        at_once = with_weights_of(in_parts, configure(MemoryConfig(5 * SEGMENT), **architecture))
+        in_parts = trained(MemoryConfig(4 * SEGMENT), **architecture).double()
+        at_once = with_weights_of(in_parts, configure(**architecture))
         text = document(5)
         expected = at_once(torch.cat(text, dim=1)).logits
         logits = torch.cat([output.logits for output in read(in_parts, text)], dim=1)
@@ -300,7 +312,7 @@ class TestSegments:
     @pytest.mark.parametrize("length", [3, SEGMENT, 8])
     def test_how_far_one_layer_sees(self, positions, length):
         """Position i: the last M + (i mod T) tokens and itself; a change of another token changes no bit."""
-        model = trained(MemoryConfig(SEGMENT, length), num_hidden_layers=1, positions=positions)
+        model = trained(MemoryConfig(length), num_hidden_layers=1, positions=positions)
         text = torch.cat(document(5, rows=1), dim=1)
 
         def logits(text: Tensor) -> Tensor:
@@ -314,9 +326,8 @@ class TestSegments:
             sees = [i for i in range(text.shape[1]) if 0 <= i - place <= length + i % SEGMENT]
             assert changed.nonzero().flatten().tolist() == sees
 
-    @pytest.mark.parametrize("memory", [None, MemoryConfig(SEGMENT)])
-    def test_without_memory_segments_are_independent(self, memory):
-        model = trained(memory)
+    def test_without_memory_segments_are_independent(self):
+        model = trained()
         for output, segment in zip(read(model, document(3)), document(3), strict=True):
             assert torch.equal(output.logits, model(segment).logits)
             assert output.auxiliary_losses == {}
@@ -346,7 +357,7 @@ class TestSegments:
             torch.testing.assert_close(one.logits, other.logits, rtol=tolerance, atol=tolerance)
         for one, other in pairs[2:]:
             assert (one.logits - other.logits).abs().max() > 1e-3
-        assert pairs[-1][1].memory.layers[0].short_term.filled.tolist() == [3 * SEGMENT] * 2
+        assert pairs[-1][1].state.layers[0].short_term.filled.tolist() == [3 * SEGMENT] * 2
 
 
 class TestWithinASegment:
@@ -354,15 +365,15 @@ class TestWithinASegment:
     @every_scheme
     def test_with_cache_as_at_once(self, memory, positions):
         model = trained(memory, positions=positions).double()
-        state = read(model, document(3))[-1].memory
+        state = read(model, document(3))[-1].state
         segment = tokens(seed=7)
         logits, cache = [], None
         for piece in segment.split([2, 1, 1, 2], dim=1):
-            output = model(piece, memory=state, segment_cache=cache, use_cache=True)
+            output = model(piece, state=state, segment_cache=cache, use_cache=True)
             logits.append(output.logits)
             cache = output.segment_cache
-            assert_same_memory(output.memory, state)
-        whole = model(segment, memory=state)
+            assert_same_memory(output.state, state)
+        whole = model(segment, state=state)
         tolerance = 1e-10 if positions == "relative" else 1e-5
         torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=tolerance, atol=tolerance)
         assert whole.segment_cache is None
@@ -388,8 +399,8 @@ class TestWithinASegment:
     @every_remembering
     def test_a_part_of_a_segment_is_not_written(self, memory):
         model = trained(memory)
-        state = read(model, document(3))[-1].memory
-        assert_same_memory(model(tokens(length=4), memory=state).memory, state)
+        state = read(model, document(3))[-1].state
+        assert_same_memory(model(tokens(length=4), state=state).state, state)
 
 
 class TestRows:
@@ -411,13 +422,13 @@ class TestRows:
     def test_a_reset_row_is_a_new_row(self, memory):
         """Row 0 begins another document; row 1 goes on."""
         model = trained(memory)
-        before = read(model, document(4))[-1].memory
-        reset = model(tokens(seed=5), memory=before, reset=torch.tensor([True, False]))
-        fresh, went_on = model(tokens(seed=5)), model(tokens(seed=5), memory=before)
+        before = read(model, document(4))[-1].state
+        reset = model(tokens(seed=5), state=before, reset=torch.tensor([True, False]))
+        fresh, went_on = model(tokens(seed=5)), model(tokens(seed=5), state=before)
         for row, expected in enumerate((fresh, went_on)):
             assert torch.equal(reset.logits[row], expected.logits[row])
             index = torch.tensor([row])
-            assert_same_memory(reset.memory.select_rows(index), expected.memory.select_rows(index))
+            assert_same_memory(reset.state.select_rows(index), expected.state.select_rows(index))
         assert torch.equal(fresh.logits[0], went_on.logits[0]) == (memory is None)
 
     @every_memory
@@ -440,12 +451,12 @@ class TestRows:
     def test_padding_changes_nothing(self, memory):
         """A row of 4 real tokens: whatever stands behind them, and beside a whole row as on its own."""
         model = trained(memory)
-        state = read(model, document(4))[-1].memory
+        state = read(model, document(4))[-1].state
         lengths = torch.tensor([4, SEGMENT])
         last, other_padding = tokens(seed=9), tokens(seed=9)
         other_padding[0, 4:] = (other_padding[0, 4:] + 1) % VOCABULARY
         padded, other = (
-            model(segment, memory=state, targets=segment, lengths=lengths, return_logits=True)
+            model(segment, state=state, targets=segment, lengths=lengths, return_logits=True)
             for segment in (last, other_padding)
         )
         assert torch.equal(padded.logits[0, :4], other.logits[0, :4])
@@ -453,23 +464,23 @@ class TestRows:
         assert torch.equal(padded.token_losses, other.token_losses)
         assert ((padded.token_losses > 0).sum(1) == lengths).all()
         assert torch.equal(padded.loss, other.loss)
-        assert_same_memory(padded.memory, other.memory)
+        assert_same_memory(padded.state, other.state)
 
-        short = model(last[:1, :4], memory=state.select_rows(torch.tensor([0])), targets=last[:1, :4])
+        short = model(last[:1, :4], state=state.select_rows(torch.tensor([0])), targets=last[:1, :4])
         torch.testing.assert_close(padded.token_losses[:1, :4], short.token_losses, rtol=1e-4, atol=1e-5)
         index = torch.tensor([0])
-        assert_same_memory(padded.memory.select_rows(index), state.select_rows(index))
-        assert changed_somewhere(padded.memory, state, row=1) == (memory is not None)
+        assert_same_memory(padded.state.select_rows(index), state.select_rows(index))
+        assert changed_somewhere(padded.state, state, row=1) == (memory is not None)
 
     @every_memory
     @pytest.mark.parametrize("lengths", [[0, SEGMENT], [0, 0]])
     def test_an_idle_row_is_left_alone(self, memory, lengths):
         """Its memory stays, nothing of it is scored, and it makes nothing that is not a number, also if it is new."""
         model = trained(memory).train()
-        for state in (read(model, document(3))[-1].memory, empty(model)):
+        for state in (read(model, document(3))[-1].state, empty(model)):
             model.zero_grad()
             segment = tokens(seed=9)
-            output = model(segment, memory=state, targets=segment, lengths=torch.tensor(lengths))
+            output = model(segment, state=state, targets=segment, lengths=torch.tensor(lengths))
             output.loss.backward()
             assert (output.token_losses[0] == 0).all()
             assert output.loss.isfinite()
@@ -478,27 +489,27 @@ class TestRows:
                 parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None
             )
             index = torch.tensor([0])
-            assert_same_memory(output.memory.select_rows(index), state.select_rows(index))
+            assert_same_memory(output.state.select_rows(index), state.select_rows(index))
 
     @every_remembering
     def test_the_memory_of_a_call_is_not_changed_by_it(self, memory):
         model = trained(memory)
-        state = read(model, document(3))[-1].memory
+        state = read(model, document(3))[-1].state
         before = state.map_tensors(Tensor.clone)
-        model(tokens(seed=3), memory=state, reset=torch.tensor([True, False]))
+        model(tokens(seed=3), state=state, reset=torch.tensor([True, False]))
         assert_same_memory(state, before)
 
     @every_memory
     def test_the_state_goes_to_a_file_and_back(self, memory):
         model = trained(memory)
         outputs = read(model, document(4, rows=4))
-        state = outputs[-1].memory
-        empty_state = model.initial_memory(4)
+        state = outputs[-1].state
+        empty_state = model.initial_state(4)
         assert list(empty_state.named_tensors()) == list(state.named_tensors())
         assert_same_memory(empty_state.with_tensors(state.named_tensors()), state)
         assert_same_memory(type(state).concatenate(state.split(2)), state)
-        halves = [model(half, memory=part) for half, part in zip(tokens(4).split(2), state.split(2), strict=True)]
-        whole = model(tokens(4), memory=state)
+        halves = [model(half, state=part) for half, part in zip(tokens(4).split(2), state.split(2), strict=True)]
+        whole = model(tokens(4), state=state)
         torch.testing.assert_close(torch.cat([half.logits for half in halves]), whole.logits, rtol=1e-4, atol=1e-4)
 
 
@@ -506,45 +517,45 @@ class TestTraces:
     @every_memory
     def test_they_say_what_happened_in_each_layer(self, memory):
         model = trained(memory)
-        before = read(model, document(4))[-1].memory
+        before = read(model, document(4))[-1].state
         calls = [watch(layer.attention) for layer in model.layers]
-        plain = model(tokens(seed=9), memory=before)
-        output = model(tokens(seed=9), memory=before, return_intermediates=True)
+        plain = model(tokens(seed=9), state=before)
+        output = model(tokens(seed=9), state=before, return_intermediates=True)
         assert plain.intermediates is None
         assert torch.equal(output.logits, plain.logits)
-        assert_same_memory(output.memory, plain.memory)
-        for trace, layer, state, ((hidden, attended), _) in zip(
-            output.intermediates, model.layers, before.layers, calls, strict=True
+        assert_same_memory(output.state, plain.state)
+        remembering = list(model.layer_memories().values())
+        assert len(remembering) == (0 if memory is None else 2)
+        for trace, own, state, ((hidden, attended), _) in zip(
+            output.intermediates, remembering, before.layers, calls if remembering else [], strict=True
         ):
             assert torch.equal(trace.hidden, hidden)
             assert torch.equal(trace.attended, attended)
-            reading = layer.memory.read(hidden, state)
-            assert (trace.reading is None) == (reading is None)
-            if reading is not None:
-                torch.testing.assert_close(trace.reading.context, reading.context)
-                assert reading.context.abs().max() > 1e-3
-        remembering = [0, 1] if memory is not None and memory.long_term is not None else []
-        assert list(model.long_term_memories()) == remembering
+            assert (trace.memory.context is None) == (not isinstance(memory, LongTermMemoryConfig))
+            if trace.memory.context is not None:
+                context = behind(own).read(hidden, behind(state)).context
+                torch.testing.assert_close(trace.memory.context, context)
+                assert context.abs().max() > 1e-3
 
 
 class TestTimeShuffle:
     @every_memory
     def test_every_memory_keeps_what_it_holds_in_another_order(self, memory):
         model = trained(memory)
-        before = read(model, document(4, rows=3))[-1].memory.reset_rows(torch.tensor([False, True, False]))
+        before = read(model, document(4, rows=3))[-1].state.reset_rows(torch.tensor([False, True, False]))
         after = model.shuffle_time(before)
         for old, new in zip(before.layers, after.layers, strict=True):
-            for queue, shuffled in ((old.short_term, new.short_term), (old.compressed, new.compressed)):
+            for queue, shuffled in zip(queues(old), queues(new), strict=True):
                 assert torch.equal(shuffled.filled, queue.filled)
                 for row in range(3):
                     assert sorted(shuffled.entries[row].tolist()) == sorted(queue.entries[row].tolist())
                     if queue.filled[row] > 1:
                         assert not torch.equal(shuffled.entries[row], queue.entries[row])
-            if old.long_term is not None:
-                assert torch.equal(new.long_term.segments, old.long_term.segments)
-                expected = model.signal.time_shuffle() @ old.long_term.coefficients
-                assert torch.equal(new.long_term.coefficients, expected)
-                assert (new.long_term.coefficients[1] == 0).all()
+            old, new = behind(old), behind(new)
+            if isinstance(old, LongTermState):
+                assert torch.equal(new.segments, old.segments)
+                assert torch.equal(new.coefficients, model.time_shuffle() @ old.coefficients)
+                assert (new.coefficients[1] == 0).all()
 
     @every_memory
     def test_how_long_the_short_term_memory_is(self, memory):
@@ -556,11 +567,11 @@ class TestLosses:
     def test_labels_and_shift_labels(self, memory):
         """`labels` are shifted inside and lose one at the end; `targets` are not and lose none."""
         model = trained(memory, dropout=0.0, attention_dropout=0.0)
-        state, segment = read(model, document(3))[-1].memory, tokens(seed=9)
+        state, segment = read(model, document(3))[-1].state, tokens(seed=9)
         following = torch.roll(segment, -1, dims=1)
-        by_labels = model(segment, labels=segment, memory=state)
-        by_shifted = model(segment, targets=following, memory=state)
-        logits = model(segment, memory=state).logits
+        by_labels = model(segment, labels=segment, state=state)
+        by_shifted = model(segment, targets=following, state=state)
+        logits = model(segment, state=state).logits
         expected = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(2, SEGMENT)
         auxiliary = sum(by_labels.auxiliary_losses.values())
         torch.testing.assert_close(by_shifted.token_losses, expected)
@@ -580,11 +591,11 @@ class TestLosses:
     def test_of_a_batch_are_the_mean_of_its_halves(self, memory):
         """Weighted by their real tokens; some rows are new, padded or idle."""
         model = trained(MEMORIES[memory]).double()
-        state = read(model, document(3, rows=4))[-1].memory.reset_rows(torch.tensor([False, True, False, False]))
+        state = read(model, document(3, rows=4))[-1].state.reset_rows(torch.tensor([False, True, False, False]))
         segment, lengths = tokens(4, seed=9), torch.tensor([6, 6, 6, 0])
-        whole = model(segment, memory=state, lengths=lengths).auxiliary_losses
+        whole = model(segment, state=state, lengths=lengths).auxiliary_losses
         halves = [
-            model(half, memory=part, lengths=real).auxiliary_losses
+            model(half, state=part, lengths=real).auxiliary_losses
             for half, part, real in zip(segment.split(2), state.split(2), lengths.split(2), strict=True)
         ]
         assert whole.keys() == halves[0].keys() != set()
@@ -595,11 +606,11 @@ class TestLosses:
 
     def test_the_divergence_counts_rows_with_a_memory_alone(self):
         model = trained(MEMORIES["long"])
-        state = read(model, document(2))[-1].memory
+        state = read(model, document(2))[-1].state
         segment = tokens(seed=9)
-        both = model(segment, memory=state).auxiliary_losses["divergence"]
+        both = model(segment, state=state).auxiliary_losses["divergence"]
         first, second = (
-            model(segment, memory=state, reset=torch.tensor(reset)).auxiliary_losses["divergence"]
+            model(segment, state=state, reset=torch.tensor(reset)).auxiliary_losses["divergence"]
             for reset in ([True, False], [False, True])
         )
         torch.testing.assert_close(first + second, both)
@@ -620,12 +631,12 @@ class TestLosses:
             cast = read(model, document(4), labelled=True)[-1]
         assert cast.loss.isfinite()
         model.to(torch.bfloat16)
-        rounded = read(model, document(4), memory=model.initial_memory(2))[-1]
+        rounded = read(model, document(4), memory=model.initial_state(2))[-1]
         for output in (cast, rounded):
             assert output.logits.dtype == torch.bfloat16
             assert (output.logits - exact).norm() < 0.1 * exact.norm()
-            floating = [t for t in output.memory.named_tensors().values() if t.is_floating_point()]
-            assert {tensor.dtype for tensor in floating} == {torch.float32}
+            floating = [t for t in output.state.named_tensors().values() if t.is_floating_point()]
+            assert {tensor.dtype for tensor in floating} == (set() if memory is None else {torch.float32})
 
 
 class TestGradients:
@@ -695,7 +706,7 @@ class TestGradients:
         calls = watch(model.vocabulary.embedding)
         loss = read(model, document(4), labelled=True)[-1].loss
         (gradient,) = torch.autograd.grad(loss, calls[0][1], materialize_grads=True)
-        assert (gradient != 0).any() == (memory.long_term is not None and memory.short_term_length == 0)
+        assert (gradient != 0).any() == (isinstance(memory, LongTermMemoryConfig) and memory.short_term_length == 0)
 
     @pytest.mark.parametrize("cutoffs", [[], [20, 35]])
     def test_learns(self, cutoffs):
@@ -720,16 +731,16 @@ class TestDropout:
     def test_where_it_is(self, positions):
         """Distances, embeddings and the last hidden states; what each part adds; inside the feed-forward part."""
         model = trained(positions=positions, activation="silu").train()
-        own, parts, inside = (
-            watch(module) for module in (model.dropout, model.layers[0].dropout, model.layers[0].feed_forward.dropout)
-        )
+        first = model.layers[0]
+        residuals = (first.attention_residual.dropout, first.feed_forward_residual.dropout)
+        own, attention, transformed, inside = map(watch, (model.dropout, *residuals, first.feed_forward.dropout))
         torch.manual_seed(0)
         model(tokens())
         hidden, distances = (2, SEGMENT, HIDDEN), [(SEGMENT, HIDDEN)] if positions == "relative" else []
         assert [argument.shape for argument, _ in own] == [*distances, hidden, hidden]
-        assert [argument.shape for argument, _ in parts] == [hidden, hidden]
+        assert [argument.shape for argument, _ in (*attention, *transformed)] == [hidden, hidden]
         assert [argument.shape for argument, _ in inside] == [(2, SEGMENT, 20)]
-        for argument, result in (*own, *parts, *inside):
+        for argument, result in (*own, *attention, *transformed, *inside):
             dropped = (argument != 0) & (result == 0)
             assert 0 < dropped.float().mean() < 0.5
             kept = result != 0
@@ -771,14 +782,12 @@ class TestNewModel:
         assert model.segment_length == (None if memory is None else SEGMENT)
         assert model.positions is None
         assert model.vocabulary_size == VOCABULARY
-        sticky = memory is not None and memory.long_term is not None and memory.long_term.sticky
+        sticky = getattr(memory, "sticky", False)
         assert model.noise_size == (SAMPLES if sticky else 0)
         memories = {id(parameter) for parameter in model.memory_parameters()}
         named = {name for name, parameter in model.named_parameters() if id(parameter) in memories}
         assert named == {name for name, _ in model.named_parameters() if ".memory." in name}
-        learned = memory is not None and (
-            memory.long_term or getattr(memory.compressive, "function", "") == "convolution"
-        )
+        learned = isinstance(memory, LongTermMemoryConfig) or getattr(memory, "function", "") == "convolution"
         assert bool(named) == bool(learned)
 
 
@@ -816,7 +825,7 @@ class TestSaving:
             assert torch.equal(tensor, other), name
         for one, other in zip(read(saved, document(3)), read(loaded, document(3)), strict=True):
             assert torch.equal(one.logits, other.logits)
-            assert_same_memory(one.memory, other.memory)
+            assert_same_memory(one.state, other.state)
 
     def test_loaded_with_a_longer_short_term_memory(self, tmp_path):
         saved = trained(MEMORIES["short and sticky"])
@@ -825,7 +834,7 @@ class TestSaving:
         assert isinstance(config, DecoderConfig)
         config.memory["short_term_length"] = 3 * SEGMENT
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
-        assert loaded.initial_memory(2).layers[0].short_term.length == 3 * SEGMENT
+        assert loaded.initial_state(2).layers[0].short_term.length == 3 * SEGMENT
         for name, tensor in saved.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
 
@@ -834,20 +843,18 @@ class TestSaving:
         trained(MEMORIES["convolution"]).save_pretrained(tmp_path)
         stored = json.loads((tmp_path / "config.json").read_text())["memory"]
         assert stored == {
-            "segment_length": SEGMENT,
+            "kind": "compressive",
             "short_term_length": SEGMENT,
-            "compressive": {"length": 5, "rate": 2, "function": "convolution", "reconstruction_weight": 1.0},
-            "long_term": None,
+            "length": 5,
+            "rate": 2,
+            "function": "convolution",
+            "reconstruction_weight": 1.0,
         }
 
-    @pytest.mark.parametrize("part", [(), ("long_term",)])
-    def test_a_stored_memory_with_an_unknown_option(self, part, tmp_path):
+    def test_a_stored_memory_with_an_unknown_option(self, tmp_path):
         trained(MEMORIES["long"]).save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        options = config["memory"]
-        for name in part:
-            options = options[name]
-        options["stickiness"] = 3
+        config["memory"]["stickiness"] = 3
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match=r"config\.json.*stickiness"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -875,10 +882,6 @@ class TestErrors:
     def test_an_error_names_the_option_and_what_to_do(self, architecture, message):
         with pytest.raises(UserError, match=rf"^model\.architecture\.{message}"):
             DecoderForCausalLM(configure(**architecture))
-
-    def test_a_part_without_options_has_the_defaults(self):
-        memory = {"segment_length": 512, "short_term_length": 512, "compressive": {}}
-        assert configure(memory).memory_config.compressive == CompressiveMemoryConfig()
 
     def test_heads_need_not_divide_the_width_without_a_long_term_memory(self):
         assert trained(MEMORIES["short"], num_attention_heads=5, head_size=4)(tokens()).logits.isfinite().all()

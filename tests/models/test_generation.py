@@ -29,9 +29,9 @@ def model(backbone) -> Callable[..., InfformerForCausalLM]:
         for parameter in stock.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.6)
-        sizes = {"segment_length": SEGMENT, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
+        sizes = {"basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
         config = None if memory is None else LongTermMemoryConfig(**sizes, **memory)
-        model = InfformerForCausalLM.from_backbone(stock, config).eval()
+        model = InfformerForCausalLM.from_backbone(stock, config, segment_length=SEGMENT).eval()
         for parameter in model.memories.parameters():
             nn.init.normal_(parameter)
         return model
@@ -50,8 +50,8 @@ def literally(model: InfformerForCausalLM, tokens: Tensor, count: int, forget: b
         memory = None
         *whole, last = tokens.split(SEGMENT)
         for segment in whole:
-            memory = model(segment.unsqueeze(0), memory=memory).memory
-        logits = model(last.unsqueeze(0), memory=None if forget else memory).logits
+            memory = model(segment.unsqueeze(0), state=memory).state
+        logits = model(last.unsqueeze(0), state=None if forget else memory).logits
         tokens = torch.cat([tokens, logits[0, -1].argmax(keepdim=True)])
     return tokens[-count:]
 

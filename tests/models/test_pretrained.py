@@ -63,8 +63,8 @@ def new_model(stock) -> BuildModel:
     """A model as it is before its memories are trained."""
 
     def build(memory_layers: list[int] | None = None, **options) -> InfformerForCausalLM:
-        memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=16, **options)
-        return InfformerForCausalLM.from_backbone(copy.deepcopy(stock), memory, memory_layers).eval()
+        memory = LongTermMemoryConfig(basis_functions=8, past_samples=16, **options)
+        return InfformerForCausalLM.from_backbone(copy.deepcopy(stock), memory, memory_layers, SEGMENT).eval()
 
     return build
 
@@ -90,8 +90,8 @@ def read(model: InfformerForCausalLM, segments: list[Tensor], **options) -> list
     """One segment after another, each with the memory of the last."""
     outputs, memory = [], options.pop("memory", None)
     for segment in segments:
-        outputs.append(model(segment, memory=memory, **options))
-        memory = outputs[-1].memory
+        outputs.append(model(segment, state=memory, **options))
+        memory = outputs[-1].state
     return outputs
 
 
@@ -112,8 +112,8 @@ class TestTheBackboneIsLeftAlone:
         outputs = read(new_model(**options), document(5))
         for output, logits in zip(outputs, expected, strict=True):
             assert torch.equal(output.logits, logits)
-        assert outputs[-1].memory.layers[0].segments.tolist() == [5, 5]
-        assert outputs[-1].memory.layers[0].coefficients.abs().max() > 0.01
+        assert outputs[-1].state.layers[0].segments.tolist() == [5, 5]
+        assert outputs[-1].state.layers[0].coefficients.abs().max() > 0.01
 
     @some_memories
     def test_trained_memories_change_them_from_the_second_segment(self, stock, model, options):
@@ -151,7 +151,9 @@ class TestTheBackboneIsLeftAlone:
         """The memories of the first wrapping have no part in the second."""
         expected = [stock(segment).logits for segment in document(2)]
         first = model()
-        second = InfformerForCausalLM.from_backbone(first.backbone, first.config.memory_config).eval()
+        second = InfformerForCausalLM.from_backbone(
+            first.backbone, first.config.memory_config, segment_length=SEGMENT
+        ).eval()
         assert not torch.equal(read(first, document(2))[1].logits, expected[1])
         for output, logits in zip(read(second, document(2)), expected, strict=True):
             assert torch.equal(output.logits, logits)
@@ -159,11 +161,11 @@ class TestTheBackboneIsLeftAlone:
     def test_without_memory(self, stock):
         wrapped = InfformerForCausalLM.from_backbone(stock)
         output = wrapped(tokens(), labels=tokens())
-        assert output.memory == wrapped.initial_memory(2)
-        assert output.memory.layers == ()
+        assert output.state == wrapped.initial_state(2)
+        assert output.state.layers == ()
         assert output.auxiliary_losses == {}
         torch.testing.assert_close(output.loss, stock(tokens(), labels=tokens()).loss)
-        assert torch.equal(wrapped(tokens(), memory=output.memory).logits, stock(tokens()).logits)
+        assert torch.equal(wrapped(tokens(), state=output.state).logits, stock(tokens()).logits)
 
     def test_with_a_memory_in_no_layer(self, stock, new_model):
         wrapped = new_model(memory_layers=[])
@@ -198,7 +200,9 @@ class TestSaving:
         """The memories beside a bfloat16 backbone are float32, and so they return."""
         stock.save_pretrained(tmp_path / "stock")
         memory = new_model().config.memory_config
-        saved = InfformerForCausalLM.from_backbone(tmp_path / "stock", memory, dtype=torch.bfloat16).eval()
+        saved = InfformerForCausalLM.from_backbone(
+            tmp_path / "stock", memory, segment_length=SEGMENT, dtype=torch.bfloat16
+        ).eval()
         for parameter in saved.memories.parameters():
             nn.init.normal_(parameter, std=0.5)
         assert {parameter.dtype for parameter in saved.backbone.parameters()} == {torch.bfloat16}
@@ -218,7 +222,7 @@ class TestSaving:
             assert torch.equal(tensor, other), name
         for one, other in zip(read(saved, document(3)), read(loaded, document(3)), strict=True):
             assert torch.equal(one.logits, other.logits)
-            assert_same_memory(one.memory, other.memory)
+            assert_same_memory(one.state, other.state)
 
     def test_tied_embeddings_stay_tied(self, stock, model, tmp_path):
         model().save_pretrained(tmp_path)
@@ -235,8 +239,8 @@ class TestSaving:
 
     def test_a_backbone_by_its_folder(self, stock, tmp_path):
         stock.save_pretrained(tmp_path)
-        memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8)
-        wrapped = InfformerForCausalLM.from_backbone(tmp_path, memory)
+        memory = LongTermMemoryConfig(basis_functions=8)
+        wrapped = InfformerForCausalLM.from_backbone(tmp_path, memory, segment_length=SEGMENT)
         assert torch.equal(wrapped(tokens()).logits, stock(tokens()).logits)
 
     def test_the_memories_alone(self, model, tmp_path):
@@ -265,9 +269,9 @@ class TestErrors:
             new_model(memory_layers)
 
     def test_a_segment_longer_than_the_positions(self, stock):
-        memory = LongTermMemoryConfig(segment_length=17, basis_functions=8)
+        memory = LongTermMemoryConfig(basis_functions=8)
         with pytest.raises(ValueError, match="segment_length=17 is longer than the 16 positions"):
-            InfformerForCausalLM.from_backbone(stock, memory)
+            InfformerForCausalLM.from_backbone(stock, memory, segment_length=17)
 
     def test_more_tokens_than_a_segment(self, new_model):
         with pytest.raises(ValueError, match="13 tokens are more than the memory's segment of 12"):
@@ -291,7 +295,7 @@ class TestErrors:
         )
         backbone = AutoModelForCausalLM.from_config(config)
         with pytest.raises(ValueError, match="'gpt_neox' yet, only of gpt2, llama"):
-            InfformerForCausalLM.from_backbone(backbone, LongTermMemoryConfig(segment_length=SEGMENT))
+            InfformerForCausalLM.from_backbone(backbone, LongTermMemoryConfig(), segment_length=SEGMENT)
 
     def test_a_stored_memory_with_an_unknown_option(self, model, tmp_path):
         model().save_pretrained(tmp_path)
@@ -311,7 +315,7 @@ class TestErrors:
 class TestSomeLayers:
     def test_only_the_chosen_layer_reads(self, stock, model):
         wrapped = model(memory_layers=[1])
-        memory = read(wrapped, document(1))[0].memory
+        memory = read(wrapped, document(1))[0].state
         assert len(memory.layers) == len(wrapped.memories) == 1
         outputs: dict[int, Tensor] = {}
         layers = wrapped.get_submodule(
@@ -320,7 +324,7 @@ class TestSomeLayers:
         for index, layer in enumerate(layers):
             layer.register_forward_hook(lambda module, args, output, index=index: outputs.update({index: output}))
 
-        wrapped(tokens(), memory=memory)
+        wrapped(tokens(), state=memory)
         with_memory = dict(outputs)
         wrapped(tokens())
         assert torch.equal(with_memory[0], outputs[0])
@@ -352,15 +356,15 @@ class TestRows:
     def test_a_reset_row_is_a_new_row(self, model, options):
         """Row 0 begins another document at its third segment; row 1 goes on."""
         wrapped = model(**options)
-        before = read(wrapped, document(2))[-1].memory
-        reset = wrapped(tokens(seed=5), memory=before, reset=torch.tensor([True, False]))
-        fresh, went_on = wrapped(tokens(seed=5)), wrapped(tokens(seed=5), memory=before)
+        before = read(wrapped, document(2))[-1].state
+        reset = wrapped(tokens(seed=5), state=before, reset=torch.tensor([True, False]))
+        fresh, went_on = wrapped(tokens(seed=5)), wrapped(tokens(seed=5), state=before)
         assert torch.equal(reset.logits[0], fresh.logits[0])
         assert torch.equal(reset.logits[1], went_on.logits[1])
         for row, expected in enumerate((fresh, went_on)):
             index = torch.tensor([row])
-            assert_same_memory(reset.memory.select_rows(index), expected.memory.select_rows(index))
-        assert reset.memory.layers[0].segments.tolist() == [1, 3]
+            assert_same_memory(reset.state.select_rows(index), expected.state.select_rows(index))
+        assert reset.state.layers[0].segments.tolist() == [1, 3]
 
     @some_memories
     @pytest.mark.parametrize("position", [1, 7, 11])
@@ -378,22 +382,22 @@ class TestRows:
     def test_padding_changes_nothing(self, model, options):
         """A row of 7 real tokens: whatever stands behind them, and beside a whole row as on its own."""
         wrapped = model(**options)
-        memory = read(wrapped, document(2))[-1].memory
+        memory = read(wrapped, document(2))[-1].state
         last, lengths = tokens(seed=9), torch.tensor([7, SEGMENT])
         labels = last.clone()
         labels[0, 7:] = IGNORE_INDEX
-        padded = wrapped(last, memory=memory, labels=labels, lengths=lengths, return_logits=True)
+        padded = wrapped(last, state=memory, labels=labels, lengths=lengths, return_logits=True)
         other_padding = last.clone()
         other_padding[0, 7:] = 0
-        other = wrapped(other_padding, memory=memory, labels=labels, lengths=lengths, return_logits=True)
+        other = wrapped(other_padding, state=memory, labels=labels, lengths=lengths, return_logits=True)
         assert torch.equal(padded.logits[0, :7], other.logits[0, :7])
         assert torch.equal(padded.logits[1], other.logits[1])
         assert torch.equal(padded.token_losses, other.token_losses)
         assert torch.equal(padded.auxiliary_losses["divergence"], other.auxiliary_losses["divergence"])
 
-        short = wrapped(last[:1, :7], memory=memory.select_rows(torch.tensor([0])), labels=last[:1, :7])
+        short = wrapped(last[:1, :7], state=memory.select_rows(torch.tensor([0])), labels=last[:1, :7])
         torch.testing.assert_close(padded.token_losses[0, :6], short.token_losses[0, :6], rtol=1e-4, atol=1e-5)
-        for before, after in zip(memory.layers, padded.memory.layers, strict=True):
+        for before, after in zip(memory.layers, padded.state.layers, strict=True):
             assert torch.equal(before.coefficients[0], after.coefficients[0])
             assert not torch.equal(before.coefficients[1], after.coefficients[1])
             assert after.segments.tolist() == [2, 3]
@@ -406,15 +410,15 @@ class TestRows:
 
     def test_a_part_of_a_segment_is_not_written(self, model):
         wrapped = model()
-        memory = read(wrapped, document(1))[0].memory
-        assert_same_memory(wrapped(tokens(length=7), memory=memory).memory, memory)
+        memory = read(wrapped, document(1))[0].state
+        assert_same_memory(wrapped(tokens(length=7), state=memory).state, memory)
 
     def test_random_offsets_matter_to_sticky_memories_alone(self, model):
         offsets = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
         for wrapped in (model(sticky=True), model()):
-            memory = read(wrapped, document(2))[-1].memory
+            memory = read(wrapped, document(2))[-1].state
             plain, again, random = (
-                wrapped(tokens(seed=3), memory=memory, noise=chosen).memory.layers[0].coefficients
+                wrapped(tokens(seed=3), state=memory, noise=chosen).state.layers[0].coefficients
                 for chosen in (None, torch.full((2, 16), 0.5), offsets)
             )
             assert torch.equal(plain, again)
@@ -422,9 +426,9 @@ class TestRows:
 
     def test_the_memory_of_a_call_is_not_changed_by_it(self, model):
         wrapped = model()
-        memory = read(wrapped, document(1))[0].memory
+        memory = read(wrapped, document(1))[0].state
         before = memory.map_tensors(Tensor.clone)
-        wrapped(tokens(seed=3), memory=memory, reset=torch.tensor([True, False]))
+        wrapped(tokens(seed=3), state=memory, reset=torch.tensor([True, False]))
         assert_same_memory(memory, before)
 
 
@@ -432,7 +436,7 @@ class TestTraces:
     @some_memories
     def test_they_say_what_happened_in_each_layer(self, model, options):
         model = model([1, 0], **options)
-        memory = read(model, document(2))[-1].memory
+        memory = read(model, document(2))[-1].state
         seen: dict[int, tuple[Tensor, Tensor]] = {}
 
         def note(number: int, args: tuple, kwargs: dict, output: tuple) -> None:
@@ -443,35 +447,35 @@ class TestTraces:
                 lambda module, args, kwargs, output, number=number: note(number, args, kwargs, output),
                 with_kwargs=True,
             )
-        plain = model(tokens(), memory=memory)
-        output = model(tokens(), memory=memory, return_intermediates=True)
+        plain = model(tokens(), state=memory)
+        output = model(tokens(), state=memory, return_intermediates=True)
         assert plain.intermediates is None
         assert torch.equal(output.logits, plain.logits)
-        assert_same_memory(output.memory, plain.memory)
-        assert list(model.long_term_memories()) == [1, 0]
+        assert_same_memory(output.state, plain.state)
+        assert list(model.layer_memories()) == [1, 0]
         for trace, state, (number, layer) in zip(
-            output.intermediates, memory.layers, model.long_term_memories().items(), strict=True
+            output.intermediates, memory.layers, model.layer_memories().items(), strict=True
         ):
             hidden, returned = seen[number]
             assert torch.equal(trace.hidden, hidden)
             expected = layer.read(hidden, state)
-            torch.testing.assert_close(trace.reading.context, expected.context)
-            for figure, other in zip(trace.reading.attention, expected.attention, strict=True):
+            torch.testing.assert_close(trace.memory.context, expected.context)
+            for figure, other in zip(trace.memory.reading.attention, expected.attention, strict=True):
                 torch.testing.assert_close(figure, other)
-            torch.testing.assert_close(trace.attended + trace.reading.context, returned)
-            assert trace.reading.context.abs().max() > 1e-3
+            torch.testing.assert_close(trace.attended + trace.memory.context, returned)
+            assert trace.memory.context.abs().max() > 1e-3
 
     def test_without_memory_there_are_none(self, stock):
         model = InfformerForCausalLM.from_backbone(copy.deepcopy(stock), memory_layers=[0])
         assert model(tokens(), return_intermediates=True).intermediates == ()
-        assert model.long_term_memories() == {}
+        assert model.layer_memories() == {}
 
 
 class TestTimeShuffle:
     @some_memories
     def test_rows_and_layers_are_shuffled_apart_and_empty_ones_stay_empty(self, model, options):
         model = model(**options)
-        memory = read(model, document(3, rows=3))[-1].memory.reset_rows(torch.tensor([False, True, False]))
+        memory = read(model, document(3, rows=3))[-1].state.reset_rows(torch.tensor([False, True, False]))
         shuffled = model.shuffle_time(memory)
         for row in range(3):
             alone = model.shuffle_time(memory.select_rows(torch.tensor([row])))
@@ -483,7 +487,7 @@ class TestTimeShuffle:
 
     def test_without_memory_there_is_nothing_to_shuffle(self, stock):
         model = InfformerForCausalLM.from_backbone(copy.deepcopy(stock))
-        memory = model.initial_memory(2)
+        memory = model.initial_state(2)
         assert model.shuffle_time(memory) == memory
         assert model.short_term_length == 0
 
@@ -507,10 +511,10 @@ class TestLosses:
         following = F.pad(text[:, 1:], (0, 1), value=IGNORE_INDEX)
         memory, plain_memory, total, literal = None, None, 0.0, 0.0
         for segment, labels in zip(text.split(SEGMENT, dim=1), following.split(SEGMENT, dim=1), strict=True):
-            output = wrapped(segment, targets=labels, memory=memory)
-            total, memory = total + output.token_losses.double().sum(), output.memory
-            plain = wrapped(segment, memory=plain_memory)
-            plain_memory = plain.memory
+            output = wrapped(segment, targets=labels, state=memory)
+            total, memory = total + output.token_losses.double().sum(), output.state
+            plain = wrapped(segment, state=plain_memory)
+            plain_memory = plain.state
             for row, place in itertools.product(range(2), range(SEGMENT)):
                 if labels[row, place] != IGNORE_INDEX:
                     literal -= plain.logits[row, place].double().log_softmax(-1)[labels[row, place]]
@@ -521,7 +525,7 @@ class TestLosses:
     def test_loss_and_divergence_literally(self, model, options):
         """Means over scored tokens, and over real tokens (those without memory count zero); summed over layers."""
         wrapped = model(**options, divergence_weight=0.5)
-        memory = read(wrapped, document(1, rows=3))[0].memory.reset_rows(torch.tensor([False, False, True]))
+        memory = read(wrapped, document(1, rows=3))[0].state.reset_rows(torch.tensor([False, False, True]))
         segment, lengths = tokens(3, seed=4), torch.tensor([SEGMENT, 5, SEGMENT])
         labels = segment.masked_fill(torch.arange(SEGMENT) >= lengths.unsqueeze(1), IGNORE_INDEX)
         seen: dict[int, Tensor] = {}
@@ -529,7 +533,7 @@ class TestLosses:
             layer.divergence = lambda attention, layer=layer, index=index: seen.setdefault(
                 index, type(layer).divergence(layer, attention)
             )
-        output = wrapped(segment, labels=labels, lengths=lengths, memory=memory)
+        output = wrapped(segment, labels=labels, lengths=lengths, state=memory)
         real = SEGMENT + 5 + SEGMENT
         expected = 0.5 * sum((divergence[0].sum() + divergence[1, :5].sum()) / real for divergence in seen.values())
         assert (expected > 0) == (options.get("read") != "slots")
@@ -554,10 +558,10 @@ class TestLosses:
         memory, losses = None, []
         for segment in document(3):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                output = wrapped(segment, labels=segment, memory=memory)
-            memory = output.memory
+                output = wrapped(segment, labels=segment, state=memory)
+            memory = output.state
             losses.append(output.loss)
-            assert output.memory.layers[0].coefficients.dtype == torch.float32
+            assert output.state.layers[0].coefficients.dtype == torch.float32
         sum(losses).backward()
         assert torch.stack(losses).isfinite().all()
         assert all(p.grad.isfinite().all() for p in wrapped.parameters() if p.grad is not None)
@@ -567,7 +571,7 @@ class TestLosses:
         exact = read(wrapped, document(3))[-1].logits
         rounded = read(wrapped.to(torch.bfloat16), document(3))[-1]
         assert rounded.logits.dtype == torch.bfloat16
-        assert rounded.memory.layers[0].coefficients.dtype == torch.float32
+        assert rounded.state.layers[0].coefficients.dtype == torch.float32
         assert (rounded.logits - exact).norm() < 0.05 * exact.norm()
 
 
@@ -610,7 +614,7 @@ class TestGradients:
 
     def test_a_detached_memory_stops_them(self, model):
         wrapped = model()
-        memory = read(wrapped, document(1))[0].memory
+        memory = read(wrapped, document(1))[0].state
         assert memory.layers[0].coefficients.requires_grad
         assert not any(tensor.requires_grad for tensor in memory.detach().named_tensors().values())
 
@@ -625,7 +629,7 @@ class TestGradients:
 def read_with_labels(model: InfformerForCausalLM, segments: list[Tensor]) -> list[MemoryModelOutput]:
     outputs: list[MemoryModelOutput] = []
     for segment in segments:
-        outputs.append(model(segment, labels=segment, memory=outputs[-1].memory if outputs else None))
+        outputs.append(model(segment, labels=segment, state=outputs[-1].state if outputs else None))
     return outputs
 
 
@@ -634,15 +638,15 @@ class TestGeneration:
     def test_with_cache_as_without(self, model, options):
         """Greedy continuation of 5 tokens by 7, within a segment, after two segments."""
         wrapped = model(**options)
-        memory = read(wrapped, document(2))[-1].memory
+        memory = read(wrapped, document(2))[-1].state
         text, cached, cache = tokens(length=5, seed=8), tokens(length=5, seed=8), None
         for _ in range(SEGMENT - 5):
-            logits = wrapped(text, memory=memory).logits[:, -1]
+            logits = wrapped(text, state=memory).logits[:, -1]
             new = cached if cache is None else cached[:, -1:]
-            output = wrapped(new, memory=memory, segment_cache=cache, use_cache=True)
+            output = wrapped(new, state=memory, segment_cache=cache, use_cache=True)
             cache = output.segment_cache
             torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-5)
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
             cached = torch.cat([cached, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         assert torch.equal(text, cached)
-        assert wrapped(text, memory=memory).segment_cache is None
+        assert wrapped(text, state=memory).segment_cache is None

@@ -3,16 +3,17 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
-from infformer.memory.layer import MemoryConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from infformer.evaluation.memory_instruments import inspect_document
+from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
@@ -25,25 +26,27 @@ BACKBONES = {
     "llama": LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=16, num_key_value_heads=2, **LLAMA_SIZES),
 }
 LONG_TERM = {
-    read: LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=16, sticky=True, read=read)
+    read: LongTermMemoryConfig(basis_functions=8, past_samples=16, sticky=True, read=read)
     for read in ("affine", "moments", "slots")
 }
 DECODERS = {
     "none": None,
-    "short-term": MemoryConfig(SEGMENT, SEGMENT),
-    "compressive": MemoryConfig(SEGMENT, SEGMENT, CompressiveMemoryConfig(5, 2)),
-    **{f"decoder-{read}": MemoryConfig(SEGMENT, SEGMENT, None, memory) for read, memory in LONG_TERM.items()},
+    "short-term": MemoryConfig(SEGMENT),
+    "compressive": CompressiveMemoryConfig(SEGMENT, 5, 2),
+    **{f"decoder-{read}": replace(memory, short_term_length=SEGMENT) for read, memory in LONG_TERM.items()},
 }
 
 
 def wrapped(name: str, read: str | None, memory_layers: list[int] | None = None) -> MemoryModel:
     backbone = AutoModelForCausalLM.from_config(copy.deepcopy(BACKBONES[name]))
-    return InfformerForCausalLM.from_backbone(backbone, LONG_TERM[read] if read else None, memory_layers)
+    return InfformerForCausalLM.from_backbone(backbone, LONG_TERM[read] if read else None, memory_layers, SEGMENT)
 
 
 def decoder(memory: str, **architecture: object) -> MemoryModel:
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "feed_forward_size": 20}
-    return DecoderForCausalLM(DecoderConfig(VOCABULARY, **sizes, memory=DECODERS[memory], **architecture))
+    return DecoderForCausalLM(
+        DecoderConfig(VOCABULARY, **sizes, memory=DECODERS[memory], segment_length=SEGMENT, **architecture)
+    )
 
 
 MODELS: dict[str, Callable[[], MemoryModel]] = {
@@ -110,10 +113,10 @@ def tokens(length: int, rows: int = 2) -> Tensor:
 @torch.no_grad()
 def read(model: MemoryModel) -> list[Tensor]:
     """All that comes out of three segments, each with the memory of the last."""
-    memory, found = model.initial_memory(2), []
+    memory, found = model.initial_state(2), []
     for segment in tokens(3 * SEGMENT).split(SEGMENT, dim=1):
-        output = model(segment, labels=segment, memory=memory, return_logits=True)
-        memory = output.memory
+        output = model(segment, labels=segment, state=memory, return_logits=True)
+        memory = output.state
         found += [output.logits, output.loss, *output.auxiliary_losses.values(), *memory.named_tensors().values()]
     return found
 
@@ -138,7 +141,7 @@ def test_nor_does_writing_text(model: MemoryModel) -> None:
 
 
 def test_nor_does_looking_into_a_memory(model: MemoryModel) -> None:
-    if not model.long_term_memories():
+    if not long_term_memories(model):
         pytest.skip("it has none")
     text = tokens(4 * SEGMENT + 1, rows=1)[0]
     expected = inspect_document(model, text, 4, progress=False)

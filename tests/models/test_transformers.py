@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import convert_to_fp32
-from infformer.memory.layer import MemoryConfig
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, modeling_outputs
@@ -37,11 +36,13 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, backbone, llama) -> MemoryModel:
-    memory = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=16)
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16)
     if request.param == "decoder":
         sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return DecoderForCausalLM(DecoderConfig(**sizes, memory=MemoryConfig(SEGMENT, SEGMENT, long_term=memory)))
-    return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone if request.param == "gpt2" else llama), memory)
+        return DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=SEGMENT))
+    return InfformerForCausalLM.from_backbone(
+        copy.deepcopy(backbone if request.param == "gpt2" else llama), memory, segment_length=SEGMENT
+    )
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_nothing_deprecated_is_used(model, tmp_path: Path):
     model.checkpoint_activations()
     memory = None
     for segment in text.split(SEGMENT, dim=1):
-        output = model.train()(segment, labels=segment, memory=memory, return_intermediates=True)
-        memory = output.memory
+        output = model.train()(segment, labels=segment, state=memory, return_intermediates=True)
+        memory = output.state
     output.loss.backward()
     continue_text(model.eval(), text[0, :-3], 6, SEGMENT)
     model.save_pretrained(tmp_path)

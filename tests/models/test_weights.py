@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from infformer.memory.layer import MemoryConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,10 +18,10 @@ from infformer.models.loading import load_pretrained, load_trained
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
 SEGMENT = 8
-MEMORY = LongTermMemoryConfig(segment_length=SEGMENT, basis_functions=8, past_samples=16, input_gate=True)
+MEMORY = LongTermMemoryConfig(basis_functions=8, past_samples=16, input_gate=True)
 KINDS = ("wrapped", "decoder")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-A_MEMORYS = {"wrapped": "memories.1.query.weight", "decoder": "layers.1.memory.long_term.query.weight"}
+A_MEMORYS = {"wrapped": "memories.1.query.weight", "decoder": "layers.1.memory.behind.query.weight"}
 A_BACKBONES = {"wrapped": "backbone.transformer.h.1.mlp.c_fc.weight", "decoder": "vocabulary.bias"}
 
 
@@ -32,8 +31,8 @@ def saved(model_folder, tmp_path_factory) -> dict[str, MemoryModel]:
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     models = {
-        "wrapped": InfformerForCausalLM.from_backbone(model_folder, MEMORY),
-        "decoder": DecoderForCausalLM(DecoderConfig(**sizes, memory=MemoryConfig(SEGMENT, SEGMENT, None, MEMORY))),
+        "wrapped": InfformerForCausalLM.from_backbone(model_folder, MEMORY, segment_length=SEGMENT),
+        "decoder": DecoderForCausalLM(DecoderConfig(**sizes, memory=MEMORY, segment_length=SEGMENT)),
     }
     for kind, model in models.items():
         for parameter in model.memory_parameters():
@@ -88,13 +87,13 @@ class TestWeightsThatAFolderLacks:
                 assert torch.equal(tensor, before[name]), name
 
     def test_are_all_of_a_memory_beside_a_stock_model(self, model_folder, backbone):
-        config = InfformerConfig(backbone.config, MEMORY)
+        config = InfformerConfig(backbone.config, MEMORY, segment_length=SEGMENT)
         model = InfformerForCausalLM.from_pretrained(model_folder, config=config).eval()
         for name, parameter in model.named_parameters():
             assert parameter.isfinite().all(), name
         text = torch.arange(2 * SEGMENT).view(1, -1)
-        memory = model(text[:, :SEGMENT]).memory
-        assert torch.equal(model(text[:, SEGMENT:], memory=memory).logits, backbone(text[:, SEGMENT:]).logits)
+        memory = model(text[:, :SEGMENT]).state
+        assert torch.equal(model(text[:, SEGMENT:], state=memory).logits, backbone(text[:, SEGMENT:]).logits)
         assert memory.layers[0].coefficients.isfinite().all()
 
     @every_kind
@@ -173,8 +172,8 @@ class TestTypes:
     def test_a_model_that_is_made_shorter_still_reads(self, saved, kind):
         model = AutoModelForCausalLM.from_pretrained(saved[kind].name_or_path).to(torch.bfloat16)
         text = torch.arange(2 * SEGMENT).view(1, -1)
-        memory = model(text[:, :SEGMENT]).memory
-        output = model(text[:, SEGMENT:], memory=memory)
+        memory = model(text[:, :SEGMENT]).state
+        output = model(text[:, SEGMENT:], state=memory)
         assert output.logits.dtype == torch.bfloat16
         assert output.logits.isfinite().all()
 
@@ -201,11 +200,14 @@ class TestTheFolderOfARun:
     def test_opens_wherever_a_model_is_named(self, backbone, run):
         InfformerForCausalLM.from_backbone(backbone).save_pretrained(run / "checkpoints" / "step-00000010" / "model")
         stock = backbone.state_dict()
-        for model in (load_pretrained(str(run), MEMORY), load_trained(str(run / "checkpoints"))):
+        for model in (
+            load_pretrained(str(run), MEMORY, segment_length=SEGMENT),
+            load_trained(str(run / "checkpoints")),
+        ):
             for name, tensor in model.backbone.state_dict().items():
                 assert torch.equal(tensor, stock[name])
 
     def test_of_a_model_with_a_memory_is_no_backbone(self, saved, run):
         saved["wrapped"].save_pretrained(run / "checkpoints" / "step-00000010" / "model")
         with pytest.raises(ModelError, match=r"model\.pretrained=.*has a memory already.*export_backbone"):
-            load_pretrained(str(run), MEMORY)
+            load_pretrained(str(run), MEMORY, segment_length=SEGMENT)
