@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from infformer.data.options import DATA, DataConfig
 from infformer.errors import check_finite, free, measuring
@@ -52,12 +53,44 @@ TASKS: dict[str, TaskConfig] = {
 part of it, so longer ones than `data=sample` cuts its novels to want data.max_held_out_characters=null. Sorting and
 recall are for models from scratch: experiment=sorting_…, associative_recall_small."""
 
-MEMORIES: dict[str, type[MemoryConfig]] = {
-    "short_term": MemoryConfig,
-    "compressive": CompressiveMemoryConfig,
-    "long_term": LongTermMemoryConfig,
+
+def _memory(kind: type[MemoryConfig], **values: Any) -> DictConfig:
+    """The options of a kind of memory, of which some follow others."""
+    node: DictConfig = OmegaConf.structured(kind)
+    node.update(values)
+    return node
+
+
+_AS_A_SEGMENT = "${training.segment_length}"
+_SIZES = {"basis_functions": _AS_A_SEGMENT, "past_samples": _AS_A_SEGMENT}
+PUBLISHED_MEMORY = {
+    "short_term_length": None,  # with a decoder's short-term memory before it, alone beside a pretrained model
+    "basis_functions": 512,
+    "widths": [0.005, 0.01],
+    "past_samples": 512,
+    "contraction": "constant",
+    "contraction_rate": 0.5,
+    "ridge": 0.5,
+    "read": "affine",
+    "density": "gaussian",
+    "sticky": True,
+    "sticky_bins": 128,
+    "sticky_placement": "published",  # half a sample late at every write
+    "input_gate": False,  # the published code has one switched on, the paper has none
+    "divergence_weight": 1e-6,
+    "prior_standard_deviation": 0.05,
 }
-"""The options of each kind of memory, by the name of its schema for `model/memory=`."""
+"""Every constant of the published GPT-2 experiments, with stickiness; their segments had 512 tokens."""
+
+MEMORIES: dict[str, DictConfig] = {
+    "short_term": _memory(MemoryConfig),
+    "compressive": _memory(CompressiveMemoryConfig, length=_AS_A_SEGMENT, rate=4),
+    "long_term": _memory(LongTermMemoryConfig, **_SIZES),
+    "sticky": _memory(LongTermMemoryConfig, **_SIZES, sticky=True),
+    "published": _memory(LongTermMemoryConfig, **PUBLISHED_MEMORY),
+}
+"""What `model/memory=` chooses, beside `none`. As published, a long-term memory has as many basis functions, and
+samples of the past, as a segment has tokens; a compressed one as many entries, each of four tokens."""
 
 
 @dataclass
@@ -412,19 +445,24 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "schedule": SCHEDULES,
     "engine": ENGINES,
     "tracker": TRACKERS,
+    "model/memory": MEMORIES,
 }
 """The groups that are chosen from by one word, such as `optimizer=adam`, beside those of `conf/`."""
 
 
 def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """Every option and every group of a typed tree, as it is typed, the options of every task among them."""
+    """Every option and every group of a typed tree, as it is typed, those of every task and memory among them."""
+    variants: dict[type[Any], list[type[Any]]] = {
+        TaskConfig: [type(task) for task in TASKS.values()],
+        MemoryConfig: [MemoryConfig, CompressiveMemoryConfig, LongTermMemoryConfig],
+    }
     for declared in fields(kind):
         option = prefix + declared.name
         yield option, declared
         inner = without_none(get_type_hints(kind)[declared.name])
-        for variant in map(type, TASKS.values()) if inner is TaskConfig else [inner]:
+        for variant in variants.get(inner, [inner]):
             if is_dataclass(variant):
-                yield from options_of(variant, f"{option}.")
+                yield from options_of(cast(type[Any], variant), f"{option}.")
 
 
 def without_none(declared: Any) -> Any:
@@ -441,6 +479,5 @@ def register_schemas() -> None:
     store.store(name="evaluation_schema", node=EvaluationRunConfig)
     for group, choices in CHOICES.items():
         for name, options in choices.items():
-            store.store(group=group, name=name, node=options)
-    for name, memory in MEMORIES.items():
-        store.store(group="model/memory", name=f"{name}_schema", node=memory)
+            package = group.replace("/", ".")
+            store.store(group=group, name=name, node=options, package=package)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infformer.memory.layer import MemoryConfig
 
 from infformer.config import TASKS, EvaluationRunConfig, RunConfig
 from infformer.errors import UserError
+from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.training import before
@@ -62,7 +62,7 @@ REFUSED = [
     ("train", "model=gpt2 model.memory.ridge=0.1", "", "such as model/memory=sticky"),
     ("train", "model/memory=none model.memory.ridge=0.1", "", "such as model/memory=sticky"),
     ("train", "model/memory=none ++model.memory.ridge=0.1", "", "such as model/memory=sticky"),
-    ("train", "model.compressive.rate=2", "", "such as model/memory=compressive"),
+    ("train", "model.memory.rate=2", "", "choose model/memory=compressive"),
     ("train", "model.memory=sticky", "", "options are set one by one"),
     ("train", "model=null", "", "choose one of decoder, gpt2"),
     ("train", "optimizer=null", "", "choose one of adam, adamw"),
@@ -140,18 +140,17 @@ REFUSED = [
     ("train", "model.memory.read=all", "", "affine, moments, slots"),
     ("train", "model.memory.basis_functions=9", "", "the 2 widths"),
     ("train", "model.pretrained=null", "give one of model.pretrained=", "model.architecture="),
-    ("train", "model.memory.segment_length=16", "", "set the latter"),
-    ("train", "model=gpt2 model/memory=short_term", "model.short_term_length=512", "only model=decoder"),
+    ("train", "model=gpt2 model/memory=short_term", "model.memory.short_term_length=null", "only model=decoder"),
     (
         "train",
         "model=gpt2_ltm model/memory=compressive",
-        "model.short_term_length=512, model.compressive=…",
+        "model.memory.short_term_length=null",
         "only model=decoder",
     ),
     ("train", "model=sorting", "model.tokenizer=null", "needs a tokenizer"),
     ("train", "model=sorting_small", "model.tokenizer=null", "needs a tokenizer"),
-    ("train", "model=decoder model/memory=compressive model.compressive.rate=3", "", "128"),
-    ("train", "model=decoder model/memory=long_term model.short_term_length=40", "", "multiple of"),
+    ("train", "model=decoder model/memory=compressive model.memory.rate=3", "", "128"),
+    ("train", "model=decoder model/memory=long_term model.memory.short_term_length=40", "", "multiple of"),
     ("train", "model=decoder model.memory_layers=[0]", "", "set it to null"),
     ("train", "model=decoder training.freeze_backbone=true", "", "false"),
     # Evaluations
@@ -185,8 +184,8 @@ REFUSED = [
     ("train", "SMALL training.bptt_segments=100000000", "", "GiB"),
     ("train", "SMALL training.batch_size=1000000000", "", "GiB"),
     ("train", "SMALL training.segment_length=1000000", "", "GiB"),
-    ("train", "SMALL model.short_term_length=1000000000", "", "GiB"),
-    ("train", "SMALL model/memory=compressive model.compressive.length=1000000000", "", "GiB"),
+    ("train", "SMALL model.memory.short_term_length=1000000000", "", "GiB"),
+    ("train", "SMALL model/memory=compressive model.memory.length=1000000000", "", "GiB"),
     ("train", "SMALL model.architecture.hidden_size=4000000", "", "GiB"),
     ("train", "SMALL experiment=sorting_small task.length=100000000000", "", "GiB"),
     ("train", "SMALL experiment=sorting_small task.symbols=100000000000", "", "GiB"),
@@ -268,6 +267,7 @@ def floats(kind: type[Any], prefix: str = "") -> Iterator[tuple[type[Any], str]]
 
 NUMBERS = [
     *floats(RunConfig),
+    *(number for kind in (CompressiveMemoryConfig, LongTermMemoryConfig) for number in floats(kind, "model.memory.")),
     *(number for task in TASKS.values() for number in floats(type(task), "task.")),
 ]
 
@@ -330,8 +330,8 @@ def test_a_command_ends_in_a_sentence_from_any_folder(tmp_path):
 def decoder(tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("decoder")
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 8}
-    memory = MemoryConfig(16, 16, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16))
-    new_decoder({"vocab_size": len(tokenizer), **sizes}, memory).save_pretrained(folder)
+    memory = LongTermMemoryConfig(16, 8, [0.05, 0.1], 16)
+    new_decoder({"vocab_size": len(tokenizer), **sizes}, memory, segment_length=16).save_pretrained(folder)
     return folder
 
 

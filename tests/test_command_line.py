@@ -12,7 +12,6 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from hydra.core.global_hydra import GlobalHydra
-from infformer.memory.layer import MemoryConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ import train as train_command
 from infformer.command import Ended
 from infformer.hub import problem_with_the_hub
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training import loop, run
@@ -99,7 +99,6 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
         ("training.max_stepz=3", ["training.max_stepz=3", "did you mean training.max_steps?"]),
         ("training.precision=float16", ["training.precision=float16", "use bfloat16 or float32"]),
         ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 1"]),
-        ("training.segment_length=17", ["segment_length=16", "training.segment_length=17", "set the latter"]),
         ("training.batch_size=64", ["training.batch_size=64", "smaller batch"]),
         ("training.batch_size=3", ["training.batch_size=3", "training.gradient_accumulation=2", "multiple of 2"]),
         ("resume=nowhere", ["resume=nowhere", "cannot be gone on from", "nowhere"]),
@@ -110,7 +109,7 @@ def test_training_refuses(train_refused, option, says):
     assert all(part in message for part in says), message
 
 
-@pytest.mark.parametrize("memory", ["model.memory=null", "model.memory.segment_length=17"])
+@pytest.mark.parametrize("memory", ["model.memory=null", "model.memory.ridge=0.5"])
 def test_a_segment_longer_than_the_positions_of_the_model(train_refused, memory):
     message = train_refused("training.segment_length=17", memory)
     assert "segment_length=17" in message
@@ -305,8 +304,7 @@ def decoder_checkpoint(configure, train, model_folder, tmp_path_factory) -> Path
         "model.pretrained": None,
         "model.architecture": {"model_type": "decoder", **sizes},
         "model.tokenizer": str(model_folder),
-        "model.memory": None,
-        "model.short_term_length": 16,
+        "model.memory": MemoryConfig(16),
     }
     train(configure(folder, changes))
     return folder / "checkpoints" / "best"
@@ -329,16 +327,18 @@ class TestShortTermMemoryInEvaluation:
 
     def test_not_of_whole_segments_beside_a_long_term_memory(self, eval_refused, tmp_path):
         sizes = {"vocab_size": 8, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-        memory = MemoryConfig(16, 16, None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16))
-        new_decoder(sizes, memory).save_pretrained(tmp_path / "model")
+        memory = LongTermMemoryConfig(16, 8, [0.05, 0.1], 16)
+        new_decoder(sizes, memory, segment_length=16).save_pretrained(tmp_path / "model")
         message = eval_refused(f"checkpoint={tmp_path / 'model'}", "short_term_length=17")
         assert "short_term_length=17" in message
         assert "multiple of segment_length=16" in message
 
-    @pytest.mark.parametrize("memory", [None, LongTermMemoryConfig(16, 8, [0.05, 0.1], 16)])
+    @pytest.mark.parametrize("memory", [None, LongTermMemoryConfig(0, 8, [0.05, 0.1], 16)])
     def test_of_a_model_that_has_none(self, eval_refused, backbone, tmp_path, memory):
         """With a long-term memory beside its attention, and without."""
-        InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory).save_pretrained(tmp_path / "model")
+        InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=16).save_pretrained(
+            tmp_path / "model"
+        )
         message = eval_refused(f"checkpoint={tmp_path / 'model'}", "short_term_length=32")
         assert "short_term_length=32" in message
         assert "has no short-term memory; set it to null" in message

@@ -11,8 +11,18 @@ import torch
 from omegaconf import OmegaConf
 
 from infformer.config import CHOICES as TYPED
-from infformer.config import ENGINES, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
+from infformer.config import (
+    ENGINES,
+    PUBLISHED_MEMORY,
+    TASKS,
+    EngineConfig,
+    EvaluationRunConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
 from infformer.tasks.associative_recall import AssociativeRecall
@@ -72,8 +82,6 @@ def test_every_choice_composes(group, choice):
         assert getattr(config, group).name == choice
     if group in ("model", "experiment"):
         assert config.name == choice
-    if config.model.memory is not None:
-        assert config.model.memory.segment_length == config.training.segment_length
 
 
 def choosing(model: str) -> str:
@@ -88,16 +96,16 @@ def test_every_model_with_every_memory(model, memory):
     options = [choosing(model), f"model/memory={memory}", "training.segment_length=64"]
     is_decoder = run_config(choosing(model)).model.is_decoder
     if memory in ("short_term", "compressive") and not is_decoder:
-        with pytest.raises(ValueError, match=r"model\.short_term_length=64, model\.compressive=.*only model=decoder"):
+        with pytest.raises(ValueError, match=r"model\.memory\.short_term_length=null: only model=decoder"):
             run_config(*options)
         return
     config = run_config(*options).model
     assert config.is_decoder == is_decoder
-    assert (config.short_term_length > 0) == (is_decoder and memory != "none")
-    assert (config.compressive is not None) == (memory == "compressive")
-    assert (config.memory is not None) == (memory in ("long_term", "sticky", "published"))
-    if config.memory is not None:
-        assert config.memory.segment_length == 64
+    kinds = {"none": type(None), "short_term": MemoryConfig, "compressive": CompressiveMemoryConfig}
+    assert type(config.memory) is kinds.get(memory, LongTermMemoryConfig)
+    if memory not in ("none", "published"):
+        sizes = [getattr(config.memory, name, 64) for name in ("length", "past_samples", "basis_functions")]
+        assert model.startswith("sorting") or sizes == [64, 64, 64]
 
 
 def evaluation_config(*overrides: str) -> EvaluationRunConfig:
@@ -134,7 +142,7 @@ class TestTasks:
         source = AssociativeRecall(config.task)
         for length in (*config.task.training_lengths, *config.task.lengths):
             assert source.draw("test", [0], 0, length, np.zeros((1, 8))).tokens.shape == (1, length)
-        assert max(config.task.lengths) > 2 * config.training.segment_length + config.model.short_term_length
+        assert max(config.task.lengths) > 2 * config.training.segment_length + config.training.segment_length
 
 
 class TestEngines:
@@ -182,7 +190,6 @@ class TestPublished:
     """Segment 512, N 512, τ 0.5, ridge 0.5, widths 0.005 and 0.01, σ₀ 0.05, weight 1e-6, rates 5e-5 and 2.5e-4."""
 
     CONSTANTS = {  # noqa: RUF012, no test changes it
-        "segment_length": 512,
         "basis_functions": 512,
         "widths": [0.005, 0.01],
         "past_samples": 512,
@@ -205,7 +212,7 @@ class TestPublished:
 
     def test_every_option_is_said(self):
         """So that no default that changes later changes what was published."""
-        said = OmegaConf.load(CONF / "model" / "memory" / "published.yaml")
+        said = PUBLISHED_MEMORY
         assert {field.name for field in fields(LongTermMemoryConfig)} == set(said)
 
     @pytest.mark.parametrize("data", PUBLISHED_DATA)
@@ -257,12 +264,11 @@ class TestPublishedSorting:
     @pytest.mark.parametrize("memory", ["none", "short_term", "compressive"])
     def test_no_other_has_a_long_term_memory(self, memory):
         model = run_config("experiment=sorting_4k", f"model/memory={memory}").model
-        assert model.memory is None
-        assert model.short_term_length == (0 if memory == "none" else 1024)
+        assert not isinstance(model.memory, LongTermMemoryConfig)
 
     def test_memories_differ_in_nothing_else(self):
         rows = [run_config("experiment=sorting_4k", f"model/memory={memory}") for memory in MEMORIES]
-        memories = ("model.memory", "model.compressive", "model.short_term_length")
+        memories = ("model.memory",)
         assert {option for option in differing(rows) if not option.startswith(memories)} == set()
 
     def test_lengths_differ_in_nothing_else(self):
@@ -287,7 +293,8 @@ class TestPublishedFromScratch:
             return [
                 new_decoder(
                     {**config.model.architecture, "vocab_size": self.WORDS[size]},
-                    config.model.decoder_memory(config.training.segment_length),
+                    config.model.memory,
+                    config.training.segment_length,
                 )
                 for config in self.configs(size)
             ]
@@ -303,7 +310,7 @@ class TestPublishedFromScratch:
         }
         for config in self.configs(""):
             assert config.model.architecture.items() >= sizes.items()
-            assert config.training.segment_length == config.model.short_term_length == 150
+            assert config.training.segment_length == 150
             assert (config.data.subset, config.model.tokenizer) == ("wikitext-103-v1", "words")
 
     def test_parameters(self):
@@ -312,26 +319,26 @@ class TestPublishedFromScratch:
 
     def test_rows_differ_in_their_memory_and_in_nothing_else(self):
         options = differing(self.configs(""))
-        assert {option for option in options if not option.startswith(("model.memory", "model.compressive"))} == {
+        assert {option for option in options if not option.startswith("model.memory")} == {
             "name",
             "output_dir",
         }
 
     def test_small_rows_differ_in_their_memory_and_in_what_makes_them_equally_large(self):
         options = differing(self.configs("_small"))
-        assert {option for option in options if not option.startswith(("model.memory", "model.compressive"))} == {
+        assert {option for option in options if not option.startswith("model.memory")} == {
             "name",
             "output_dir",
-            "model.short_term_length",
             "model.architecture.feed_forward_size",
         }
 
     def test_small_rows_remember_equally_many_vectors(self):
         for config in self.configs("_small"):
-            memory = config.model
-            compressed = memory.compressive.length if memory.compressive is not None else 0
-            basis_functions = memory.memory.basis_functions if memory.memory is not None else 0
-            assert memory.short_term_length + compressed + basis_functions == 128
+            memory = config.model.memory
+            assert (
+                memory.short_term_length + sum(getattr(memory, name, 0) for name in ("length", "basis_functions"))
+                == 128
+            )
 
     def test_small_rows_have_equally_many_parameters(self):
         sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in self.models("_small")]
@@ -340,8 +347,9 @@ class TestPublishedFromScratch:
     @pytest.mark.parametrize("size", ["", "_small"])
     def test_rows_have_the_memories_of_their_names(self, size):
         def kinds(config: RunConfig) -> tuple[bool, bool, bool]:
-            long_term = config.model.memory
-            return config.model.compressive is not None, long_term is not None, bool(long_term and long_term.sticky)
+            memory = config.model.memory
+            kinds = (isinstance(memory, kind) for kind in (CompressiveMemoryConfig, LongTermMemoryConfig))
+            return *kinds, getattr(memory, "sticky", False)
 
         assert [kinds(config) for config in self.configs(size)] == [
             (False, False, False),

@@ -42,7 +42,7 @@ Evaluate = Callable[..., Evaluation]
 def checkpoint(model_folder, tokenizer, tmp_path_factory) -> Path:
     """A model whose memory does something, with its tokenizer."""
     torch.manual_seed(2)
-    model = load_pretrained(str(model_folder), LongTermMemoryConfig(16, 8, [0.05, 0.1], 16))
+    model = load_pretrained(str(model_folder), LongTermMemoryConfig(0, 8, [0.05, 0.1], 16), segment_length=16)
     for parameter in model.memories.parameters():
         nn.init.normal_(parameter)
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -88,7 +88,7 @@ def by_hand(checkpoint, data, tokenizer) -> Callable[..., float]:
     @cache
     def read(**options: Any) -> float:
         config = InfformerForCausalLM.config_class.from_pretrained(checkpoint)
-        config.memory["segment_length"] = options.get("segment_length", 16)
+        config.segment_length = options.get("segment_length", 16)
         model = InfformerForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
         documents = tokenize_documents(data, "test", tokenizer)
         return evaluate(Evaluator(model, **{"segment_length": 16, **options}, progress=False), documents)["nll"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,14 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
         weights = 4 * trained * _parameters(model, unknown)
         if config.engine.name not in ("auto", "ddp"):
             weights //= processes
+    memory = chosen.memory
+    if memory is not None and memory.short_term_length is None:
+        memory = replace(memory, short_term_length=training.segment_length if chosen.is_decoder else 0)
     lanes = training.batch_size // processes
     check_size(
         shape,
         training.segment_length,
-        chosen.memory,
+        memory,
         lanes=lanes,
         lanes_at_once=max(1, lanes // training.gradient_accumulation),
         bptt_segments=training.bptt_segments,

@@ -23,7 +23,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from infformer.config import TASKS, options_of, register_schemas, without_none
+from infformer.config import MEMORIES, TASKS, options_of, register_schemas, without_none
 from infformer.errors import UserError
 
 Options = TypeVar("Options")
@@ -177,10 +177,9 @@ def _problem(override: Override, base: DictConfig, kind: type[Any]) -> OptionErr
         node = node._get_node(parent)  # as it is: a value may refer to others that are wrong themselves
         if node is None or node._is_none():
             path = ".".join(parents[: depth + 1])
-            memory = "sticky" if path == "model.memory" else parent
             return OptionError(
                 f"{line}: {path} is null in this run, so it has no options; choose a memory that has it, such as "
-                f"model/memory={memory}, or leave this option out"
+                "model/memory=sticky, or leave this option out"
             )
     kind_of_node = OmegaConf.get_type(node)
     if not isinstance(node, DictConfig) or not dataclasses.is_dataclass(kind_of_node):
@@ -219,10 +218,12 @@ def _unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> list[tuple[
 
 def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
     group, _, last = option.rpartition(".")
-    tasks = [name for name, options in TASKS.items() if last in vars(options)]
-    if group == "task" and tasks:
-        chosen = " or ".join(f"task={name}" for name in tasks)
-        return OptionError(f"{typed}: the task of this run has no such option; leave it out, or choose {chosen}")
+    variants: dict[str, dict[str, Any]] = {"task": TASKS, "model.memory": MEMORIES}
+    others = [name for name, variant in variants.get(group, {}).items() if last in OmegaConf.structured(variant)]
+    if others:
+        chosen = " or ".join(f"{group.replace('.', '/')}={name}" for name in others)
+        what = group.removeprefix("model.")
+        return OptionError(f"{typed}: the {what} of this run has no such option; leave it out, or choose {chosen}")
     options = list(dict.fromkeys(option for option, _ in options_of(kind)))
     names = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in options}, n=3, cutoff=0.7)
     alike = [name for near in names for name in options if name.rpartition(".")[2] == near]

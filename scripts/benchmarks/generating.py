@@ -19,8 +19,8 @@ from benchmarks.models import model_sizes, new_model, new_window_model
 from benchmarks.report import Comparison, Result, paired
 from benchmarks.streaming import SMALL
 from benchmarks.training_step import add_model_options
-from infformer.models.generation import sample_tokens
 from infformer.models.base import MemoryModel
+from infformer.models.generation import sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 
 

@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 
 from benchmarks.arithmetic import Sizes
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
 from infformer.models.base import MemoryModelOutput
+from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 
 BACKBONES = ("gpt2", "rotary")
@@ -71,7 +71,9 @@ def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM
         )
     else:
         network = LlamaForCausalLM(LlamaConfig(**_rotary(sizes)))
-    model = InfformerForCausalLM.from_backbone(network, memory_config(sizes) if memory else None, segment_length=sizes.segment)
+    model = InfformerForCausalLM.from_backbone(
+        network, memory_config(sizes) if memory else None, segment_length=sizes.segment
+    )
     for layer in model.memories:
         nn.init.normal_(layer.output.weight, std=0.02)
     return model
