@@ -1,0 +1,656 @@
+"""What every memory in every kind of model promises; one of thirty lines, of which no file of the package knows, too."""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from infformer.config import RunConfig
+from infformer.errors import UserError
+from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.options import MemoryConfig
+from infformer.memory.state import MemoryState, ModelState
+from infformer.models.base import MemoryModel, MemoryModelOutput
+from infformer.models.chunked_loss import IGNORE_INDEX
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.generation import continue_text
+from infformer.models.pretrained import InfformerForCausalLM
+
+
+@dataclass
+class RunningMeanConfig(MemoryConfig):
+    """The mean of all hidden states of a layer, through one linear map."""
+
+    kind: ClassVar[str] = "running_mean"
+
+    def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        return [RunningMean(hidden_size) for _ in range(layers)]
+
+
+@dataclass(frozen=True)
+class MeanState(MemoryState):
+    mean: Tensor
+    segments: Tensor
+
+
+class RunningMean(Memory):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.output.weight)
+
+    def initial_state(self, batch: int) -> MeanState:
+        return MeanState(torch.zeros(batch, self.output.in_features), torch.zeros(batch, dtype=torch.int64))
+
+    def forward(self, hidden: Tensor, state: MeanState, context: SegmentContext, shared: Any) -> MemoryOutput:
+        read = F.linear(state.mean, self.output.weight.to(state.mean)).unsqueeze(1).expand_as(hidden)
+        if context.complete is not None:
+            new = (hidden if context.leaving is None else context.leaving).mean(1).to(state.mean)
+            segments = state.segments + 1
+            written = MeanState(state.mean + (new - state.mean) / segments.unsqueeze(-1), segments)
+            state = state.replace_rows(context.complete, written)
+        return MemoryOutput(state, read)
+
+    def shuffle_time(self, state: MeanState, shuffle: Any) -> MeanState:
+        return state  # a mean knows no order
+
+
+SEGMENT, VOCABULARY, SAMPLES = 6, 50, 16
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+BACKBONES = {
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=2, n_head=3, **TOKENS),
+    "llama": LlamaConfig(
+        **SIZES,
+        **TOKENS,
+        intermediate_size=20,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        attention_dropout=0.1,
+    ),
+}
+DECODERS = {
+    "relative": {"head_size": 6, "feed_forward_size": 20, "dropout": 0.2, "attention_dropout": 0.1},
+    "rotary": {
+        "feed_forward_size": 20,
+        "positions": "rotary",
+        "normalization": "rms",
+        "normalization_placement": "pre",
+        "dropout": 0.2,
+    },
+}
+
+
+def long_term(short_term_length: int = 0, **options: Any) -> LongTermMemoryConfig:
+    return LongTermMemoryConfig(short_term_length, basis_functions=8, past_samples=SAMPLES, **options)
+
+
+MEMORIES: dict[str, MemoryConfig | None] = {
+    "none": None,
+    "short-term": MemoryConfig(8),
+    "compressive": CompressiveMemoryConfig(SEGMENT, length=5, rate=2),
+    "most used": CompressiveMemoryConfig(SEGMENT, length=5, rate=2, function="most_used"),
+    "long-term": long_term(input_gate=True),
+    "uniform sticky": long_term(contraction="uniform", sticky=True),
+    "sticky moments": long_term(read="moments", sticky=True),
+    "uniform slots": long_term(read="slots", contraction="uniform"),
+    "short-term and sticky moments": long_term(SEGMENT, read="moments", sticky=True),
+    "short-term and uniform slots": long_term(2 * SEGMENT, read="slots", contraction="uniform"),
+    "running mean": RunningMeanConfig(0),
+    "short-term and running mean": RunningMeanConfig(SEGMENT),
+}
+"""Every kind; of the long-term memory's options each, but not each with each."""
+IN = {
+    "relative": ("none", "short-term", "compressive", "long-term", "short-term and sticky moments", "running mean"),
+    "rotary": (
+        "none",
+        "short-term",
+        "most used",
+        "uniform sticky",
+        "short-term and uniform slots",
+        "short-term and running mean",
+    ),
+    "gpt2": ("none", "long-term", "sticky moments", "running mean"),
+    "llama": ("none", "uniform sticky", "uniform slots", "running mean"),
+}
+MODELS = {f"{kind}, {name}": (kind, MEMORIES[name]) for kind, names in IN.items() for name in names}
+REMEMBERING = {name: model for name, model in MODELS.items() if model[1] is not None}
+WRAPPED = {name: model for name, model in MODELS.items() if model[0] in BACKBONES}
+
+
+def of(models: dict[str, Any]) -> pytest.MarkDecorator:
+    """A test for each of these models."""
+    return pytest.mark.parametrize("model", models.values(), ids=models, indirect=True)
+
+
+def new_model(kind: str, memory: MemoryConfig | None) -> MemoryModel:
+    torch.manual_seed(0)
+    if kind in BACKBONES:
+        stock = AutoModelForCausalLM.from_config(copy.deepcopy(BACKBONES[kind]))
+        return InfformerForCausalLM.from_backbone(stock, memory, segment_length=SEGMENT).eval()
+    config = DecoderConfig(**SIZES, **DECODERS[kind], **TOKENS, memory=memory, segment_length=SEGMENT)
+    return DecoderForCausalLM(config).eval()
+
+
+def trained(kind: str, memory: MemoryConfig | None) -> MemoryModel:
+    """A model in which everything matters."""
+    model = new_model(kind, memory)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.3)
+            if type(module).__name__.endswith("Norm") and name == "weight":
+                parameter.data += 1
+    return model
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def model(request: pytest.FixtureRequest) -> MemoryModel:
+    """Each kind of model with each memory, in evaluation."""
+    return trained(*request.param)
+
+
+@pytest.fixture
+def untrained(request: pytest.FixtureRequest) -> MemoryModel:
+    return new_model(*request.param)
+
+
+def without_memory(model: MemoryModel) -> MemoryModel:
+    """A model of the same weights that remembers nothing."""
+    if isinstance(model, InfformerForCausalLM):
+        return InfformerForCausalLM.from_backbone(copy.deepcopy(model.backbone)).eval()
+    config = copy.deepcopy(model.config)
+    config.memory = None
+    without = DecoderForCausalLM(config).to(model.dtype).eval()
+    without.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".memory." not in name})
+    return without
+
+
+def tokens(rows: int = 2, length: int = SEGMENT, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def document(segments: int, rows: int = 2) -> list[Tensor]:
+    return [tokens(rows, seed=seed) for seed in range(segments)]
+
+
+def read(model: MemoryModel, segments: list[Tensor], state: ModelState | None = None) -> list[MemoryModelOutput]:
+    """One segment after another, each with the state of the last."""
+    outputs: list[MemoryModelOutput] = []
+    for segment in segments:
+        outputs.append(model(segment, labels=segment, state=state, return_logits=True))
+        state = outputs[-1].state
+    return outputs
+
+
+def state_after(model: MemoryModel, segments: int = 4, rows: int = 2) -> ModelState:
+    with torch.no_grad():
+        return read(model, document(segments, rows))[-1].state
+
+
+def remembers(model: MemoryModel) -> bool:
+    return bool(model.layer_memories())
+
+
+def assert_same_state(one: MemoryState, other: MemoryState) -> None:
+    assert one.named_tensors().keys() == other.named_tensors().keys()
+    for name, tensor in one.named_tensors().items():
+        assert torch.equal(tensor, other.named_tensors()[name]), name
+
+
+def assert_same_row(one: MemoryState, other: MemoryState, row: int) -> None:
+    index = torch.tensor([row])
+    assert_same_state(one.select_rows(index), other.select_rows(index))
+
+
+def assert_same_model(saved: MemoryModel, loaded: MemoryModel) -> None:
+    """Name by name, to the last bit and type, and in what they say."""
+    assert type(loaded) is type(saved)
+    assert not loaded.training
+    assert loaded.config.memory_config == saved.config.memory_config
+    assert loaded.segment_length == saved.segment_length
+    for (name, tensor), (other_name, other) in zip(
+        itertools.chain(saved.named_parameters(), saved.named_buffers()),
+        itertools.chain(loaded.named_parameters(), loaded.named_buffers()),
+        strict=True,
+    ):
+        assert name == other_name
+        assert tensor.dtype == other.dtype, name
+        assert torch.equal(tensor, other), name
+    for one, other in zip(read(saved, document(3)), read(loaded, document(3)), strict=True):
+        assert torch.equal(one.logits, other.logits)
+        assert_same_state(one.state, other.state)
+
+
+class TestWhatIsAdded:
+    @of(WRAPPED)
+    def test_a_new_memory_changes_no_bit_of_a_stock_models_logits(self, request, model):
+        wrapped = new_model(*request.node.callspec.params["model"])
+        stock = copy.deepcopy(wrapped.backbone)
+        outputs = read(wrapped, document(5))
+        for output, segment in zip(outputs, document(5), strict=True):
+            assert torch.equal(output.logits, stock(segment).logits)
+        for before, after in zip(wrapped.initial_state(2).layers, outputs[-1].state.layers, strict=True):
+            assert all(
+                not torch.equal(tensor, after.named_tensors()[name]) for name, tensor in before.named_tensors().items()
+            )
+
+    def test_an_empty_memory_adds_nothing_and_a_full_one_something(self, model):
+        without = without_memory(model)
+        expected = [without(segment).logits for segment in document(4)]
+        outputs = read(model, document(4))
+        if isinstance(model, InfformerForCausalLM):
+            assert torch.equal(outputs[0].logits, expected[0])
+        torch.testing.assert_close(outputs[0].logits, expected[0], rtol=1e-4, atol=1e-5)
+        if remembers(model):
+            assert (outputs[3].logits - expected[3]).abs().max() > 1e-3
+        else:
+            assert torch.equal(outputs[3].logits, expected[3])
+
+    @of(WRAPPED)
+    def test_two_models_around_one_backbone_do_not_touch_each_other(self, model):
+        expected = [copy.deepcopy(model.backbone)(segment).logits for segment in document(2)]
+        second = InfformerForCausalLM.from_backbone(model.backbone, model.config.memory_config, None, SEGMENT).eval()
+        for parameter in second.memory_parameters():
+            nn.init.zeros_(parameter)
+        assert torch.equal(read(model, document(2))[1].logits, expected[1]) == (not remembers(model))
+        for output, segment, logits in zip(read(second, document(2)), document(2), expected, strict=True):
+            assert torch.equal(output.logits, logits)
+            assert torch.equal(model.backbone(segment).logits, logits)  # the stock model on its own
+
+    def test_a_copy_is_a_model_of_its_own(self, model):
+        expected = read(model, document(4))[3].logits
+        duplicate = copy.deepcopy(model)
+        assert torch.equal(read(duplicate, document(4))[3].logits, expected)
+        for parameter in duplicate.parameters():
+            nn.init.zeros_(parameter)
+        assert not torch.equal(read(duplicate, document(4))[3].logits, expected)
+        assert torch.equal(read(model, document(4))[3].logits, expected)
+
+    def test_a_model_says_what_it_has(self, model):
+        memory = model.config.memory_config
+        assert model.has_memory == remembers(model) == (memory is not None)
+        assert model.segment_length == (None if memory is None else SEGMENT)
+        assert model.short_term_length == (0 if memory is None else memory.short_term_length)
+        assert model.positions == (16 if isinstance(model, InfformerForCausalLM) else None)
+        assert model.vocabulary_size == VOCABULARY
+        assert model.noise_size == (SAMPLES if getattr(memory, "sticky", False) else 0)
+        memories = {id(parameter) for parameter in model.memory_parameters()}
+        named = {name for name, parameter in model.named_parameters() if id(parameter) in memories}
+        assert named == {name for name, _ in model.named_parameters() if "memory." in name or "memories." in name}
+
+
+class TestRows:
+    def test_rows_never_mix(self, model):
+        changed = [segment.clone() for segment in document(4, rows=3)]
+        for segment in changed:
+            segment[1] = (segment[1] + 1) % VOCABULARY
+        together = read(model, document(4, rows=3))
+        for one, other in zip(together, read(model, changed), strict=True):
+            assert torch.equal(one.logits[[0, 2]], other.logits[[0, 2]])
+            assert not torch.equal(one.logits[1], other.logits[1])
+        for row in range(3):
+            alone = read(model, [segment[row : row + 1] for segment in document(4, rows=3)])
+            torch.testing.assert_close(alone[3].logits, together[3].logits[row : row + 1], rtol=1e-4, atol=1e-4)
+
+    def test_a_reset_row_is_a_new_row_and_the_state_that_was_given_stays(self, model):
+        """Row 0 begins another document; row 1 goes on."""
+        before = state_after(model)
+        given = before.map_tensors(Tensor.clone)
+        reset = model(tokens(seed=5), state=before, reset=torch.tensor([True, False]))
+        fresh, went_on = model(tokens(seed=5)), model(tokens(seed=5), state=before)
+        for row, expected in enumerate((fresh, went_on)):
+            assert torch.equal(reset.logits[row], expected.logits[row])
+            assert_same_row(reset.state, expected.state, row)
+        assert torch.equal(fresh.logits[0], went_on.logits[0]) == (not remembers(model))
+        assert_same_state(before, given)
+
+    def test_no_token_sees_a_later_one(self, model):
+        changed, position = document(3), SEGMENT // 2
+        changed[1][:, position:] = (changed[1][:, position:] + 1) % VOCABULARY
+        ours, theirs = read(model, document(3)), read(model, changed)
+        assert torch.equal(ours[0].logits, theirs[0].logits)
+        assert torch.equal(ours[1].logits[:, :position], theirs[1].logits[:, :position])
+        assert (ours[1].logits[:, position:] != theirs[1].logits[:, position:]).any(-1).all()
+
+    def test_what_was_read_is_known_later_through_the_memory_alone(self, model):
+        changed = [tokens(seed=7), *document(4)[1:]]
+        ours, theirs = read(model, document(4)), read(model, changed)
+        assert torch.equal(ours[3].logits[:, 0], theirs[3].logits[:, 0]) == (not remembers(model))
+
+    def test_padding_changes_nothing_and_a_short_segment_is_not_written(self, model):
+        """A row of 4 real tokens: whatever stands behind them, and beside a whole row as on its own."""
+        state, lengths = state_after(model), torch.tensor([4, SEGMENT])
+        last, other_padding = tokens(seed=9), tokens(seed=9)
+        other_padding[0, 4:] = (other_padding[0, 4:] + 1) % VOCABULARY
+        padded, other = (
+            model(segment, state=state, targets=segment, lengths=lengths, return_logits=True)
+            for segment in (last, other_padding)
+        )
+        assert torch.equal(padded.logits[0, :4], other.logits[0, :4])
+        assert torch.equal(padded.logits[1], other.logits[1])
+        assert torch.equal(padded.token_losses, other.token_losses)
+        assert ((padded.token_losses > 0).sum(1) == lengths).all()
+        assert torch.equal(padded.loss, other.loss)
+        assert_same_state(padded.state, other.state)
+        masked = model(last, state=state, targets=last, attention_mask=torch.arange(SEGMENT) < lengths.unsqueeze(-1))
+        assert torch.equal(masked.loss, padded.loss)
+
+        short = model(last[:1, :4], state=state.select_rows(torch.tensor([0])), targets=last[:1, :4])
+        torch.testing.assert_close(padded.token_losses[:1, :4], short.token_losses, rtol=1e-4, atol=1e-4)
+        assert_same_row(padded.state, state, 0)
+        ours, theirs = padded.state.named_tensors(), state.named_tensors()
+        assert any(not torch.equal(tensor[1], theirs[name][1]) for name, tensor in ours.items()) == remembers(model)
+
+    def test_an_incomplete_segment_leaves_the_state(self, model):
+        state = state_after(model)
+        assert_same_state(model(tokens(length=4), state=state).state, state)
+
+    def test_an_idle_row_is_left_alone(self, model):
+        """Its state stays, nothing of it is scored, and it makes nothing that is not a number, also if it is new."""
+        model.train()
+        for state, lengths in itertools.product(
+            (state_after(model, 3), model.initial_state(2)), ([0, SEGMENT], [0, 0])
+        ):
+            model.zero_grad()
+            segment = tokens(seed=9)
+            output = model(segment, state=state, targets=segment, lengths=torch.tensor(lengths))
+            output.loss.backward()
+            assert (output.token_losses[0] == 0).all()
+            assert output.loss.isfinite()
+            assert (output.loss > 0) == (lengths[1] > 0)
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+            assert_same_row(output.state, state, 0)
+
+    def test_a_state_goes_to_a_file_and_back_and_into_parts(self, model):
+        state, empty = state_after(model, rows=4), model.initial_state(4)
+        assert list(empty.named_tensors()) == list(state.named_tensors())
+        assert_same_state(empty.with_tensors(state.named_tensors()), state)
+        assert_same_state(type(state).concatenate(state.split(2)), state)
+        halves = [model(half, state=part) for half, part in zip(tokens(4).split(2), state.split(2), strict=True)]
+        whole = model(tokens(4), state=state)
+        torch.testing.assert_close(torch.cat([half.logits for half in halves]), whole.logits, rtol=1e-4, atol=1e-4)
+
+    def test_time_is_shuffled_in_each_row_apart_and_empty_rows_stay_empty(self, model):
+        before = state_after(model, rows=3).reset_rows(torch.tensor([False, True, False]))
+        shuffled = model.shuffle_time(before)
+        assert_same_state(model.shuffle_time(before, model.time_shuffle()), shuffled)
+        assert_same_row(shuffled, before, 1)
+        for row in range(3):
+            alone = model.shuffle_time(before.select_rows(torch.tensor([row]))).named_tensors()
+            for name, tensor in shuffled.named_tensors().items():
+                torch.testing.assert_close(tensor[row], alone[name][0], msg=name)
+        ordered = remembers(model) and not isinstance(model.config.memory_config, RunningMeanConfig)
+        ours, theirs = shuffled.named_tensors(), before.named_tensors()
+        changed = any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        assert changed == (ordered or model.short_term_length > 0)
+
+    @of(REMEMBERING)
+    def test_noise_matters_to_those_that_ask_for_it(self, model):
+        """Half of it is none."""
+        state, noise = state_after(model), torch.rand(2, SAMPLES, generator=torch.Generator().manual_seed(0))
+        plain, again, noisy = (
+            model(tokens(seed=3), state=state, noise=chosen).state
+            for chosen in (None, torch.full((2, SAMPLES), 0.5), noise)
+        )
+        assert_same_state(plain, again)
+        ours, theirs = plain.named_tensors(), noisy.named_tensors()
+        same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        assert same == (model.noise_size == 0)
+
+
+class TestLosses:
+    def test_a_document_in_segments_is_scored_token_by_token(self, model):
+        """Every token of a document but its first once, at its place, from the logits of the chain of segments."""
+        text = torch.cat(document(4), dim=1)
+        following = F.pad(text[:, 1:], (0, 1), value=IGNORE_INDEX)
+        chained = torch.cat([output.logits for output in read(model, document(4))], dim=1)
+        expected = F.cross_entropy(chained.flatten(0, 1), following.flatten(), reduction="none").view_as(text)
+        state, found = None, []
+        for segment, targets in zip(text.split(SEGMENT, dim=1), following.split(SEGMENT, dim=1), strict=True):
+            output = model(segment, targets=targets, state=state)
+            state = output.state
+            found.append(output.token_losses)
+        assert (following != IGNORE_INDEX).sum() == (expected > 0).sum() == 2 * (4 * SEGMENT - 1)
+        torch.testing.assert_close(torch.cat(found, dim=1), expected)
+
+    def test_targets_are_labels_shifted(self, model):
+        """`labels` are shifted inside and lose one at the end; `targets` are not and lose none."""
+        state, segment = state_after(model), tokens(seed=9)
+        by_labels = model(segment, labels=segment, state=state)
+        shifted = F.pad(segment[:, 1:], (0, 1), value=IGNORE_INDEX)
+        by_targets = model(segment, targets=shifted, state=state, return_logits=True)
+        assert torch.equal(by_labels.token_losses, by_targets.token_losses)
+        assert torch.equal(by_labels.loss, by_targets.loss)
+        assert (by_labels.token_losses > 0).sum(1).tolist() == [SEGMENT - 1] * 2
+        auxiliary = sum(by_labels.auxiliary_losses.values())
+        torch.testing.assert_close(by_labels.loss, by_labels.token_losses[:, :-1].mean() + auxiliary)
+
+    def test_logits_and_losses_are_made_where_they_are_asked_for(self, model):
+        assert model(tokens(), labels=tokens()).logits is None
+        assert model(tokens(), return_logits=False).logits is None
+        assert model(tokens()).loss is None
+        assert torch.equal(model(tokens(), labels=tokens(), return_logits=True).logits, model(tokens()).logits)
+
+    def test_what_is_padding_or_has_no_label_is_not_scored(self, model):
+        segment, lengths = tokens(3), torch.tensor([SEGMENT, 4, 1])
+        assert (model(segment, labels=segment, lengths=lengths).token_losses > 0).sum(1).tolist() == [5, 3, 0]
+        targets = segment.masked_fill(torch.arange(SEGMENT) % 2 == 0, IGNORE_INDEX)
+        output = model(segment, targets=targets)
+        assert ((output.token_losses > 0) == (targets != IGNORE_INDEX)).all()
+        torch.testing.assert_close(output.loss - sum(output.auxiliary_losses.values()), output.token_losses.sum() / 9)
+
+    def test_auxiliary_losses_have_the_same_names_in_every_segment(self, model):
+        names = {tuple(output.auxiliary_losses) for output in read(model, document(4))}
+        assert names == {tuple(model(tokens(length=2)).auxiliary_losses)}
+
+    def test_auxiliary_losses_of_a_batch_are_the_mean_of_its_halves(self, model):
+        """Weighted by their real tokens; some rows are new, padded or idle."""
+        state = state_after(model, rows=4).reset_rows(torch.tensor([False, True, False, False]))
+        segment, lengths = tokens(4, seed=9), torch.tensor([SEGMENT, SEGMENT, SEGMENT, 0])
+        whole = model(segment, state=state, lengths=lengths).auxiliary_losses
+        halves = [
+            model(half, state=part, lengths=real).auxiliary_losses
+            for half, part, real in zip(segment.split(2), state.split(2), lengths.split(2), strict=True)
+        ]
+        memory = model.config.memory_config
+        known = {"long_term": {"divergence"}, "compressive": {"reconstruction"}}
+        assert whole.keys() == halves[0].keys() == known.get(getattr(memory, "kind", ""), set())
+        for name, value in whole.items():
+            assert (value > 0) == (getattr(memory, "read", "") != "slots")
+            torch.testing.assert_close(value, (2 * halves[0][name] + halves[1][name]) / 3, rtol=1e-4, atol=1e-12)
+
+    def test_bfloat16_is_near_float32_and_what_is_remembered_stays_float32(self, model):
+        """By autocast, whose gradients are numbers, and as a whole."""
+        exact = read(model, document(4))[-1].logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = read(model, document(4))
+        sum(output.loss for output in outputs).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        for output in (outputs[-1], read(model.to(torch.bfloat16), document(4))[-1]):
+            assert output.logits.dtype == torch.bfloat16
+            assert (output.logits - exact).norm() < 0.1 * exact.norm()
+            floating = [tensor for tensor in output.state.named_tensors().values() if tensor.is_floating_point()]
+            assert all(tensor.dtype == torch.float32 for tensor in floating)
+
+    def test_intermediates_change_nothing_and_say_what_happened(self, model):
+        state = state_after(model)
+        plain = model(tokens(seed=9), state=state)
+        output = model(tokens(seed=9), state=state, return_intermediates=True)
+        assert plain.intermediates is None
+        assert torch.equal(output.logits, plain.logits)
+        assert_same_state(output.state, plain.state)
+        assert len(output.intermediates) == len(model.layer_memories())
+        context = SegmentContext(torch.ones(2, dtype=torch.bool))
+        for layer, before, memory in zip(
+            output.intermediates, state.layers, model.layer_memories().values(), strict=True
+        ):
+            assert layer.hidden.shape == layer.attended.shape == (2, SEGMENT, 12)
+            assert (layer.memory.context is not None) == model.config.memory_config.adds_to_attention
+            if layer.memory.context is not None:
+                again = memory(layer.hidden, before, context, memory.prepare(before, context))
+                torch.testing.assert_close(layer.memory.context, again.context)
+                assert again.context.abs().max() > 1e-3
+
+
+class TestGradients:
+    @staticmethod
+    def learn(model: MemoryModel, segments: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One backward pass through so many segments; dropout draws the same numbers every time."""
+        torch.manual_seed(0)
+        model.train().zero_grad()
+        losses = torch.stack([output.loss for output in read(model, document(segments))])
+        losses.sum().backward()
+        return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def test_gradient_checkpointing_changes_nothing(self, model):
+        segments, calls = 4, []
+        for module in model.modules():
+            if type(module).__name__.endswith("Attention"):
+                module.register_forward_hook(lambda *_: calls.append(True))
+        losses, gradients = self.learn(model, segments)
+        assert len(calls) == 2 * segments
+        model.checkpoint_activations()
+        again, gradients_again = self.learn(model, segments)
+        assert len(calls) == 3 * 2 * segments  # recomputed
+        assert torch.equal(losses, again)
+        assert gradients.keys() == gradients_again.keys() == dict(model.named_parameters()).keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, gradients_again[name], rtol=1e-4, atol=1e-6, msg=name)
+        torch.manual_seed(1)
+        assert not torch.equal(model(tokens(), labels=tokens()).loss, losses[0])  # there is dropout
+
+    def test_every_parameter_matters_a_few_segments_on(self, model):
+        _, gradients = self.learn(model, 4)
+        assert [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-9] == []
+
+    @of(MODELS)
+    def test_every_parameter_of_a_new_model_is_used_in_its_very_first_step(self, request, model):
+        """With empty memories, as data parallel training needs it."""
+        untrained = new_model(*request.node.callspec.params["model"])
+        untrained(tokens(), labels=tokens()).loss.backward()
+        assert [name for name, parameter in untrained.named_parameters() if parameter.grad is None] == []
+
+    def test_gradients_reach_the_first_segment_through_what_no_short_term_memory_passed_on(self, model):
+        """What a short-term memory keeps has no graph; what passes through one has lost it."""
+        embedded: list[Tensor] = []
+        first = model.vocabulary.embedding if isinstance(model, DecoderForCausalLM) else model.get_input_embeddings()
+        first.register_forward_hook(lambda module, args, output: embedded.append(output))
+        output = read(model, document(2))[1]
+        (gradient,) = torch.autograd.grad(output.loss, embedded[0], materialize_grads=True)
+        reached = remembers(model) and model.short_term_length == 0
+        assert (gradient.abs().sum(-1) > 0).all() == (gradient != 0).any() == reached
+        state = output.state
+        assert any(tensor.requires_grad for tensor in state.named_tensors().values()) == reached
+        assert not any(tensor.requires_grad for tensor in state.detach().named_tensors().values())
+
+    @of({name: model for name, model in REMEMBERING.items() if not model[1].short_term_length})
+    @pytest.mark.parametrize("own_loss", [False, True])
+    def test_a_state_that_is_passed_on_after_its_backward_pass_is_refused(self, model, own_loss):
+        def loss_of(output: MemoryModelOutput) -> Tensor:
+            return output.logits.logsumexp(-1).mean() if own_loss else output.loss
+
+        first = read(model.train(), document(1, rows=4))[0]
+        loss_of(first).backward()
+        changed = first.state.select_rows(torch.tensor([3, 2, 1, 0]))  # also where it was changed in between
+        second = model(tokens(4), labels=tokens(4), state=changed, return_logits=True)
+        with pytest.raises(UserError, match=r"output\.state\.detach\(\)"):
+            loss_of(second).backward()
+
+    def test_a_state_is_learned_through_where_its_graph_is_there_or_detached(self, model):
+        kept = read(model.train(), document(1))[0]
+        kept.loss.backward(retain_graph=True)
+        model(tokens(), labels=tokens(), state=kept.state).loss.backward()
+        state = None
+        for segment in document(3):
+            output = model(segment, labels=segment, state=state)
+            output.loss.backward()
+            state = output.state.detach()
+
+    def test_two_segments_are_learned_by_heart(self, request, model):
+        untrained = new_model(*request.node.callspec.params["model"]).train()
+        for module in untrained.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        optimizer = torch.optim.Adam(untrained.parameters(), lr=0.02)
+        losses = []
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss = sum(output.loss for output in read(untrained, document(2)))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+
+
+class TestGeneration:
+    def test_within_a_segment_it_goes_on_from_its_cache(self, model):
+        state, segment = state_after(model), tokens(seed=7)
+        logits, cache = [], None
+        for piece in segment.split([2, 1, 1, 2], dim=1):
+            output = model(piece, state=state, segment_cache=cache, use_cache=True)
+            logits.append(output.logits)
+            cache = output.segment_cache
+            assert_same_state(output.state, state)
+        whole = model(segment, state=state)
+        torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=1e-4, atol=1e-4)
+        assert whole.segment_cache is None
+        if remembers(model):
+            with pytest.raises(UserError, match="7 tokens are more than the memory's segment of 6"):
+                model(tokens(length=1), segment_cache=cache, use_cache=True)
+
+    @torch.no_grad()
+    def test_text_is_continued_as_a_literal_loop_would(self, model):
+        """Every token by reading everything anew."""
+        length, temperature = 2 * SEGMENT - 1, 0.7
+        start = tokens(1, length, seed=length)[0]
+        text, generator = start, torch.Generator().manual_seed(0)
+        for _ in range(SEGMENT + 2):
+            logits = read(model, [segment.unsqueeze(0) for segment in text.split(SEGMENT)])[-1].logits[0, -1]
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            text = torch.cat([text, token])
+        generator.manual_seed(0)
+        continued = continue_text(model, start, SEGMENT + 2, SEGMENT, temperature, generator)
+        assert continued.tolist() == text[length:].tolist()
+
+    @of(REMEMBERING)
+    def test_more_tokens_than_a_segment_are_refused(self, model):
+        with pytest.raises(UserError, match="7 tokens are more than the memory's segment of 6: cut the text up"):
+            model(tokens(length=SEGMENT + 1))
+
+
+class TestSaving:
+    def test_what_is_loaded_is_what_was_saved(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        assert_same_model(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+    @of(REMEMBERING)
+    def test_a_stored_memory_is_all_of_it_and_has_no_unknown_option(self, model, tmp_path):
+        """Defaults are written too: another version's defaults do not change a model."""
+        memory = model.config.memory_config
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["memory"] == {"kind": memory.kind, **vars(memory)}
+        config["memory"]["stickiness"] = 3
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"config\.json.*stickiness"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    @of(REMEMBERING)
+    @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+    def test_reentrant_checkpointing_is_refused(self, model):
+        """It runs the first forward pass without a graph: the memory would lose its gradient and nobody would know."""
+        with pytest.raises(UserError, match="use_reentrant"):
+            model.gradient_checkpointing_enable({"use_reentrant": True})
