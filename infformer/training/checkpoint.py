@@ -45,7 +45,7 @@ from infformer.training.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a checkpoint of before can no longer be read. 4: the manifest has checksums."""
 
 

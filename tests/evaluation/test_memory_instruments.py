@@ -22,8 +22,10 @@ from infformer.evaluation.memory_instruments import (
 from infformer.evaluation.memory_reconstruction import WrittenPast
 from infformer.evaluation.reading import EvaluationError
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
+from infformer.memory.memory import MemoryOutput
 from infformer.memory.options import MemoryConfig
-from infformer.models.base import Intermediates, MemoryModel
+from infformer.memory.state import ModelState
+from infformer.models.base import LayerRead, MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -107,7 +109,7 @@ class TestInspectDocument:
         for layer in range(2):
             hidden = output.intermediates[layer].hidden[0].double()
             places = (torch.arange(SEGMENT) + 0.5) / SEGMENT
-            signal = model.signal.basis.evaluate(places) @ output.state.layers[layer].coefficients[0]
+            signal = model.memories[0].signal.basis.evaluate(places) @ output.state.layers[layer].coefficients[0]
             expected = 1 - (hidden - signal).square().sum() / (hidden - hidden.mean(0)).square().sum()
             assert found["total"][layer] == pytest.approx(float(expected), abs=1e-4)
             assert found["by_age"][layer] == [pytest.approx(float(expected), abs=1e-4)]
@@ -130,7 +132,7 @@ class TestInspectDocument:
                 memory, hidden = output.state, [*hidden, output.intermediates[0].hidden[0]]
         past = torch.stack(hidden[:written])
         newest = 0.5 + 0.5 * torch.arange(1, SEGMENT + 1) / SEGMENT
-        signal = model.signal.basis.evaluate(newest) @ memory.layers[0].long_term.coefficients[0]
+        signal = model.layers[0].memory.behind.signal.basis.evaluate(newest) @ memory.layers[0].behind.coefficients[0]
         expected = 1 - (past[-1] - signal).square().sum() / (past[-1] - past.mean((0, 1))).square().sum()
         assert last["by_age"][0][0] == pytest.approx(float(expected), abs=1e-4)
 
@@ -272,7 +274,8 @@ def test_contribution_is_the_mean_ratio_of_norms():
     attended = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     context = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     reading = Reading(context, Gaussian(torch.rand(1, 1, 2), torch.rand(1, 1, 2)))
-    assert contribution(Intermediates(torch.zeros(1, 2, 2), attended, reading)) == pytest.approx((1 / 5 + 1 / 2) / 2)
+    output = MemoryOutput(ModelState(()), reading.context, reading=reading)
+    assert contribution(LayerRead(output, torch.zeros(1, 2, 2), attended)) == pytest.approx((1 / 5 + 1 / 2) / 2)
 
 
 def test_sampled_places_are_counted(wrapped):

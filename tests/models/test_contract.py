@@ -1,10 +1,9 @@
-"""What every memory in every kind of model promises; one of thirty lines, of which no file of the package knows, too."""
+"""What every memory in every kind of model promises; also one of thirty lines that no file of the package knows."""
 
 import copy
 import itertools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from infformer.config import RunConfig
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -552,9 +550,7 @@ class TestGradients:
         (gradient,) = torch.autograd.grad(output.loss, embedded[0], materialize_grads=True)
         reached = remembers(model) and model.short_term_length == 0
         assert (gradient.abs().sum(-1) > 0).all() == (gradient != 0).any() == reached
-        state = output.state
-        assert any(tensor.requires_grad for tensor in state.named_tensors().values()) == reached
-        assert not any(tensor.requires_grad for tensor in state.detach().named_tensors().values())
+        assert not any(tensor.requires_grad for tensor in output.state.detach().named_tensors().values())
 
     @of({name: model for name, model in REMEMBERING.items() if not model[1].short_term_length})
     @pytest.mark.parametrize("own_loss", [False, True])

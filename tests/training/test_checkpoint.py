@@ -177,7 +177,7 @@ class TestDamage:
         for folder in root.iterdir():
             (folder / "manifest.json").write_text('{"state.json": 1}')
             (folder / "state.json").write_text('{"format": 3}')
-        with pytest.raises(RunError, match=r"its format is 3, this version reads 4; the version that wrote it"):
+        with pytest.raises(RunError, match=r"its format is 3, this version reads 5; the version that wrote it"):
             find_checkpoint(configure(root.parent, {"resume": "auto"}), root.parent)
 
     def test_weights_that_cannot_be_read_are_an_error_in_words(self, root: Path) -> None:
