@@ -16,6 +16,7 @@ from infformer.evaluation.memory_instruments import (
     contribution,
     density_figures,
     inspect_document,
+    long_term_memories,
     read_segments,
     sampled_places,
 )
@@ -156,7 +157,7 @@ class TestInspectDocument:
                         layer.output.weight.copy_(kept[number])
                     return float(loss)
 
-                layers = model.long_term_memories()
+                layers = long_term_memories(model)
                 rows.append((nats({}), nats(layers), *(nats({number: layer}) for number, layer in layers.items())))
                 memory = model(segment[None], state=memory).state
         rows = rows[reading["segment"][0] :]
