@@ -254,7 +254,7 @@ class TestDensities:
             assert float(width[which]) == pytest.approx(math.sqrt(second - first**2), abs=1e-4)
 
     def test_means_and_spreads_over_queries(self, wrapped):
-        memory = wrapped().long_term_memories()[0]
+        memory = long_term_memories(wrapped())[0]
         past = WrittenPast(memory)
         centre = torch.tensor([[[0.1, 0.3], [0.8, 0.8]]])
         width = torch.tensor([[[0.2, 0.2], [0.1, 0.5]]])
@@ -280,7 +280,7 @@ def test_contribution_is_the_mean_ratio_of_norms():
 
 
 def test_sampled_places_are_counted(wrapped):
-    memory = wrapped(sticky=True, past_samples=200, sticky_bins=64).long_term_memories()[0]
+    memory = long_term_memories(wrapped(sticky=True, past_samples=200, sticky_bins=64))[0]
     narrow = Gaussian(torch.full((1, HEADS, 3), 0.4), torch.full((1, HEADS, 3), 1e-4))
     share = sampled_places(memory, Reading(torch.zeros(1, 3, 16), narrow))
     assert sum(share) == pytest.approx(1)
