@@ -1,4 +1,4 @@
-"""What every memory in every kind of model promises; also one of thirty lines that no file of the package knows."""
+"""What every memory promises in every kind of model, also one of thirty lines of which no file of the package knows."""
 
 import copy
 import itertools
@@ -354,9 +354,7 @@ class TestRows:
     def test_an_idle_row_is_left_alone(self, model):
         """Its state stays, nothing of it is scored, and it makes nothing that is not a number, also if it is new."""
         model.train()
-        for state, lengths in itertools.product(
-            (state_after(model), model.initial_state(2)), ([0, SEGMENT], [0, 0])
-        ):
+        for state, lengths in itertools.product((state_after(model), model.initial_state(2)), ([0, SEGMENT], [0, 0])):
             model.zero_grad()
             segment = tokens(seed=9)
             output = model(segment, state=state, targets=segment, lengths=torch.tensor(lengths))
@@ -479,23 +477,28 @@ class TestLosses:
             assert all(tensor.dtype == torch.float32 for tensor in floating)
 
     def test_intermediates_change_nothing_and_say_what_happened(self, model):
-        state = state_after(model)
+        state, seen = state_after(model), []
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append((args[0] if args else kwargs["hidden_states"], output[0] if type(output) is tuple else output))
+
+        for module in model.modules():
+            if type(module).__name__.endswith("Attention"):
+                module.register_forward_hook(watch, with_kwargs=True)
         plain = model(tokens(seed=9), state=state)
+        seen.clear()
         output = model(tokens(seed=9), state=state, return_intermediates=True)
         assert plain.intermediates is None
         assert torch.equal(output.logits, plain.logits)
         assert_same_state(output.state, plain.state)
         assert len(output.intermediates) == len(model.layer_memories())
-        context = SegmentContext(torch.ones(2, dtype=torch.bool))
-        for layer, before, memory in zip(
-            output.intermediates, state.layers, model.layer_memories().values(), strict=True
-        ):
-            assert layer.hidden.shape == layer.attended.shape == (2, SEGMENT, 12)
-            assert (layer.memory.context is not None) == model.config.memory_config.adds_to_attention
-            if layer.memory.context is not None:
-                again = memory(layer.hidden, before, context, memory.prepare(before, context))
-                torch.testing.assert_close(layer.memory.context, again.context)
-                assert again.context.abs().max() > 1e-3
+        for layer, (hidden, returned) in zip(output.intermediates, seen, strict=remembers(model)):
+            assert torch.equal(layer.hidden, hidden)
+            context = layer.memory.context
+            assert (context is not None) == model.config.memory_config.adds_to_attention
+            beside = context is not None and isinstance(model, InfformerForCausalLM)
+            assert torch.equal(layer.attended + context if beside else layer.attended, returned)
+            assert context is None or context.abs().max() > 1e-3
 
 
 class TestGradients:
