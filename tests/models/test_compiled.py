@@ -1,44 +1,95 @@
+"""What torch.compile makes of a model: one graph, whatever the segment; and layers of one kind share theirs."""
+
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
+
+SEGMENT, VOCABULARY = 8, 50
+LAYERS = {
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=SEGMENT, n_embd=8, n_layer=12, n_head=2),
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        max_position_embeddings=SEGMENT,
+    ),
+}
+CASES = [([0, 0], [8, 8]), ([0, 0], [8, 8]), ([1, 0], [8, 8]), ([0, 0], [8, 5]), ([0, 1], [3, 8])]
+"""Rows that begin a document, and real tokens: first and later segments, a reset row, a short last segment."""
+
+
+def sticky(stock: nn.Module) -> MemoryModel:
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16, widths=[0.05, 0.1], sticky=True, sticky_bins=16)
+    model = InfformerForCausalLM.from_backbone(stock, memory, None, SEGMENT).eval()
+    for layer in model.memories:
+        nn.init.normal_(layer.output.weight, std=0.1)
+    return model
+
+
+def results(model: MemoryModel, **arguments: Tensor) -> tuple[list[Tensor], object]:
+    """Losses, state and gradients of a segment, and its state without its graph."""
+    output = model(**arguments)
+    gradients = torch.autograd.grad(output.loss, list(model.parameters()), materialize_grads=True)
+    return [output.token_losses, *output.state.named_tensors().values(), *gradients], output.state.detach()
+
+
+def assert_all_cases_equal(compiled: MemoryModel, model: MemoryModel) -> None:
+    """From an empty state on, each case with the state of the one before."""
+    generator, state = torch.Generator().manual_seed(0), model.initial_state(2)
+    for reset, lengths in CASES:
+        ids = torch.randint(VOCABULARY, (2, SEGMENT), generator=generator)
+        arguments = {
+            "input_ids": ids,
+            "targets": ids,
+            "state": state,
+            "reset": torch.tensor(reset, dtype=torch.bool),
+            "lengths": torch.tensor(lengths),
+            "noise": torch.rand(2, model.noise_size, generator=generator),
+        }
+        found, _ = results(compiled, **arguments)
+        expected, state = results(model, **arguments)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_twelve_layers_with_sticky_memories_share_one_graph_forward_and_one_backward(kind):
+    torch.manual_seed(0)
+    model = sticky(AutoModelForCausalLM.from_config(LAYERS[kind]))
+    counted = sticky(AutoModelForCausalLM.from_config(LAYERS[kind]))
+    counted.load_state_dict(model.state_dict())
+    graphs = {"forward": 0, "backward": 0}
+
+    def count(direction: str):
+        def compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+            graphs[direction] += 1
+            return make_boxed_func(graph.forward)
+
+        return compiled
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count("forward"), bw_compiler=count("backward"))
+    layers = [unit for unit in counted.sharding_units() if unit not in set(counted.memories)]
+    assert len(layers) == 12
+    for layer in layers:
+        layer.compile(backend=backend)
+    assert_all_cases_equal(counted, model)
+    assert graphs == {"forward": 1, "backward": 1}
 
 
 @pytest.mark.slow
 def test_a_whole_model_is_one_graph_for_all_segments(backbone):
-    """First and later segments, a reset row, a short last segment: nothing is compiled anew, and all of it in one."""
-    model = InfformerForCausalLM.from_backbone(
-        GPT2LMHeadModel(backbone.config),
-        memory=LongTermMemoryConfig(
-            basis_functions=8, past_samples=16, widths=[0.05, 0.1], sticky=True, sticky_bins=16
-        ),
-        segment_length=16,
-    ).eval()
-    for memory in model.memories:
-        torch.nn.init.normal_(memory.output.weight, std=0.1)
-    compiled = torch.compile(model, fullgraph=True)
-    generator = torch.Generator().manual_seed(0)
-    memory = model.initial_state(2)
-    cases = [([0, 0], [16, 16]), ([0, 0], [16, 16]), ([1, 0], [16, 16]), ([0, 0], [16, 5]), ([0, 1], [3, 16])]
+    """Nothing is compiled anew, and all of it in one."""
     torch._dynamo.reset()
+    model = sticky(GPT2LMHeadModel(backbone.config))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for reset, lengths in cases:
-            ids = torch.randint(64, (2, 16), generator=generator)
-            arguments = {
-                "targets": ids,
-                "state": memory,
-                "reset": torch.tensor(reset, dtype=torch.bool),
-                "lengths": torch.tensor(lengths),
-                "noise": torch.rand(2, model.noise_size, generator=generator),
-            }
-            results = []
-            for run in (compiled, model):
-                output = run(ids, **arguments)
-                gradients = torch.autograd.grad(output.loss, list(model.parameters()), materialize_grads=True)
-                states = output.state.named_tensors()
-                results.append([output.token_losses, *states.values(), *gradients])
-            for actual, expected in zip(*results, strict=True):
-                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
-            memory = output.state.detach()
+        assert_all_cases_equal(torch.compile(model, fullgraph=True), model)
