@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -637,3 +638,40 @@ class TestSaving:
         """It runs the first forward pass without a graph: the memory would lose its gradient and nobody would know."""
         with pytest.raises(UserError, match="use_reentrant"):
             model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "decoder"])
+def test_a_memory_of_thirty_lines_is_trained_resumed_measured_saved_and_generates(
+    configure, train, model_folder, tmp_path, kind
+):
+    """By its options in `model.memory`; its run that was stopped goes on as if it had not been."""
+    changes = {"schedule.name": "constant", "evaluation.controls": True, "training.checkpoint_every": 3}
+    if kind == "decoder":
+        architecture = {"model_type": "decoder", "hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
+        changes |= {"model.pretrained": None, "model.architecture": architecture, "model.tokenizer": str(model_folder)}
+    changes |= {"model.memory": RunningMeanConfig(0 if kind == "wrapped" else 16)}
+    results = train(configure(tmp_path / "whole", {**changes, "training.max_steps": 6}))
+    assert results["nll"] < results["before"]["nll"]
+    assert results["protocol"]["memory"]["kind"] == "running_mean"
+    controls = results["controls"]
+    assert controls.keys() == {"memory_off", "memory_of_another_document", "memory_shuffled_in_time"}
+    assert controls["memory_off"]["nll"] != results["nll"] != controls["memory_of_another_document"]["nll"]
+    assert (controls["memory_shuffled_in_time"]["nll"] == results["nll"]) == (kind == "wrapped")  # no short-term memory
+
+    train(configure(tmp_path / "stopped", {**changes, "training.max_steps": 3}))
+    again = train(configure(tmp_path / "stopped", {**changes, "training.max_steps": 6, "resume": "auto"}))
+    assert again["nll"] == results["nll"]
+    folders = [tmp_path / run / "checkpoints" / "step-00000006" for run in ("whole", "stopped")]
+    whole, stopped = (
+        {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+        for folder in folders
+    )
+    assert any("mean" in name for file in whole.values() for name in file)
+    for name, tensors in whole.items():
+        assert all(torch.equal(tensor, stopped[name][key]) for key, tensor in tensors.items()), name
+
+    model = AutoModelForCausalLM.from_pretrained(folders[0] / "model")
+    assert isinstance(model.config.memory_config, RunningMeanConfig)
+    written = next(model.memory_parameters())
+    assert written.abs().max() > 0
+    assert len(continue_text(model, torch.arange(1, 20), 20, 16)) == 20
