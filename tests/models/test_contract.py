@@ -129,6 +129,17 @@ IN = {
 MODELS = {f"{kind}, {name}": (kind, MEMORIES[name]) for kind, names in IN.items() for name in names}
 REMEMBERING = {name: model for name, model in MODELS.items() if model[1] is not None}
 WRAPPED = {name: model for name, model in MODELS.items() if model[0] in BACKBONES}
+NEW = {
+    "none": None,
+    "running mean": RunningMeanConfig(0),
+    **{
+        f"{read} {contraction}{' sticky' * sticky}": long_term(read=read, contraction=contraction, sticky=sticky)
+        for read, contraction, sticky in itertools.product(
+            ("affine", "moments", "slots"), ("constant", "uniform"), (False, True)
+        )
+    },
+}
+"""What can stand beside a pretrained model."""
 
 
 def of(models: dict[str, Any]) -> pytest.MarkDecorator:
@@ -207,6 +218,23 @@ def state_after(model: MemoryModel, segments: int = 3, rows: int = 2) -> ModelSt
         return read(model, document(segments, rows))[-1].state
 
 
+def exact(model: MemoryModel) -> MemoryModel:
+    """A decoder in float64; a wrapped model, whose memory computes in float32, as it is."""
+    return model.double() if isinstance(model, DecoderForCausalLM) else model
+
+
+def initial_state(model: MemoryModel) -> ModelState:
+    """Empty, in the type of the model: by default it is float32."""
+    return model.initial_state(2).map_tensors(lambda t: t.to(model.dtype) if t.is_floating_point() else t)
+
+
+def agreement(model: MemoryModel) -> dict[str, float]:
+    """How near figures are that were computed in another order; angles of places are float32."""
+    if isinstance(model, InfformerForCausalLM):
+        return {"rtol": 1e-4, "atol": 1e-5}
+    return dict.fromkeys(("rtol", "atol"), 1e-10 if model.config.positions == "relative" else 1e-5)
+
+
 def remembers(model: MemoryModel) -> bool:
     return bool(model.layer_memories())
 
@@ -222,30 +250,12 @@ def assert_same_row(one: MemoryState, other: MemoryState, row: int) -> None:
     assert_same_state(one.select_rows(index), other.select_rows(index))
 
 
-def assert_same_model(saved: MemoryModel, loaded: MemoryModel) -> None:
-    """Name by name, to the last bit and type, and in what they say."""
-    assert type(loaded) is type(saved)
-    assert not loaded.training
-    assert loaded.config.memory_config == saved.config.memory_config
-    assert loaded.segment_length == saved.segment_length
-    for (name, tensor), (other_name, other) in zip(
-        itertools.chain(saved.named_parameters(), saved.named_buffers()),
-        itertools.chain(loaded.named_parameters(), loaded.named_buffers()),
-        strict=True,
-    ):
-        assert name == other_name
-        assert tensor.dtype == other.dtype, name
-        assert torch.equal(tensor, other), name
-    for one, other in zip(read(saved, document(3)), read(loaded, document(3)), strict=True):
-        assert torch.equal(one.logits, other.logits)
-        assert_same_state(one.state, other.state)
-
-
 @pytest.mark.usefixtures("no_gradients")
 class TestWhatIsAdded:
-    @of(WRAPPED)
-    def test_a_new_memory_changes_no_bit_of_a_stock_models_logits(self, request, model):
-        wrapped = new_model(*request.node.callspec.params["model"])
+    @pytest.mark.parametrize("memory", NEW.values(), ids=NEW)
+    @pytest.mark.parametrize("kind", BACKBONES)
+    def test_a_new_memory_changes_no_bit_of_a_stock_models_logits(self, kind, memory):
+        wrapped = new_model(kind, memory)
         stock = copy.deepcopy(wrapped.backbone)
         outputs = read(wrapped, document(5))
         for output, segment in zip(outputs, document(5), strict=True):
@@ -255,13 +265,14 @@ class TestWhatIsAdded:
                 not torch.equal(tensor, after.named_tensors()[name]) for name, tensor in before.named_tensors().items()
             )
 
-    def test_an_empty_memory_adds_nothing_and_a_full_one_something(self, model):
+    def test_an_empty_memory_adds_nothing_and_a_full_one_something(self, own):
+        model = exact(own)
         without = without_memory(model)
         expected = [without(segment).logits for segment in document(3)]
-        outputs = read(model, document(3))
+        outputs = read(model, document(3), initial_state(model))
         if isinstance(model, InfformerForCausalLM):
             assert torch.equal(outputs[0].logits, expected[0])
-        torch.testing.assert_close(outputs[0].logits, expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs[0].logits, expected[0], **agreement(model))
         if remembers(model):
             assert (outputs[2].logits - expected[2]).abs().max() > 1e-3
         else:
@@ -311,7 +322,8 @@ class TestRows:
             assert torch.equal(one.logits[[0, 2]], other.logits[[0, 2]])
             assert not torch.equal(one.logits[1], other.logits[1])
         alone = read(model, [segment[2:] for segment in document(3, rows=3)])
-        torch.testing.assert_close(alone[2].logits, together[2].logits[2:], rtol=1e-4, atol=1e-4)
+        tolerance = 1e-5 if isinstance(model, InfformerForCausalLM) else 1e-4
+        torch.testing.assert_close(alone[2].logits, together[2].logits[2:], rtol=1e-4, atol=tolerance)
 
     def test_a_reset_row_is_a_new_row_and_the_state_that_was_given_stays(self, model):
         """Row 0 begins another document; row 1 goes on."""
@@ -325,8 +337,9 @@ class TestRows:
         assert torch.equal(fresh.logits[0], went_on.logits[0]) == (not remembers(model))
         assert_same_state(before, given)
 
-    def test_no_token_sees_a_later_one(self, model):
-        changed, position = document(3), SEGMENT // 2
+    @pytest.mark.parametrize("position", [1, SEGMENT // 2, SEGMENT - 1])
+    def test_no_token_sees_a_later_one(self, model, position):
+        changed = document(3)
         changed[1][:, position:] = (changed[1][:, position:] + 1) % VOCABULARY
         ours, theirs = read(model, document(3)), read(model, changed)
         assert torch.equal(ours[0].logits, theirs[0].logits)
@@ -357,7 +370,7 @@ class TestRows:
         assert torch.equal(masked.loss, padded.loss)
 
         short = model(last[:1, :4], state=state.select_rows(torch.tensor([0])), targets=last[:1, :4])
-        torch.testing.assert_close(padded.token_losses[:1, :4], short.token_losses, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(padded.token_losses[:1, :4], short.token_losses, rtol=1e-4, atol=1e-5)
         assert_same_row(padded.state, state, 0)
         ours, theirs = padded.state.named_tensors(), state.named_tensors()
         assert any(not torch.equal(tensor[1], theirs[name][1]) for name, tensor in ours.items()) == remembers(model)
@@ -513,7 +526,7 @@ class TestGradients:
         assert torch.equal(losses, again)
         assert gradients.keys() == gradients_again.keys() == dict(own.named_parameters()).keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, gradients_again[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradient, gradients_again[name], rtol=1e-5, atol=1e-7, msg=name)
         torch.manual_seed(1)
         assert not torch.equal(own(tokens(), labels=tokens()).loss, losses[0])  # there is dropout
 
@@ -589,15 +602,17 @@ class TestGradients:
         assert all(p.grad.isfinite().all() for p in own.parameters() if p.grad is not None)
         for output in (outputs[-1], read(own.to(torch.bfloat16), document(3))[-1]):
             assert output.logits.dtype == torch.bfloat16
-            assert (output.logits - exact).norm() < 0.1 * exact.norm()
+            bound = 0.05 if isinstance(own, InfformerForCausalLM) else 0.1
+            assert (output.logits - exact).norm() < bound * exact.norm()
             floating = [tensor for tensor in output.state.named_tensors().values() if tensor.is_floating_point()]
             assert all(tensor.dtype == torch.float32 for tensor in floating)
 
 
 @pytest.mark.usefixtures("no_gradients")
 class TestGeneration:
-    def test_within_a_segment_it_goes_on_from_its_cache(self, model):
-        state, segment = state_after(model), tokens(seed=7)
+    def test_within_a_segment_it_goes_on_from_its_cache(self, own):
+        model = exact(own)
+        state, segment = read(model, document(3), initial_state(model))[-1].state, tokens(seed=7)
         logits, cache = [], None
         for piece in segment.split([2, 1, 1, 2], dim=1):
             output = model(piece, state=state, segment_cache=cache, use_cache=True)
@@ -605,7 +620,7 @@ class TestGeneration:
             cache = output.segment_cache
             assert_same_state(output.state, state)
         whole = model(segment, state=state)
-        torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, **agreement(model))
         assert whole.segment_cache is None
         if remembers(model):
             with pytest.raises(UserError, match="7 tokens are more than the memory's segment of 6"):
@@ -632,9 +647,9 @@ class TestGeneration:
 
 @pytest.mark.usefixtures("no_gradients")
 class TestSaving:
-    def test_what_is_loaded_is_what_was_saved(self, model, tmp_path):
+    def test_what_is_loaded_is_what_was_saved(self, model, tmp_path, assert_same_model):
         model.save_pretrained(tmp_path)
-        assert_same_model(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+        assert_same_model(model, AutoModelForCausalLM.from_pretrained(tmp_path), document(3))
 
     @of(REMEMBERING)
     def test_a_stored_memory_is_all_of_it_and_has_no_unknown_option(self, model, tmp_path):

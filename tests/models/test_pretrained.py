@@ -1,5 +1,4 @@
 import copy
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -129,14 +128,14 @@ class TestTheBackboneIsLeftAlone:
 
 
 class TestSaving:
-    def test_round_trip_with_memory_in_some_layers(self, model, tmp_path):
+    def test_round_trip_with_memory_in_some_layers(self, model, tmp_path, assert_same_model):
         saved = model(memory_layers=[1])
         saved.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config.memory_layers == [1]
-        self.assert_equal(saved, loaded)
+        assert_same_model(saved, loaded, document(3))
 
-    def test_round_trip_in_bfloat16(self, stock, new_model, tmp_path):
+    def test_round_trip_in_bfloat16(self, stock, new_model, tmp_path, assert_same_model):
         """The memories beside a bfloat16 backbone are float32, and so they return."""
         stock.save_pretrained(tmp_path / "stock")
         memory = new_model().config.memory_config
@@ -148,21 +147,8 @@ class TestSaving:
         assert {parameter.dtype for parameter in saved.backbone.parameters()} == {torch.bfloat16}
         assert {parameter.dtype for parameter in saved.memories.parameters()} == {torch.float32}
         saved.save_pretrained(tmp_path / "saved")
-        self.assert_equal(saved, AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto"))
-
-    @staticmethod
-    def assert_equal(saved: InfformerForCausalLM, loaded: InfformerForCausalLM) -> None:
-        for (name, tensor), (other_name, other) in zip(
-            itertools.chain(saved.named_parameters(), saved.named_buffers()),
-            itertools.chain(loaded.named_parameters(), loaded.named_buffers()),
-            strict=True,
-        ):
-            assert name == other_name
-            assert tensor.dtype == other.dtype, name
-            assert torch.equal(tensor, other), name
-        for one, other in zip(read(saved, document(3)), read(loaded, document(3)), strict=True):
-            assert torch.equal(one.logits, other.logits)
-            assert_same_memory(one.state, other.state)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+        assert_same_model(saved, loaded, document(3))
 
     def test_tied_embeddings_stay_tied(self, stock, model, tmp_path):
         model().save_pretrained(tmp_path)
