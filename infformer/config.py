@@ -454,7 +454,7 @@ def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[A
     """Every option and every group of a typed tree, as it is typed, those of every task and memory among them."""
     variants: dict[type[Any], list[type[Any]]] = {
         TaskConfig: [type(task) for task in TASKS.values()],
-        MemoryConfig: [MemoryConfig, CompressiveMemoryConfig, LongTermMemoryConfig],
+        MemoryConfig: MemoryConfig.kinds(),
     }
     for declared in fields(kind):
         option = prefix + declared.name

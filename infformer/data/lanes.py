@@ -220,8 +220,8 @@ def load_windows(
 ) -> Segment:
     """The segment that the lanes of this process read.
 
-
     Args:
+        windows: of every lane of the global batch its window, or None if it is idle.
         reads: how many windows each lane has read before, [lanes].
     """
     input_ids = np.zeros((len(rank_rows), segment_length), dtype=np.int64)

@@ -1,1 +1,8 @@
-"""What a layer remembers. State in, state out: nothing that outlives a call is kept on a module."""
+"""What a layer remembers. State in, state out: nothing that outlives a call is kept on a module.
+
+All kinds are imported, as a stored configuration may name any of them.
+"""
+
+from infformer.memory import compressive, long_term
+
+__all__ = ["compressive", "long_term"]

@@ -146,7 +146,3 @@ class CompressiveMemory(Memory):
 
     def shuffle_time(self, state: Queue, shuffle: Any) -> Queue:
         return state.shuffle_time()
-
-    def reset_parameters(self) -> None:
-        if self.config.function == "convolution":
-            self.compression.convolution.reset_parameters()

@@ -139,12 +139,12 @@ class LongTermMemoryConfig(MemoryConfig):
                 "so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or more"
             )
 
-    def numbers(self, hidden_size: int, layers: int, rows: int, segment_length: int) -> int:
+    def numbers(self, hidden_size: int, layers: int, rows: int, rows_at_once: int, segment_length: int) -> int:
         """The states, the operators in float64, and the histograms of one layer."""
-        states = super().numbers(hidden_size, layers, rows, segment_length)
+        states = super().numbers(hidden_size, layers, rows, rows_at_once, segment_length)
         states += rows * layers * hidden_size * self.basis_functions
         operators = 2 * self.basis_functions * (self.basis_functions + segment_length + self.past_samples)
-        return states + operators + rows * segment_length * (self.sticky_bins if self.sticky else 0)
+        return states + operators + rows_at_once * segment_length * (self.sticky_bins if self.sticky else 0)
 
     def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
         if hidden_size % heads:

@@ -108,4 +108,4 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Begin anew: what a memory that was never trained has."""
+        """Begin anew beside a pretrained model: what a memory that was never trained has there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from infformer.memory.memory import Memory
@@ -32,6 +32,10 @@ class MemoryConfig:
                 "model.memory.short_term_length=0: this would be no memory at all; choose model/memory=none, or set it "
                 "to null, which is as many tokens as a segment has"
             )
+
+    def with_short_term_length(self, default: int) -> Self:
+        """The same with so long a short-term memory, if it is not said how long it is."""
+        return self if self.short_term_length is not None else replace(self, short_term_length=default)
 
     def check_segment_length(self, segment_length: int) -> None:
         """Make sure that segments of this length can be written.
@@ -99,13 +103,23 @@ class MemoryConfig:
         """How many states attention sees beside the segment."""
         return self.short_term_length or 0
 
-    def numbers(self, hidden_size: int, layers: int, rows: int, segment_length: int) -> int:
-        """How many float32 numbers the memories of a model take at least, for the refusal of what cannot fit."""
+    def numbers(self, hidden_size: int, layers: int, rows: int, rows_at_once: int, segment_length: int) -> int:
+        """How many float32 numbers the memories of a model take at least, for the refusal of what cannot fit.
+
+        Args:
+            rows: whose states are kept,
+            rows_at_once: and how many of them are read side by side.
+        """
         return rows * layers * hidden_size * self.entries
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a model's `config.json`."""
         return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def kinds(cls) -> list[type[Self]]:
+        """This kind and all that were derived from it."""
+        return [cls, *(kind for derived in cls.__subclasses__() for kind in derived.kinds())]
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Self:
@@ -115,7 +129,7 @@ class MemoryConfig:
             ValueError: there is no such kind, or it has no such option.
         """
         fields = dict(stored)
-        kinds = {kind.kind: kind for kind in (cls, *_subclasses(cls))}
+        kinds = {kind.kind: kind for kind in cls.kinds()}
         kind = kinds.get(fields.pop("kind", ""))
         if kind is None:
             raise ValueError(f"memory.kind={stored.get('kind')}: there are {', '.join(kinds)}")
@@ -123,7 +137,3 @@ class MemoryConfig:
             return kind(**fields)
         except TypeError as error:
             raise ValueError(str(error)) from error
-
-
-def _subclasses(kind: type[Any]) -> list[type[Any]]:
-    return [found for own in kind.__subclasses__() for found in (own, *_subclasses(own))]

@@ -123,7 +123,3 @@ class ShortTermMemory(Memory):
         """That of each memory apart."""
         behind = None if self.behind is None else self.behind.shuffle_time(state.behind, shuffle)
         return ShortTermState(state.short_term.shuffle_time(), behind)
-
-    def reset_parameters(self) -> None:
-        if self.behind is not None:
-            self.behind.reset_parameters()

@@ -259,18 +259,9 @@ class MemoryModel(PreTrainedModel):
             model._renew(new)
         return loaded if output_loading_info else model
 
-    @torch.no_grad()
     def _renew(self, names: set[str]) -> None:
         """Give those of the memories' weights that were not loaded what a new memory has."""
-        every = {id(parameter): name for name, parameter in self.named_parameters()}
-        for memory in self.layer_memories().values():
-            parameters = {every[id(parameter)]: parameter for parameter in memory.parameters()}
-            if names.isdisjoint(parameters):
-                continue
-            loaded = {name: parameter.clone() for name, parameter in parameters.items() if name not in names}
-            memory.reset_parameters()
-            for name, tensor in loaded.items():
-                parameters[name].copy_(tensor)
+        raise NotImplementedError
 
     def check_segment_length(self, length: int) -> None:
         """Make sure that the model can read segments of this length, and that its memory writes them.

@@ -96,9 +96,9 @@ class DecoderConfig(PreTrainedConfig):
         self.adaptive_cutoffs = adaptive_cutoffs or []
         self.adaptive_divisor = adaptive_divisor
         self.segment_length = segment_length
-        self.memory = memory.to_json() if isinstance(memory, MemoryConfig) else memory
-        if self.memory is not None and self.memory["short_term_length"] is None:
-            self.memory = {**self.memory, "short_term_length": segment_length}
+        if isinstance(memory, MemoryConfig):
+            memory = memory.with_short_term_length(segment_length).to_json()
+        self.memory = memory
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):
             _check_size(name, getattr(self, name))
         self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
@@ -288,6 +288,9 @@ class DecoderForCausalLM(MemoryModel):
             entries = memory.entries(layer)
             return None if entries is None else entries.real
         return None
+
+    def _renew(self, names: set[str]) -> None:
+        """They are new already: each belongs to a module that `_init_weights` has seen."""
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases, in the memories too: there is nothing pretrained that they could disturb."""

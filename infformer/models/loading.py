@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from infformer.memory import compressive, long_term  # noqa: F401, the kinds that a stored configuration may name
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel, ModelError
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM

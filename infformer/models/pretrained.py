@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,8 +35,8 @@ ATTENTION_PATHS = {
     "gpt2": ("transformer.h", "attn"),
     "llama": ("model.layers", "self_attn"),
 }
-"""Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its layers
-hand keyword arguments on to their attention, and its logits are its output embeddings times its last hidden states."""
+"""Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its
+logits are its output embeddings times its last hidden states."""
 
 
 class InfformerConfig(PreTrainedConfig):
@@ -62,9 +63,10 @@ class InfformerConfig(PreTrainedConfig):
         if isinstance(backbone, dict):
             backbone = AutoConfig.for_model(**backbone)
         self.backbone = backbone if backbone is not None else AutoConfig.for_model("gpt2")
-        self.memory = memory.to_json() if isinstance(memory, MemoryConfig) else memory
-        if self.memory is not None and self.memory["short_term_length"] is None:
-            self.memory = {**self.memory, "short_term_length": 0}
+        if isinstance(memory, MemoryConfig):
+            # What cannot stand beside attention without a short-term memory is refused in words by the model.
+            memory = (memory.with_short_term_length(0) if memory.adds_to_attention else memory).to_json()
+        self.memory = memory
         self.segment_length = segment_length
         self.memory_layers = memory_layers
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -272,6 +274,17 @@ class InfformerForCausalLM(MemoryModel):
             return function(told, *args, **options)
 
         return checkpoint_told
+
+    @torch.no_grad()
+    def _renew(self, names: set[str]) -> None:
+        for prefix, memory in self.memories.named_children():
+            parameters = {f"memories.{prefix}.{name}": parameter for name, parameter in memory.named_parameters()}
+            if names.isdisjoint(parameters):
+                continue
+            loaded = {name: parameter.clone() for name, parameter in parameters.items() if name not in names}
+            cast(Memory, memory).reset_parameters()
+            for name, tensor in loaded.items():
+                parameters[name].copy_(tensor)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,8 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
         if config.engine.name not in ("auto", "ddp"):
             weights //= processes
     memory = chosen.memory
-    if memory is not None and memory.short_term_length is None:
-        memory = replace(memory, short_term_length=training.segment_length if chosen.is_decoder else 0)
+    if memory is not None:
+        memory = memory.with_short_term_length(training.segment_length if chosen.is_decoder else 0)
     lanes = training.batch_size // processes
     check_size(
         shape,
@@ -76,7 +75,7 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
             "training.bptt_segments": (training.bptt_segments, 8),
             **{
                 f"model.memory.{name}": (value, 512)
-                for name, value in vars(chosen.memory or object).items()
+                for name, value in (vars(memory) if memory else {}).items()
                 if type(value) is int
             },
             **{
@@ -142,7 +141,7 @@ def check_size(
     inner = shape.backbone if isinstance(shape, InfformerConfig) else shape.get_text_config()
     layers, hidden = getattr(inner, "num_hidden_layers", 1), getattr(inner, "hidden_size", 1)
     activations = 2 * lanes_at_once * bptt_segments * segment_length * hidden * layers
-    remembered = 0 if memory is None else 4 * memory.numbers(hidden, layers, lanes, segment_length)
+    remembered = 0 if memory is None else 4 * memory.numbers(hidden, layers, lanes, lanes_at_once, segment_length)
     seen = 0 if memory is None else memory.entries
     allowed = lanes_at_once * segment_length * (segment_length + seen) if seen else 0
     needed = weights + activations + remembered + allowed + 8 * lanes * longest_text
