@@ -72,9 +72,9 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
             plot_results(folder / "results.json")
     else:
         _, examination = ask(config.task, evaluator, config.controls, config.data, documents, tokenizer)
-        results = examination.measure(config.checkpoint)
+        found = examination.measure(config.checkpoint)
         if accelerator.is_main_process:
-            examination.report(results, folder)
+            examination.report(found, folder)
     if accelerator.is_main_process:
         write_record(config, folder)
         print(f"written to {folder / 'results.json'}")

@@ -22,8 +22,8 @@ from typing import Any
 from infformer.durable import check_place
 from infformer.errors import UserError
 from infformer.evaluation.comparison import compare
-from infformer.evaluation.reading import EvaluationError
 from infformer.evaluation.report import format_comparison, write_results
+from infformer.evaluation.streaming import EvaluationError
 from infformer.plots.comparison import plot_comparison
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from infformer.data import Lanes, TokenizedDocuments
 from infformer.data.sources import Document
 from infformer.evaluation.memory_instruments import inspect_document
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.harness.continuations import Continuation, score_continuations
 from infformer.harness.generation import GenerationOptions, write_text
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -44,7 +44,9 @@ def task(model, tokenizer) -> LanguageModelling:
     documents = TokenizedDocuments.from_texts(texts, tokenizer, 0)
     splits = dict.fromkeys(("train", "validation", "test"), documents)
     lanes = Lanes(documents, 1, SEGMENT, 0)
-    return LanguageModelling(tokenizer, splits, lanes, Evaluator(model, SEGMENT, progress=False), inspected_segments=4)
+    return LanguageModelling(
+        tokenizer, splits, lanes, Evaluator(model=model, protocol=ReadingProtocol(SEGMENT)), inspected_segments=4
+    )
 
 
 def questions() -> Questions:
@@ -72,7 +74,7 @@ MEASURES: dict[str, Callable[[LanguageModelling, Evaluator, Any], Any]] = {
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_what_is_found_is_what_the_model_gives_without_dropout(task, model, tokenizer, name):
-    evaluator, found = Evaluator(model, SEGMENT, progress=False), []
+    evaluator, found = Evaluator(model=model, protocol=ReadingProtocol(SEGMENT)), []
     for training in (False, True):
         model.train(training)
         torch.manual_seed(0)

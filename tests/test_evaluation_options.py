@@ -17,7 +17,7 @@ import eval as eval_command
 from infformer.config import EvaluationRunConfig
 from infformer.data import DataConfig, tokenize_documents
 from infformer.evaluation.perplexity import evaluate
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import load_pretrained
 from infformer.models.pretrained import InfformerForCausalLM
@@ -91,7 +91,14 @@ def by_hand(checkpoint, data, tokenizer) -> Callable[..., float]:
         config.segment_length = options.get("segment_length", 16)
         model = InfformerForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
         documents = tokenize_documents(data, "test", tokenizer)
-        return evaluate(Evaluator(model, **{"segment_length": 16, **options}, progress=False), documents)["nll"]
+        protocol = ReadingProtocol(**{"segment_length": 16, **options})
+        return evaluate(
+            Evaluator(
+                model=model,
+                protocol=protocol,
+            ),
+            documents,
+        )["nll"]
 
     return read
 

@@ -7,15 +7,17 @@ document, and the interval is over these differences.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infformer.evaluation.figures import interval_of_ratio
-from infformer.evaluation.reading import EvaluationError, describe_protocol
+from infformer.evaluation.streaming import EvaluationError, describe_protocol
+from infformer.results import Comparison, Difference, Document, Ratio, Results
 
-Documents = list[dict[str, Any]]
-"""`per_document` of a `results.json`."""
+COUNTS: tuple[Literal["documents", "tokens", "words", "bytes"], ...] = ("documents", "tokens", "words", "bytes")
 
 FEWEST_DOCUMENTS = 5
 """That a verdict is given on: of fewer an interval is as wide as chance has it, and all may agree by chance."""
@@ -24,15 +26,11 @@ TIE = 5e-5
 """Nats per token: what is less is printed as 0.0000, and is no difference."""
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+def compare(a: Results, b: Results) -> Comparison:
     """By how much b is better or worse than a.
 
     Args:
         a, b: what two `results.json` hold.
-
-    Returns:
-        `difference`, `by_position`, `by_recency` and `per_document`: nats per token of b less those of a; below 0, b
-        reads better. With the perplexities of both and the protocol they share.
 
     Raises:
         EvaluationError: they were measured on other documents or by another protocol.
@@ -43,21 +41,18 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         "protocol": describe_protocol(a["protocol"]),
         "documents": a["documents"],
         "tokens": a["tokens"],
-        **{
-            name: {"checkpoint": run["protocol"]["checkpoint"], "perplexity": run["perplexity"]}
-            for name, run in (("a", a), ("b", b))
-        },
+        "a": {"checkpoint": a["protocol"]["checkpoint"], "perplexity": a["perplexity"]},
+        "b": {"checkpoint": b["protocol"]["checkpoint"], "perplexity": b["perplexity"]},
         "difference": paired_difference(a["per_document"], b["per_document"]),
         "by_position": [
-            {"from": place["from"], "to": place["to"], **_difference_in_class(documents, "by_position", index)}
+            {"from": place["from"], "to": place["to"], "tokens": tokens, **ratio}
             for index, place in enumerate(a["by_position"])
+            for tokens, ratio in [_difference_in_class(documents, "by_position", index)]
         ],
         "by_recency": [
-            {
-                "previous_occurrence": place["previous_occurrence"],
-                **_difference_in_class(documents, "by_recency", index),
-            }
+            {"previous_occurrence": place["previous_occurrence"], "tokens": tokens, **ratio}
             for index, place in enumerate(a["by_recency"])
+            for tokens, ratio in [_difference_in_class(documents, "by_recency", index)]
         ],
         "per_document": [
             {"id": one["id"], "tokens": one["tokens"], "nats_per_token": (other["nll"] - one["nll"]) / one["tokens"]}
@@ -66,24 +61,25 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def paired_difference(a: Documents, b: Documents) -> dict[str, Any]:
+def paired_difference(a: list[Document], b: list[Document]) -> Difference:
     """Nats per token of b less those of a, on the same documents.
 
-    Returns:
-        `nats_per_token`, its `interval` of 95 % (None for a single document), `documents` and on how many of them b is
-        `better` and `worse`: neither where the two differ by less than `TIE`.
+    On how many documents b is `better` or `worse`: on neither where the two differ by less than `TIE`.
     """
     differences = np.array([other["nll"] - one["nll"] for one, other in zip(a, b, strict=True)])
     tokens = np.array([one["tokens"] for one in a])
+    ratio = _ratio(differences, tokens)
+    assert ratio["nats_per_token"] is not None
     return {
-        **_ratio(differences, tokens),
+        "nats_per_token": ratio["nats_per_token"],
+        "interval": ratio["interval"],
         "documents": len(a),
         "better": int((differences <= -TIE * tokens).sum()),
         "worse": int((differences >= TIE * tokens).sum()),
     }
 
 
-def check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
+def check_comparable(a: Results, b: Results) -> None:
     """Make sure that two results are of the same documents, read by the same protocol.
 
     Raises:
@@ -95,17 +91,19 @@ def check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
                 f"the {name} results do not say how they were measured, document by document: they are not of eval.py, "
                 "or of another version; measure again with eval.py"
             )
-    one, other = a["protocol"], b["protocol"]
+    one: Mapping[str, object] = a["protocol"]
+    other: Mapping[str, object] = b["protocol"]
     for key in ("segment", "stride", "warmup_documents", "dtype"):
         if one[key] != other[key]:
             raise EvaluationError(
                 f"the two were measured by different protocols: {key} is {one[key]} in the first and {other[key]} in "
                 "the second; measure one of them again with eval.py by the protocol of the other"
             )
-    for key in ("documents", "tokens", "words", "bytes"):
-        if a[key] != b[key]:
+    for count in COUNTS:
+        if a[count] != b[count]:
             raise EvaluationError(
-                f"the two were measured on different documents: {a[key]} {key} in the first, {b[key]} in the second"
+                f"the two were measured on different documents: {a[count]} {count} in the first, {b[count]} in the "
+                "second"
             )
     if [place["id"] for place in a["per_document"]] != [place["id"] for place in b["per_document"]]:
         raise EvaluationError("the two were measured on different documents: their names or their order differ")
@@ -116,7 +114,7 @@ def check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
         )
 
 
-def verdict(comparison: dict[str, Any]) -> str:
+def verdict(comparison: Comparison) -> str:
     """What a comparison says, in a sentence or two."""
     difference = comparison["difference"]
     nats, interval, documents = difference["nats_per_token"], difference["interval"], difference["documents"]
@@ -138,23 +136,22 @@ def verdict(comparison: dict[str, Any]) -> str:
     return f"B reads {'better' if nats < 0 else 'worse'} than A: {told}."
 
 
-def tally(difference: dict[str, Any], side: str) -> str:
+def tally(difference: Difference, side: Literal["better", "worse"]) -> str:
     """On how many documents b is `better` or `worse`, as said by `side`, and on how many neither."""
     documents, equal = difference["documents"], difference["documents"] - difference["better"] - difference["worse"]
     return f"{side} on {difference[side]} of {documents} documents" + (f", equal on {equal}" if equal else "")
 
 
-def _difference_in_class(documents: list[tuple[dict[str, Any], dict[str, Any]]], breakdown: str, index: int) -> Any:
+def _difference_in_class(
+    documents: list[tuple[Document, Document]], breakdown: Literal["by_position", "by_recency"], index: int
+) -> tuple[int, Ratio]:
     """In one class of tokens, such as the first 64 of each document."""
     pairs = [(one[breakdown][index], other[breakdown][index]) for one, other in documents]
     tokens = np.array([one[0] for one, _ in pairs])
-    return {
-        "tokens": int(tokens.sum()),
-        **_ratio(np.array([other[1] - one[1] for one, other in pairs]), tokens),
-    }
+    return int(tokens.sum()), _ratio(np.array([other[1] - one[1] for one, other in pairs]), tokens)
 
 
-def _ratio(differences: Any, tokens: Any) -> dict[str, Any]:
+def _ratio(differences: NDArray[Any], tokens: NDArray[Any]) -> Ratio:
     total = tokens.sum()
     interval = interval_of_ratio(differences, tokens)
     return {

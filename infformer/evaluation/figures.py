@@ -15,25 +15,16 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.evaluation.reading import Evaluator, TokenLosses
-
-RECENCY = ("within_window", "beyond_window", "never")
-"""Where the token to be predicted occurred last in its document: among the tokens that attention sees (the window and
-the short-term memory), before these, or nowhere. A long-term memory has to show in the second class."""
+from infformer.evaluation.streaming import Evaluator, TokenLosses
+from infformer.results import RECENCY, Figures, Interval
 
 
-def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenLosses) -> dict[str, Any]:
+def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenLosses) -> Figures:
     """What a model's nats say.
 
     Args:
         evaluator: by which they were read.
         nats: of every token, as `read_documents` returns them.
-
-    Returns:
-        `tokens`, `words`, `bytes`, `documents`, `nll` (nats, total), `perplexity` (`token`, `word`),
-        `perplexity_interval` (of 95 %, for both; None for a single document), `bits_per_byte`, `by_position` (counts
-        and nats by distance from the document's beginning), `by_recency` (counts and nats by where the token occurred
-        last), `per_document` (with its counts and nats in the classes of the two, in their order).
     """
     tokens = documents.token_counts - 1
     words, bytes_ = documents.word_counts, documents.byte_counts
@@ -54,13 +45,7 @@ def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenL
         "documents": len(documents),
         "nll": nll,
         "perplexity": {"token": _exp(nll / tokens.sum()), "word": _exp(nll / max(int(words.sum()), 1))},
-        "perplexity_interval": {
-            unit: None if interval is None else [_exp(bound) for bound in interval]
-            for unit, interval in (
-                ("token", interval_of_ratio(by_document, tokens)),
-                ("word", interval_of_ratio(by_document, words)),
-            )
-        },
+        "perplexity_interval": {"token": _interval(by_document, tokens), "word": _interval(by_document, words)},
         "bits_per_byte": nll / (math.log(2) * max(int(bytes_.sum()), 1)),
         "by_position": [
             {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
@@ -125,7 +110,7 @@ def _recency(evaluator: Evaluator, text: NDArray[np.int64]) -> NDArray[np.int64]
     """For each token of a document but the first, the index in `RECENCY`, [tokens]."""
     previous = previous_occurrences(text)[1:]
     inputs = np.arange(len(text) - 1)
-    segment, stride = evaluator.segment_length, evaluator.stride or evaluator.segment_length
+    segment, stride = evaluator.protocol.segment_length, evaluator.protocol.step
     # Of the window in which the token is predicted: the first to reach so far.
     window = np.maximum(0, -(-(inputs + 1 - segment) // stride)) * stride
     visible = np.maximum(0, window - evaluator.model.short_term_length)
@@ -139,6 +124,11 @@ def previous_occurrences(text: NDArray[np.int64]) -> NDArray[np.int64]:
     previous = np.full(len(text), -1, dtype=np.int64)
     previous[order[1:][same]] = order[:-1][same]
     return previous
+
+
+def _interval(nats: NDArray[Any], counts: NDArray[Any]) -> Interval | None:
+    interval = interval_of_ratio(nats, counts)
+    return None if interval is None else [_exp(bound) for bound in interval]
 
 
 def _exp(nats: float) -> float:

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice, starmap
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from tqdm import tqdm
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Density, Gaussian, TruncatedParabola, match_moments
 from infformer.evaluation.memory_reconstruction import WrittenPast
-from infformer.evaluation.reading import EvaluationError
+from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
 from infformer.memory.memory import Memory
 from infformer.memory.short_term import ShortTermMemory, ShortTermState
 from infformer.memory.state import MemoryState, ModelState
 from infformer.models.base import LayerRead, MemoryModel
+from infformer.models.streaming import TextSegment, stream
 
 PLACES = 64
 """Equal parts of [0, 1] in which the samples of sticky memories are counted."""
@@ -162,11 +164,11 @@ def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator
     state = model.initial_state(1)
     inputs, labels = (part.to(model.device).unsqueeze(0) for part in (tokens[:-1], tokens[1:]))
     pairs = zip(*(part.split(model.segment_length, dim=1) for part in (inputs, labels)), strict=True)
-    for number, (input_ids, targets) in zip(range(segments), pairs, strict=False):
-        output = model(input_ids, state=state, targets=targets, return_intermediates=True)
+    cut = list(islice(pairs, segments))
+    read = stream(model, starmap(TextSegment, cut), state, return_intermediates=True)
+    for number, ((input_ids, targets), (before, output)) in enumerate(zip(cut, read, strict=True)):
         nats = float(output.token_losses.mean())
-        yield ReadSegment(number, input_ids, targets, state, output.state, nats, output.intermediates)
-        state = output.state
+        yield ReadSegment(number, input_ids, targets, before, output.state, nats, output.intermediates)
 
 
 def density_figures(reading: Reading, past: WrittenPast, short_term_length: int) -> dict[str, list[float]]:

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from infformer.durable import write_text
 from infformer.evaluation.comparison import tally, verdict
-from infformer.evaluation.reading import describe_protocol
+from infformer.evaluation.streaming import describe_protocol
+from infformer.results import (
+    MEMORY_OF_ANOTHER_DOCUMENT,
+    MEMORY_OFF,
+    MEMORY_SHUFFLED_IN_TIME,
+    RECENCY,
+    Comparison,
+    Difference,
+    Figures,
+    PositionRatio,
+    RecencyRatio,
+    Results,
+)
 
-RECENCY_IN_WORDS = {"within_window": "within the window", "beyond_window": "before the window", "never": "nowhere"}
 
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write `results.json`, at once or not at all. As JSON has no infinity and no NaN, both are written as null."""
     write_text(path, json.dumps(_strict(results), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def format_table(results: dict[str, Any]) -> str:
+def format_table(results: Results) -> str:
     """The figures of a run, one situation a line, each beside the protocol that it was measured by."""
-    controls = results.get("controls") or {}
-    situations = {
+    controls = results["controls"]
+    situations: dict[str, Figures | None] = {
         "before training": results.get("before"),
         "after training" if results.get("before") else "this model": results,
-        "  its memory off": controls.get("memory_off"),
-        "  another document's memory": controls.get("memory_of_another_document"),
-        "  its memory shuffled in time": controls.get("memory_shuffled_in_time"),
+        "  its memory off": controls.get(MEMORY_OFF),
+        "  another document's memory": controls.get(MEMORY_OF_ANOTHER_DOCUMENT),
+        "  its memory shuffled in time": controls.get(MEMORY_SHUFFLED_IN_TIME),
     }
     protocol = describe_protocol(results["protocol"])
     lines = [f"{'perplexity':<30} {'per token':>11} {'(95 %)':>19} {'per word':>11} {'bits/byte':>11}  protocol"]
@@ -48,7 +59,7 @@ def format_table(results: dict[str, Any]) -> str:
             f"{tally(difference, 'worse')}"
         )
     recency = [
-        f"{place['nll'] / place['tokens']:.3f} {RECENCY_IN_WORDS[place['previous_occurrence']]} ({place['tokens']:,})"
+        f"{place['nll'] / place['tokens']:.3f} {RECENCY[place['previous_occurrence']]} ({place['tokens']:,})"
         for place in results["by_recency"]
         if place["tokens"]
     ]
@@ -60,24 +71,24 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def format_comparison(comparison: dict[str, Any]) -> str:
+def format_comparison(comparison: Comparison) -> str:
     """What `compare` found, as a table and a verdict."""
     lines = []
-    for name in ("a", "b"):
-        run = comparison[name]
+    for name, run in (("A", comparison["a"]), ("B", comparison["b"])):
         lines.append(
-            f"{name.upper()}: perplexity {run['perplexity']['token']:.3f} per token, "
+            f"{name}: perplexity {run['perplexity']['token']:.3f} per token, "
             f"{run['perplexity']['word']:.2f} per word ({comparison['protocol']})  {_from_here(run['checkpoint'])}"
         )
     lines.append(f"{'B less A':<34} {'nats per token':>15} {'95 % interval':>24} {'tokens':>12}")
-    rows = [("all tokens", {**comparison["difference"], "tokens": comparison["tokens"]})]
-    rows += [(f"  tokens {place['from']:,} to {place['to']:,}", place) for place in comparison["by_position"]]
-    rows += [(f"  last {RECENCY_IN_WORDS[place['previous_occurrence']]}", place) for place in comparison["by_recency"]]
-    for name, row in rows:
-        if row["tokens"]:
+    rows: list[tuple[str, int, Difference | PositionRatio | RecencyRatio]]
+    rows = [("all tokens", comparison["tokens"], comparison["difference"])]
+    rows += [(f"  tokens {row['from']:,} to {row['to']:,}", row["tokens"], row) for row in comparison["by_position"]]
+    rows += [(f"  last {RECENCY[row['previous_occurrence']]}", row["tokens"], row) for row in comparison["by_recency"]]
+    for name, tokens, row in rows:
+        if tokens:
             interval = row["interval"]
             spread = "" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
-            lines.append(f"{name:<34} {row['nats_per_token']:>+15.4f} {spread:>24} {row['tokens']:>12,}")
+            lines.append(f"{name:<34} {row['nats_per_token']:>+15.4f} {spread:>24} {tokens:>12,}")
     lines.append(verdict(comparison))
     return "\n".join(lines)
 
@@ -89,7 +100,7 @@ def _from_here(checkpoint: str) -> str:
 
 
 def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _strict(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_strict(inner) for inner in value]

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from infformer.data.sources import Document
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.evaluation.reading import Evaluator, read_documents, with_memory
+from infformer.errors import UserError
+from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol, read_documents, with_memory
 from infformer.harness.continuations import Continuation, score_continuations
-from infformer.harness.errors import HarnessError
 from infformer.harness.generation import GenerationOptions, write_text
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 
@@ -57,16 +57,14 @@ class InfformerLM(TemplateLM):
     ) -> None:
         super().__init__()
         for option, value in others.items():
-            raise HarnessError(f"model_args {option}={value}: infformer has no such option; take it out")
+            raise UserError(f"model_args {option}={value}: infformer has no such option; take it out")
         if not checkpoint:
-            raise HarnessError(
-                "model_args checkpoint=: say which model, such as checkpoint=outputs/tiny/checkpoints/best"
-            )
+            raise UserError("model_args checkpoint=: say which model, such as checkpoint=outputs/tiny/checkpoints/best")
         if precision not in PRECISIONS:
-            raise HarnessError(f"model_args precision={precision}: choose one of {', '.join(PRECISIONS)}")
+            raise UserError(f"model_args precision={precision}: choose one of {', '.join(PRECISIONS)}")
         processes = os.environ.get("WORLD_SIZE", "1")
         if processes != "1":
-            raise HarnessError(f"{processes} processes were launched, and this model works in one: use python")
+            raise UserError(f"{processes} processes were launched, and this model works in one: use python")
         _check_number("segment_length", segment_length)
         _check_number("short_term_length", short_term_length)
         batch_size = int(batch_size) if str(batch_size).isdecimal() else batch_size
@@ -76,7 +74,7 @@ class InfformerLM(TemplateLM):
         self.tokenizer = load_tokenizer(tokenizer or checkpoint, "model_args tokenizer" if tokenizer else "checkpoint")
         check_vocabulary(model, self.tokenizer)
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
-            raise HarnessError(
+            raise UserError(
                 f"the tokenizer of {tokenizer or checkpoint} has neither a beginning-of-sequence nor an "
                 "end-of-sequence token, from which the first token of a text could be predicted: give it a bos_token"
             )
@@ -85,8 +83,9 @@ class InfformerLM(TemplateLM):
         try:
             model.to("cpu" if place is None else place)  # type: ignore[arg-type] # whose decorator hides its own self
         except (RuntimeError, AssertionError) as error:
-            raise HarnessError(f"device={device}: {error}; choose another with --device") from error
-        self.evaluator = Evaluator(model, length, int(batch_size), getattr(torch, precision))
+            raise UserError(f"device={device}: {error}; choose another with --device") from error
+        protocol = ReadingProtocol(length, precision=getattr(torch, precision))
+        self.evaluator = Evaluator(model=model, protocol=protocol, batch_size=int(batch_size))
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +94,7 @@ class InfformerLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """For the record only: texts are not limited to it."""
-        return self.evaluator.segment_length
+        return self.evaluator.protocol.segment_length
 
     @property
     def eot_token_id(self) -> int | None:
@@ -110,7 +109,7 @@ class InfformerLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model: the protocol by which its figures were measured."""
         memory = getattr(self.evaluator.model.config, "memory", None)
-        return {"protocol": {**self.evaluator.protocol, "memory": memory}}
+        return {"protocol": {**self.evaluator.protocol.as_json(), "memory": memory}}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """As the harness's own models do it: with the tokenizer's special tokens, but not with a second beginning."""
@@ -126,7 +125,7 @@ class InfformerLM(TemplateLM):
         likelihoods = [0.0] * len(requests)  # of documents without a token
         if len(documents) == 0:
             return likelihoods
-        evaluator = replace(self.evaluator, progress=not disable_tqdm)
+        evaluator = replace(self.evaluator, processes=Processes(progress=not disable_tqdm))
         nats = read_documents(evaluator, documents, with_memory(evaluator), "reading documents")
         last = (documents.token_counts - 1).cumsum()
         for name, losses in zip(documents.ids, np.split(nats.astype(np.float64), last[:-1]), strict=True):
@@ -141,7 +140,7 @@ class InfformerLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         # A context of nothing but blanks has become empty: they are the continuation's.
         continuations = [Continuation(context or [self.prefix_token_id], tokens) for _, context, tokens in requests]
-        evaluator = replace(self.evaluator, progress=not disable_tqdm)
+        evaluator = replace(self.evaluator, processes=Processes(progress=not disable_tqdm))
         scores = score_continuations(evaluator, continuations, "reading continuations")
         return [(score.log_likelihood, score.greedy) for score in scores]
 
@@ -158,4 +157,4 @@ class InfformerLM(TemplateLM):
 
 def _check_number(option: str, value: Any) -> None:
     if value is not None and not (isinstance(value, int) and value >= 1):
-        raise HarnessError(f"{option}={value}: give a number of at least 1")
+        raise UserError(f"{option}={value}: give a number of at least 1")

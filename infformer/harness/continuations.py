@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator
 from infformer.memory.state import ModelState
 from infformer.models.chunked_loss import IGNORE_INDEX
+from infformer.models.streaming import TextSegment, reading, remember, stream
 
 
 class Continuation(NamedTuple):
@@ -33,7 +34,6 @@ class Score(NamedTuple):
     """Whether each of its tokens is the most likely one after those before it."""
 
 
-@torch.inference_mode()
 def score_continuations(evaluator: Evaluator, requests: Sequence[Continuation], title: str) -> list[Score]:
     """Score each continuation. The model is left in evaluation mode.
 
@@ -48,63 +48,62 @@ def score_continuations(evaluator: Evaluator, requests: Sequence[Continuation], 
     Returns:
         Scores in the order of the requests.
     """
-    evaluator.model.eval()
-    device = evaluator.model.device
+    model, segment_length = evaluator.model, evaluator.protocol.segment_length
     by_beginning: dict[tuple[int, ...], list[int]] = defaultdict(list)
     unread: list[Continuation] = []
     for number, (context, tokens) in enumerate(requests):
-        whole = (len(context) - 1) // evaluator.segment_length * evaluator.segment_length
+        whole = (len(context) - 1) // segment_length * segment_length
         by_beginning[tuple(context[:whole])].append(number)
         unread.append(Continuation(context[whole:], tokens))
     beginnings = sorted(by_beginning, key=len, reverse=True)  # the longest first, so that rows end together
     scores: dict[int, Score] = {}
     with (
-        torch.autocast(device.type, evaluator.precision, enabled=evaluator.precision != torch.float32),
-        tqdm(total=len(requests), desc=title, disable=None if evaluator.progress else True) as bar,
+        reading(model, evaluator.protocol.precision),
+        tqdm(total=len(requests), desc=title, disable=None if evaluator.processes.progress else True) as bar,
     ):
         for first in range(0, len(beginnings), evaluator.batch_size):
             side_by_side = beginnings[first : first + evaluator.batch_size]
-            memory = _read(evaluator, side_by_side)
+            memory = model.initial_state(len(side_by_side))
+            memory = remember(model, _segments(evaluator, side_by_side), memory)
             following = [(row, number) for row, begun in enumerate(side_by_side) for number in by_beginning[begun]]
             following.sort(key=lambda pair: sum(map(len, unread[pair[1]])), reverse=True)
             for start in range(0, len(following), evaluator.batch_size):
                 rows, numbers = zip(*following[start : start + evaluator.batch_size], strict=True)
-                own = memory.select_rows(torch.tensor(rows, device=device))
+                own = memory.select_rows(torch.tensor(rows, device=model.device))
                 scores.update(zip(numbers, _score(evaluator, [unread[number] for number in numbers], own), strict=True))
                 bar.update(len(numbers))
     return [scores[number] for number in range(len(requests))]
 
 
-def _read(evaluator: Evaluator, beginnings: Sequence[Sequence[int]]) -> ModelState:
-    """The memory after beginnings of whole segments, which may be none."""
-    memory = evaluator.model.initial_state(len(beginnings))
-    for start in range(0, max(map(len, beginnings)), evaluator.segment_length):
-        tokens, lengths = _segment(evaluator, beginnings, start, padding=0)
-        memory = evaluator.model(tokens, state=memory, lengths=lengths, return_logits=False).state
-    return memory
-
-
 def _score(evaluator: Evaluator, requests: Sequence[Continuation], memory: ModelState) -> list[Score]:
     """Scores of what follows a memory each."""
     inputs = [[*context, *tokens][:-1] for context, tokens in requests]
-    labels = [[IGNORE_INDEX] * (len(context) - 1) + [*tokens] for context, tokens in requests]
+    targets = [[IGNORE_INDEX] * (len(context) - 1) + [*tokens] for context, tokens in requests]
     nats = torch.zeros(len(requests), dtype=torch.float64)
     greedy = torch.ones(len(requests), dtype=torch.bool)
-    for start in range(0, max(map(len, inputs)), evaluator.segment_length):
-        tokens, lengths = _segment(evaluator, inputs, start, padding=0)
-        targets, _ = _segment(evaluator, labels, start, padding=IGNORE_INDEX)
-        output = evaluator.model(tokens, state=memory, targets=targets, lengths=lengths, return_logits=True)
-        memory = output.state
+    segments = list(_segments(evaluator, inputs, targets))
+    outputs = stream(evaluator.model, segments, memory, return_logits=True)
+    for segment, (_, output) in zip(segments, outputs, strict=True):
         # On the CPU before it becomes float64, which not every accelerator has.
         nats += output.token_losses.cpu().double().sum(dim=1)
-        greedy &= ((output.logits.argmax(dim=-1) == targets) | (targets == IGNORE_INDEX)).all(dim=1).cpu()
+        right = (output.logits.argmax(dim=-1) == segment.targets) | (segment.targets == IGNORE_INDEX)
+        greedy &= right.all(dim=1).cpu()
     return [Score(-loss, likely) for loss, likely in zip(nats.tolist(), greedy.tolist(), strict=True)]
 
 
-def _segment(evaluator: Evaluator, rows: Sequence[Sequence[int]], start: int, padding: int) -> tuple[Tensor, Tensor]:
-    """The segment of each row that begins at `start`, [rows, length], and the lengths, [rows]; 0 after a row's end."""
-    segments = [row[start : start + evaluator.segment_length] for row in rows]
-    lengths = [len(segment) for segment in segments]
-    padded = [[*segment, *[padding] * (max(lengths) - len(segment))] for segment in segments]
-    device = evaluator.model.device
-    return torch.tensor(padded, dtype=torch.long, device=device), torch.tensor(lengths, device=device)
+def _segments(
+    evaluator: Evaluator, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None = None
+) -> Iterator[TextSegment]:
+    """Rows of unequal length, segment by segment; after a row's end its length is 0."""
+    segment_length, device = evaluator.protocol.segment_length, evaluator.model.device
+
+    def pad(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+        longest = max(map(len, rows))
+        padded = [[*row, *[padding] * (longest - len(row))] for row in rows]
+        return torch.tensor(padded, dtype=torch.long, device=device)
+
+    for start in range(0, max(map(len, inputs)), segment_length):
+        cut = slice(start, start + segment_length)
+        lengths = torch.tensor([len(row[cut]) for row in inputs], device=device)
+        scored = None if targets is None else pad([row[cut] for row in targets], IGNORE_INDEX)
+        yield TextSegment(pad([row[cut] for row in inputs], 0), scored, lengths)

@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from infformer.evaluation.reading import Evaluator
-from infformer.harness.errors import HarnessError
+from infformer.errors import UserError
+from infformer.evaluation.streaming import Evaluator
 from infformer.models.generation import sample_tokens
+from infformer.models.streaming import reading
 
 MOST_TOKENS = 256
 """Where a task does not say; the same as the harness's own models."""
@@ -40,7 +41,7 @@ class GenerationOptions:
         """From a task's `generation_kwargs`, by the harness's conventions: greedy unless it says otherwise.
 
         Raises:
-            HarnessError: an option that is not known here and would make another text, or a value that cannot be.
+            UserError: an option that is not known here and would make another text, or a value that cannot be.
         """
         options = dict(asked)
         until = options.pop("until", None) or []
@@ -49,12 +50,12 @@ class GenerationOptions:
         lengths = [options.pop(name, None) for name in _NAMES_OF_MOST_TOKENS]
         for name, value in options.items():
             if name not in _WITHOUT_EFFECT:
-                raise HarnessError(
+                raise UserError(
                     f"gen_kwargs {name}={value}: this model knows until, max_gen_toks, do_sample and temperature; "
                     "take the option out of the task"
                 )
             if value != _WITHOUT_EFFECT[name]:
-                raise HarnessError(
+                raise UserError(
                     f"gen_kwargs {name}={value}: this model takes the most likely token or samples from all of them; "
                     f"to measure it on this task all the same add --gen_kwargs {name}={_WITHOUT_EFFECT[name]}"
                 )
@@ -63,10 +64,10 @@ class GenerationOptions:
         if sample is False:
             temperature = 0.0
         if not temperature >= 0:
-            raise HarnessError(f"gen_kwargs temperature={temperature}: give 0 for the most likely tokens, or more")
+            raise UserError(f"gen_kwargs temperature={temperature}: give 0 for the most likely tokens, or more")
         max_tokens = next((length for length in lengths if length is not None), MOST_TOKENS)
         if max_tokens < 1:
-            raise HarnessError(f"gen_kwargs max_gen_toks={max_tokens}: let the model write at least 1 token")
+            raise UserError(f"gen_kwargs max_gen_toks={max_tokens}: let the model write at least 1 token")
         # Some tasks have an empty string among them, which is in every text.
         stops = [until] if isinstance(until, str) else until
         return cls(tuple(stop for stop in stops if stop), max_tokens, temperature)
@@ -80,16 +81,16 @@ def write_text(
     The model is left in evaluation mode.
 
     Args:
-        evaluator: its model, precision and length of a segment are used.
+        evaluator: its model and protocol are used.
         prompt: token ids, at least one, as many as there are; whole segments are read into memory.
     """
-    model = evaluator.model.eval()
+    model, protocol = evaluator.model, evaluator.protocol
     special = [stop for stop in options.until if stop in tokenizer.all_special_tokens]  # which are not decoded
     ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(stop) for stop in special)}
     tokens: list[int] = []
     text = ""
-    with torch.autocast(model.device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
-        sampled = sample_tokens(model, torch.tensor(prompt), evaluator.segment_length, options.temperature)
+    with reading(model, protocol.precision):
+        sampled = sample_tokens(model, torch.tensor(prompt), protocol.segment_length, options.temperature)
         for token in islice(sampled, options.max_tokens):
             if token in ends:
                 break

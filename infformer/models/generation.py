@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel, ModelError
+from infformer.models.streaming import TextSegment, remember
 
 
 def continue_text(
@@ -57,12 +57,8 @@ def sample_tokens(
         raise ModelError(
             f"prompt= has the shape {list(prompt.shape)}: give the token ids of one text, [length], at least one token"
         )
-    memory: ModelState | None = None
-    segment = prompt.to(model.device).unsqueeze(0)
-    while segment.shape[1] > segment_length:
-        memory = model(segment[:, :segment_length], state=memory, return_logits=False).state
-        segment = segment[:, segment_length:]
-
+    *whole, segment = prompt.to(model.device).unsqueeze(0).split(segment_length, dim=1)
+    memory = remember(model, map(TextSegment, whole))
     unread, cache = segment, None
     while True:
         output = model(unread, state=memory, segment_cache=cache, use_cache=True)
@@ -75,7 +71,7 @@ def sample_tokens(
         yield int(token)
         unread = token.to(model.device).unsqueeze(0)
         if segment.shape[1] == segment_length:
-            memory = model(segment, state=memory, return_logits=False).state
+            memory = remember(model, [TextSegment(segment)], memory)
             segment, cache = unread, None
         else:
             segment = torch.cat([segment, unread], dim=1)

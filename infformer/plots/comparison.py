@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
+from infformer.results import RECENCY, Comparison, Difference, PositionRatio, RecencyRatio
 
-RECENCY = {
-    "within_window": "occurred within the window",
-    "beyond_window": "occurred before the window",
-    "never": "did not occur before",
-}
+OCCURRED = dict(
+    zip(RECENCY, ("occurred within the window", "occurred before the window", "did not occur before"), strict=True)
+)
 
 
 def plot_comparison(path: Path) -> list[Path]:
@@ -27,7 +25,7 @@ def plot_comparison(path: Path) -> list[Path]:
     Returns:
         The figure written, `comparison.png` beside the file.
     """
-    comparison = json.loads(Path(path).read_text(encoding="utf-8"))
+    comparison: Comparison = json.loads(Path(path).read_text(encoding="utf-8"))
     figure = new_figure(10.5, 4.8)
     _draw_classes(figure.add_subplot(1, 2, 1), comparison)
     _draw_documents(figure.add_subplot(1, 2, 2), comparison)
@@ -38,24 +36,24 @@ def plot_comparison(path: Path) -> list[Path]:
     return [save(figure, Path(path).parent / "comparison.png")]
 
 
-def _draw_classes(axes: Axes, comparison: dict[str, Any]) -> None:
+def _draw_classes(axes: Axes, comparison: Comparison) -> None:
     """The difference and its interval: of all tokens, by position, by where the token occurred last."""
-    rows = [("all tokens", comparison["difference"])]
+    rows: list[tuple[str, Difference | PositionRatio | RecencyRatio]] = [("all tokens", comparison["difference"])]
     rows += [(f"tokens {place['from']:,} – {place['to']:,}", place) for place in comparison["by_position"]]
-    rows += [(RECENCY[place["previous_occurrence"]], place) for place in comparison["by_recency"]]
-    rows = [(name, row) for name, row in rows if row["nats_per_token"] is not None]
-    for place, (_, row) in enumerate(rows):
-        value, interval = row["nats_per_token"], row["interval"]
+    rows += [(OCCURRED[place["previous_occurrence"]], place) for place in comparison["by_recency"]]
+    values = [(name, row["nats_per_token"], row["interval"]) for name, row in rows]
+    drawn = [(name, value, interval) for name, value, interval in values if value is not None]
+    for place, (_, value, interval) in enumerate(drawn):
         if interval is not None:
             axes.plot(interval, [place, place], color=BLUE, linewidth=2)
         axes.plot([value], [place], color=BLUE, marker="o", markersize=5.5, linestyle="")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(drawn)), [name for name, _, _ in drawn], fontsize=8)
     axes.invert_yaxis()
     label(axes, "By kind of token, with 95 % intervals", "nats per token, B less A (below 0: B is better)", "")
 
 
-def _draw_documents(axes: Axes, comparison: dict[str, Any]) -> None:
+def _draw_documents(axes: Axes, comparison: Comparison) -> None:
     """The difference on each document, in the order of the differences."""
     differences = sorted(document["nats_per_token"] for document in comparison["per_document"])
     places = range(1, len(differences) + 1)

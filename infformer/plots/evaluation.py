@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, label, new_figure, save
+from infformer.results import (
+    MEMORY_OF_ANOTHER_DOCUMENT,
+    MEMORY_OFF,
+    MEMORY_SHUFFLED_IN_TIME,
+    RECENCY,
+    Figures,
+    Results,
+)
 
-# As the keys of `results.json`: name, colour, marker.
+# By the names of the controls: name, colour, marker.
 CONTROLS = {
-    "memory_off": ("memory off", GREY, "s"),
-    "memory_of_another_document": ("memory of another document", ORANGE, "^"),
-    "memory_shuffled_in_time": ("memory shuffled in time", GREEN, "v"),
-}
-RECENCY = {
-    "within_window": "within the window",
-    "beyond_window": "before the window",
-    "never": "nowhere",
+    MEMORY_OFF: ("memory off", GREY, "s"),
+    MEMORY_OF_ANOTHER_DOCUMENT: ("memory of another document", ORANGE, "^"),
+    MEMORY_SHUFFLED_IN_TIME: ("memory shuffled in time", GREEN, "v"),
 }
 # Up to so many documents are named along the axis; more would be illegible.
 NAMED_DOCUMENTS = 40
@@ -31,7 +33,7 @@ def plot_results(results_json: Path) -> list[Path]:
     Returns:
         The figures written, in `plots/` beside the results file.
     """
-    results = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    results: Results = json.loads(Path(results_json).read_text(encoding="utf-8"))
     directory = Path(results_json).parent / "plots"
     figures = []
     if results.get("by_position"):
@@ -43,11 +45,11 @@ def plot_results(results_json: Path) -> list[Path]:
     return figures
 
 
-def _plot_positions(results: dict[str, Any], path: Path) -> Path:
+def _plot_positions(results: Results, path: Path) -> Path:
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
     controls = results.get("controls", {})
-    lines = [(results, "memory", BLUE, "o")]
+    lines: list[tuple[Figures, str, str, str]] = [(results, "memory", BLUE, "o")]
     lines += [(controls[key], *style) for key, style in CONTROLS.items() if key in controls]
     for result, name, colour, marker in lines:
         bins = [entry for entry in result["by_position"] if entry["tokens"]]
@@ -67,7 +69,7 @@ def _plot_positions(results: dict[str, Any], path: Path) -> Path:
     return save(figure, path)
 
 
-def _plot_recency(results: dict[str, Any], path: Path) -> Path:
+def _plot_recency(results: Results, path: Path) -> Path:
     """By how much tokens get worse under each control, by where they occurred last.
 
     A long-term memory has to show in the second class.
@@ -103,7 +105,7 @@ def _plot_recency(results: dict[str, Any], path: Path) -> Path:
     return save(figure, path)
 
 
-def _plot_documents(results: dict[str, Any], path: Path) -> Path:
+def _plot_documents(results: Results, path: Path) -> Path:
     """By how much each document's perplexity rises when its own memory is taken away: above 0, that memory helped."""
     with_memory = _losses(results)
     gains = {
@@ -140,7 +142,7 @@ def _plot_documents(results: dict[str, Any], path: Path) -> Path:
     return save(figure, path)
 
 
-def _losses(result: dict[str, Any]) -> dict[str, float]:
+def _losses(result: Figures) -> dict[str, float]:
     """Nats per token of each document in which anything was scored."""
     return {entry["id"]: entry["nll"] / entry["tokens"] for entry in result["per_document"] if entry["tokens"]}
 

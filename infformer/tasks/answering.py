@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, Processes
 from infformer.memory.state import ModelState
+from infformer.models.streaming import TextSegment, reading, remember, stream
 from infformer.tasks.questions import Integers, Questions
 
 
@@ -42,7 +42,6 @@ class Answers:
     """[asked]; the tokens that the model gives free running, the most likely one each time."""
 
 
-@torch.no_grad()
 def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> Forced:
     """Ask a model teacher forced; it is left in evaluation mode. All processes together.
 
@@ -50,15 +49,15 @@ def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> For
         title: of the progress bar.
     """
     outcome = np.zeros((2, *questions.answers.shape))
-    for rows, counted, tokens in _batches(evaluator, questions, title):
-        memory, start = _read_text(evaluator, tokens, questions.answers.shape[1])
-        found = _answer_forced(evaluator, tokens, memory, start, questions.answers.shape[1])
-        outcome[:, rows[:counted]] = found[:, :counted]
+    with reading(evaluator.model, evaluator.protocol.precision):
+        for rows, counted, tokens in _batches(evaluator, questions, title):
+            memory, start = _read_text(evaluator, tokens, questions.answers.shape[1])
+            found = _answer_forced(evaluator, tokens, memory, start, questions.answers.shape[1])
+            outcome[:, rows[:counted]] = found[:, :counted]
     right, nats = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Forced(right == 1, nats.astype(np.float32))
 
 
-@torch.no_grad()
 def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
     """Ask a model teacher forced and free running; the text is read once. It is left in evaluation mode.
 
@@ -68,20 +67,22 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
         title: of the progress bar.
     """
     outcome = np.zeros((3, *questions.answers.shape))
-    for rows, counted, tokens in _batches(evaluator, questions, title):
-        asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
-        memory, start = _read_text(evaluator, tokens, asked.shape[1])
-        forced = _answer_forced(evaluator, tokens, memory, start, asked.shape[1])
-        free = _answer_freely(evaluator, tokens, memory, start, asked, np.any(questions.asked, axis=0)).cpu()
-        outcome[:2, rows[:counted]] = forced[:, :counted]
-        outcome[2, rows[:counted]] = free[:counted]
+    asked_anywhere = np.any(questions.asked, axis=0)
+    with reading(evaluator.model, evaluator.protocol.precision):
+        for rows, counted, tokens in _batches(evaluator, questions, title):
+            asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
+            memory, start = _read_text(evaluator, tokens, asked.shape[1])
+            forced = _answer_forced(evaluator, tokens, memory, start, asked.shape[1])
+            free = _answer_freely(evaluator, tokens, memory, start, asked, asked_anywhere).cpu()
+            outcome[:2, rows[:counted]] = forced[:, :counted]
+            outcome[2, rows[:counted]] = free[:counted]
     right, nats, free_running = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Answers(Forced(right == 1, nats.astype(np.float32)), free_running.astype(np.int64))
 
 
 def alone(evaluator: Evaluator) -> Evaluator:
     """The same reader without the other processes, and silent: for a look in between."""
-    return replace(evaluator, rank=0, world_size=1, reduce=lambda own: own, progress=False, after_segment=lambda: None)
+    return replace(evaluator, processes=Processes(progress=False))
 
 
 def _answer_forced(
@@ -90,11 +91,9 @@ def _answer_forced(
     """Which of the last `end` tokens are right, and the nats of each, [2, rows, end]; `memory` is that at `start`."""
     logits: list[Tensor] = []
     first = tokens.shape[1] - 1 - end  # the input from which the first of them is predicted
-    for segment in tokens[:, start:-1].split(evaluator.segment_length, dim=1):
-        output = _read(evaluator, segment, memory)
-        memory = output.state
+    for _, output in stream(evaluator.model, _segments(evaluator, tokens[:, start:-1]), memory):
         logits.append(output.logits[:, max(first - start, 0) :])
-        start += segment.shape[1]
+        start += output.logits.shape[1]
     scores, true = torch.cat(logits, dim=1).float(), tokens[:, -end:]
     nats = F.cross_entropy(scores.transpose(1, 2), true, reduction="none")
     right = scores.argmax(dim=-1) == true
@@ -120,9 +119,9 @@ def _answer_freely(
     given: list[Tensor] = []
     for place in range(asked.shape[1]):
         token = tokens[:, first + place]
-        whole = segment.shape[1] == evaluator.segment_length
+        whole = segment.shape[1] == evaluator.protocol.segment_length
         if whole or asked_anywhere[place]:
-            output = _read(evaluator, segment, memory)
+            ((_, output),) = stream(evaluator.model, [TextSegment(segment)], memory)
             token = torch.where(asked[:, place], output.logits[:, -1].argmax(dim=-1), token)
             if whole:
                 memory, segment = output.state, segment[:, :0]
@@ -137,17 +136,13 @@ def _read_text(evaluator: Evaluator, tokens: Tensor, end: int) -> tuple[ModelSta
     Returns:
         The memory, and the input that comes next.
     """
-    start = (tokens.shape[1] - 1 - end) // evaluator.segment_length * evaluator.segment_length
-    memory: ModelState | None = None
-    for first in range(0, start, evaluator.segment_length):
-        segment = tokens[:, first : first + evaluator.segment_length]
-        memory = _read(evaluator, segment, memory, return_logits=False).state
-    return memory, start
+    start = (tokens.shape[1] - 1 - end) // evaluator.protocol.segment_length * evaluator.protocol.segment_length
+    text = _segments(evaluator, tokens[:, :start]) if start else ()
+    return remember(evaluator.model, text), start
 
 
-def _read(evaluator: Evaluator, segment: Tensor, memory: ModelState | None, return_logits: bool | None = None) -> Any:
-    with torch.autocast(segment.device.type, evaluator.precision, enabled=evaluator.precision != torch.float32):
-        return evaluator.model(segment, state=memory, return_logits=return_logits)
+def _segments(evaluator: Evaluator, tokens: Tensor) -> Iterator[TextSegment]:
+    return map(TextSegment, tokens.split(evaluator.protocol.segment_length, dim=1))
 
 
 def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:
@@ -158,23 +153,23 @@ def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator
     Returns:
         Which questions, how many of them count, and their tokens.
     """
-    evaluator.model.eval()
-    own = np.arange(evaluator.rank, len(questions.tokens), evaluator.world_size)
-    side_by_side = -(-evaluator.batch_size // evaluator.world_size)
+    processes = evaluator.processes
+    own = np.arange(processes.rank, len(questions.tokens), processes.world_size)
+    side_by_side = -(-evaluator.batch_size // processes.world_size)
     total = len(own) * questions.tokens.shape[1]
-    silent = None if evaluator.progress else True
+    silent = None if processes.progress else True
     with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent) as bar:
-        for first in range(0, -(-len(questions.tokens) // evaluator.world_size), side_by_side):
+        for first in range(0, -(-len(questions.tokens) // processes.world_size), side_by_side):
             rows = own[first : first + side_by_side]
             read = rows if len(rows) else np.zeros(1, dtype=np.int64)
             tokens = torch.from_numpy(questions.tokens[read]).to(evaluator.model.device)
             yield read, len(rows), tokens
-            evaluator.after_segment()
+            processes.after_segment()
             bar.update(len(rows) * tokens.shape[1])
 
 
 def _of_all_processes(evaluator: Evaluator, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
     """What each process found of its questions, zero for those of others: the sum is exact."""
     own = torch.from_numpy(outcome.astype(np.float32)).to(evaluator.model.device)
-    summed: NDArray[np.float32] = evaluator.reduce(own).cpu().numpy()
+    summed: NDArray[np.float32] = evaluator.processes.reduce(own).cpu().numpy()
     return summed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,10 +14,11 @@ from infformer.data.lanes import Lanes, Segment
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
 from infformer.evaluation.perplexity import evaluate, measure
-from infformer.evaluation.reading import EvaluationError, Evaluator, describe_protocol
 from infformer.evaluation.report import format_table, write_results
+from infformer.evaluation.streaming import EvaluationError, Evaluator, describe_protocol
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
+from infformer.results import Results
 from infformer.tasks.task import Validation
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class LanguageModelling:
     def measure_before(self) -> dict[str, Any]:
         if self._test is None or not self._before:
             return {}
-        return evaluate(self._evaluator, self._test, "test, before training")
+        return dict(evaluate(self._evaluator, self._test, "test, before training"))
 
     def validate(self) -> Validation | None:
         if self._validation is None:
@@ -86,15 +87,16 @@ class LanguageModelling:
         return Validation(
             loss,
             {"validation/loss": loss, "validation/perplexity": perplexity},
-            f"validation perplexity {perplexity:.3f} per token ({describe_protocol(self._evaluator.protocol)})",
+            f"validation perplexity {perplexity:.3f} per token "
+            f"({describe_protocol(self._evaluator.protocol.as_json())})",
         )
 
     def measure(self, checkpoint: str) -> dict[str, Any]:
-        return {} if self._test is None else measure(self._evaluator, self._test, self._controls, checkpoint)
+        return {} if self._test is None else dict(measure(self._evaluator, self._test, self._controls, checkpoint))
 
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)
-        print(format_table(results), flush=True)
+        print(format_table(cast(Results, results)), flush=True)
         return plot_results(folder / "results.json")
 
     def inspect(self) -> dict[str, Any]:
@@ -105,7 +107,9 @@ class LanguageModelling:
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
         try:
-            return inspect_document(model, tokens, self._inspected_segments, progress=self._evaluator.progress)
+            return inspect_document(
+                model, tokens, self._inspected_segments, progress=self._evaluator.processes.progress
+            )
         except EvaluationError as error:
             logger.info("the memory is not looked into: %s", error)
             return {}
@@ -113,7 +117,7 @@ class LanguageModelling:
     def sample(self, step: int, tokens: int) -> str:
         """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""
         documents = self._train if self._validation is None else self._validation
-        length = self._evaluator.segment_length
+        length = self._evaluator.protocol.segment_length
         prompt = torch.from_numpy(documents.tokens(0, 0, min(2 * length, int(documents.token_counts[0]))))
         generator = torch.Generator().manual_seed(step)
         sampled = continue_text(self._evaluator.model.eval(), prompt, tokens, length, generator=generator)

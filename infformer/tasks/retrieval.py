@@ -9,8 +9,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.errors import DataError
-from infformer.evaluation.reading import Evaluator
 from infformer.evaluation.report import write_results
+from infformer.evaluation.streaming import Evaluator
 from infformer.plots.retrieval import plot_retrieval
 from infformer.tasks.answering import alone, answer
 from infformer.tasks.questions import Integers
@@ -79,7 +79,7 @@ class Retrieval:
         """The `cells` of all lengths and depths, those of the `controls`, the `chance` of an answer, the `protocol`."""
         if not self._source.has("test"):
             return {}
-        segment = self._evaluator.segment_length
+        segment = self._evaluator.protocol.segment_length
         controls = {"memory_off": self._measure_lengths("memory off, ", segment)} if self._controls else {}
         return {
             "cells": self._measure_lengths("", None),
@@ -90,7 +90,7 @@ class Retrieval:
                 "segment": segment,
                 "window": self._window,
                 "reset": "each text begins with an empty memory; memory off: its last segment alone",
-                "dtype": str(self._evaluator.precision).removeprefix("torch."),
+                "dtype": self._evaluator.protocol.dtype,
                 "checkpoint": checkpoint,
             },
         }

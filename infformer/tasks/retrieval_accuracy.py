@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator
 from infformer.tasks.answering import answer
 from infformer.tasks.retrieval_questions import RetrievalSource
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
-from infformer.evaluation.reading import Evaluator
 from infformer.evaluation.report import write_results
+from infformer.evaluation.streaming import Evaluator
 from infformer.plots.sorting import plot_accuracy
 from infformer.tasks.answering import alone, answer
 from infformer.tasks.sorting_accuracy import evaluate_teacher_forced, format_accuracy, measure_accuracy
@@ -70,9 +70,9 @@ class Sorting:
                 for length in lengths
             ],
             "protocol": {
-                "segment": self._evaluator.segment_length,
+                "segment": self._evaluator.protocol.segment_length,
                 "reset": "each sequence begins with an empty memory",
-                "dtype": str(self._evaluator.precision).removeprefix("torch."),
+                "dtype": self._evaluator.protocol.dtype,
                 "checkpoint": checkpoint,
             },
         }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator
 from infformer.tasks.answering import Forced, answer, answer_forced
 from infformer.tasks.ideal_counters import ideal_counters
 from infformer.tasks.sorting_sequences import as_questions

@@ -12,7 +12,7 @@ from infformer.data.lanes import Lanes
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents, warn_of_shared_documents
 from infformer.data.word_vocabulary import word_tokenizer
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.models.base import MemoryModel
 from infformer.models.loading import (
     check_vocabulary,
@@ -83,17 +83,16 @@ def make_evaluator(
 ) -> Evaluator:
     """An evaluator of that many documents side by side, divided among the processes."""
     return Evaluator(
-        model,
-        segment_length,
-        documents,
-        getattr(torch, precision),
-        accelerator.process_index,
-        accelerator.num_processes,
-        lambda sums: accelerator.reduce(sums, reduction="sum"),
-        accelerator.is_main_process,
-        stride,
-        warmup_documents,
-        after_segment,
+        model=model,
+        protocol=ReadingProtocol(segment_length, stride, getattr(torch, precision), warmup_documents),
+        batch_size=documents,
+        processes=Processes(
+            accelerator.process_index,
+            accelerator.num_processes,
+            reduce=lambda sums: accelerator.reduce(sums, reduction="sum"),
+            progress=accelerator.is_main_process,
+            after_segment=after_segment,
+        ),
     )
 
 
@@ -116,7 +115,7 @@ def ask(
     Raises:
         DataError: the model, the documents or the tokenizer do not do for this task.
     """
-    window = evaluator.segment_length + evaluator.model.short_term_length
+    window = evaluator.protocol.segment_length + evaluator.model.short_term_length
     if isinstance(task, SortingConfig):
         return SortingQuestions(task), Sorting(task, evaluator, window)
     source: RetrievalSource

@@ -42,7 +42,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         from infformer.data.reading import read_once
         from infformer.data.tokenization import tokenize_documents
         from infformer.evaluation.perplexity import evaluate
-        from infformer.evaluation.reading import Evaluator
+        from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: eval.py cannot be measured here: {error.name} is not installed") from error
 
@@ -54,7 +54,12 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
     novels = tokenize_documents(DataConfig(source="sample", max_documents=sizes.batch), "test", tokenizer)
     documents = novels.beginnings(len(novels) * (options.segments * sizes.segment + 1))
-    evaluator = Evaluator(model, sizes.segment, len(documents), PRECISIONS[setting.precision], progress=False)
+    evaluator = Evaluator(
+        model=model,
+        protocol=ReadingProtocol(sizes.segment, precision=PRECISIONS[setting.precision]),
+        batch_size=len(documents),
+        processes=Processes(progress=False),
+    )
     segments = [read.to(setting.device) for read in read_once(documents, len(documents), sizes.segment)]
 
     @torch.inference_mode()

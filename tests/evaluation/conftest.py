@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from infformer.data import DataConfig, TokenizedDocuments, tokenize_documents
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -76,6 +76,8 @@ def without_memory(backbone) -> InfformerForCausalLM:
 @pytest.fixture(scope="session")
 def evaluator() -> Callable[..., Evaluator]:
     def make(model: InfformerForCausalLM, batch_size: int = 3, **options) -> Evaluator:
-        return Evaluator(model, SEGMENT, batch_size, progress=False, **options)
+        how = {name: options.pop(name) for name in ("stride", "precision", "warmup_documents") if name in options}
+        protocol = ReadingProtocol(SEGMENT, **how)
+        return Evaluator(model=model, protocol=protocol, batch_size=batch_size, processes=Processes(**options))
 
     return make

@@ -11,8 +11,8 @@ import pytest
 
 from infformer.evaluation.comparison import compare, tally, verdict
 from infformer.evaluation.perplexity import measure
-from infformer.evaluation.reading import EvaluationError
 from infformer.evaluation.report import format_comparison, write_results
+from infformer.evaluation.streaming import EvaluationError
 from infformer.plots.comparison import plot_comparison
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

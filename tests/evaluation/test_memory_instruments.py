@@ -21,7 +21,7 @@ from infformer.evaluation.memory_instruments import (
     sampled_places,
 )
 from infformer.evaluation.memory_reconstruction import WrittenPast
-from infformer.evaluation.reading import EvaluationError
+from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
 from infformer.memory.memory import MemoryOutput
 from infformer.memory.options import MemoryConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
@@ -49,7 +49,7 @@ def models(backbone) -> dict[str, MemoryModel]:
 @pytest.fixture
 def evaluator(models) -> Callable[..., Evaluator]:
     def make(kind: str = "memory", batch_size: int = 3) -> Evaluator:
-        return Evaluator(models[kind], SEGMENT, batch_size, progress=False)
+        return Evaluator(model=models[kind], protocol=ReadingProtocol(SEGMENT), batch_size=batch_size)
 
     return make
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from infformer.data import DataConfig, tokenize_documents
 from infformer.errors import UserError
 from infformer.evaluation.perplexity import evaluate
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.models.generation import continue_text
 from infformer.models.loading import load_trained
 
@@ -85,8 +85,8 @@ def test_every_option_reaches_the_evaluator(checkpoints, kind, typed, expected):
 
     def options(**typed: Any) -> dict[str, Any]:
         evaluator = InfformerLM(str(checkpoints[kind]), device="cpu", **typed).evaluator
-        assert evaluator.model.segment_length in (None, evaluator.segment_length)
-        found = {name: getattr(evaluator, name) for name in ("batch_size", "precision", "segment_length")}
+        assert evaluator.model.segment_length in (None, evaluator.protocol.segment_length)
+        found = {**vars(evaluator.protocol), "batch_size": evaluator.batch_size}
         return {**found, "short_term_length": evaluator.model.short_term_length}
 
     assert options(**typed) == {**options(), **expected} != options()
@@ -117,7 +117,7 @@ def test_a_task_of_the_harness_measures_what_eval_does(kind, checkpoints, tokeni
     )
     config = DataConfig(source="files", test=str(file), cache_dir=str(tmp_path))
     documents = tokenize_documents(config, "test", tokenizer)
-    ours = evaluate(Evaluator(load_trained(str(checkpoints[kind])), SEGMENT, progress=False), documents)
+    ours = evaluate(Evaluator(model=load_trained(str(checkpoints[kind])), protocol=ReadingProtocol(SEGMENT)), documents)
     found = results["results"]["documents"]
     assert found["word_perplexity,none"] == pytest.approx(ours["perplexity"]["word"], rel=1e-4)
     assert found["bits_per_byte,none"] == pytest.approx(ours["bits_per_byte"], rel=1e-6)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.harness.continuations import Continuation, Score, score_continuations
 from infformer.models.base import MemoryModel
 from infformer.models.generation import continue_text
@@ -50,7 +50,9 @@ def requests() -> list[Continuation]:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_equals_a_literal_loop(models, requests, kind, batch_size):
     """In float64: what is read in another batch is summed in another order, which such a model makes much of."""
-    one = Evaluator(copy.deepcopy(models[kind]).double(), SEGMENT, batch_size, progress=False)
+    one = Evaluator(
+        model=copy.deepcopy(models[kind]).double(), protocol=ReadingProtocol(SEGMENT), batch_size=batch_size
+    )
     expected = [literally(one.model, request) for request in requests]
     found = score_continuations(one, requests, "")
     assert [score.log_likelihood for score in found] == pytest.approx(

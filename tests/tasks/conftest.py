@@ -35,10 +35,11 @@ class Model(nn.Module):
         self.segment_length = segment_length
 
     def forward(
-        self, input_ids: Tensor, state: Tally | None = None, return_logits: bool | None = None
+        self, input_ids: Tensor, state: Tally | None = None, return_logits: bool | None = None, **absent: None
     ) -> MemoryModelOutput:
         rows, length = input_ids.shape
         assert not self.training
+        assert set(absent.values()) <= {None}
         assert rows >= 1
         assert 1 <= length <= self.segment_length
         if state is None:
@@ -106,9 +107,10 @@ class Witness(nn.Module):
         self.segment_length = segment_length
 
     def forward(
-        self, input_ids: Tensor, state: Past | None = None, return_logits: bool | None = None
+        self, input_ids: Tensor, state: Past | None = None, return_logits: bool | None = None, **absent: None
     ) -> MemoryModelOutput:
         assert not self.training
+        assert set(absent.values()) <= {None}
         assert 1 <= input_ids.shape[1] <= self.segment_length
         tokens = input_ids if state is None else torch.cat([state.tokens, input_ids], dim=1)
         output = MemoryModelOutput(state=Past(tokens) if input_ids.shape[1] == self.segment_length else state)

@@ -12,7 +12,7 @@ import torch
 from infformer.data import DataError, Lanes, TokenizedDocuments, tokenize_documents
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, evaluate_controls
-from infformer.evaluation.reading import EvaluationError, Evaluator
+from infformer.evaluation.streaming import EvaluationError, Evaluator, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks import language_modelling
@@ -35,7 +35,7 @@ def evaluator(backbone) -> Evaluator:
     model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
     for parameter in model.memories.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Evaluator(model, SEGMENT, progress=False)
+    return Evaluator(model=model, protocol=ReadingProtocol(SEGMENT))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,9 @@ class TestInspection:
 
     def test_needs_a_long_term_memory(self, documents, tokenizer, backbone):
         lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0)
-        evaluator = Evaluator(InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), SEGMENT, progress=False)
+        evaluator = Evaluator(
+            model=InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), protocol=ReadingProtocol(SEGMENT)
+        )
         assert LanguageModelling(tokenizer, documents, lanes, evaluator, inspected_segments=3).inspect() == {}
 
     def test_of_a_document_that_is_too_short_is_none(self, documents, make, evaluator, monkeypatch, caplog):

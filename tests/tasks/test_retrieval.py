@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from infformer.data import DataConfig, DataError, tokenize_documents
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer
@@ -27,10 +27,12 @@ CONFIG = AssociativeRecallConfig(
 SOURCE = AssociativeRecall(CONFIG)
 
 
+def reader(model, batch_size: int = 8, segment_length: int = SEGMENT) -> Evaluator:
+    return Evaluator(model=model, protocol=ReadingProtocol(segment_length), batch_size=batch_size)
+
+
 def make(model: nn.Module, config: AssociativeRecallConfig = CONFIG, **options) -> Retrieval:
-    return Retrieval(
-        config, AssociativeRecall(config), Evaluator(model, SEGMENT, batch_size=4, progress=False), 8, **options
-    )
+    return Retrieval(config, AssociativeRecall(config), reader(model, 4), 8, **options)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer
     data = DataConfig(source="files", test=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
     documents = {"test": tokenize_documents(data, "test", tokenizer)}
     source, config = kind[0](kind[1](), documents, tokenizer, True), kind[1](lengths=[301], test_questions=2)
-    evaluator = Evaluator(witness(len(tokenizer), 64), 64, progress=False)
+    evaluator = reader(witness(len(tokenizer), 64), segment_length=64)
     retrieval = Retrieval(config, source, evaluator, 64, controls=False, tokenizer=tokenizer)
     cells = retrieval.measure("here")["cells"]
     assert [cell["exact_match"] for cell in cells] == [1] * 5
@@ -108,7 +110,7 @@ def test_answers_are_those_of_a_literal_loop(model) -> None:
                 if text is row:
                     nats.append(-float(output.logits[0, -1].log_softmax(dim=0)[row[place]]))
             own[place] = free[-1]
-    given = answer(Evaluator(model, SEGMENT, 4, progress=False), questions, "answers")
+    given = answer(reader(model, 4), questions, "answers")
     assert given.free.tolist() == free != forced
     assert (given.forced.right == (np.array(forced) == questions.true_answers)).all()
     assert given.forced.nats == pytest.approx(nats, rel=1e-5)
@@ -116,25 +118,16 @@ def test_answers_are_those_of_a_literal_loop(model) -> None:
 
 def test_figures_depend_neither_on_the_batch_nor_on_the_processes(model) -> None:
     options = (SOURCE, "test", 36, [0, 0.5, 1], 5, 0, "recall")
-    expected = measure_cells(Evaluator(model, SEGMENT, 1, progress=False), *options)
+    expected = measure_cells(reader(model, 1), *options)
     for batch_size in (2, 5):
-        for found, cell in zip(
-            measure_cells(Evaluator(model, SEGMENT, batch_size, progress=False), *options), expected, strict=True
-        ):
+        for found, cell in zip(measure_cells(reader(model, batch_size), *options), expected, strict=True):
             assert found == pytest.approx(cell, rel=1e-5)
     questions = SOURCE.draw("test", range(4), 0, 36, np.zeros((4, 2)))
-    one = answer(Evaluator(model, SEGMENT, progress=False), questions, "one")
+    one = answer(reader(model), questions, "one")
     sums: list[torch.Tensor] = []
     for process in range(5):  # the last of which has nothing to read
-        evaluator = Evaluator(
-            model,
-            SEGMENT,
-            5,
-            rank=process,
-            world_size=5,
-            reduce=lambda own: sums.append(own) or sum(sums),
-            progress=False,
-        )
+        processes = Processes(process, 5, reduce=lambda own: sums.append(own) or sum(sums))
+        evaluator = Evaluator(model=model, protocol=ReadingProtocol(SEGMENT), batch_size=5, processes=processes)
         shared = answer(evaluator, questions, "shared")
     assert len(sums) == 5
     assert (shared.free == one.free).all()
@@ -151,7 +144,7 @@ def test_validation_is_of_the_first_length(witness, model) -> None:
     perfect = make(witness(CONFIG.vocabulary_size, SEGMENT)).validate()
     assert perfect.metrics == {"validation/loss": perfect.loss, "validation/accuracy": 1, "validation/exact_match": 1}
     assert perfect.loss == pytest.approx(np.log(1 + 24 * np.exp(-5)))
-    cells = measure_cells(Evaluator(model, SEGMENT, progress=False), SOURCE, "validation", 36, [0, 0.5, 1], 4, 0, "")
+    cells = measure_cells(reader(model), SOURCE, "validation", 36, [0, 0.5, 1], 4, 0, "")
     measured = make(model).validate()
     assert measured.loss == pytest.approx(np.mean([cell["nll"] for cell in cells]), rel=1e-5)
     assert measured.loss > perfect.loss

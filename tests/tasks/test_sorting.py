@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infformer.data import DataError
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.tasks.sorting import HELD_OUT_SEED, Sorting
 from infformer.tasks.sorting_accuracy import format_accuracy, measure_accuracy
 from infformer.tasks.sorting_sequences import SortingConfig, draw_sequences
@@ -24,7 +24,7 @@ def sorting(counter: Callable) -> Sorting:
 
 
 def make(model: torch.nn.Module) -> Sorting:
-    return Sorting(CONFIG, Evaluator(model, SEGMENT, batch_size=4), window=10)
+    return Sorting(CONFIG, Evaluator(model=model, protocol=ReadingProtocol(SEGMENT), batch_size=4), window=10)
 
 
 def test_validation_is_teacher_forced(sorting: Sorting, stubborn: Callable) -> None:
@@ -49,7 +49,9 @@ def test_the_final_figures_are_of_every_length(sorting: Sorting, stubborn: Calla
     }
     model = stubborn(5, SEGMENT)
     sequences = draw_sequences(CONFIG, "test", range(9), HELD_OUT_SEED, length=30)
-    expected = measure_accuracy(Evaluator(model, SEGMENT), sequences, 5, 10, HELD_OUT_SEED)
+    expected = measure_accuracy(
+        Evaluator(model=model, protocol=ReadingProtocol(SEGMENT)), sequences, 5, 10, HELD_OUT_SEED
+    )
     assert make(model).measure("here")["lengths"][1] == expected
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer, answer_forced
@@ -43,8 +43,13 @@ def model() -> InfformerForCausalLM:
     return model
 
 
-def evaluator(model: nn.Module, batch_size: int = 4, **options) -> Evaluator:
-    return Evaluator(model, SEGMENT, batch_size, **options)
+def evaluator(model: nn.Module, batch_size: int = 4, precision: torch.dtype = torch.float32, **processes) -> Evaluator:
+    return Evaluator(
+        model=model,
+        protocol=ReadingProtocol(SEGMENT, precision=precision),
+        batch_size=batch_size,
+        processes=Processes(**processes),
+    )
 
 
 def read_literally(model: nn.Module, tokens: list[int]) -> Tensor:
@@ -76,7 +81,9 @@ def literally(model: nn.Module, sequences: NDArray[np.int64], length: int) -> tu
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
 def test_who_counts_is_right_everywhere(counter: Callable, segment_length: int, batch_size: int) -> None:
     """Where the answer begins with a segment (6, 9), straddles two (8, 20) or more, or everything is in one (64)."""
-    read = Evaluator(counter(SYMBOLS, segment_length), segment_length, batch_size)
+    read = Evaluator(
+        model=counter(SYMBOLS, segment_length), protocol=ReadingProtocol(segment_length), batch_size=batch_size
+    )
     figures = measure_accuracy(read, draw(7), SYMBOLS, 10, 0)
     assert figures["length"] == LENGTH
     assert figures["sequences"] == 7

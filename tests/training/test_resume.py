@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infformer.data import DataError, tokenize_documents
 from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
-from infformer.evaluation.reading import Evaluator
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
@@ -697,7 +697,7 @@ class TestWhatIsKept:
         tokenizer = AutoTokenizer.from_pretrained(best)
         assert tokenizer.decode(tokenizer("the white whale")["input_ids"]) == "the white whale"
         documents = tokenize_documents(configure(whole).data, "test", tokenizer)
-        figures = evaluate(Evaluator(model, 16, progress=False), documents)
+        figures = evaluate(Evaluator(model=model, protocol=ReadingProtocol(16)), documents)
         assert figures["nll"] == pytest.approx(results(whole)["nll"], rel=1e-6)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from infformer.data import TokenizedDocuments
 from infformer.evaluation.perplexity import evaluate, evaluate_controls, measure
-from infformer.evaluation.reading import EvaluationError, describe_protocol, partners, read_documents
-from infformer.evaluation.reading import with_memory as with_memory_of
+from infformer.evaluation.streaming import EvaluationError, describe_protocol, partners, read_documents
+from infformer.evaluation.streaming import with_memory as with_memory_of
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
@@ -277,7 +277,7 @@ class TestWhatCannotBeRead:
     ],
 )
 def test_a_protocol_in_words(model, evaluator, options, words):
-    assert describe_protocol(evaluator(model, **options).protocol) == words
+    assert describe_protocol(evaluator(model, **options).protocol.as_json()) == words
 
 
 def test_shares_add_up(model, documents, evaluator):
