@@ -12,14 +12,15 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+import torch
+
 from infformer.config import EvaluationRunConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
-from infformer.evaluation.perplexity import measure
-from infformer.evaluation.report import format_table, write_results
+from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
-from infformer.plots.evaluation import plot_results
+from infformer.tasks.task import Material
 from infformer.training.before import check_evaluation
-from infformer.training.building import ask, make_evaluator
+from infformer.training.building import processes_of
 from infformer.training.command_line import start
 from infformer.training.folder import check_that_it_may_be_written, evaluation_folder, held, write_record
 from infformer.training.runtime import Accelerator, EngineError, init_distributed, resolve_engine
@@ -52,30 +53,25 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
         option = "tokenizer" if config.tokenizer else "checkpoint"
         tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, option)
         check_vocabulary(model, tokenizer, "tokenizer")
-    evaluator = make_evaluator(
-        accelerator,
-        model.to(accelerator.device),
-        model.choose_segment_length(config.segment_length),
-        config.precision,
-        config.batch_size,
-        stride=config.stride,
-        warmup_documents=config.warmup_documents,
+    evaluator = Evaluator(
+        model=model.to(accelerator.device),
+        protocol=ReadingProtocol(
+            model.choose_segment_length(config.segment_length),
+            config.stride,
+            getattr(torch, config.precision),
+            config.warmup_documents,
+        ),
+        batch_size=config.batch_size,
+        processes=processes_of(accelerator),
     )
     if tokenizer is not None:
         first = accelerator.main_process_first()
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
-    if config.task.is_language_modelling:
-        results = measure(evaluator, documents["test"], config.controls, config.checkpoint)
-        if accelerator.is_main_process:
-            print(format_table(results))
-            write_results(folder / "results.json", results)
-            plot_results(folder / "results.json")
-    else:
-        _, examination = ask(config.task, evaluator, config.controls, config.data, documents, tokenizer)
-        found = examination.measure(config.checkpoint)
-        if accelerator.is_main_process:
-            examination.report(found, folder)
+    material = Material(evaluator, tokenizer, documents, config.data, controls=config.controls)
+    evaluation = config.task.build_evaluation(material)
+    results = evaluation.measure(config.checkpoint)
     if accelerator.is_main_process:
+        evaluation.report(results, folder)
         write_record(config, folder)
         print(f"written to {folder / 'results.json'}")
 

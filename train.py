@@ -23,13 +23,12 @@ def main() -> None:
 
 def train(config: RunConfig) -> None:
     """Run; a run that was stopped ends with the exit code by which it can be told."""
-    from infformer.training.loop import EXIT_CODE, TrainingStopped  # what follows loads for seconds
-    from infformer.training.run import run
+    from infformer.training import trainer  # what follows loads for seconds
 
     try:
-        run(config)
-    except TrainingStopped as stopped:
-        raise command.Ended(str(stopped), EXIT_CODE) from stopped
+        trainer.train(config)
+    except trainer.TrainingStopped as stopped:
+        raise command.Ended(str(stopped), trainer.EXIT_CODE) from stopped
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import Any, cast, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from infformer.data.options import DATA, DataConfig
 from infformer.errors import check_finite, free, measuring
@@ -21,10 +21,9 @@ from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.tasks.associative_recall import AssociativeRecallConfig
-from infformer.tasks.needle import NeedleConfig
-from infformer.tasks.passkey import PasskeyConfig
-from infformer.tasks.sorting_sequences import SortingConfig
-from infformer.tasks.task import TaskConfig
+from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.tasks.sorting import SortingConfig
+from infformer.tasks.task import LanguageModellingConfig, TaskConfig
 
 
 def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -43,7 +42,7 @@ def _check_place(option: str, value: str | None) -> None:
 
 
 TASKS: dict[str, TaskConfig] = {
-    "language_modelling": TaskConfig(),
+    "language_modelling": LanguageModellingConfig(),
     "sorting": SortingConfig(),
     "passkey": PasskeyConfig(),
     "needle": NeedleConfig(),
@@ -345,7 +344,7 @@ class RunConfig:
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=LanguageModellingConfig)
     """What to learn: language modelling, on the documents of `data`, or one of those of `TASKS`."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -390,7 +389,7 @@ class EvaluationRunConfig:
 
     checkpoint: str
     """A checkpoint of a run, a model folder, or the name of a causal language model on the hub."""
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=LanguageModellingConfig)
     """What to ask of it: perplexity on the documents of `data`, or one of `TASKS`."""
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = free(EngineConfig)
@@ -471,12 +470,19 @@ def without_none(declared: Any) -> Any:
     return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else declared
 
 
+def schema_of(kind: type[Any]) -> DictConfig:
+    """A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone."""
+    schema: DictConfig = OmegaConf.structured(kind)
+    schema.task = MISSING
+    return schema
+
+
 @cache
 def register_schemas() -> None:
     """Tell Hydra the types by which it checks `conf/train.yaml` and `conf/eval.yaml`, and what stands in `CHOICES`."""
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
-    store.store(name="evaluation_schema", node=EvaluationRunConfig)
+    store.store(name="run_schema", node=schema_of(RunConfig))
+    store.store(name="evaluation_schema", node=schema_of(EvaluationRunConfig))
     for group, choices in CHOICES.items():
         for name, options in choices.items():
             package = group.replace("/", ".")

@@ -28,10 +28,10 @@ from omegaconf._utils import get_yaml_loader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from infformer.config import RunConfig
+from infformer.config import RunConfig, schema_of
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.tasks import language_modelling
-from infformer.training import command_line, run
+from infformer.training import command_line, trainer
 
 CONF = Path(__file__).parents[1] / "conf"
 WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "harpoon", "of", "to", "a", "in", "under")
@@ -139,7 +139,8 @@ def configure(base_config: dict[str, Any]) -> Configure:
         config = OmegaConf.create({**base_config, "output_dir": str(folder)})
         for option, value in (changes or {}).items():
             OmegaConf.update(config, option, value)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), config))
+        schema = schema_of(RunConfig) if "task" in config else OmegaConf.structured(RunConfig)
+        return OmegaConf.to_object(OmegaConf.merge(schema, config))
 
     return make
 
@@ -153,9 +154,9 @@ def train() -> Train:
         GradientState._reset_state()
         with pytest.MonkeyPatch.context() as patch:
             if not plots:
-                patch.setattr(run, "plot_run", lambda folder: [])
+                patch.setattr(trainer, "plot_run", lambda folder: [])
                 patch.setattr(language_modelling, "plot_results", lambda results: [])
-            return run.run(config)
+            return trainer.train(config)
 
     return start
 

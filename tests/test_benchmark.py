@@ -500,9 +500,9 @@ class TestOptions:
         assert message in capsys.readouterr().err + str(stopped.value)
 
     def test_without_the_libraries_of_train(self, run, capsys, monkeypatch):
-        monkeypatch.delattr(infformer.training, "run", raising=False)
-        monkeypatch.setitem(sys.modules, "infformer.training.run", None)
-        with pytest.raises(SystemExit, match=r"error: train.py cannot be measured here: infformer.training.run is not"):
+        monkeypatch.delattr(infformer.training, "trainer", raising=False)
+        monkeypatch.setitem(sys.modules, "infformer.training.trainer", None)
+        with pytest.raises(SystemExit, match=r"train.py cannot be measured here: infformer.training.trainer is not"):
             run(capsys, "loop --layers 1")
 
     def test_other_rows_need_neither_hydra_nor_datasets(self):

@@ -23,7 +23,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.training import loop, run
+from infformer.training import trainer
 
 ROOT = Path(__file__).parents[1]
 CLOSED_PORT = "http://127.0.0.1:9"
@@ -179,8 +179,8 @@ class TestSorting:
 
     @pytest.fixture
     def sort(self, start, monkeypatch, tmp_path) -> Callable[..., tuple[object, str]]:
-        monkeypatch.setattr(run, "plot_run", lambda folder: [])
-        monkeypatch.setattr("infformer.tasks.sorting.plot_accuracy", lambda results: [])
+        monkeypatch.setattr(trainer, "plot_run", lambda folder: [])
+        monkeypatch.setattr("infformer.plots.sorting.plot_accuracy", lambda results: [])
         return lambda *options: start(train_command, *self.OPTIONS, f"output_dir={tmp_path / 'run'}", *options)
 
     @pytest.mark.parametrize("memory", ["none", "short_term", "compressive", "long_term", "sticky"])
@@ -238,8 +238,8 @@ class TestRetrieval:
 
     @pytest.fixture(autouse=True)
     def without_figures(self, monkeypatch) -> None:
-        monkeypatch.setattr(run, "plot_run", lambda folder: [])
-        monkeypatch.setattr("infformer.tasks.retrieval.plot_retrieval", lambda results: [])
+        monkeypatch.setattr(trainer, "plot_run", lambda folder: [])
+        monkeypatch.setattr("infformer.plots.retrieval.plot_retrieval", lambda results: [])
 
     def cells(self, folder: Path) -> list[tuple]:
         results = json.loads((folder / "results.json").read_text())
@@ -312,7 +312,7 @@ def decoder_checkpoint(configure, train, model_folder, tmp_path_factory) -> Path
 
 class TestShortTermMemoryInEvaluation:
     def test_longer_than_in_training(self, start, decoder_checkpoint, texts, tmp_path, monkeypatch):
-        monkeypatch.setattr(eval_command, "plot_results", lambda results: [])
+        monkeypatch.setattr("infformer.tasks.language_modelling.plot_results", lambda results: [])
         options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={decoder_checkpoint}"]
         losses = []
         for length in ("null", "48", "1000", "2000"):
@@ -369,9 +369,9 @@ class TestExitCodes:
         """As batch systems understand it: put this in the queue again."""
 
         def stop(config: object) -> None:
-            raise loop.TrainingStopped(number, 7)
+            raise trainer.TrainingStopped(number, 7)
 
-        monkeypatch.setattr(run, "run", stop)
+        monkeypatch.setattr(trainer, "train", stop)
         code, text = start(train_command, *options_of(configure(tmp_path / "run")))
         assert code == 99
         assert f"stopped by signal {number} after step 7" in text
@@ -379,9 +379,9 @@ class TestExitCodes:
 
     def test_a_run_that_failed(self, start, configure, options_of, tmp_path, monkeypatch):
         def fail(config: object) -> None:
-            raise loop.TrainingFailedError("step 3: the loss is nan")
+            raise trainer.TrainingFailedError("step 3: the loss is nan")
 
-        monkeypatch.setattr(run, "run", fail)
+        monkeypatch.setattr(trainer, "train", fail)
         code, text = start(train_command, *options_of(configure(tmp_path / "run")))
         assert (code, text.strip()) == (1, "error: step 3: the loss is nan")
 

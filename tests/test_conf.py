@@ -25,7 +25,6 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
-from infformer.tasks.associative_recall import AssociativeRecall
 from infformer.training.command_line import choices_of, compose
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -139,7 +138,7 @@ class TestTasks:
     def test_recall_in_small(self):
         """Every length that is learned or measured can be asked, with the keys and the segments that there are."""
         config = run_config("experiment=associative_recall_small")
-        source = AssociativeRecall(config.task)
+        source = config.task.build_source(None)
         for length in (*config.task.training_lengths, *config.task.lengths):
             assert source.draw("test", [0], 0, length, np.zeros((1, 8))).tokens.shape == (1, length)
         assert max(config.task.lengths) > 2 * config.training.segment_length + config.training.segment_length

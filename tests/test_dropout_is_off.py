@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from infformer.data import Lanes, TokenizedDocuments
+from infformer.data import TokenizedDocuments
 from infformer.data.sources import Document
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
@@ -20,6 +20,7 @@ from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer, answer_forced
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.questions import Questions
+from infformer.tasks.task import Material
 
 SEGMENT = 16
 TOKENS = torch.randint(257, (100,), generator=torch.Generator().manual_seed(0))
@@ -43,10 +44,8 @@ def task(model, tokenizer) -> LanguageModelling:
     texts = [Document(name, f"{name} of the deep sea " * 2) for name in ("whale", "wind", "ship")]
     documents = TokenizedDocuments.from_texts(texts, tokenizer, 0)
     splits = dict.fromkeys(("train", "validation", "test"), documents)
-    lanes = Lanes(documents, 1, SEGMENT, 0)
-    return LanguageModelling(
-        tokenizer, splits, lanes, Evaluator(model=model, protocol=ReadingProtocol(SEGMENT)), inspected_segments=4
-    )
+    evaluator = Evaluator(model=model, protocol=ReadingProtocol(SEGMENT))
+    return LanguageModelling(Material(evaluator, tokenizer, splits, inspected_segments=4))
 
 
 def questions() -> Questions:

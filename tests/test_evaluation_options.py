@@ -22,7 +22,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import load_pretrained
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.associative_recall import AssociativeRecallConfig
-from infformer.tasks.passkey import PasskeyConfig
+from infformer.tasks.haystack import PasskeyConfig
 
 
 @dataclass

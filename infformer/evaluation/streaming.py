@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 
 import numpy as np
@@ -142,6 +142,10 @@ class Evaluator:
                 f"stride={stride} does not divide segment_length={segment_length}: whole segments are "
                 "written to memory, so choose a stride that does"
             )
+
+    def alone(self) -> Evaluator:
+        """The same without other processes, and silent: for a look in between."""
+        return replace(self, processes=Processes(progress=False))
 
 
 def describe_protocol(protocol: Protocol) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from infformer.memory.state import ModelState
-from infformer.models.base import MemoryModel
+
+if TYPE_CHECKING:
+    from infformer.models.base import MemoryModel
 
 
 class Readable(Protocol):

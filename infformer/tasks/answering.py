@@ -8,7 +8,8 @@ which questions are read side by side, nor on how many processes share them out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from infformer.evaluation.streaming import Evaluator, Processes
 from infformer.memory.state import ModelState
 from infformer.models.streaming import TextSegment, reading, remember, stream
 from infformer.tasks.questions import Integers, Questions
+
+if TYPE_CHECKING:
+    from infformer.evaluation.streaming import Evaluator
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,6 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
             outcome[2, rows[:counted]] = free[:counted]
     right, nats, free_running = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Answers(Forced(right == 1, nats.astype(np.float32)), free_running.astype(np.int64))
-
-
-def alone(evaluator: Evaluator) -> Evaluator:
-    """The same reader without the other processes, and silent: for a look in between."""
-    return replace(evaluator, processes=Processes(progress=False))
 
 
 def _answer_forced(

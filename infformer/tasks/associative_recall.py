@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from infformer.data.errors import DataError
+from infformer.data.options import SPLITS
 from infformer.tasks.questions import NOT_ASKED, Floats, Integers, Questions, random_of
-from infformer.tasks.retrieval_questions import RetrievalConfig, RetrievalSource
+from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
+from infformer.tasks.task import Material
 
 
 @dataclass
@@ -41,23 +43,16 @@ class AssociativeRecallConfig(RetrievalConfig):
         """How many tokens there are: the separator, the keys and the values."""
         return 1 + self.keys + self.values
 
-
-class AssociativeRecall(RetrievalSource):
-    """Texts of pairs. The pair at depth d of n pairs is the one nearest to (n - 1) d, counted from 0."""
-
-    name = "associative recall"
-
-    def __init__(self, config: AssociativeRecallConfig) -> None:
-        self._config = config
-        identity = {f"task.{name}": getattr(config, name) for name in ("keys", "values", "queries")}
-        super().__init__(config, config.queries, 1 / config.values, identity)
-
-    def has(self, split: str) -> bool:
-        return True
+    def build_source(self, material: Material) -> RetrievalSource:
+        identity = {f"task.{name}": getattr(self, name) for name in ("keys", "values", "queries")}
+        return RetrievalSource("associative recall", self.queries, 1 / self.values, identity, SPLITS, self.draw)
 
     def draw(self, split: str, numbers: Sequence[int] | Integers, seed: int, length: int, depths: Floats) -> Questions:
-        """As for every retrieval task; where two keys would be the same, the second is of the nearest other pair."""
-        keys, values, queries = self._config.keys, self._config.values, self._config.queries
+        """As for every retrieval task. The pair at depth d of n pairs is the one nearest to (n - 1) d, counted from 0.
+
+        Where two keys would be the same, the second is of the nearest other pair.
+        """
+        keys, values, queries = self.keys, self.values, self.queries
         pairs = self._pairs(length)
         tokens = np.zeros((len(numbers), length), dtype=np.int64)
         for row, number, wanted in zip(tokens, numbers, depths, strict=True):
@@ -76,7 +71,7 @@ class AssociativeRecall(RetrievalSource):
         Raises:
             DataError: there is no text of this length.
         """
-        queries = self._config.queries
+        queries = self.queries
         pairs, odd = divmod(length - 2 - 2 * queries, 2)
         if odd or pairs < queries:
             raise DataError(
@@ -84,9 +79,9 @@ class AssociativeRecall(RetrievalSource):
                 f"pairs and two separators take {2 + 4 * queries} tokens, and every further pair 2; choose even "
                 "lengths of at least that"
             )
-        if pairs > self._config.keys:
+        if pairs > self.keys:
             raise DataError(
-                f"task.keys={self._config.keys}: a text of {length:,} tokens has {pairs:,} pairs, each with a key of "
+                f"task.keys={self.keys}: a text of {length:,} tokens has {pairs:,} pairs, each with a key of "
                 f"its own: set task.keys={pairs} or more, or choose shorter lengths"
             )
         return pairs

@@ -1,26 +1,60 @@
-"""Real text in which sentences are hidden, to be asked for at its end."""
+"""Real text in which sentences are hidden, to be asked for at its end: a pass key, or needles in a book.
+
+Passkey: a number that stands somewhere in a long text, after Mohtashami & Jaggi, Landmark Attention,
+https://arxiv.org/abs/2305.16300; here the text is real.
+
+Needle: a sentence that has nothing to do with a book is hidden in it, and at the end it is begun anew, after Kamradt,
+https://github.com/gkamradt/LLMTest_NeedleInAHaystack. Sentences are put together from parts, so that no end can be
+guessed from its beginning: who has not read the sentence, or does not remember it, cannot know its end.
+"""
 
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.errors import DataError
-from infformer.data.tokenization import TokenizedDocuments
 from infformer.tasks.questions import NOT_ASKED, Floats, Integers, Questions, random_of
-from infformer.tasks.retrieval_questions import RetrievalConfig, RetrievalSource
+from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
+from infformer.tasks.task import Material
 
 END_OF_A_SENTENCE = re.compile(r"([.!?][\"'”’)]*|\n)\s*$")
 LONGEST_SENTENCE = 256
 """Tokens; within as many from a place drawn at random a sentence ends, in ordinary text."""
 MOST_SHIFT = 0.05
 """How far from its depth a sentence is put at most, to stand between two others, as a part of the text."""
+
+CITIES = (
+    "Lisbon", "Prague", "Oslo", "Cairo", "Boston", "Naples", "Dublin", "Vienna", "Athens", "Geneva", "Bombay", "Quebec",
+    "Havana", "Warsaw", "Madrid", "Tokyo",
+)  # fmt: skip
+TIMES = (
+    "on a rainy afternoon", "on a winter morning", "after a long journey", "before the shops open", "on a Sunday",
+    "in the first days of spring", "when the streets are empty", "after a good dinner",
+)  # fmt: skip
+PASTIMES = (
+    "read", "draw the passers-by", "listen to the rain", "drink a cup of tea", "write a letter home", "play chess",
+    "count the boats", "learn a song", "eat a ripe pear", "sleep for an hour", "feed the sparrows", "mend a coat",
+    "talk with the gardener", "look at old maps", "wait for the moon", "tell stories",
+)  # fmt: skip
+PLACES = (
+    "in the old library of the observatory", "under the chestnut trees", "on the steps of the museum",
+    "behind the fish market", "at the window of a small hotel", "in the garden of the convent",
+    "on the bridge by the mill", "beside the brass fountain", "in the last carriage of the tram",
+    "on the roof of the theatre", "in the yard of the printing house", "at the foot of the lighthouse",
+    "in the hall of mirrors", "on the green bench by the canal", "in the tower of the town hall",
+    "at the far end of the harbour",
+)  # fmt: skip
+
+BEGINNINGS = len(CITIES) * len(TIMES)
+ENDS = len(PASTIMES) * len(PLACES)
 
 
 @dataclass(frozen=True)
@@ -33,56 +67,47 @@ class Needle:
     """What follows the question."""
 
 
-class Haystack(RetrievalSource):
+@lru_cache(maxsize=1)
+def ends_of_sentences(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
+    """Which tokens end a sentence, [vocabulary]."""
+    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return np.array([END_OF_A_SENTENCE.search(piece) is not None for piece in pieces])
+
+
+class Haystack:
     """Documents with needles in them: the text, then each question with its answer, a line each.
 
     The text begins with a sentence, and a needle stands between two, where sentences can be told apart.
 
     Args:
-        config: of the task.
-        needles: how many are hidden in a text.
-        chance: how often a whole answer is right by chance.
-        identity: what decides on the needles, by the options that say it.
-        documents: by split, those that there are.
-        tokenizer: of the documents and the needles.
-        beginning: every document begins with a token that says so, and a text shall too.
+        write: the needles of one text.
+        one_document: take each text from one document; if not, from as many as it needs, one after another.
+        material: the documents, and their tokenizer.
     """
 
-    one_document: bool
-    """Take each text from one document. False: from as many as it needs, one after another."""
-
     def __init__(
-        self,
-        config: RetrievalConfig,
-        needles: int,
-        chance: float,
-        identity: dict[str, Any],
-        documents: Mapping[str, TokenizedDocuments],
-        tokenizer: PreTrainedTokenizerBase,
-        beginning: bool,
+        self, write: Callable[[np.random.Generator], list[Needle]], one_document: bool, material: Material
     ) -> None:
-        if "train" in documents:
-            identity = {**identity, "the documents (data.*, tokenizer)": documents["train"].fingerprint}
-        super().__init__(config, needles, chance, identity)
-        self._documents = documents
-        self._tokenizer = tokenizer
-        self._first = int(beginning)  # the first token of a document's text
-        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        self._ends_sentence = np.array([END_OF_A_SENTENCE.search(piece) is not None for piece in pieces])
+        assert material.tokenizer is not None
+        self._write = write
+        self._one_document = one_document
+        self._documents = material.documents
+        self._tokenizer = material.tokenizer
+        self._first = int(material.data.beginning_of_document)  # the first token of a document's text
+        self._ends_sentence = ends_of_sentences(material.tokenizer)
 
-    @abstractmethod
-    def write(self, random: np.random.Generator) -> list[Needle]:
-        """The needles of one text."""
-
-    def has(self, split: str) -> bool:
-        return split in self._documents
+    def source(self, name: str, needles: int, chance: float, identity: dict[str, Any]) -> RetrievalSource:
+        """The questions of a task, which depend on the documents too."""
+        if "train" in self._documents:
+            identity = {**identity, "the documents (data.*, tokenizer)": self._documents["train"].fingerprint}
+        return RetrievalSource(name, needles, chance, identity, self._documents.keys(), self.draw)
 
     def draw(self, split: str, numbers: Sequence[int] | Integers, seed: int, length: int, depths: Floats) -> Questions:
         """As for every retrieval task. A needle is put at the end of the sentence nearest to its depth."""
         tokens, answers = [], []
         for number, wanted in zip(numbers, depths, strict=True):
             random = random_of(seed, split, length, number)
-            needles = self.write(random)
+            needles = self._write(random)
             hidden = [self._encode(f"\n{needle.sentence}\n") for needle in needles]
             asked = [self._encode_question(needle) for needle in needles]
             beginning = self._documents[split].tokens(0, 0, self._first)
@@ -116,7 +141,7 @@ class Haystack(RetrievalSource):
                 f"{rest:,} tokens already; choose lengths of at least that"
             )
         longest = int(self._documents[split].token_counts.max()) - self._first
-        if self.one_document and length - rest > longest:
+        if self._one_document and length - rest > longest:
             raise DataError(
                 f"a length of {length:,} (task.lengths, task.training_lengths): {length - rest:,} tokens of it are "
                 f"text of one document, and the longest {split} document has {longest:,}; choose shorter lengths, "
@@ -155,7 +180,7 @@ class Haystack(RetrievalSource):
 
     def _text(self, split: str, random: np.random.Generator, length: int) -> Integers:
         """So many tokens of the documents of a split, from the beginning of a sentence on."""
-        text = self._within_one(split, random, length) if self.one_document else self._across(split, random, length)
+        text = self._within_one(split, random, length) if self._one_document else self._across(split, random, length)
         ends = np.flatnonzero(self._ends_sentence[text[: len(text) - length]])
         start = int(ends[0]) + 1 if ends.size else 0
         return text[start : start + length]
@@ -185,3 +210,62 @@ class Haystack(RetrievalSource):
             missing -= stop - start
             document, start = (document + 1) % len(documents), 0
         return np.concatenate(parts)
+
+
+@dataclass
+class PasskeyConfig(RetrievalConfig):
+    """Finding a number in the text of `data`, of several documents where one is too short."""
+
+    digits: int = 5
+    """Of the number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.digits <= 18:
+            raise ValueError(f"task.digits={self.digits}: must be from 1 to 18")
+
+    def build_source(self, material: Material) -> RetrievalSource:
+        haystack = Haystack(self._write, one_document=False, material=material)
+        chance = 1 / (9 * 10 ** (self.digits - 1))
+        return haystack.source("passkey", 1, chance, {"task.digits": self.digits})
+
+    def _write(self, random: np.random.Generator) -> list[Needle]:
+        """One sentence, of a number drawn uniformly from all of so many digits."""
+        key = random.integers(10 ** (self.digits - 1), 10**self.digits)
+        return [
+            Needle(
+                sentence=f"The pass key is {key}. Remember it. {key} is the pass key.",
+                question="What is the pass key? The pass key is",
+                answer=f" {key}",
+            )
+        ]
+
+
+@dataclass
+class NeedleConfig(RetrievalConfig):
+    """Finding sentences in one document of `data`, which has to be as long as the text."""
+
+    needles: int = 1
+    """How many are hidden, each at a depth of its own, and asked for one after the other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.needles <= BEGINNINGS:
+            raise ValueError(
+                f"task.needles={self.needles}: must be from 1 to {BEGINNINGS}, which all begin differently"
+            )
+
+    def build_source(self, material: Material) -> RetrievalSource:
+        haystack = Haystack(self._write, one_document=True, material=material)
+        return haystack.source("needle in a book", self.needles, 1 / ENDS, {"task.needles": self.needles})
+
+    def _write(self, random: np.random.Generator) -> list[Needle]:
+        """Sentences that begin differently and end independently of that."""
+        needles = []
+        for beginning in random.choice(BEGINNINGS, size=self.needles, replace=False):
+            city, time = divmod(int(beginning), len(TIMES))
+            pastime, place = divmod(int(random.integers(ENDS)), len(PLACES))
+            question = f"The best thing to do in {CITIES[city]} {TIMES[time]} is"
+            answer = f" to {PASTIMES[pastime]} {PLACES[place]}."
+            needles.append(Needle(question + answer, question, answer))
+        return needles

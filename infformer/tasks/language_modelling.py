@@ -3,67 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from infformer.data.lanes import Lanes, Segment
-from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.report import format_table, write_results
-from infformer.evaluation.streaming import EvaluationError, Evaluator, describe_protocol
+from infformer.evaluation.streaming import EvaluationError, describe_protocol
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
 from infformer.results import Results
-from infformer.tasks.task import Validation
+from infformer.tasks.task import Evaluation, Material, Validation
 
 logger = logging.getLogger(__name__)
 
 
-class LanguageModelling:
-    """The task of reading documents, each with its memory; measured by the perplexity of held-out documents.
+class DocumentStream:
+    """Each lane reads documents from beginning to end, `bptt_segments` segments in one step."""
 
-    Args:
-        tokenizer: of the documents.
-        documents: by split: `train`, and `validation` and `test` where there are any.
-        lanes: how the training documents are read.
-        evaluator: how held-out documents are read, and by which model.
-        bptt_segments: segments of each lane in one step.
-        before: measure the test documents before training too.
-        controls: in the final figures, also in the situations in which the memory cannot help.
-        inspected_segments: of the longest test document, along which the memory is looked into in the end; 0: none.
-        max_validation_tokens: during training, read at most this much of the beginnings of the validation documents;
-            None: all.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        documents: Mapping[str, TokenizedDocuments],
-        lanes: Lanes,
-        evaluator: Evaluator,
-        bptt_segments: int = 1,
-        before: bool = True,
-        controls: bool = True,
-        inspected_segments: int = 0,
-        max_validation_tokens: int | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._train = documents["train"]
-        self._validation = documents.get("validation")
-        if self._validation is not None and max_validation_tokens is not None:
-            self._validation = self._validation.beginnings(max_validation_tokens)
-        self._test = documents.get("test")
-        self._lanes = lanes
-        self._evaluator = evaluator
-        self._bptt_segments = bptt_segments
-        self._before = before
-        self._controls = controls
-        self._inspected_segments = inspected_segments
+    def __init__(self, material: Material) -> None:
+        self._documents = material.documents["train"]
+        self._bptt_segments = material.bptt_segments
+        self._lanes = Lanes(
+            self._documents,
+            material.lanes,
+            material.segment_length,
+            material.seed,
+            shuffle=material.data.shuffle,
+            segments_per_visit=material.data.segments_per_visit,
+            rank_rows=material.rank_rows,
+        )
 
     def next_step(self) -> list[Segment]:
         return [next(self._lanes) for _ in range(self._bptt_segments)]
@@ -73,6 +45,30 @@ class LanguageModelling:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._lanes.load_state_dict(state)
+
+    def locate(self, segment: Segment) -> list[str]:
+        return segment.places(lambda document: repr(self._documents.ids[document]))
+
+    def describe(self) -> str:
+        tokens = int(self._documents.token_counts.sum())
+        return f"{len(self._documents):,} documents, {tokens:,} tokens to learn from"
+
+
+class LanguageModelling(Evaluation):
+    """The perplexity of held-out documents, each read with its memory."""
+
+    def __init__(self, material: Material) -> None:
+        assert material.tokenizer is not None
+        self._tokenizer = material.tokenizer
+        self._evaluator = material.evaluator
+        self._train = material.documents.get("train")
+        self._validation = material.documents.get("validation")
+        if self._validation is not None and material.max_validation_tokens is not None:
+            self._validation = self._validation.beginnings(material.max_validation_tokens)
+        self._test = material.documents.get("test")
+        self._before = material.before
+        self._controls = material.controls
+        self._inspected_segments = material.inspected_segments
 
     def measure_before(self) -> dict[str, Any]:
         if self._test is None or not self._before:
@@ -114,17 +110,13 @@ class LanguageModelling:
             logger.info("the memory is not looked into: %s", error)
             return {}
 
-    def sample(self, step: int, tokens: int) -> str:
+    def sample(self, step: int, tokens: int) -> str | None:
         """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""
         documents = self._train if self._validation is None else self._validation
+        if documents is None:
+            return None
         length = self._evaluator.protocol.segment_length
         prompt = torch.from_numpy(documents.tokens(0, 0, min(2 * length, int(documents.token_counts[0]))))
         generator = torch.Generator().manual_seed(step)
         sampled = continue_text(self._evaluator.model.eval(), prompt, tokens, length, generator=generator)
-        return f"{self.tokenizer.decode(prompt[-32:])} ⟶ {self.tokenizer.decode(sampled)}"
-
-    def locate(self, segment: Segment) -> list[str]:
-        return segment.places(lambda document: repr(self._train.ids[document]))
-
-    def describe(self) -> str:
-        return f"{len(self._train):,} documents, {int(self._train.token_counts.sum()):,} tokens to learn from"
+        return f"{self._tokenizer.decode(prompt[-32:])} ⟶ {self._tokenizer.decode(sampled)}"

@@ -1,17 +1,23 @@
-"""Texts that end in questions with their answers: what every task asks that is no language modelling."""
+"""Texts that end in questions with their answers, and the stream of them that a model learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
+from infformer.data.lanes import IGNORE_INDEX, Segment, check_identity
 from infformer.data.options import SPLITS
+from infformer.tasks.task import Material, cut_texts
 
+HELD_OUT_SEED = 0
+"""All runs are measured on the same questions, whatever their own seed; no question of training is among them."""
 NOT_ASKED = -1
 """The answer to which a token belongs that is read and not asked for."""
 
@@ -43,23 +49,8 @@ class Questions:
         return replace(self, tokens=self.tokens[:, -max(inputs, self.answers.shape[1]) - 1 :])
 
 
-class QuestionSource(Protocol):
-    """What a model learns to answer questions from."""
-
-    @property
-    def training_lengths(self) -> Sequence[int]:
-        """How long the texts to learn from are, by the task's own measure; of several, each step draws one."""
-
-    @property
-    def training_sequences(self) -> int | None:
-        """How many there are to learn from; None: without end."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides on the questions beside their seed, length and number, as JSON, by the options that say it."""
-
-    def draw_training(self, numbers: Integers, seed: int, length: int) -> Questions:
-        """The questions of these numbers, each from 0. A question depends on seed, number and length alone."""
+Draw = Callable[[Integers, int, int], Questions]
+"""The questions of some numbers, each from 0, of a seed and of a length; each depends on nothing of the others."""
 
 
 def random_of(seed: int, split: str, length: int, number: int, stream: int = 0) -> np.random.Generator:
@@ -75,3 +66,99 @@ def random_of(seed: int, split: str, length: int, number: int, stream: int = 0) 
     if split not in SPLITS:
         raise DataError(f"split={split}: choose one of {', '.join(SPLITS)}")
     return np.random.Generator(np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, stream, length, number]))
+
+
+class QuestionStream:
+    """Questions without end: in one step every lane reads a new one, from an empty memory.
+
+    Lane l of step s reads the question number s · lanes + l of the stream, on whichever process. The questions of a
+    step are equally long; of several lengths each step draws one, with a probability ∝ 1/length, so that as much is
+    read of each.
+
+    Args:
+        draw: the questions to learn from.
+        lengths: how long they are, by the task's own measure.
+        identity: what decides on them beside seed, length and number, as JSON, by the options that say it.
+        material: the lanes, the segment and the seed.
+        sequences: how many there are of each length, read epoch after epoch; None: without end.
+
+    Raises:
+        DataError: there are no questions of one of the lengths.
+    """
+
+    def __init__(
+        self,
+        draw: Draw,
+        lengths: Sequence[int],
+        identity: dict[str, Any],
+        material: Material,
+        sequences: int | None = None,
+    ) -> None:
+        self._draw = draw
+        self._lengths = list(lengths)
+        self._sequences = sequences
+        self._material = material
+        self._seed = material.seed
+        self._step = 0
+        self._reads = 0
+        # What a saved state must agree with, by the option that says it.
+        self._identity: dict[str, Any] = {
+            "training.batch_size": material.lanes,
+            "training.segment_length": material.segment_length,
+            "seed": material.seed,
+            **identity,
+        }
+        for length in self._lengths:
+            draw(np.zeros(1, dtype=np.int64), self._seed, length)  # what cannot be asked is said at once
+
+    def next_step(self) -> list[Segment]:
+        """The next question of every lane of this process, in segments, of which the last may be shorter."""
+        numbers = self._numbers()
+        # Of all lanes, as every process must know how many tokens are asked for in all of them.
+        questions = self._draw(numbers, self._seed, self._length())
+        tokens = torch.from_numpy(questions.tokens)
+        end = questions.answers.shape[1]
+        labels = tokens[:, -end:].masked_fill(~torch.from_numpy(questions.asked), IGNORE_INDEX)
+        labels = F.pad(labels, (tokens.shape[1] - 1 - end, 0), value=IGNORE_INDEX)
+        segments = cut_texts(tokens[:, :-1], labels, numbers, self._material, self._reads)
+        self._step += 1
+        self._reads += len(segments)
+        return segments
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
+        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the state was taken.
+
+        Raises:
+            DataError: the state was taken with other options.
+        """
+        check_identity(state["identity"], self._identity, "stream")
+        self._step, self._reads = state["step"], state["reads"]
+
+    def locate(self, segment: Segment) -> list[str]:
+        return segment.places(lambda number: f"sequence {number}")
+
+    def describe(self) -> str:
+        """What there is to learn from, in words."""
+        size = "ever new" if self._sequences is None else f"{self._sequences:,}"
+        return f"{size} sequences of length {', '.join(f'{length:,}' for length in self._lengths)} to learn from"
+
+    def _length(self) -> int:
+        """Of this step's questions."""
+        lengths = np.array(self._lengths, dtype=np.float64)
+        often = (1 / lengths) / (1 / lengths).sum()
+        return int(np.random.default_rng([self._seed, self._step]).choice(lengths, p=often))
+
+    def _numbers(self) -> Integers:
+        """Of the questions that the lanes of the global batch read in this step."""
+        places = np.arange(self._step * self._material.lanes, (self._step + 1) * self._material.lanes)
+        size = self._sequences
+        if size is None:
+            return places
+        epochs, places = np.divmod(places, size)
+        first, last = epochs[0], epochs[-1]
+        orders = [np.random.default_rng([self._seed, epoch]).permutation(size) for epoch in range(first, last + 1)]
+        return np.stack(orders)[epochs - first, places]

@@ -2,35 +2,121 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.errors import DataError
-from infformer.evaluation.report import write_results
-from infformer.evaluation.streaming import Evaluator
-from infformer.plots.retrieval import plot_retrieval
-from infformer.tasks.answering import alone, answer
-from infformer.tasks.questions import Integers
-from infformer.tasks.retrieval_accuracy import format_accuracy, measure_cells
-from infformer.tasks.retrieval_questions import RetrievalConfig, RetrievalSource
-from infformer.tasks.task import Validation
+from infformer.errors import measuring
+from infformer.results import MEMORY_OFF
+from infformer.tasks.answering import answer
+from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
+from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation
 
-HELD_OUT_SEED = 0
-"""All runs are measured on the same questions, whatever their own seed; no question of training is among them."""
+if TYPE_CHECKING:
+    from infformer.evaluation.streaming import Evaluator
 
 
-class Retrieval:
+@dataclass
+class RetrievalConfig(TaskConfig):
+    """What every retrieval task asks: something that stood at some depth of a long text."""
+
+    lengths: list[int] = measuring(lambda: [1024, 4096])
+    """Tokens of the texts to measure by, question and answer included; during training, by the first of them."""
+    depths: list[float] = measuring(lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where to look for the answer, as a part of the text: 0 is its beginning, 1 its end, just before the question."""
+    training_lengths: list[int] = field(default_factory=lambda: [1024])
+    """Tokens of the texts to learn from, the answers at any depth: each step draws one, with a probability ∝ 1/length,
+    so that all lengths together are read equally much."""
+    validation_questions: int = measuring(8)
+    """How many texts are read during training at each depth."""
+    test_questions: int = measuring(20)
+    """How many texts are read at the end at each length and depth."""
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "training_lengths"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(
+                    f"task.{name}={list(getattr(self, name))}: name one at least, each of at least 1 token"
+                )
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(
+                f"task.depths={list(self.depths)}: name one at least, each from 0, the beginning of the text, to 1, "
+                "its end"
+            )
+        for name in ("validation_questions", "test_questions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name}={getattr(self, name)}: must be at least 1")
+
+    @abstractmethod
+    def build_source(self, material: Material) -> RetrievalSource:
+        """The questions of this task."""
+
+    def build_stream(self, material: Material) -> QuestionStream:
+        source = self.build_source(material)
+        identity = {"task.training_lengths": list(self.training_lengths), **source.identity}
+        return QuestionStream(source.draw_training, self.training_lengths, identity, material)
+
+    def build_evaluation(self, material: Material) -> Retrieval:
+        return Retrieval(self, self.build_source(material), material.evaluator, material.controls, material.tokenizer)
+
+
+class DrawAtDepths(Protocol):
+    """How the questions of a retrieval task are drawn."""
+
+    def __call__(
+        self, split: str, numbers: Sequence[int] | Integers, seed: int, length: int, depths: Floats
+    ) -> Questions:
+        """Questions of this length, which depend on the arguments alone, each on nothing of the others.
+
+        With other depths the same number is the same text and the same answers, at other places.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            numbers: which questions of the split, each from 0.
+            seed: of all of them.
+            length: tokens, answers included.
+            depths: where to look for each answer, [numbers, answers].
+
+        Raises:
+            DataError: there is no such split, or no question of this length.
+        """
+
+
+@dataclass(frozen=True)
+class RetrievalSource:
+    """The questions of one retrieval task."""
+
+    name: str
+    """As it stands in results and above figures."""
+    answers: int
+    """How many each text ends with."""
+    chance: float
+    """How often a whole answer is right by chance."""
+    identity: dict[str, Any]
+    """What decides on the questions beside the lengths to learn from, by the options that say it."""
+    splits: Collection[str]
+    """Of which there is anything to ask."""
+    draw: DrawAtDepths
+
+    def draw_training(self, numbers: Integers, seed: int, length: int) -> Questions:
+        """The questions of these numbers, each from 0, their answers at depths drawn uniformly from [0, 1)."""
+        depths = [random_of(seed, "train", length, number, stream=1).random(self.answers) for number in numbers]
+        return self.draw("train", numbers, seed, length, np.array(depths).reshape(-1, self.answers))
+
+
+class Retrieval(Evaluation):
     """How well a model finds what it is asked for, by the length of the text and the depth of the answer.
 
     Args:
         config: which lengths and depths, and how many questions.
         source: of the questions.
         evaluator: how the texts are read, and by which model.
-        window: how many of the last tokens the model sees without long-term memory: those of its short-term memory
-            and of a segment.
         controls: measure the model also without its memory: reading the last segment alone.
         tokenizer: of the texts; None for sequences of symbols.
 
@@ -43,7 +129,6 @@ class Retrieval:
         config: RetrievalConfig,
         source: RetrievalSource,
         evaluator: Evaluator,
-        window: int,
         controls: bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -56,13 +141,14 @@ class Retrieval:
         self._config = config
         self._source = source
         self._evaluator = evaluator
-        self._window = window
+        # What the model sees without long-term memory: its short-term memory and a segment.
+        self._window = evaluator.protocol.segment_length + evaluator.model.short_term_length
         self._controls = controls and evaluator.model.has_memory
         self._tokenizer = tokenizer
         self._ask_one_of_each_length()
 
     def validate(self) -> Validation | None:
-        if not self._source.has("validation"):
+        if "validation" not in self._source.splits:
             return None
         cells = self._measure("validation", self._config.lengths[0], self._config.validation_questions, "validation")
         tokens = sum(cell["tokens"] for cell in cells)
@@ -77,10 +163,10 @@ class Retrieval:
 
     def measure(self, checkpoint: str) -> dict[str, Any]:
         """The `cells` of all lengths and depths, those of the `controls`, the `chance` of an answer, the `protocol`."""
-        if not self._source.has("test"):
+        if "test" not in self._source.splits:
             return {}
         segment = self._evaluator.protocol.segment_length
-        controls = {"memory_off": self._measure_lengths("memory off, ", segment)} if self._controls else {}
+        controls = {MEMORY_OFF: self._measure_lengths("memory off, ", segment)} if self._controls else {}
         return {
             "cells": self._measure_lengths("", None),
             "controls": controls,
@@ -96,18 +182,21 @@ class Retrieval:
         }
 
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+        from infformer.evaluation.report import write_results  # these load for seconds
+        from infformer.plots.retrieval import plot_retrieval
+
         write_results(folder / "results.json", results)
         print(format_accuracy(results), flush=True)
         return plot_retrieval(folder / "results.json")
 
     def sample(self, step: int, tokens: int) -> str | None:
         """The beginnings of true answers and of the model's own."""
-        if not self._source.has("validation"):
+        if "validation" not in self._source.splits:
             return None
         number, depth = step % self._config.validation_questions, self._config.depths[step % len(self._config.depths)]
         depths = np.full((1, self._source.answers), depth)
         questions = self._source.draw("validation", [number], HELD_OUT_SEED, self._config.lengths[0], depths)
-        given = answer(alone(self._evaluator), questions, "sample").free
+        given = answer(self._evaluator.alone(), questions, "sample").free
         true = self._spell(questions.true_answers[:tokens])
         return f"text {number}, depth {depth}: {true}; the model: {self._spell(given[:tokens])}"
 
@@ -123,15 +212,95 @@ class Retrieval:
         self, split: str, length: int, texts: int, title: str, inputs: int | None = None
     ) -> list[dict[str, Any]]:
         depths = list(dict.fromkeys(self._config.depths))
-        return measure_cells(self._evaluator, self._source, split, length, depths, texts, HELD_OUT_SEED, title, inputs)
+        return measure_cells(self._evaluator, self._source, split, length, depths, texts, title, inputs)
 
     def _ask_one_of_each_length(self) -> None:
         """What cannot be asked is said before any long work."""
         lengths = {"validation": self._config.lengths[:1], "test": self._config.lengths}
         for split, chosen in lengths.items():
-            if self._source.has(split):
+            if split in self._source.splits:
                 for length in chosen:
                     self._source.draw(split, [0], HELD_OUT_SEED, length, np.zeros((1, self._source.answers)))
 
     def _spell(self, tokens: Integers) -> str:
         return " ".join(map(str, tokens)) if self._tokenizer is None else repr(self._tokenizer.decode(tokens))
+
+
+def measure_cells(
+    evaluator: Evaluator,
+    source: RetrievalSource,
+    split: str,
+    length: int,
+    depths: Sequence[float],
+    texts: int,
+    title: str,
+    inputs: int | None = None,
+) -> list[dict[str, Any]]:
+    """Ask for what stood at each depth of texts of one length. The model is left in evaluation mode.
+
+    All depths are of the same texts, with the same answers at other places. All processes together.
+
+    Args:
+        split: of the source.
+        texts: how many texts are read for each depth.
+        title: of the progress bar.
+        inputs: of each text read only so many of the last tokens; None: all.
+
+    Returns:
+        Of each depth `length`, `depth`, `answers` and `tokens` (counts), `exact_match` (answers that are right to the
+        last token, free running), `accuracy_free_running`, `accuracy` (tokens, teacher forced) and `nll` (nats per
+        token of the answers).
+    """
+    sums = np.zeros((6, len(depths)))
+    for shift in range(len(depths)):
+        # Where there are several answers to a text, their depths change places from one reading to the next.
+        depth_of = (shift + np.arange(source.answers)) % len(depths)
+        wanted = np.tile(np.asarray(depths, dtype=np.float64)[depth_of], (texts, 1))
+        questions = source.draw(split, np.arange(texts), HELD_OUT_SEED, length, wanted)
+        given = answer(evaluator, questions if inputs is None else questions.last(inputs), title)
+        right = given.free == questions.true_answers
+        rows, places = np.nonzero(questions.asked)
+        which = questions.answers[rows, places]
+        wrong = np.bincount(rows * source.answers + which, ~right, texts * source.answers)
+        # One answer of each text after the other.
+        sums[:2] += _by_depth(np.tile(depth_of, texts), len(depths), np.ones_like(wrong), wrong == 0)
+        sums[2:] += _by_depth(
+            depth_of[which], len(depths), np.ones_like(right), right, given.forced.right, given.forced.nats
+        )
+    answers, exact, tokens, free, forced, nats = sums
+    return [
+        {
+            "length": length,
+            "depth": depth,
+            "answers": int(answers[column]),
+            "tokens": int(tokens[column]),
+            "exact_match": exact[column] / answers[column],
+            "accuracy_free_running": free[column] / tokens[column],
+            "accuracy": forced[column] / tokens[column],
+            "nll": nats[column] / tokens[column],
+        }
+        for column, depth in enumerate(depths)
+    ]
+
+
+def _by_depth(depth_of: Any, depths: int, *values: Any) -> Any:
+    """The sums of some values by their depth, [values, depths]."""
+    return np.stack([np.bincount(depth_of, value.astype(np.float64), depths) for value in values])
+
+
+def format_accuracy(results: dict[str, Any]) -> str:
+    """A table of what `Retrieval.measure` found: a line for each depth, a column for each length."""
+    situations = {"": results["cells"], "memory off": results["controls"].get(MEMORY_OFF, [])}
+    protocol = results["protocol"]
+    lengths = list(dict.fromkeys(cell["length"] for cell in results["cells"]))
+    lines = [f"{'depth':<24}" + "".join(f"{f'{length:,}':>17}" for length in lengths)]
+    for name, cells in situations.items():
+        for depth in dict.fromkeys(cell["depth"] for cell in cells):
+            row = [f"{cell['exact_match']:.3f} / {cell['accuracy']:.3f}" for cell in cells if cell["depth"] == depth]
+            lines.append(f"{depth:<8.2f}{name:<16}" + "".join(f"{cell:>17}" for cell in row))
+    lines.append(
+        f"{protocol['task']} by depth (0: beginning) and length (tokens): whole answers free running / tokens teacher "
+        f"forced; {results['cells'][0]['answers']} answers each, chance {results['chance']:.2g}; segments of "
+        f"{protocol['segment']} tokens, {protocol['reset']}, {protocol['dtype']}"
+    )
+    return "\n".join(lines)

@@ -1,40 +1,150 @@
-"""Sorting: the symbols of a long sequence by how often they occurred, as a model's memory knows them."""
+"""Sorting: the symbols of a long sequence by how often they occurred, as a model's memory knows them.
+
+A sequence of n symbols is followed by a separator and by its answer: all symbols, the most frequent first (∞-former,
+https://arxiv.org/abs/2109.00301, the experiment on sorting). What is frequent drifts from the beginning to the end, so
+who remembers only a part sorts another sequence. Symbols are the tokens 0 to `symbols` - 1, the separator is the token
+`symbols`.
+
+A model reads all but the last token, and is scored at the separator and after it, where it predicts the answer.
+
+The marks that a model is compared with are ideal counters: what is to be had by whoever counts, but not all, or not
+exactly. A counter gives every symbol a score, at random where it knows no difference, and answers by descending score.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from infformer.data.errors import DataError
-from infformer.evaluation.report import write_results
-from infformer.evaluation.streaming import Evaluator
-from infformer.plots.sorting import plot_accuracy
-from infformer.tasks.answering import alone, answer
-from infformer.tasks.sorting_accuracy import evaluate_teacher_forced, format_accuracy, measure_accuracy
-from infformer.tasks.sorting_sequences import SortingConfig, as_questions, draw_sequences
-from infformer.tasks.task import Validation
+from infformer.errors import measuring
+from infformer.tasks.answering import Forced, answer, answer_forced
+from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
+from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation
 
-HELD_OUT_SEED = 0
-"""All runs are measured on the same sequences, whatever their own seed; no sequence of training is among them."""
+if TYPE_CHECKING:
+    from infformer.evaluation.streaming import Evaluator
 
 
-class Sorting:
+@dataclass
+class SortingConfig(TaskConfig):
+    """Sorting symbols by their frequency in a long sequence."""
+
+    length: int = 1024
+    """Symbols of a sequence."""
+    training_lengths: list[int] = field(default_factory=list)
+    """Learn from sequences of these lengths instead: each step draws one, with a probability ∝ 1/length, so that all
+    lengths together are read equally much. What is learned on short ones, sooner, is at hand for long ones."""
+    symbols: int = 20
+    """How many different symbols there are."""
+    training_sequences: int | None = None
+    """How many sequences to learn from, epoch after epoch, each in an order of its own; published: 8000. Null: never
+    the same one twice."""
+    validation_sequences: int = measuring(64)
+    """How many are measured during training."""
+    test_sequences: int = measuring(200)
+    """How many are measured at the end, of each length."""
+    evaluation_lengths: list[int] = measuring(list)
+    """Further lengths to measure at the end."""
+
+    def __post_init__(self) -> None:
+        if self.symbols < 2:
+            raise ValueError(f"task.symbols={self.symbols}: must be at least 2, or there is nothing to sort")
+        for name in ("length", "training_sequences", "validation_sequences", "test_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"task.{name}={value}: must be at least 1")
+        for name in ("training_lengths", "evaluation_lengths"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"task.{name}={list(getattr(self, name))}: each must be at least 1")
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are: the symbols and the separator."""
+        return self.symbols + 1
+
+    def build_stream(self, material: Material) -> QuestionStream:
+        def draw(numbers: Integers, seed: int, length: int) -> Questions:
+            return as_questions(draw_sequences(self, "train", numbers, seed, length), self.symbols)
+
+        identity = {
+            "task.length": self.length,
+            "task.training_lengths": list(self.training_lengths),
+            "task.symbols": self.symbols,
+            "task.training_sequences": self.training_sequences,
+        }
+        return QuestionStream(draw, self.training_lengths or [self.length], identity, material, self.training_sequences)
+
+    def build_evaluation(self, material: Material) -> Sorting:
+        return Sorting(self, material.evaluator)
+
+
+def draw_sequences(
+    config: SortingConfig, split: str, numbers: Sequence[int] | Integers, seed: int, length: int | None = None
+) -> Integers:
+    """Sequences with their answers, [sequences, length + 1 + symbols].
+
+    For each sequence two distributions are drawn, each of independent uniform integers from 1 to 9, divided by their
+    sum. Symbol j of n (from 1) is drawn from (1 - j/n) p_initial + (j/n) p_final. In the answer, what is equally
+    frequent stands in the order of first appearance; what never appeared comes last, in the order of the numbers.
+
+    A sequence depends on the seed, the split, its number and its length, on nothing that is drawn with it.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        numbers: which sequences of the split, each from 0.
+        length: symbols of a sequence; None: as configured.
+
+    Raises:
+        DataError: there is no such split, or no such length.
+    """
+    length = config.length if length is None else length
+    if length < 1:
+        raise DataError(f"length={length}: a sequence has at least 1 symbol")
+    progress = np.arange(1, length + 1) / length
+    drawn = np.empty((len(numbers), length + 1 + config.symbols), dtype=np.int64)
+    for row, number in zip(drawn, numbers, strict=True):
+        random = random_of(seed, split, length, number)
+        weights = random.integers(1, 9, size=(2, config.symbols), endpoint=True)
+        initial, final = (weights / weights.sum(axis=1, keepdims=True)).cumsum(axis=1)
+        uniform = random.random(length)
+        # The inverse of the cumulative distribution, whose steps move linearly as well.
+        row[:length] = 0
+        for step in range(config.symbols - 1):
+            row[:length] += uniform >= initial[step] + progress * (final[step] - initial[step])
+        row[length] = config.symbols
+        row[length + 1 :] = _answer(row[:length], config.symbols)
+    return drawn
+
+
+def _answer(sequence: Integers, symbols: int) -> Integers:
+    """All symbols, the most frequent in the sequence first."""
+    first = np.zeros(symbols, dtype=np.int64)
+    first[sequence[::-1]] = np.arange(len(sequence))[::-1]  # of several places the last that is assigned stays
+    return np.lexsort([first, -np.bincount(sequence, minlength=symbols)])
+
+
+def as_questions(sequences: Integers, symbols: int) -> Questions:
+    """What is asked at the end of these sequences, [sequences, length + 1 + symbols]: their answers, each as one."""
+    return Questions(sequences, np.zeros((len(sequences), symbols), dtype=np.int64))
+
+
+class Sorting(Evaluation):
     """How well a model answers a sequence with its symbols by descending frequency.
 
     Args:
         config: which sequences.
         evaluator: how held-out sequences are read, and by which model.
-        window: how many of the last symbols the model sees without long-term memory: those of its short-term memory
-            and of a segment. What counting these would give stands beside its figures.
 
     Raises:
         DataError: the model does not know as many tokens.
     """
 
-    def __init__(self, config: SortingConfig, evaluator: Evaluator, window: int) -> None:
+    def __init__(self, config: SortingConfig, evaluator: Evaluator) -> None:
         if evaluator.model.vocabulary_size < config.vocabulary_size:
             raise DataError(
                 f"task.symbols={config.symbols}: with the separator these are {config.vocabulary_size} tokens, and the "
@@ -43,7 +153,8 @@ class Sorting:
             )
         self._config = config
         self._evaluator = evaluator
-        self._window = window
+        # What the model sees without long-term memory: counting that is one of the marks beside its figures.
+        self._window = evaluator.protocol.segment_length + evaluator.model.short_term_length
 
     def validate(self) -> Validation:
         sequences = self._held_out("validation", self._config.validation_sequences)
@@ -65,7 +176,6 @@ class Sorting:
                     self._held_out("test", self._config.test_sequences, length),
                     self._config.symbols,
                     self._window,
-                    HELD_OUT_SEED,
                 )
                 for length in lengths
             ],
@@ -78,6 +188,9 @@ class Sorting:
         }
 
     def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+        from infformer.evaluation.report import write_results  # these load for seconds
+        from infformer.plots.sorting import plot_accuracy
+
         write_results(folder / "results.json", results)
         print(format_accuracy(results), flush=True)
         return plot_accuracy(folder / "results.json")
@@ -87,12 +200,129 @@ class Sorting:
         number = step % self._config.validation_sequences
         sequence = draw_sequences(self._config, "validation", [number], HELD_OUT_SEED)
         questions = as_questions(sequence, self._config.symbols)
-        given = answer(alone(self._evaluator), questions, "sample").free
+        given = answer(self._evaluator.alone(), questions, "sample").free
         return f"sequence {number}: {_spell(questions.true_answers[:tokens])}; the model: {_spell(given[:tokens])}"
 
-    def _held_out(self, split: str, count: int, length: int | None = None) -> NDArray[np.int64]:
+    def _held_out(self, split: str, count: int, length: int | None = None) -> Integers:
         return draw_sequences(self._config, split, np.arange(count), HELD_OUT_SEED, length)
 
 
-def _spell(tokens: NDArray[np.int64]) -> str:
+def _spell(tokens: Integers) -> str:
     return " ".join(map(str, tokens.tolist()))
+
+
+def measure_accuracy(evaluator: Evaluator, sequences: Integers, symbols: int, window: int) -> dict[str, Any]:
+    """All that is measured on sequences of one length. The model is left in evaluation mode.
+
+    Args:
+        sequences: with their answers, [sequences, length + 1 + symbols]; all processes together.
+        symbols: how many there are.
+        window: how many of the last symbols a model without long-term memory would see.
+
+    Returns:
+        `length`, `sequences`, what `evaluate_teacher_forced` returns, `accuracy_free_running` (by position too), where
+        each place of the answer is predicted from the model's own answers before it, and the accuracies of the
+        `ideal_counters`.
+    """
+    length = sequences.shape[1] - symbols - 1
+    questions = as_questions(sequences, symbols)
+    answers = answer(evaluator, questions, f"{length:,} symbols")
+    free_running = (answers.free == questions.true_answers).reshape(-1, symbols).mean(axis=0)
+    return {
+        "length": length,
+        "sequences": len(sequences),
+        **_teacher_forced(answers.forced, symbols),
+        "accuracy_free_running": float(free_running.mean()),
+        "accuracy_free_running_by_position": free_running.tolist(),
+        "ideal_counters": ideal_counters(sequences, symbols, window, HELD_OUT_SEED),
+    }
+
+
+def evaluate_teacher_forced(
+    evaluator: Evaluator, sequences: Integers, symbols: int, title: str = "teacher forced"
+) -> dict[str, Any]:
+    """Accuracy where each place of the answer is predicted from the true places before it, as published.
+
+    Returns:
+        `nll` (nats per symbol of the answer), `accuracy`, `accuracy_by_position` [symbols].
+    """
+    return _teacher_forced(answer_forced(evaluator, as_questions(sequences, symbols), title), symbols)
+
+
+def _teacher_forced(answers: Forced, symbols: int) -> dict[str, Any]:
+    accuracy = answers.right.reshape(-1, symbols).mean(axis=0)
+    return {
+        "nll": float(answers.nats.mean(dtype=np.float64)),
+        "accuracy": float(accuracy.mean()),
+        "accuracy_by_position": accuracy.tolist(),
+    }
+
+
+def format_accuracy(results: dict[str, Any]) -> str:
+    """A table of what `Sorting.measure` found: a line for each length, a column for the model and for each counter."""
+    lengths, protocol = results["lengths"], results["protocol"]
+    names = ["this model", *(name.replace("_", " ") for name in lengths[0]["ideal_counters"])]
+    lines = [f"{'length':<8}" + "".join(f"{name:>17}" for name in names)]
+    for figures in lengths:
+        columns = [figures, *figures["ideal_counters"].values()]
+        cells = [f"{column['accuracy']:.3f} / {column['accuracy_free_running']:.3f}" for column in columns]
+        lines.append(f"{figures['length']:<8,}" + "".join(f"{cell:>17}" for cell in cells))
+    lines.append(
+        f"accuracy teacher forced / free running, on {lengths[0]['sequences']} sequences of each length; segments of "
+        f"{protocol['segment']} tokens, {protocol['reset']}, {protocol['dtype']}"
+    )
+    return "\n".join(lines)
+
+
+def ideal_counters(sequences: Integers, symbols: int, window: int, seed: int) -> dict[str, dict[str, Any]]:
+    """The accuracy of each counter on these sequences.
+
+    `last_<window>` counts the last `window` symbols, what a model without long-term memory sees; `last_half` the last
+    half. `noise_3_percent` and `noise_1_percent` count everything, and err on each count by a normal deviate of so much
+    of the mean count. `chance` knows nothing.
+
+    Args:
+        sequences: with their answers, [sequences, length + 1 + symbols].
+        symbols: how many there are.
+        window: symbols.
+        seed: of ties and noise.
+
+    Returns:
+        Of each counter what is measured of a model: `accuracy` and `accuracy_by_position` [symbols], teacher forced,
+        and `accuracy_free_running` and `accuracy_free_running_by_position`.
+    """
+    random = np.random.default_rng(seed)
+    length = sequences.shape[1] - symbols - 1
+    numbers, answers = sequences[:, :length], sequences[:, length + 1 :]
+    everything = _counts(numbers, symbols)
+    noise = random.normal(scale=length / symbols, size=everything.shape)
+    ties = random.random(everything.shape)  # less than any difference between two counts
+    scores = {
+        f"last_{window}": _counts(numbers[:, max(length - window, 0) :], symbols) + ties,
+        "last_half": _counts(numbers[:, length - length // 2 :], symbols) + ties,
+        "noise_3_percent": everything + 0.03 * noise,
+        "noise_1_percent": everything + 0.01 * noise,
+        "chance": ties,
+    }
+    return {name: _accuracy(counter, answers) for name, counter in scores.items()}
+
+
+def _counts(numbers: Integers, symbols: int) -> Integers:
+    """How often each symbol occurs in each row, [sequences, symbols]."""
+    rows = symbols * np.arange(len(numbers))[:, np.newaxis]
+    return np.bincount((rows + numbers).ravel(), minlength=symbols * len(numbers)).reshape(-1, symbols)
+
+
+def _accuracy(scores: Floats, answers: Integers) -> dict[str, Any]:
+    """Of answers by scores, both [sequences, symbols]."""
+    in_true_order = np.take_along_axis(scores, answers, axis=1)
+    # Teacher forced, right is whoever gives the true symbol the best score of those that are left.
+    best_left = np.maximum.accumulate(in_true_order[:, ::-1], axis=1)[:, ::-1]
+    forced = (in_true_order == best_left).mean(axis=0)
+    free = (np.argsort(-scores, axis=1) == answers).mean(axis=0)
+    return {
+        "accuracy": float(forced.mean()),
+        "accuracy_by_position": forced.tolist(),
+        "accuracy_free_running": float(free.mean()),
+        "accuracy_free_running_by_position": free.tolist(),
+    }

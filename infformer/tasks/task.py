@@ -1,29 +1,98 @@
-"""What the training asks of a task. Each task is one class, in a file of its own."""
+"""What the training asks of a task: options that build a stream to learn from, and an evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.lanes import Segment
+from infformer.data.lanes import IGNORE_INDEX, Segment
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import TokenizedDocuments
+
+if TYPE_CHECKING:
+    from infformer.evaluation.streaming import Evaluator
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a task is made of, beside its own options. Every process has its own, for its lanes."""
+
+    evaluator: Evaluator
+    """The model to be measured, and how it reads."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """None for a task of symbols."""
+    documents: Mapping[str, TokenizedDocuments] = field(default_factory=dict)
+    """By split: `train` to learn from, `validation` and `test` where there are any. None for a task of symbols."""
+    data: DataConfig = field(default_factory=DataConfig)
+    lanes: int = 1
+    """To learn from, in the global batch."""
+    rank_rows: Sequence[int] = (0,)
+    """The lanes of this process."""
+    segment_length: int = 512
+    """Tokens that each lane reads at a time."""
+    bptt_segments: int = 1
+    """Segments of each lane in one step of language modelling."""
+    seed: int = 0
+    before: bool = True
+    """This and what follows: as in `evaluation.*`."""
+    controls: bool = True
+    inspected_segments: int = 0
+    max_validation_tokens: int | None = None
 
 
 @dataclass
-class TaskConfig:
-    """What a model is to learn: the options that language modelling has. Every other task adds its own."""
+class TaskConfig(ABC):
+    """What a model is to learn. Each task adds its own options, and builds what learns and measures by them."""
 
-    @property
-    def is_language_modelling(self) -> bool:
-        """Every token of documents, from the tokens before it."""
-        return type(self) is TaskConfig
+    is_language_modelling = False
+    """Its texts are documents, each read from its beginning."""
 
     @property
     def vocabulary_size(self) -> int | None:
         """How many tokens there are, for a task of symbols; None for a task of text, which a tokenizer cuts up."""
         return None
+
+    @abstractmethod
+    def build_stream(self, material: Material) -> TrainingStream:
+        """What is learned from.
+
+        Raises:
+            DataError: there is nothing to learn from.
+        """
+
+    @abstractmethod
+    def build_evaluation(self, material: Material) -> Evaluation:
+        """How the model is measured.
+
+        Raises:
+            DataError: the model, the documents or the tokenizer do not do for this task.
+        """
+
+
+@dataclass
+class LanguageModellingConfig(TaskConfig):
+    """Predicting every token of the documents of `data` from the tokens before it."""
+
+    is_language_modelling = True
+
+    def build_stream(self, material: Material) -> TrainingStream:
+        from infformer.tasks.language_modelling import DocumentStream  # what measures loads for seconds
+
+        return DocumentStream(material)
+
+    def build_evaluation(self, material: Material) -> Evaluation:
+        from infformer.tasks.language_modelling import LanguageModelling
+
+        return LanguageModelling(material)
 
 
 @dataclass(frozen=True)
@@ -38,54 +107,8 @@ class Validation:
     """The same in a few words, for the log."""
 
 
-class Examination(Protocol):
-    """How a model is measured, as it is at the moment of the call; it may be left in evaluation mode.
-
-    What all processes call together is marked so: they may wait there for each other, and all get the same answer.
-    """
-
-    def validate(self) -> Validation | None:
-        """Measure in the middle of a run; None if there is nothing to measure by. All processes together."""
-
-    def measure(self, checkpoint: str) -> dict[str, Any]:
-        """The final test figures, as JSON; empty if there is nothing to measure by. All processes together.
-
-        Args:
-            checkpoint: where the model's weights come from, for the record.
-        """
-
-    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
-        """Write `results.json`, print a table, draw figures; on the main process only.
-
-        Args:
-            results: what `measure` returned, with what `measure_before` returned under `before`, None if nothing.
-            folder: the run's.
-
-        Returns:
-            The figures, as PNG files.
-        """
-
-    def sample(self, step: int, tokens: int) -> str | None:
-        """What the model writes, to be looked at; None if there is nothing to show. All processes
-        together.
-
-        Its random numbers are its own: the training goes on as without.
-
-        Args:
-            step: of the run; decides what is drawn.
-            tokens: how many to write, at most.
-        """
-
-
-class Task(Examination, Protocol):
-    """What a model is to learn, and how it is measured.
-
-    Every process has a task of its own, for its lanes.
-    """
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Saved beside the model in every checkpoint; None for a task without text."""
+class TrainingStream(Protocol):
+    """What a model learns from, step by step."""
 
     def next_step(self) -> list[Segment]:
         """What the lanes of this process read in the next optimiser step, one segment after the other.
@@ -96,7 +119,7 @@ class Task(Examination, Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the task stands, as JSON; it is the same on every process, and fits any number of them."""
+        """Where the stream stands, as JSON; it is the same on every process, and fits any number of them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where the state was taken.
@@ -105,17 +128,95 @@ class Task(Examination, Protocol):
             UserError: the state was taken with other material or options.
         """
 
+    def locate(self, segment: Segment) -> list[str]:
+        """Where each lane of a segment is, in words: `lane 3: 'a book' at token 512`."""
+
+    def describe(self) -> str:
+        """What there is to learn from, in words: `17 documents, 5,042,123 tokens to learn from`."""
+
+
+def cut_texts(
+    inputs: Tensor, targets: Tensor, numbers: Sequence[int] | NDArray[np.int64], material: Material, reads: int
+) -> list[Segment]:
+    """The lanes of this process read whole texts from an empty memory, in segments, of which the last may be shorter.
+
+    Args:
+        inputs, targets: of all lanes of the global batch, equally long, [lanes, length].
+        numbers: what each lane's text is called, [lanes].
+        reads: how many segments each lane has read before.
+    """
+    rows, length = torch.tensor(material.rank_rows), material.segment_length
+    return [
+        Segment(
+            input_ids=own[rows],
+            targets=labels[rows],
+            lengths=torch.full_like(rows, own.shape[1]),
+            reset=torch.full_like(rows, index == 0, dtype=torch.bool),
+            documents=torch.as_tensor(numbers)[rows],
+            starts=torch.full_like(rows, index * length),
+            reads=torch.full_like(rows, reads + index),
+            lanes=rows,
+            global_tokens=int((labels != IGNORE_INDEX).sum()),
+        )
+        for index, (own, labels) in enumerate(
+            zip(inputs.split(length, dim=1), targets.split(length, dim=1), strict=True)
+        )
+    ]
+
+
+class Evaluation:
+    """How a model is measured, as it is at the moment of the call; it may be left in evaluation mode.
+
+    What all processes call together is marked so: they may wait there for each other, and all get the same answer. What
+    a task does not measure it leaves out.
+    """
+
+    def validate(self) -> Validation | None:
+        """Measure in the middle of a run; None if there is nothing to measure by. All processes together."""
+        return None
+
     def measure_before(self) -> dict[str, Any]:
         """The test figures before the first step, as JSON; empty if they are not wanted. All processes together."""
+        return {}
+
+    def measure(self, checkpoint: str) -> dict[str, Any]:
+        """The final test figures, as JSON; empty if there is nothing to measure by. All processes together.
+
+        Args:
+            checkpoint: where the model's weights come from, for the record.
+        """
+        return {}
+
+    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+        """Write `results.json`, print a table, draw figures; on the main process only.
+
+        Args:
+            results: what `measure` returned; of a run with what `measure_before` returned under `before`, None if
+                nothing.
+            folder: where to.
+
+        Returns:
+            The figures, as PNG files.
+        """
+        from infformer.evaluation.report import write_results  # this loads for seconds
+
+        write_results(folder / "results.json", results)
+        return []
 
     def inspect(self) -> dict[str, Any]:
         """What the memory holds in the end, as JSON that `plots.memory` draws; empty if there is nothing to look at.
 
         All processes together.
         """
+        return {}
 
-    def locate(self, segment: Segment) -> list[str]:
-        """Where each lane of a segment is, in words: `lane 3: 'a book' at token 512`."""
+    def sample(self, step: int, tokens: int) -> str | None:
+        """What the model writes, to be looked at; None if there is nothing to show. All processes together.
 
-    def describe(self) -> str:
-        """What there is to learn from, in words: `17 documents, 5,042,123 tokens to learn from`."""
+        Its random numbers are its own: the training goes on as without.
+
+        Args:
+            step: of the run; decides what is drawn.
+            tokens: how many to write, at most.
+        """
+        return None

@@ -1,15 +1,14 @@
-"""What a run is made of, from its configuration: tokenizer, model, documents, task, evaluator."""
+"""What a run is made of, from its configuration: tokenizer, model, and the material of its task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from infformer.config import RunConfig
-from infformer.data.lanes import Lanes
-from infformer.data.options import DataConfig
+from infformer.data.options import SPLITS
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents, warn_of_shared_documents
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
@@ -22,18 +21,7 @@ from infformer.models.loading import (
     new_model,
     vocabulary_of,
 )
-from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
-from infformer.tasks.language_modelling import LanguageModelling
-from infformer.tasks.needle import NeedleConfig, NeedleInABook
-from infformer.tasks.passkey import Passkey, PasskeyConfig
-from infformer.tasks.question_answering import QuestionAnswering
-from infformer.tasks.question_stream import QuestionStream
-from infformer.tasks.questions import QuestionSource
-from infformer.tasks.retrieval import Retrieval
-from infformer.tasks.retrieval_questions import RetrievalSource
-from infformer.tasks.sorting import Sorting
-from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions
-from infformer.tasks.task import Examination, Task, TaskConfig
+from infformer.tasks.task import Material
 from infformer.training.runtime import Accelerator
 
 
@@ -71,66 +59,6 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     return model
 
 
-def make_evaluator(
-    accelerator: Accelerator,
-    model: MemoryModel,
-    segment_length: int,
-    precision: str,
-    documents: int,
-    stride: int | None = None,
-    warmup_documents: int = 0,
-    after_segment: Callable[[], None] = lambda: None,
-) -> Evaluator:
-    """An evaluator of that many documents side by side, divided among the processes."""
-    return Evaluator(
-        model=model,
-        protocol=ReadingProtocol(segment_length, stride, getattr(torch, precision), warmup_documents),
-        batch_size=documents,
-        processes=Processes(
-            accelerator.process_index,
-            accelerator.num_processes,
-            reduce=lambda sums: accelerator.reduce(sums, reduction="sum"),
-            progress=accelerator.is_main_process,
-            after_segment=after_segment,
-        ),
-    )
-
-
-def ask(
-    task: TaskConfig,
-    evaluator: Evaluator,
-    controls: bool,
-    data: DataConfig,
-    documents: Mapping[str, TokenizedDocuments],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[QuestionSource, Examination]:
-    """The questions of a task other than language modelling, and how a model is measured by them.
-
-    Args:
-        evaluator: of the texts.
-        controls: measure also what the model knows without its memory.
-        data, documents: those in which something is hidden, by split; `test` are those to measure by.
-        tokenizer: of the documents; None for a task of symbols.
-
-    Raises:
-        DataError: the model, the documents or the tokenizer do not do for this task.
-    """
-    window = evaluator.protocol.segment_length + evaluator.model.short_term_length
-    if isinstance(task, SortingConfig):
-        return SortingQuestions(task), Sorting(task, evaluator, window)
-    source: RetrievalSource
-    if isinstance(task, AssociativeRecallConfig):
-        source = AssociativeRecall(task)
-    else:
-        assert tokenizer is not None
-        if isinstance(task, PasskeyConfig):
-            source = Passkey(task, documents, tokenizer, data.beginning_of_document)
-        else:
-            assert isinstance(task, NeedleConfig)
-            source = NeedleInABook(task, documents, tokenizer, data.beginning_of_document)
-    return source, Retrieval(task, source, evaluator, window, controls, tokenizer)
-
-
 def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the documents; None for a task without text."""
     if config.task.vocabulary_size is not None:
@@ -141,67 +69,57 @@ def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTo
     return load_tokenizer(config.model.tokenizer or str(config.model.pretrained), option)
 
 
-def build_task(
+def processes_of(accelerator: Accelerator, after_segment: Callable[[], None] = lambda: None) -> Processes:
+    """The processes of a run as those that divide texts among them."""
+    return Processes(
+        accelerator.process_index,
+        accelerator.num_processes,
+        reduce=lambda sums: accelerator.reduce(sums, reduction="sum"),
+        progress=accelerator.is_main_process,
+        after_segment=after_segment,
+    )
+
+
+def build_material(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model: MemoryModel,
     accelerator: Accelerator,
     rank_rows: range,
     after_segment: Callable[[], None],
-) -> Task:
-    """What the model is to learn; every process reads its own lanes."""
+) -> Material:
+    """What the task of a run is made of: its documents as tokens, the lanes of this process, and what measures.
+
+    Args:
+        after_segment: called whenever a measurement has read a segment.
+    """
     training, evaluation = config.training, config.evaluation
-    evaluator = make_evaluator(
-        accelerator,
-        model,
-        training.segment_length,
-        training.precision,
-        evaluation.batch_size,
-        after_segment=after_segment,
-    )
     documents: dict[str, TokenizedDocuments] = {}
     if tokenizer is not None:
-        documents = {
-            split: _tokenize(config, split, tokenizer, model, accelerator)
-            for split in ("train", "validation", "test")
-            if split == "train" or getattr(config.data, split) is not None
-        }
+        for split in SPLITS:
+            if split == "train" or getattr(config.data, split) is not None:
+                first = accelerator.main_process_first()
+                documents[split] = tokenize_documents(config.data, split, tokenizer, first)
+                documents[split].check_vocabulary(model.vocabulary_size)
         if accelerator.is_main_process:
             warn_of_shared_documents(documents)
-    if not config.task.is_language_modelling:
-        source, examination = ask(config.task, evaluator, evaluation.controls, config.data, documents, tokenizer)
-        stream = QuestionStream(source, training.batch_size, training.segment_length, config.seed, rank_rows)
-        return QuestionAnswering(stream, examination, tokenizer)
-    assert tokenizer is not None
-    lanes = Lanes(
-        documents["train"],
-        training.batch_size,
-        training.segment_length,
-        config.seed,
-        shuffle=config.data.shuffle,
-        segments_per_visit=config.data.segments_per_visit,
+    return Material(
+        evaluator=Evaluator(
+            model=model,
+            protocol=ReadingProtocol(training.segment_length, precision=getattr(torch, training.precision)),
+            batch_size=evaluation.batch_size,
+            processes=processes_of(accelerator, after_segment),
+        ),
+        tokenizer=tokenizer,
+        documents=documents,
+        data=config.data,
+        lanes=training.batch_size,
         rank_rows=rank_rows,
-    )
-    return LanguageModelling(
-        tokenizer,
-        documents,
-        lanes,
-        evaluator,
+        segment_length=training.segment_length,
         bptt_segments=training.bptt_segments,
+        seed=config.seed,
         before=evaluation.before,
         controls=evaluation.controls,
         inspected_segments=evaluation.inspected_segments,
         max_validation_tokens=evaluation.max_validation_tokens,
     )
-
-
-def _tokenize(
-    config: RunConfig,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model: MemoryModel,
-    accelerator: Accelerator,
-) -> TokenizedDocuments:
-    documents = tokenize_documents(config.data, split, tokenizer, accelerator.main_process_first())
-    documents.check_vocabulary(model.vocabulary_size)
-    return documents

@@ -24,7 +24,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
 
 from infformer.durable import rename, synchronise, write_text
 from infformer.errors import UserError
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel
-from infformer.tasks.task import Task
 from infformer.training.metrics import StepMetrics
 from infformer.training.runtime import Accelerator, all_reduce_max, gathered
 from infformer.training.shards import Shards
@@ -58,20 +58,11 @@ class DivergedError(CheckpointError):
 
 
 @dataclass
-class TrainingState:
-    """All that changes while a run trains."""
+class Progress:
+    """How far a run has come, as JSON."""
 
-    model: MemoryModel
-    """The model itself, not what the engine wraps around it."""
-    shards: Shards
-    """Its weights and its optimiser's moments, as the engine keeps them."""
-    schedule: LRScheduler
-    task: Task
-    """May be a step ahead."""
-    position: dict[str, Any]
-    """Where it stood after the last step that was made."""
-    memories: list[ModelState]
-    """Of the lanes of this process, part by part."""
+    task: dict[str, Any]
+    """Where the task's stream stood after the last step; the stream itself may be a step ahead."""
     step: int = 0
     tokens: int = 0
     """Read so far, in all lanes."""
@@ -84,6 +75,21 @@ class TrainingState:
     best_step: int | None = None
     results_before: dict[str, Any] = field(default_factory=dict)
     """Test figures before the first step."""
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a run trains, and the tokenizer that is saved beside it."""
+
+    model: MemoryModel
+    """The model itself, not what the engine wraps around it."""
+    tokenizer: PreTrainedTokenizerBase | None
+    shards: Shards
+    """The model's weights and its optimiser's moments, as the engine keeps them."""
+    schedule: LRScheduler
+    memories: list[ModelState]
+    """Of the lanes of this process, microbatch by microbatch."""
+    progress: Progress
 
 
 _WHOLE, _WRITING, _FAILED, _DIVERGED = range(4)
@@ -209,8 +215,8 @@ class CheckpointWriter:
             save_file(copy.own, written[0])
             if copy.is_main:
                 state.model.save_pretrained(partial / "model", state_dict=copy.weights)
-                if state.task.tokenizer is not None:
-                    state.task.tokenizer.save_pretrained(partial / "model")
+                if state.tokenizer is not None:
+                    state.tokenizer.save_pretrained(partial / "model")
                 written += [path for path in sorted((partial / "model").rglob("*")) if path.is_file()]
                 written += [partial / "optimizer.safetensors", partial / "state.json"]
                 save_file(copy.moments, written[-2])
@@ -244,11 +250,8 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
         group["lr"] = rate
     if accelerator.scaler is not None and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    state.task.load_state_dict(saved["task"])
-    state.position = saved["task"]
-    state.unreported = [StepMetrics(**entry) for entry in saved["unreported"]]
-    for name in ("step", "tokens", "measured", "best_loss", "best_step", "results_before"):
-        setattr(state, name, saved[name])
+    state.progress = Progress(**{each.name: saved[each.name] for each in fields(Progress)})
+    state.progress.unreported = [StepMetrics(**entry) for entry in saved["unreported"]]
     parts = len(memories) * accelerator.num_processes
     if parts != saved["parts"] and accelerator.is_main_process:
         logger.warning(
@@ -375,20 +378,14 @@ def _copy_of(state: TrainingState, accelerator: Accelerator, rank_rows: range) -
     own = {"lanes": torch.tensor(rank_rows)} | {f"memory.{name}": _to_host(tensor) for name, tensor in memory.items()}
     schedule = {name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"}
     shared = {
-        "step": state.step,
-        "tokens": state.tokens,
-        "measured": state.measured,
+        **asdict(state.progress),
         "parts": len(state.memories) * accelerator.num_processes,
-        "best_loss": state.best_loss,
-        "best_step": state.best_step,
-        "task": state.position,
         "schedule": schedule,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "unreported": [asdict(entry) for entry in state.unreported],
-        "results_before": state.results_before,
     }
-    is_best = state.best_step == state.step
-    return _Copy(state.step, is_best, accelerator.process_index, own, weights, moments, shared if main else {})
+    step = state.progress.step
+    is_best = state.progress.best_step == step
+    return _Copy(step, is_best, accelerator.process_index, own, weights, moments, shared if main else {})
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from infformer.config import MEMORIES, TASKS, options_of, register_schemas, without_none
+from infformer.config import MEMORIES, TASKS, options_of, register_schemas, schema_of, without_none
 from infformer.errors import UserError
 
 Options = TypeVar("Options")
@@ -94,7 +94,7 @@ def check(composed: DictConfig, kind: type[Options]) -> Options:
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         raise _no_such_option(f"{option}={shown}", option, kind)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(schema_of(kind), composed))  # type: ignore[return-value]
     except UserError:
         raise
     except MissingMandatoryValue as error:

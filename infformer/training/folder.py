@@ -11,9 +11,13 @@ import fcntl
 import json
 import logging
 import os
+import platform
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -21,9 +25,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from infformer.config import EvaluationRunConfig, options_of
+from infformer.config import EvaluationRunConfig, RunConfig, options_of
 from infformer.durable import write_text
 from infformer.errors import UserError
+from infformer.training.checkpoint import point_to_best, remove_unfinished
+from infformer.training.metrics import MetricsLog
 from infformer.training.runtime import Accelerator, decided_by_main
 
 logger = logging.getLogger(__name__)
@@ -168,6 +174,39 @@ def _resolved(checkpoint: str) -> str:
     return str(place.resolve()) if place.exists() else checkpoint
 
 
+def open_record(config: RunConfig, folder: Path, step: int, best_step: int | None, size: int) -> None:
+    """Write down what is run, by which versions; forget what a run that was stopped did after this step.
+
+    Args:
+        best_step: that of the best checkpoint so far.
+        size: of a checkpoint's weights and moments, in bytes.
+
+    Raises:
+        RunError: the folder cannot be written, or has no room for a checkpoint.
+    """
+    packages = ("infformer", "torch", "transformers", "accelerate", "datasets", "hydra-core")
+    versions = {"python": platform.python_version(), "git_revision": _git_revision()}
+    versions |= {package: _version(package) for package in packages}
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(
+                errno.ENOSPC, f"a checkpoint takes {size / 1e6:,.0f} MB, and there is room for {free / 1e6:,.0f} MB"
+            )
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_text(folder / "versions.json", json.dumps(versions, indent=1))
+        remove_unfinished(folder / "checkpoints")
+        if best_step is not None:
+            point_to_best(folder / "checkpoints", best_step)
+        MetricsLog(folder / "metrics.jsonl").truncate_after(step)
+        MetricsLog(folder / "samples.jsonl").truncate_after(step)
+    except OSError as error:
+        raise nothing_can_be_written(folder, error) from error
+    except ValueError as error:
+        raise RunError(f"output_dir={folder}: {error}; mend that line, or remove it") from error
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -227,3 +266,22 @@ def _remove_if_unused(folder: Path, made: Sequence[Path]) -> None:
             (folder / LOCK).unlink(missing_ok=True)
         for place in made:  # the inner ones first
             place.rmdir()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the source, with a mark if it was changed; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -6,7 +6,6 @@ import argparse
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     from accelerate import Accelerator
     from transformers.utils.logging import disable_progress_bar
 
-    from infformer.training.checkpoint import CheckpointWriter, TrainingState
+    from infformer.training.checkpoint import CheckpointWriter, Progress, TrainingState
     from infformer.training.shards import TorchShards
 
     disable_progress_bar()
@@ -51,22 +50,21 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     sizes = model_sizes(options, "gpt2")
     step = TrainingStep(new_model(sizes, "gpt2", memory=True), sizes, setting)
     schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda number: 1.0)
-    task: Any = SimpleNamespace(tokenizer=None)
     shards = TorchShards(step.model, step.optimizer)
     memory = step.model.initial_state(sizes.batch)
-    state = TrainingState(step.model, shards, schedule, task, {}, [memory])
+    state = TrainingState(step.model, None, shards, schedule, [memory], Progress(task={}))
     alone = [_seconds(step) for _ in range(options.warmup + 5)][options.warmup :]
     usual = summarize(alone).median
     copies, slower, writing = [], [], []
     with TemporaryDirectory(dir=options.disk) as folder:
         writer = CheckpointWriter(Path(folder), Accelerator(cpu=setting.device.type == "cpu"), keep=1)
         for number in range(options.rounds):
-            state.step = number + 1
+            state.progress.step = number + 1
             start = time.perf_counter()
             writer.begin(state, range(sizes.batch))
             copies.append(time.perf_counter() - start)
             longer = 0.0
-            while not (Path(folder) / f"step-{state.step:08d}").exists():
+            while not (Path(folder) / f"step-{state.progress.step:08d}").exists():
                 longer += _seconds(step) - usual
                 longer += _seconds(lambda: writer.finish(wait=False))
             slower.append(longer)

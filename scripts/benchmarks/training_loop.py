@@ -82,7 +82,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         SystemExit: what train.py needs beside torch and transformers is not installed.
     """
     try:
-        from infformer.training import run
+        from infformer.training import trainer
         from infformer.training.building import build_model
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: train.py cannot be measured here: {error.name} is not installed") from error
@@ -97,8 +97,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         # A run compiles at its first steps, and its first report is of a setting that is still cold.
         warmup = max(options.warmup, 2)
         tracker = TurnTaker(bare, options.rounds, warmup, setting.clock)
-        with mock.patch.object(run, "open_tracker", return_value=tracker), suppress(_EnoughError):
-            run.run(config)
+        with mock.patch.object(trainer, "open_tracker", return_value=tracker), suppress(_EnoughError):
+            trainer.train(config)
     seconds = {name: values[warmup:] for name, values in tracker.seconds.items()}
     results = [
         Result(name, values, work, figures={"tokens_per_second": sizes.tokens / summarize(values).median})

@@ -27,6 +27,7 @@ class Model(nn.Module):
     """As little of a `MemoryModel` as sorting is measured by: whole segments are written to memory, nothing else is."""
 
     device = torch.device("cpu")
+    short_term_length = 2
 
     def __init__(self, symbols: int, segment_length: int) -> None:
         super().__init__()

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from infformer.data import DataError
-from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
+from infformer.tasks.associative_recall import AssociativeRecallConfig
 
 CONFIG = AssociativeRecallConfig(keys=30, values=4, queries=3)
 LENGTH, PAIRS = 2 + 2 * 21 + 2 * 3, 21
-SOURCE = AssociativeRecall(CONFIG)
+SOURCE = CONFIG.build_source(None)
 
 
 def depths(*rows: list[float]) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_a_text_depends_on_its_number_and_depths_alone() -> None:
 
 
 def test_depths_of_training_are_anywhere() -> None:
-    source = AssociativeRecall(AssociativeRecallConfig(keys=100, queries=1))
+    source = AssociativeRecallConfig(keys=100, queries=1).build_source(None)
     tokens = source.draw_training(np.arange(400), 3, 204).tokens
     places = [row[1:201:2].index(row[-2]) for row in tokens.tolist()]
     assert np.histogram(places, bins=4, range=(0, 100))[0].tolist() == pytest.approx([100] * 4, abs=35)

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from infformer.data import DataConfig, DataError, TokenizedDocuments, tokenize_documents
-from infformer.tasks.haystack import Haystack
-from infformer.tasks.needle import NeedleConfig, NeedleInABook
-from infformer.tasks.passkey import Passkey, PasskeyConfig
+from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
+from infformer.tasks.task import Material
 
 SENTENCES = ("The whale rose.", "Who saw it?", "We did!", 'He said "No."', "The sea was white and deep all day.")
 
@@ -37,17 +37,28 @@ def documents(texts_of) -> Mapping[str, TokenizedDocuments]:
     return texts_of(30, 25, 40)
 
 
-@pytest.fixture(scope="module")
-def passkey(documents, tokenizer) -> Passkey:
-    return Passkey(PasskeyConfig(), documents, tokenizer, True)
+def source_of(
+    config: RetrievalConfig,
+    documents: Mapping[str, TokenizedDocuments],
+    tokenizer: PreTrainedTokenizerFast,
+    beginning: bool = True,
+) -> RetrievalSource:
+    return config.build_source(Material(None, tokenizer, documents, DataConfig(beginning_of_document=beginning)))
 
 
 @pytest.fixture(scope="module")
-def book(documents, tokenizer) -> NeedleInABook:
-    return NeedleInABook(NeedleConfig(), documents, tokenizer, True)
+def passkey(documents, tokenizer) -> RetrievalSource:
+    return source_of(PasskeyConfig(), documents, tokenizer)
 
 
-def written(source: Haystack, tokenizer: PreTrainedTokenizerFast, length: int, *depths: list[float]) -> list[str]:
+@pytest.fixture(scope="module")
+def book(documents, tokenizer) -> RetrievalSource:
+    return source_of(NeedleConfig(), documents, tokenizer)
+
+
+def written(
+    source: RetrievalSource, tokenizer: PreTrainedTokenizerFast, length: int, *depths: list[float]
+) -> list[str]:
     questions = source.draw("test", range(len(depths)), 5, length, np.array(depths))
     assert questions.tokens.shape == (len(depths), length)
     assert (questions.tokens[:, 0] == tokenizer.bos_token_id).all()
@@ -91,7 +102,7 @@ def test_a_needle_is_in_one_book_and_its_end_is_asked_for(book, documents, token
 
 
 def test_several_needles_are_asked_for_one_after_the_other(documents, tokenizer) -> None:
-    source = NeedleInABook(NeedleConfig(needles=3), documents, tokenizer, True)
+    source = source_of(NeedleConfig(needles=3), documents, tokenizer)
     questions = source.draw("test", range(4), 5, 900, np.tile([0.9, 0.0, 0.5], (4, 1)))
     for row, answers in zip(questions.tokens, questions.answers, strict=True):
         text = tokenizer.decode(row[1:])
@@ -122,10 +133,10 @@ def test_a_text_depends_on_its_number_alone(kind, request) -> None:
 
 
 def test_training_is_resumed_with_the_same_documents_only(texts_of, tokenizer) -> None:
-    one, other = (Passkey(PasskeyConfig(), texts_of(count), tokenizer, True).identity for count in (40, 50))
+    one, other = (source_of(PasskeyConfig(), texts_of(count), tokenizer).identity for count in (40, 50))
     assert one["task.digits"] == other["task.digits"] == 5
     assert one != other
-    assert not Passkey(PasskeyConfig(), {}, tokenizer, True).has("test")
+    assert not source_of(PasskeyConfig(), {}, tokenizer).splits
 
 
 def test_a_length_that_holds_no_more_than_the_needle(passkey) -> None:
@@ -151,7 +162,7 @@ def test_a_tokenizer_that_knows_no_such_words(documents) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     poor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     with pytest.raises(DataError, match=r"the tokenizer cannot write .* unknown to it"):
-        Passkey(PasskeyConfig(), documents, poor, False).draw("test", [0], 5, 600, np.zeros((1, 1)))
+        source_of(PasskeyConfig(), documents, poor, beginning=False).draw("test", [0], 5, 600, np.zeros((1, 1)))
 
 
 @pytest.mark.parametrize(

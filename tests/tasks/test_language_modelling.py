@@ -9,14 +9,15 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from infformer.data import DataError, Lanes, TokenizedDocuments, tokenize_documents
+from infformer.data import DataConfig, DataError, Lanes, TokenizedDocuments, tokenize_documents
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, evaluate_controls
 from infformer.evaluation.streaming import EvaluationError, Evaluator, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks import language_modelling
-from infformer.tasks.language_modelling import LanguageModelling
+from infformer.tasks.language_modelling import DocumentStream, LanguageModelling
+from infformer.tasks.task import Material
 
 SEGMENT, LANES = 16, 4
 
@@ -39,63 +40,78 @@ def evaluator(backbone) -> Evaluator:
 
 
 @pytest.fixture(scope="module")
-def make(documents, evaluator, tokenizer) -> Callable[..., LanguageModelling]:
-    """The task, with all documents or those of some splits."""
+def material(documents, evaluator, tokenizer) -> Callable[..., Material]:
+    """What the task is made of, with all documents or those of some splits."""
 
-    def make(
-        splits: tuple[str, ...] = ("train", "validation", "test"), rank_rows: slice | None = None, **options
-    ) -> LanguageModelling:
-        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3, rank_rows=rank_rows)
-        return LanguageModelling(tokenizer, {split: documents[split] for split in splits}, lanes, evaluator, **options)
+    def make(splits: tuple[str, ...] = ("train", "validation", "test"), **options) -> Material:
+        chosen = {split: documents[split] for split in splits}
+        data = DataConfig(segments_per_visit=3)
+        return Material(
+            evaluator,
+            tokenizer,
+            chosen,
+            data,
+            **{"lanes": LANES, "rank_rows": range(LANES), "segment_length": SEGMENT, **options},
+        )
 
     return make
 
 
+@pytest.fixture(scope="module")
+def stream(material) -> Callable[..., DocumentStream]:
+    return lambda **options: DocumentStream(material(**options))
+
+
+@pytest.fixture(scope="module")
+def make(material) -> Callable[..., LanguageModelling]:
+    return lambda *splits, **options: LanguageModelling(material(*splits, **options))
+
+
 class TestAStep:
-    def test_is_the_next_segments_of_the_lanes(self, documents, make):
+    def test_is_the_next_segments_of_the_lanes(self, documents, stream):
         lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3)
-        task = make(bptt_segments=3)
+        stream = stream(bptt_segments=3)
         for _ in range(4):
-            step = task.next_step()
+            step = stream.next_step()
             assert len(step) == 3
             for segment in step:
                 expected = next(lanes)
                 assert torch.equal(segment.input_ids, expected.input_ids)
                 assert torch.equal(segment.targets, expected.targets)
 
-    def test_goes_on_where_another_process_stood(self, make):
+    def test_goes_on_where_another_process_stood(self, stream):
         """Its state is JSON, and the same whatever the share."""
-        task, half = make(bptt_segments=2), make(bptt_segments=2, rank_rows=slice(2, 4))
+        whole, half = stream(bptt_segments=2), stream(bptt_segments=2, rank_rows=range(2, 4))
         for _ in range(5):
-            task.next_step()
+            whole.next_step()
             half.next_step()
         state = json.loads(json.dumps(half.state_dict()))
-        assert state == task.state_dict()
-        resumed = make(bptt_segments=2)
+        assert state == whole.state_dict()
+        resumed = stream(bptt_segments=2)
         resumed.load_state_dict(state)
-        for segment, expected in zip(resumed.next_step(), task.next_step(), strict=True):
+        for segment, expected in zip(resumed.next_step(), whole.next_step(), strict=True):
             assert torch.equal(segment.input_ids, expected.input_ids)
             assert torch.equal(segment.reads, expected.reads)
 
-    def test_of_other_lanes_is_refused(self, documents, make, evaluator, tokenizer):
-        other = LanguageModelling(tokenizer, documents, Lanes(documents["train"], 2, SEGMENT, seed=0), evaluator)
+    def test_of_other_lanes_is_refused(self, stream):
+        other = stream(lanes=2, rank_rows=range(2))
         with pytest.raises(DataError, match=r"training\.batch_size: the run to be resumed had 4, this one has 2"):
-            other.load_state_dict(make().state_dict())
+            other.load_state_dict(stream().state_dict())
 
-    def test_is_located_in_the_documents(self, documents, make):
+    def test_is_located_in_the_documents(self, documents, stream):
         """Each line names a lane and a place where the lane's tokens are found."""
         train = documents["train"]
-        for segment in make(bptt_segments=4, rank_rows=slice(1, 3)).next_step():
-            for row, place in enumerate(make().locate(segment)):
+        for segment in stream(bptt_segments=4, rank_rows=range(1, 3)).next_step():
+            for row, place in enumerate(stream().locate(segment)):
                 lane, name, start = re.fullmatch(r"lane (\d+): '(.*)' at token (\d+)", place).groups()
                 length = int(segment.lengths[row])
                 tokens = train.tokens(train.ids.index(name), int(start), int(start) + length)
                 assert int(lane) == row + 1
                 assert segment.input_ids[row, :length].tolist() == tokens.tolist()
 
-    def test_there_is_so_much_to_learn_from(self, documents, make):
+    def test_there_is_so_much_to_learn_from(self, documents, stream):
         counts = documents["train"].token_counts
-        assert make().describe() == f"6 documents, {sum(counts.tolist()):,} tokens to learn from"
+        assert stream().describe() == f"6 documents, {sum(counts.tolist()):,} tokens to learn from"
 
 
 class TestWhatIsMeasured:
@@ -162,11 +178,10 @@ class TestInspection:
         assert make(("train", "validation"), inspected_segments=3).inspect() == {}
 
     def test_needs_a_long_term_memory(self, documents, tokenizer, backbone):
-        lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0)
         evaluator = Evaluator(
             model=InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), protocol=ReadingProtocol(SEGMENT)
         )
-        assert LanguageModelling(tokenizer, documents, lanes, evaluator, inspected_segments=3).inspect() == {}
+        assert LanguageModelling(Material(evaluator, tokenizer, documents, inspected_segments=3)).inspect() == {}
 
     def test_of_a_document_that_is_too_short_is_none(self, documents, make, evaluator, monkeypatch, caplog):
         def refuse(*arguments: object, **options: object) -> None:

@@ -14,25 +14,24 @@ from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer
-from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
-from infformer.tasks.needle import NeedleConfig, NeedleInABook
-from infformer.tasks.passkey import Passkey, PasskeyConfig
-from infformer.tasks.retrieval import Retrieval
-from infformer.tasks.retrieval_accuracy import format_accuracy, measure_cells
+from infformer.tasks.associative_recall import AssociativeRecallConfig
+from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.tasks.retrieval import Retrieval, format_accuracy, measure_cells
+from infformer.tasks.task import Material
 
 SEGMENT = 8
 CONFIG = AssociativeRecallConfig(
     keys=20, values=4, queries=2, lengths=[36, 20], depths=[0, 0.5, 1], validation_questions=4, test_questions=5
 )
-SOURCE = AssociativeRecall(CONFIG)
+SOURCE = CONFIG.build_source(None)
 
 
-def reader(model, batch_size: int = 8, segment_length: int = SEGMENT) -> Evaluator:
+def reader(model: nn.Module, batch_size: int = 8, segment_length: int = SEGMENT) -> Evaluator:
     return Evaluator(model=model, protocol=ReadingProtocol(segment_length), batch_size=batch_size)
 
 
-def make(model: nn.Module, config: AssociativeRecallConfig = CONFIG, **options) -> Retrieval:
-    return Retrieval(config, AssociativeRecall(config), reader(model, 4), 8, **options)
+def make(model: nn.Module, config: AssociativeRecallConfig = CONFIG, controls: bool = True) -> Retrieval:
+    return config.build_evaluation(Material(reader(model, 4), controls=controls))
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,15 @@ def test_without_memory_only_the_last_segment_is_known(witness) -> None:
     assert make(witness(CONFIG.vocabulary_size, SEGMENT), controls=False).measure("here")["controls"] == {}
 
 
-@pytest.mark.parametrize("kind", [(Passkey, PasskeyConfig), (NeedleInABook, NeedleConfig)])
+@pytest.mark.parametrize("kind", [PasskeyConfig, NeedleConfig])
 def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer, tmp_path) -> None:
     (tmp_path / "book.txt").write_text("The white whale rose, and nobody saw it. " * 30)
     data = DataConfig(source="files", test=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
     documents = {"test": tokenize_documents(data, "test", tokenizer)}
-    source, config = kind[0](kind[1](), documents, tokenizer, True), kind[1](lengths=[301], test_questions=2)
     evaluator = reader(witness(len(tokenizer), 64), segment_length=64)
-    retrieval = Retrieval(config, source, evaluator, 64, controls=False, tokenizer=tokenizer)
+    retrieval = kind(lengths=[301], test_questions=2).build_evaluation(
+        Material(evaluator, tokenizer, documents, controls=False)
+    )
     cells = retrieval.measure("here")["cells"]
     assert [cell["exact_match"] for cell in cells] == [1] * 5
     assert all(cell["answers"] == 2 and cell["tokens"] >= 12 for cell in cells)
@@ -117,7 +117,7 @@ def test_answers_are_those_of_a_literal_loop(model) -> None:
 
 
 def test_figures_depend_neither_on_the_batch_nor_on_the_processes(model) -> None:
-    options = (SOURCE, "test", 36, [0, 0.5, 1], 5, 0, "recall")
+    options = (SOURCE, "test", 36, [0, 0.5, 1], 5, "recall")
     expected = measure_cells(reader(model, 1), *options)
     for batch_size in (2, 5):
         for found, cell in zip(measure_cells(reader(model, batch_size), *options), expected, strict=True):
@@ -144,7 +144,7 @@ def test_validation_is_of_the_first_length(witness, model) -> None:
     perfect = make(witness(CONFIG.vocabulary_size, SEGMENT)).validate()
     assert perfect.metrics == {"validation/loss": perfect.loss, "validation/accuracy": 1, "validation/exact_match": 1}
     assert perfect.loss == pytest.approx(np.log(1 + 24 * np.exp(-5)))
-    cells = measure_cells(reader(model), SOURCE, "validation", 36, [0, 0.5, 1], 4, 0, "")
+    cells = measure_cells(reader(model), SOURCE, "validation", 36, [0, 0.5, 1], 4, "")
     measured = make(model).validate()
     assert measured.loss == pytest.approx(np.mean([cell["nll"] for cell in cells]), rel=1e-5)
     assert measured.loss > perfect.loss
@@ -182,3 +182,33 @@ def test_what_cannot_be_asked_is_refused_at_once(witness) -> None:
     short = AssociativeRecallConfig(keys=20, values=4, queries=2, lengths=[36, 8])
     with pytest.raises(DataError, match=r"a length of 8 .*task.queries=2"):
         make(witness(25, SEGMENT), short)
+
+
+def test_the_table_has_a_line_for_each_depth_and_a_column_for_each_length() -> None:
+    """Whole answers first."""
+
+    def cells(start: float) -> list[dict]:
+        return [
+            {
+                "length": length,
+                "depth": depth,
+                "answers": 20,
+                "exact_match": start + 0.1 * row + 0.01 * column,
+                "accuracy": start + 0.1 * row + 0.01 * column + 0.005,
+                "accuracy_free_running": 0.999,
+            }
+            for column, length in enumerate((4096, 1024))
+            for row, depth in enumerate((0.0, 0.5))
+        ]
+
+    protocol = {"segment": 64, "reset": "each begins with an empty memory", "dtype": "bfloat16", "task": "passkey"}
+    results = {"cells": cells(0.5), "controls": {"memory_off": cells(0.1)}, "chance": 1e-5, "protocol": protocol}
+    assert format_accuracy(results).splitlines() == [
+        "depth                               4,096            1,024",
+        "0.00                        0.500 / 0.505    0.510 / 0.515",
+        "0.50                        0.600 / 0.605    0.610 / 0.615",
+        "0.00    memory off          0.100 / 0.105    0.110 / 0.115",
+        "0.50    memory off          0.200 / 0.205    0.210 / 0.215",
+        "passkey by depth (0: beginning) and length (tokens): whole answers free running / tokens teacher forced; 20 "
+        "answers each, chance 1e-05; segments of 64 tokens, each begins with an empty memory, bfloat16",
+    ]

@@ -16,18 +16,18 @@ import torch.distributed
 from accelerate.state import AcceleratorState, GradientState
 
 from infformer.errors import UserError
-from infformer.training import loop, run
+from infformer.training import trainer
 
 
 def main() -> None:
     for path, fault in json.loads(Path(sys.argv[1]).read_text()):
         config = pickle.loads(Path(path).read_bytes())
-        run.plot_run = lambda folder: []
-        loop.train_step = disturbed(train_step, fault)
+        trainer.plot_run = lambda folder: []
+        trainer.train_step = disturbed(train_step, fault)
         error = None
         try:
-            run.run(config)
-        except (UserError, loop.TrainingStopped) as caught:
+            trainer.train(config)
+        except (UserError, trainer.TrainingStopped) as caught:
             error = str(caught)
         except BaseException:  # the other process would wait for this one
             traceback.print_exc()
@@ -41,7 +41,7 @@ def main() -> None:
             Path(path).with_suffix(".outcome").write_text(json.dumps(error))
 
 
-train_step = loop.train_step
+train_step = trainer.train_step
 
 
 def disturbed(step, fault):

@@ -16,14 +16,14 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.tasks.passkey import PasskeyConfig
-from infformer.tasks.sorting_sequences import SortingConfig
-from infformer.tasks.task import Task
-from infformer.training.building import build_model, build_task, build_tokenizer
+from infformer.tasks.haystack import PasskeyConfig
+from infformer.tasks.sorting import SortingConfig
+from infformer.tasks.task import Evaluation, TrainingStream
+from infformer.training.building import build_material, build_model, build_tokenizer
 from infformer.training.runtime import init_distributed, resolve_engine
 
 Build = Callable[..., MemoryModel]
-Ask = Callable[..., Task]
+Ask = Callable[..., tuple[TrainingStream, Evaluation]]
 SHARE = range(4)
 GPT2 = {"model_type": "gpt2", "n_positions": 64, "n_embd": 8, "n_layer": 3, "n_head": 2}
 LLAMA = {
@@ -62,18 +62,20 @@ def build(configure, tmp_path, tokenizer) -> Build:
 
 @pytest.fixture
 def ask(configure, tmp_path, tokenizer, accelerator) -> Ask:
-    """The task of a run, some options changed, for the model of that run."""
+    """The stream and the evaluation of a run, some options changed, for the model of that run."""
 
     def make(
         changes: dict[str, Any] | None = None,
         rank_rows: range = SHARE,
         after_segment: Callable[[], None] = lambda: None,
         change: Callable[[RunConfig], None] = lambda config: None,
-    ) -> Task:
+    ) -> tuple[TrainingStream, Evaluation]:
         config = configure(tmp_path, changes)
         change(config)
         tokens = build_tokenizer(config, accelerator)
-        return build_task(config, tokens, build_model(config, tokens), accelerator, rank_rows, after_segment)
+        model = build_model(config, tokens)
+        material = build_material(config, tokens, model, accelerator, rank_rows, after_segment)
+        return config.task.build_stream(material), config.task.build_evaluation(material)
 
     return make
 
@@ -193,14 +195,14 @@ class TestAModelFromScratch:
         assert build_model(config, None).vocabulary_size == 7
 
 
-def read(task: Task, steps: int) -> list[Segment]:
-    return [segment for _ in range(steps) for segment in task.next_step()]
+def read(task: tuple[TrainingStream, Evaluation], steps: int) -> list[Segment]:
+    return [segment for _ in range(steps) for segment in task[0].next_step()]
 
 
 class TestWhatIsRead:
     def test_sizes(self, ask):
         changes = {"training.batch_size": 3, "training.bptt_segments": 4, "training.segment_length": 12}
-        segments = ask({**changes, "model.memory": None}, range(3)).next_step()
+        segments = ask({**changes, "model.memory": None}, range(3))[0].next_step()
         assert [segment.input_ids.shape for segment in segments] == [(3, 12)] * 4
 
     def test_a_share_is_those_lanes_of_all(self, ask):
@@ -217,7 +219,7 @@ class TestWhatIsRead:
         assert resets == list(range(0, 12, visit or 12))
 
     def test_in_the_order_of_the_documents(self, ask):
-        first = ask({"data.shuffle": False, "data.segments_per_visit": None}).next_step()[0]
+        first = ask({"data.shuffle": False, "data.segments_per_visit": None})[0].next_step()[0]
         assert first.documents.tolist() == [0, 1, 2, 3]
 
     def test_in_an_order_that_is_the_seed_s(self, ask):
@@ -226,15 +228,15 @@ class TestWhatIsRead:
 
     @pytest.mark.parametrize("beginning", [True, False])
     def test_documents_begin_as_said(self, ask, beginning):
-        first = ask({"data.shuffle": False, "data.beginning_of_document": beginning}).next_step()[0]
+        first = ask({"data.shuffle": False, "data.beginning_of_document": beginning})[0].next_step()[0]
         assert (first.input_ids[0, 0] == 0) == beginning  # the tokenizer's <s>
 
 
 class TestHowItIsMeasured:
     def test_by_default_all_of_it(self, ask, shapes):
-        task = ask({"evaluation.controls": EvaluationConfig().controls})
-        assert task.measure_before()["documents"] == 4
-        results = task.measure("here")
+        _, evaluation = ask({"evaluation.controls": EvaluationConfig().controls})
+        assert evaluation.measure_before()["documents"] == 4
+        results = evaluation.measure("here")
         assert len(results["controls"]) == 3
         assert results["protocol"].items() >= {"segment": 16, "stride": 16, "dtype": "float32"}.items()
         assert results["protocol"]["checkpoint"] == "here"
@@ -243,19 +245,23 @@ class TestHowItIsMeasured:
     @pytest.mark.parametrize(
         ("changes", "call", "expected"),
         [
-            ({"evaluation.before": False}, lambda task: task.measure_before(), {}),
-            ({"data.test": None}, lambda task: task.measure_before(), {}),
-            ({"data.test": None}, lambda task: task.measure("here"), {}),
-            ({"data.validation": None}, lambda task: task.validate(), None),
-            ({}, lambda task: task.measure("here")["controls"], {}),
-            ({"training.precision": "bfloat16"}, lambda task: task.measure("here")["protocol"]["dtype"], "bfloat16"),
+            ({"evaluation.before": False}, lambda exam: exam.measure_before(), {}),
+            ({"data.test": None}, lambda exam: exam.measure_before(), {}),
+            ({"data.test": None}, lambda exam: exam.measure("here"), {}),
+            ({"data.validation": None}, lambda exam: exam.validate(), None),
+            ({}, lambda exam: exam.measure("here")["controls"], {}),
+            (
+                {"training.precision": "bfloat16"},
+                lambda exam: exam.measure("here")["protocol"]["dtype"],
+                "bfloat16",
+            ),
             (
                 {"training.segment_length": 8, "model.memory": None},
-                lambda task: task.measure("here")["protocol"]["segment"],
+                lambda exam: exam.measure("here")["protocol"]["segment"],
                 8,
             ),
-            ({"evaluation.inspected_segments": 3}, lambda task: task.inspect()["document"]["segments"], 3),
-            ({"evaluation.inspected_segments": 0}, lambda task: task.inspect(), {}),
+            ({"evaluation.inspected_segments": 3}, lambda exam: exam.inspect()["document"]["segments"], 3),
+            ({"evaluation.inspected_segments": 0}, lambda exam: exam.inspect(), {}),
         ],
         ids=[
             "not before",
@@ -270,21 +276,21 @@ class TestHowItIsMeasured:
         ],
     )
     def test_as_asked(self, ask, changes, call, expected):
-        assert call(ask(changes)) == expected
+        assert call(ask(changes)[1]) == expected
 
     @pytest.mark.parametrize(("rows", "read"), [(1, {1}), (3, {3})])
     def test_so_many_documents_side_by_side(self, ask, shapes, rows, read):
-        ask({"evaluation.batch_size": rows}).measure_before()
+        ask({"evaluation.batch_size": rows})[1].measure_before()
         assert {rows for rows, _ in shapes} == read
 
     def test_so_much_of_the_validation_documents(self, ask, shapes):
         """Which are of 105 and 60 tokens: of them 20 are the beginnings, 10 of each."""
-        ask({"evaluation.max_validation_tokens": 20, "evaluation.batch_size": 2}).validate()
+        ask({"evaluation.max_validation_tokens": 20, "evaluation.batch_size": 2})[1].validate()
         assert shapes == [(2, 16)]
 
     def test_who_asks_is_told_of_every_segment(self, ask, shapes):
         told: list[None] = []
-        ask(after_segment=lambda: told.append(None)).validate()
+        ask(after_segment=lambda: told.append(None))[1].validate()
         assert len(told) == len(shapes) > 1
 
 
@@ -311,19 +317,21 @@ class TestAnotherTask:
     }
 
     def test_sorting(self, ask):
-        task = ask(self.CHANGES, rank_rows=range(2, 4), change=self.chosen)
-        first, last = task.next_step()
+        stream, evaluation = ask(self.CHANGES, rank_rows=range(2, 4), change=self.chosen)
+        first, last = stream.next_step()
         assert first.lanes.tolist() == [2, 3]
         assert (first.input_ids.shape, last.input_ids.shape) == ((2, 16), (2, 8))
         assert first.global_tokens + last.global_tokens == 4 * 4
-        assert int(torch.stack([first.documents for first, _ in (task.next_step() for _ in range(6))]).max()) < 7
-        results = task.measure("there")
+        assert int(torch.stack([first.documents for first, _ in (stream.next_step() for _ in range(6))]).max()) < 7
+        results = evaluation.measure("there")
         assert [(each["length"], each["sequences"]) for each in results["lengths"]] == [(20, 5), (36, 5)]
         assert "last_48" in results["lengths"][0]["ideal_counters"]  # those of a segment and of the short-term memory
         assert results["protocol"].items() >= {"dtype": "bfloat16", "checkpoint": "there"}.items()
 
     def test_questions_are_the_seed_s(self, ask):
-        drawn = [ask({**self.CHANGES, "seed": seed}, change=self.chosen).next_step()[0].input_ids for seed in (0, 0, 1)]
+        drawn = [
+            ask({**self.CHANGES, "seed": seed}, change=self.chosen)[0].next_step()[0].input_ids for seed in (0, 0, 1)
+        ]
         assert torch.equal(drawn[0], drawn[1])
         assert not torch.equal(drawn[0], drawn[2])
 
@@ -338,13 +346,13 @@ class TestAnotherTask:
             )
 
         changes = {f"data.{split}": str(tmp_path / f"{split}.txt") for split in ("train", "validation", "test")}
-        task = ask({**changes, "evaluation.controls": controls}, change=chosen)
-        segments = task.next_step()
+        stream, evaluation = ask({**changes, "evaluation.controls": controls}, change=chosen)
+        segments = stream.next_step()
         assert sum(segment.input_ids.shape[1] for segment in segments) == 139
-        results = task.measure("here")
+        results = evaluation.measure("here")
         (cell,) = results["cells"]
         assert (cell["length"], cell["depth"], cell["answers"]) == (150, 0.5, 2)
         assert set(results["controls"]) == ({"memory_off"} if controls else set())
         assert results["protocol"]["window"] == 16
         assert results["chance"] == pytest.approx(1 / 900)
-        assert task.validate() is not None
+        assert evaluation.validate() is not None

@@ -16,7 +16,7 @@ from infformer.models.base import ModelError
 from infformer.models.loading import load_trained
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.task import Validation
-from infformer.training import loop
+from infformer.training import trainer
 from infformer.training.checkpoint import (
     CheckpointError,
     model_tensors,
@@ -25,8 +25,8 @@ from infformer.training.checkpoint import (
     remove_old_checkpoints,
     validate_checkpoint,
 )
-from infformer.training.loop import TrainingFailedError
 from infformer.training.resuming import RunError, find_checkpoint
+from infformer.training.trainer import TrainingFailedError
 
 LANES, LAYERS, BASIS_FUNCTIONS, WIDTH = 4, 2, 8, 16
 
@@ -215,7 +215,7 @@ def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(configure, train, t
 @pytest.mark.parametrize("step", [4, 8])
 def test_weights_that_are_not_finite_are_never_saved(configure, train, tmp_path: Path, monkeypatch, step: int) -> None:
     """The update made them so, after a loss and a gradient that were finite; also if it was the last."""
-    train_step, made = loop.train_step, list[Any]()
+    train_step, made = trainer.train_step, list[Any]()
 
     def poisoned(accelerator: Any, model: Any, *arguments: Any) -> Any:
         result = train_step(accelerator, model, *arguments)
@@ -225,7 +225,7 @@ def test_weights_that_are_not_finite_are_never_saved(configure, train, tmp_path:
                 dict(model.named_parameters())["backbone.transformer.ln_f.weight"][3] = torch.nan
         return result
 
-    monkeypatch.setattr(loop, "train_step", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     with pytest.raises(TrainingFailedError) as failed:
         train(configure(tmp_path, {"training.evaluate_every": 2, "evaluation.before": False, "data.test": None}))
     message = str(failed.value)

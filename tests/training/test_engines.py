@@ -20,9 +20,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from infformer.config import CHOICES, EngineConfig, RunConfig
-from infformer.training import loop
-from infformer.training.loop import TrainingStopped
+from infformer.training import trainer
 from infformer.training.metrics import read_metrics
+from infformer.training.trainer import TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
@@ -225,9 +225,9 @@ def interrupted(after: int) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(*arguments)
 
-    train_step = loop.train_step
+    train_step = trainer.train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(trainer, "train_step", step)
         yield
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from infformer.data import DataError
 from infformer.errors import UserError
-from infformer.training import loop
+from infformer.training import trainer
 
 DISKS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "of somebody else": errno.EACCES}
 SHORT = {"training.max_steps": 2, "evaluation.before": False, "data.test": None, "data.validation": None}
@@ -24,8 +24,8 @@ SHORT = {"training.max_steps": 2, "evaluation.before": False, "data.test": None,
 def no_step(monkeypatch) -> list[Any]:
     """The steps that were made: none may be."""
     made: list[Any] = []
-    train_step = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *arguments: made.append(arguments) or train_step(*arguments))
+    train_step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda *arguments: made.append(arguments) or train_step(*arguments))
     return made
 
 

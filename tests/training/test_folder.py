@@ -16,14 +16,15 @@ from omegaconf import OmegaConf
 
 from infformer.config import EvaluationRunConfig, RunConfig
 from infformer.data.options import DataConfig
-from infformer.tasks.passkey import PasskeyConfig
-from infformer.training import run
+from infformer.tasks.haystack import PasskeyConfig
+from infformer.training import trainer
 from infformer.training.folder import (
     LOCK,
     RunError,
     check_that_it_may_be_written,
     evaluation_folder,
     held,
+    open_record,
     write_record,
 )
 from infformer.training.resuming import find_checkpoint
@@ -134,7 +135,7 @@ def test_a_full_place_is_found_before_the_work(configure, train, tmp_path, monke
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(run, "build_tokenizer", lambda *arguments: pytest.fail("it came to the documents"))
+    monkeypatch.setattr(trainer, "build_tokenizer", lambda *arguments: pytest.fail("it came to the documents"))
     with pytest.raises(RunError, match=f"output_dir={tmp_path / 'run'}: nothing can be written there.*make room"):
         train(configure(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -142,15 +143,13 @@ def test_a_full_place_is_found_before_the_work(configure, train, tmp_path, monke
 
 def test_without_room_for_a_checkpoint_no_step_is_made(configure, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    state: Any = SimpleNamespace(step=0, best_step=None)
     with pytest.raises(RunError, match="a checkpoint takes 2 MB, and there is room for 1 MB"):
-        run._open_record(configure(tmp_path / "run"), tmp_path / "run", state, 2 * 10**6)
+        open_record(configure(tmp_path / "run"), tmp_path / "run", 0, None, 2 * 10**6)
 
 
 def test_a_configuration_that_could_not_be_written_is_the_old_one(configure, tmp_path, monkeypatch):
     """It is what a run goes on by: cut, the run could never go on."""
-    state: Any = SimpleNamespace(step=0, best_step=None)
-    run._open_record(configure(tmp_path), tmp_path, state, 0)
+    open_record(configure(tmp_path), tmp_path, 0, None, 0)
     before = (tmp_path / "config.yaml").read_text()
 
     def full(descriptor: int) -> None:
@@ -158,7 +157,7 @@ def test_a_configuration_that_could_not_be_written_is_the_old_one(configure, tmp
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="nothing can be written there"):
-        run._open_record(configure(tmp_path, {"training.max_steps": 99}), tmp_path, state, 0)
+        open_record(configure(tmp_path, {"training.max_steps": 99}), tmp_path, 0, None, 0)
     assert (tmp_path / "config.yaml").read_text() == before
     assert not list(tmp_path.glob("*.partial"))
 

@@ -23,7 +23,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.loading import load_pretrained
 from infformer.tasks import language_modelling
-from infformer.training import run
+from infformer.training import trainer
 from infformer.training.checkpoint import CheckpointWriter, TrainingState
 from infformer.training.folder import as_dictionary
 from infformer.training.metrics import read_metrics
@@ -270,7 +270,7 @@ class TestWhatItTells:
         begin = CheckpointWriter.begin
 
         def begun(writer: CheckpointWriter, state: TrainingState, rank_rows: range) -> None:
-            calls.append(("save", state.step))
+            calls.append(("save", state.progress.step))
             begin(writer, state, rank_rows)
 
         config = configure(
@@ -287,8 +287,8 @@ class TestWhatItTells:
             },
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "open_tracker", opened)
-            patch.setattr(run, "plot_run", lambda folder: [folder / "plots" / "training.png"])
+            patch.setattr(trainer, "open_tracker", opened)
+            patch.setattr(trainer, "plot_run", lambda folder: [folder / "plots" / "training.png"])
             patch.setattr(language_modelling, "continue_text", continued)
             patch.setattr(CheckpointWriter, "begin", begun)
             train(config, plots=True)

@@ -35,9 +35,9 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.language_modelling import LanguageModelling
-from infformer.tasks.sorting_sequences import SortingConfig
+from infformer.tasks.sorting import SortingConfig
 from infformer.tasks.task import Validation
-from infformer.training import checkpoint, loop
+from infformer.training import checkpoint, trainer
 from infformer.training.checkpoint import (
     FORMAT,
     CheckpointWriter,
@@ -45,10 +45,10 @@ from infformer.training.checkpoint import (
     newest_checkpoint,
     validate_checkpoint,
 )
-from infformer.training.loop import EXIT_CODE, TrainingFailedError, TrainingStopped
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
 from infformer.training.signals import StopSignals
+from infformer.training.trainer import EXIT_CODE, TrainingFailedError, TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 STEPS, LAST_CHECKPOINT = 8, 6
@@ -125,9 +125,9 @@ def interrupted(after: int, how: Callable[[], None]) -> Iterator[None]:
         made += 1
         return train_step(*arguments)
 
-    train_step = loop.train_step
+    train_step = trainer.train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(trainer, "train_step", step)
         yield
 
 
@@ -330,7 +330,7 @@ class TestDecodersGoOnExactly:
         self.assert_goes_on(configure, train, tmp_path, {**model, **training, **memory})
 
     def test_on_sequences_to_sort(self, configure, train, tmp_path, monkeypatch):
-        monkeypatch.setattr("infformer.tasks.sorting.plot_accuracy", lambda results: [])
+        monkeypatch.setattr("infformer.plots.sorting.plot_accuracy", lambda results: [])
         sequences = {"length": 40, "training_lengths": [10, 20, 60], "symbols": 5, "training_sequences": 20}
         task = SortingConfig(validation_sequences=3, test_sequences=3, evaluation_lengths=[50], **sequences)
         model = {"model.pretrained": None, "model.architecture": DECODER, **DECODER_MEMORIES["sticky"]}
@@ -580,7 +580,7 @@ class TestFullDisk:
         def begin_and_wait(writer: CheckpointWriter, state: TrainingState, rank_rows: range) -> None:
             nonlocal written
             writer.finish(wait=True)
-            written = state.step
+            written = state.progress.step
             with full_disk() if written == step else nullcontext():
                 begin(writer, state, rank_rows)
                 wait_for_checkpoints()
@@ -632,8 +632,8 @@ class TestInTheBackground:
                 wait_for_checkpoints()
             return train_step(*arguments)
 
-        train_step = loop.train_step
-        monkeypatch.setattr(loop, "train_step", step)
+        train_step = trainer.train_step
+        monkeypatch.setattr(trainer, "train_step", step)
         train(configure(tmp_path / "late", EVERY_FOUR))
         assert named == [[]] * 7 + [["step-00000004"]]
         for name in ("step-00000004", "step-00000008"):
@@ -710,9 +710,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(configure, train, tmp_path, monk
             parts = [replace(part, memory=part.memory.map_tensors(lambda tensor: tensor * math.nan)) for part in parts]
         return train_step(accelerator, model, optimizer, parts, *others)
 
-    train_step = loop.train_step
+    train_step = trainer.train_step
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", poisoned)
+        patched.setattr(trainer, "train_step", poisoned)
         with pytest.raises(TrainingFailedError) as failed:
             train(configure(tmp_path, {"model.memory.sticky": sticky}))
     message = str(failed.value)

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from infformer.config import RunConfig
-from infformer.data import Segment
-from infformer.tasks.task import Validation
-from infformer.training import run
+from infformer.training import trainer
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
 
@@ -315,129 +311,19 @@ class TestOptions:
         assert losses(tmp_path)[1] != losses(finished)[1]
 
 
-class LastTokens:
-    """A task without text, as small as can be: of sequences of three segments, the last four tokens are scored."""
-
-    tokenizer = None
-
-    def __init__(self, rank_rows: range) -> None:
-        self.rank_rows, self.steps, self.validations = rank_rows, 0, 0
-
-    def next_step(self) -> list[Segment]:
-        lanes, generator = torch.tensor(self.rank_rows), torch.Generator().manual_seed(self.steps)
-        tokens, labels = torch.randint(256, (4, 49), generator=generator), torch.full((4, 48), -100)
-        labels[:, -4:] = tokens[:, -4:]
-        self.steps += 1
-        return [
-            Segment(
-                input_ids=tokens[lanes, start : start + 16],
-                targets=labels[lanes, start : start + 16],
-                lengths=torch.full_like(lanes, 16),
-                reset=torch.full_like(lanes, start == 0, dtype=torch.bool),
-                documents=torch.zeros_like(lanes),
-                starts=torch.full_like(lanes, start),
-                reads=torch.full_like(lanes, 3 * self.steps + start // 16),
-                lanes=lanes,
-                global_tokens=int((labels[:, start : start + 16] >= 0).sum()),
-            )
-            for start in (0, 16, 32)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-
-    def measure_before(self) -> dict[str, Any]:
-        return {"validations": self.validations}
-
-    def validate(self) -> Validation:
-        """Best after the sixth step."""
-        self.validations += 1
-        return Validation(abs(self.validations - 2), {"validation/number": self.validations}, "fine")
-
-    def measure(self, checkpoint: str) -> dict[str, Any]:
-        return {"validations": self.validations, "checkpoint": checkpoint}
-
-    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
-        (folder / "results.json").write_text(json.dumps(results))
-        return []
-
-    def inspect(self) -> dict[str, Any]:
-        return {}
-
-    def sample(self, step: int, tokens: int) -> None:
-        return None
-
-    def locate(self, segment: Segment) -> list[str]:
-        return []
-
-    def describe(self) -> str:
-        return "random tokens"
-
-
-ANOTHER_TASK = {"schedule.name": "constant", "training.sample_every": 4}
-
-
-@pytest.fixture(scope="module")
-def train_another(train) -> Callable[[RunConfig], None]:
-    """A run that learns that task."""
-
-    def start(config: RunConfig) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "build_task", lambda *arguments: LastTokens(arguments[-2]))
-            train(config)
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def another(configure, train_another, tmp_path_factory) -> Path:
-    """The folder of such a run."""
-    folder = tmp_path_factory.mktemp("another") / "run"
-    train_another(configure(folder, ANOTHER_TASK))
-    return folder
-
-
-class TestAnotherTask:
-    def test_is_trained_and_measured_in_its_own_way(self, another):
-        lines = read_metrics(another / "metrics.jsonl")
-        validations = {line["step"]: line["validation/number"] for line in lines if "validation/number" in line}
-        assert validations == {3: 1, 6: 2, 8: 3}
-        training = [line for line in lines if "train/loss" in line]
-        assert [line["tokens"] for line in training] == [4 * 48 * step for step in range(1, 9)]
-        assert training[-1]["train/divergence"] > 0
-        best = another / "checkpoints" / "step-00000006"
-        assert json.loads((another / "results.json").read_text()) == {
-            "validations": 3,
-            "checkpoint": str(best.resolve()),
-            "before": {"validations": 0},
-        }
-        assert {path.name for path in (best / "model").iterdir()} == {"config.json", "model.safetensors"}
-        assert not (another / "samples.jsonl").exists()
-
-    def test_goes_on_exactly(self, configure, train_another, another, tmp_path):
-        train_another(configure(tmp_path, {**ANOTHER_TASK, "training.max_steps": 5}))
-        train_another(configure(tmp_path, {**ANOTHER_TASK, "resume": "auto"}))
-        assert losses(tmp_path) == losses(another)
-        for name, tensor in weights(another / "checkpoints" / "step-00000008").items():
-            assert torch.equal(weights(tmp_path / "checkpoints" / "step-00000008")[name], tensor), name
-
-
 def test_a_tracker_is_closed_also_when_the_run_fails(configure, train, tmp_path, monkeypatch):
     """What it still held back is not lost."""
     done: list[str] = []
 
-    class Tracker(run.NoTracker):
+    class Tracker(trainer.NoTracker):
         def finish(self) -> None:
             done.append("finished")
 
-    def fail(loop: run.Loop) -> None:
+    def fail(run: trainer.Trainer) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "open_tracker", lambda *arguments: Tracker())
-    monkeypatch.setattr(run.Loop, "run", fail)
+    monkeypatch.setattr(trainer, "open_tracker", lambda *arguments: Tracker())
+    monkeypatch.setattr(trainer.Trainer, "train", fail)
     with pytest.raises(KeyboardInterrupt):
         train(configure(tmp_path))
     assert done == ["finished"]

@@ -1,6 +1,7 @@
 """The stream loses nothing of its questions, and goes on where it was."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,17 +11,21 @@ import torch
 from torch import Tensor
 
 from infformer.data import IGNORE_INDEX, DataError, Segment
-from infformer.tasks.associative_recall import AssociativeRecall, AssociativeRecallConfig
-from infformer.tasks.question_stream import QuestionStream
-from infformer.tasks.sorting_sequences import SortingConfig, SortingQuestions, draw_sequences
+from infformer.tasks.associative_recall import AssociativeRecallConfig
+from infformer.tasks.questions import QuestionStream
+from infformer.tasks.sorting import SortingConfig, draw_sequences
+from infformer.tasks.task import Material, TaskConfig
 
 LENGTH, SYMBOLS = 12, 5
 INPUTS = LENGTH + SYMBOLS
 CONFIG = SortingConfig(length=LENGTH, symbols=SYMBOLS)
 
 
-def stream_of(config: SortingConfig, *options: Any, **named: Any) -> QuestionStream:
-    return QuestionStream(SortingQuestions(config), *options, **named)
+def stream_of(
+    config: TaskConfig, lanes: int, segment_length: int, seed: int, rank_rows: Sequence[int] | None = None
+) -> QuestionStream:
+    rows = rank_rows or range(lanes)
+    return config.build_stream(Material(None, lanes=lanes, seed=seed, rank_rows=rows, segment_length=segment_length))
 
 
 def same(one: Segment, other: Segment) -> bool:
@@ -180,9 +185,8 @@ def test_an_option_that_decides_nothing_about_the_stream_may_change() -> None:
 
 def test_tokens_between_the_answers_are_not_scored() -> None:
     config = AssociativeRecallConfig(keys=20, values=3, queries=2, training_lengths=[16])
-    source = AssociativeRecall(config)
-    questions = source.draw_training(np.arange(3), 2, 16)
-    (segment,) = QuestionStream(source, 3, 15, seed=2, rank_rows=[1]).next_step()
+    questions = config.build_source(None).draw_training(np.arange(3), 2, 16)
+    (segment,) = stream_of(config, 3, 15, seed=2, rank_rows=[1]).next_step()
     assert segment.global_tokens == 6
     assert segment.input_ids.tolist() == questions.tokens[1:2, :-1].tolist()
     value, _, other = questions.tokens[1, -3:].tolist()
@@ -190,12 +194,21 @@ def test_tokens_between_the_answers_are_not_scored() -> None:
 
 
 def test_a_length_that_cannot_be_asked_is_refused_at_once() -> None:
-    source = AssociativeRecall(AssociativeRecallConfig(queries=2, training_lengths=[16, 8]))
+    config = AssociativeRecallConfig(queries=2, training_lengths=[16, 8])
     with pytest.raises(DataError, match=r"a length of 8 .*task.queries=2 .* take 10 tokens"):
-        QuestionStream(source, 3, 15, seed=2)
+        stream_of(config, 3, 15, seed=2)
 
 
-def test_in_words() -> None:
+def test_every_seed_learns_from_others() -> None:
+    one, other = (stream_of(CONFIG, 3, 7, seed=seed).next_step()[0] for seed in (3, 4))
+    assert not torch.equal(one.input_ids, other.input_ids)
+
+
+def test_places_and_material_in_words() -> None:
+    stream = stream_of(CONFIG, 4, 8, seed=2)
+    stream.next_step()
+    _, second, _ = stream.next_step()
+    assert stream.locate(second) == [f"lane {lane}: sequence {4 + lane} at token 8" for lane in range(4)]
     assert stream_of(CONFIG, 3, 7, 2).describe() == "ever new sequences of length 12 to learn from"
     limited = SortingConfig(symbols=SYMBOLS, training_lengths=[64, 1024], training_sequences=8000)
     assert stream_of(limited, 3, 7, 2).describe() == "8,000 sequences of length 64, 1,024 to learn from"

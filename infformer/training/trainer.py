@@ -1,0 +1,371 @@
+"""A whole run: from its configuration to its table of results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from infformer.config import EngineConfig, RunConfig
+from infformer.data.lanes import Segment
+from infformer.errors import UserError
+from infformer.evaluation.report import write_results
+from infformer.memory.state import ModelState
+from infformer.plots.memory import plot_inspection
+from infformer.plots.run import plot_run
+from infformer.training.before import check_run
+from infformer.training.building import build_material, build_model, build_tokenizer
+from infformer.training.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    DivergedError,
+    Progress,
+    TrainingState,
+    best_checkpoint,
+    load_checkpoint,
+    load_weights,
+    model_tensors,
+    newest_checkpoint,
+)
+from infformer.training.folder import RunError, as_dictionary, held, open_record
+from infformer.training.metrics import MetricsLog, StepMetrics, summarise
+from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
+from infformer.training.resuming import find_checkpoint
+from infformer.training.runtime import (
+    Accelerator,
+    all_reduce_max,
+    decided_by_main,
+    init_distributed,
+    is_zero,
+    prepare,
+    resolve_engine,
+    rows_of_rank,
+    seed_everything,
+    shard,
+)
+from infformer.training.shards import Shards, TorchShards, ZeroShards
+from infformer.training.signals import StopRequested, StopSignals
+from infformer.training.step import Microbatch, NonFiniteError, draw_noise, dropout_seed, train_step
+from infformer.training.tracking import NoTracker, Tracker, open_tracker
+from infformer.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 99
+"""Of a run that was asked to stop and can be gone on with: what batch systems take for "put me in the queue again"."""
+
+
+class TrainingStopped(Exception):  # noqa: N818, it is no error
+    """The run was asked to stop, and can be gone on with.
+
+    Args:
+        number: the signal that asked.
+        step: after which; its checkpoint holds everything.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {number} after step {step}; resume=auto goes on from there")
+        self.number = number
+
+
+class TrainingFailedError(UserError, RuntimeError):
+    """The run cannot go on; the message says why, and what is left."""
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train, measure on the test documents, and write everything to the run's folder.
+
+    Returns:
+        What `results.json` holds; empty without test documents.
+
+    Raises:
+        TrainingStopped: a signal came; a checkpoint was written.
+        TrainingFailedError: a loss or a weight that is not finite, or a last checkpoint that could not be written.
+        UserError: the run cannot start as asked.
+    """
+    disable_progress_bar()
+    training, engine = config.training, resolve_engine(config.engine)
+    accelerator = init_distributed(
+        engine, training.precision, training.gradient_accumulation, training.gradient_clipping
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
+    folder, microbatches = Path(config.output_dir), accelerator.num_processes * training.gradient_accumulation
+    if training.batch_size % microbatches:
+        raise RunError(
+            f"training.batch_size={training.batch_size} cannot be divided among {accelerator.num_processes} processes "
+            f"with training.gradient_accumulation={training.gradient_accumulation}: take a multiple of {microbatches}"
+        )
+    with held(accelerator, folder, lambda: find_checkpoint(config, folder)) as checkpoint:
+        if all_reduce_max(accelerator, int(checkpoint is not None and not checkpoint.is_dir())):
+            raise RunError(f"output_dir={folder}: not all machines see {checkpoint}; give them a folder that all share")
+        check_run(config, accelerator.num_processes, accelerator.is_main_process)
+        return Trainer(config, engine, accelerator, checkpoint).run()
+
+
+class Trainer:
+    """One run on one process, built, trained and measured.
+
+    Args:
+        engine: resolved, that of the accelerator.
+        checkpoint: to go on from; None to begin.
+    """
+
+    def __init__(
+        self, config: RunConfig, engine: EngineConfig, accelerator: Accelerator, checkpoint: Path | None
+    ) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, Path(config.output_dir)
+        self.signals = StopSignals(partial(all_reduce_max, accelerator), shows=accelerator.is_main_process)
+        self.watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
+        self.rank_rows = rows_of_rank(accelerator, config.training.batch_size)
+        seed_everything(config.seed)  # the new weights are the same on all processes
+        tokenizer = build_tokenizer(config, accelerator)
+        model = build_model(config, tokenizer)
+        if checkpoint is not None:
+            load_weights(checkpoint, model)
+        material = build_material(config, tokenizer, model, accelerator, self.rank_rows, self._after_segment)
+        self.evaluation = config.task.build_evaluation(material)
+        self.stream = config.task.build_stream(material)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
+        shard(engine, accelerator, model)
+        optimizer = make_optimizer(model, config.optimizer)
+        schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
+        if config.training.compile:
+            model.compile()
+        self.prepared, self.optimizer = prepare(accelerator, model, optimizer)
+        shards: Shards = TorchShards(model, optimizer)
+        if is_zero(accelerator):
+            shards = ZeroShards(model, self.prepared.optimizer)
+        memory: ModelState = model.initial_state(len(self.rank_rows)).to(accelerator.device)
+        memories = memory.split(config.training.gradient_accumulation)
+        progress = Progress(task=self.stream.state_dict())
+        self.state = TrainingState(model, tokenizer, shards, schedule, memories, progress)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.state, accelerator, self.rank_rows)
+            progress = self.state.progress
+            self.stream.load_state_dict(progress.task)
+            logger.info("going on from %s: step %d, %s tokens", checkpoint, progress.step, f"{progress.tokens:,}")
+        self.progress = progress
+        size = 4 * numbers + 8 * trained
+        decided_by_main(accelerator, lambda: open_record(config, self.folder, progress.step, progress.best_step, size))
+        self.tracker: Tracker = NoTracker()
+        if accelerator.is_main_process:
+            logger.info(
+                "%s: %s; %s parameters trained, %s of them the memory's",
+                config.name, self.stream.describe(), f"{trained:,}", f"{in_memory:,}",
+            )  # fmt: skip
+            self.tracker = open_tracker(config.tracker, config.name, self.folder, as_dictionary(config))
+        self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._prefetched: Future[tuple[list[Segment], dict[str, Any]]] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step and measure; the figures of the test documents."""
+        with self.signals, self.watchdog:  # to the last: who asks for an end may ask again
+            try:
+                if self.progress.step == 0:
+                    self.progress.results_before = self.evaluation.measure_before()
+                self.train()
+                return self._finish_run()
+            except StopRequested as stop:
+                raise TrainingStopped(stop.number, self.progress.step) from stop
+            finally:
+                self.tracker.finish()
+
+    def train(self) -> None:
+        """Train until `training.max_steps`; the last step is always measured and saved."""
+        training, progress = self.config.training, self.progress
+        with self._progress_bar() as bar:
+            while progress.step < training.max_steps or not progress.measured:
+                if progress.measured:
+                    progress.unreported.append(self._timed_step())
+                    bar.update()
+                    if progress.step == training.max_steps or _due(progress.step, training.log_every):
+                        self._report(bar)
+                last, progress.measured = progress.step == training.max_steps, False
+                with suppress(StopRequested):
+                    self._tell("measures")
+                    if last or _due(progress.step, training.evaluate_every):
+                        self._validate()
+                    progress.measured = True
+                    if _due(progress.step, training.sample_every):
+                        self._sample()
+                stop = self.signals.agreed()
+                self._tell("saves")
+                due = _due(progress.step, training.checkpoint_every) or progress.best_step == progress.step
+                if last or stop or due:
+                    self._save(must_succeed=last or stop is not None)
+                else:
+                    self._finish_save(wait=False)
+                if stop:
+                    raise TrainingStopped(stop, progress.step)
+
+    def _timed_step(self) -> StepMetrics:
+        start = time.perf_counter()
+        training, state, progress = self.config.training, self.state, self.progress
+        self.prepared.train()
+        self._tell("reads its next segments")
+        segments, progress.task = (self._prefetched or self._prefetcher.submit(self._prefetch)).result()
+        self._prefetched = self._prefetcher.submit(self._prefetch)  # made ready while the model computes
+        microbatches = [self._microbatch(segments, number) for number in range(training.gradient_accumulation)]
+        self._tell("computes")
+        try:
+            state.memories, result = train_step(
+                self.accelerator, self.prepared, self.optimizer, microbatches, training.gradient_clipping
+            )
+        except NonFiniteError as error:
+            self._finish_save(wait=True)  # what was good is kept, and what was not is told
+            lanes = "; ".join(lane for segment in segments for lane in self.stream.locate(segment))
+            raise TrainingFailedError(
+                f"step {progress.step + 1}: {error}. This process was reading {lanes}. {self._what_is_left()}"
+            ) from error
+        rates = learning_rates(state.schedule.optimizer)
+        state.schedule.step()
+        progress.step += 1
+        progress.tokens += result.read_tokens
+        return StepMetrics(**asdict(result), seconds=time.perf_counter() - start, learning_rates=rates)
+
+    def _prefetch(self) -> tuple[list[Segment], dict[str, Any]]:
+        """The segments of the next step, where a GPU can fetch them while it computes, and where the stream then is."""
+        segments = self.stream.next_step()
+        if self.accelerator.device.type == "cuda":
+            segments = [segment.pin_memory() for segment in segments]
+        return segments, self.stream.state_dict()
+
+    def _microbatch(self, segments: Sequence[Segment], number: int) -> Microbatch:
+        rows = len(self.rank_rows) // self.config.training.gradient_accumulation
+        own = [
+            segment.rows(slice(number * rows, (number + 1) * rows)).to(self.accelerator.device, non_blocking=True)
+            for segment in segments
+        ]
+        seed = dropout_seed(self.config.seed, self.progress.step, self.rank_rows[number * rows])
+        return Microbatch(own, self.state.memories[number], [self._noise(segment) for segment in own], seed)
+
+    def _noise(self, segment: Segment) -> Tensor | None:
+        samples = self.state.model.noise_size
+        return draw_noise(segment, samples, self.config.seed) if samples else None
+
+    def _report(self, bar: tqdm[None]) -> None:
+        steps, self.progress.unreported = self.progress.unreported, []
+        if not self.accelerator.is_main_process:
+            return
+        metrics = summarise(steps)
+        self._record(metrics)
+        line = f"loss {metrics['train/loss']:.4f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
+        bar.set_postfix_str(line)
+        if bar.disable:
+            logger.info("step %d/%d  %s", self.progress.step, self.config.training.max_steps, line)
+
+    def _validate(self) -> None:
+        validation, progress = self.evaluation.validate(), self.progress
+        if validation is None:
+            return
+        if not math.isfinite(validation.loss):
+            logger.warning("step %d: the validation loss is %s: never the best", progress.step, validation.loss)
+        elif progress.best_loss is None or validation.loss < progress.best_loss:
+            progress.best_loss, progress.best_step = validation.loss, progress.step
+        if self.accelerator.is_main_process:
+            self._record(validation.metrics)
+            logger.info("step %d  %s", progress.step, validation.text)
+
+    def _sample(self) -> None:
+        # On all processes: where the weights are cut up, they put each other's layers together.
+        step = self.progress.step
+        text = self.evaluation.sample(step, self.config.training.sample_tokens)
+        if text is None or not self.accelerator.is_main_process:
+            return
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+        self.tracker.log_text("sample", text, step)
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        MetricsLog(self.folder / "metrics.jsonl").write(self.progress.step, self.progress.tokens, **metrics)
+        self.tracker.log({"tokens": self.progress.tokens, **metrics}, self.progress.step)
+
+    def _save(self, must_succeed: bool) -> None:
+        """Begin to save; to the end, if the training ends here. Later on, a failure is only a warning: the next one may
+        succeed.
+        """
+        self._finish_save(wait=True, must_succeed=False)  # the one before
+        self.writer.begin(self.state, self.rank_rows)
+        self._finish_save(wait=must_succeed, must_succeed=must_succeed)
+
+    def _finish_save(self, wait: bool, must_succeed: bool = False) -> None:
+        try:
+            self.writer.finish(wait)
+        except DivergedError as error:
+            raise TrainingFailedError(f"{error} {self._what_is_left()}") from error
+        except CheckpointError as error:
+            if must_succeed:
+                raise TrainingFailedError(str(error)) from error
+            logger.error("%s The run goes on.", error)
+
+    def _what_is_left(self) -> str:
+        newest = decided_by_main(self.accelerator, lambda: newest_checkpoint(self.folder / "checkpoints"))
+        return (
+            f"The last good checkpoint is {newest or 'none yet'}. A lower optimizer.learning_rate or "
+            "memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."
+        )
+
+    def _finish_run(self) -> dict[str, Any]:
+        """Measure the best weights, and draw; the figures, empty if the task measures none."""
+        results = self._measure_best()
+        inspection = self.evaluation.inspect()
+        if self.accelerator.is_main_process:
+            figures = plot_run(self.folder) + (self.evaluation.report(results, self.folder) if results else [])
+            if inspection:
+                write_results(self.folder / "inspection" / "inspection.json", inspection)
+                figures += plot_inspection(self.folder / "inspection" / "inspection.json")
+            for figure in figures:
+                self.tracker.log_figure(figure.stem, figure, self.progress.step)
+        return results
+
+    def _measure_best(self) -> dict[str, Any]:
+        """The final figures, of the checkpoint with the lowest validation loss."""
+        root, progress = self.folder / "checkpoints", self.progress
+        best = decided_by_main(self.accelerator, lambda: best_checkpoint(root))
+        if best is None and progress.best_step not in (None, progress.step) and self.accelerator.is_main_process:
+            logger.warning(
+                "the best checkpoint, of step %d, is not in %s: the last weights are measured",
+                progress.best_step, self.folder,
+            )  # fmt: skip
+        if best is not None and progress.best_step != progress.step:
+            self.state.shards.put_weights(model_tensors(best, self.state.model))
+        results = self.evaluation.measure(str(best or root / f"step-{progress.step:08d}"))
+        return {**results, "before": progress.results_before or None} if results else {}
+
+    def _tell(self, what: str) -> None:
+        self.watchdog.tell(f"{what} (step {self.progress.step})")
+
+    def _after_segment(self) -> None:
+        self.watchdog.tell("measures")
+        self.signals.raise_if_agreed()
+
+    def _progress_bar(self) -> tqdm[None]:
+        return tqdm(
+            total=self.config.training.max_steps,
+            initial=self.progress.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
+        )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
