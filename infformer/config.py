@@ -16,10 +16,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from infformer.data.options import DATA, DataConfig
-from infformer.errors import check_finite, free, measuring
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
+from infformer.options import check_finite, free, measuring
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
 from infformer.tasks.sorting import SortingConfig

@@ -1,13 +1,4 @@
-"""The errors that a user can mend, and what options share on every floor: a check, and marks of what may change."""
-
-from __future__ import annotations
-
-import dataclasses
-import math
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+"""Errors that a user can mend."""
 
 
 class UserError(Exception):
@@ -17,36 +8,8 @@ class UserError(Exception):
     """
 
 
-def check_finite(group: str, options: DataclassInstance) -> None:
-    """Make sure that no number among some options is NaN or infinite.
+class DataError(UserError, ValueError):
+    """Documents that cannot be read, or cannot be read as asked.
 
-    Args:
-        group: what is typed before their names, such as `training.`.
-
-    Raises:
-        ValueError: one is.
+    The message names the option, file, line or document at fault and says what to do about it.
     """
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        numbers = value if isinstance(value, list) else [value]
-        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-            raise ValueError(f"{group}{field.name}={value}: must be finite; set it to a number")
-
-
-def free(default: Any) -> Any:
-    """The field of an option that changes neither what is learned nor what is measured.
-
-    A resumed run may have it otherwise than before, and an evaluation may write over the results of one that had.
-    """
-    return _marked(default, "free")
-
-
-def measuring(default: Any) -> Any:
-    """The field of an option that changes what is measured, not what is learned: a resumed run may change it."""
-    return _marked(default, "measuring")
-
-
-def _marked(default: Any, mark: str) -> Any:
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"may_change": mark})
-    return dataclasses.field(default=default, metadata={"may_change": mark})

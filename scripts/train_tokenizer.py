@@ -22,10 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from infformer import durable
 from infformer.config import RunConfig
-from infformer.data.errors import DataError
 from infformer.data.options import DataConfig
 from infformer.data.sources import check_sources, read_documents
-from infformer.errors import UserError
+from infformer.errors import DataError, UserError
 from infformer.training.command_line import compose
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -20,7 +20,7 @@ command.begin()
 
 import os, sys, time
 from pathlib import Path
-from infformer.training.signals import StopSignals
+from infformer.training.supervision import StopSignals
 
 def main():
     match sys.argv[1]:

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from infformer.config import EvaluationRunConfig, RunConfig, register_schemas
+from infformer.config import EvaluationRunConfig, RunConfig, register_schemas, schema_of
 
 register_schemas()
 
@@ -68,7 +68,7 @@ def test_the_options_of_a_command_are_known(command: str) -> None:
         whole = compose(kind, options(command), return_hydra_config=True)
     HydraConfig.instance().set_config(whole)
     composed = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
-    OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
+    OmegaConf.to_object(OmegaConf.merge(schema_of(schema), composed))
 
 
 @pytest.fixture(scope="module")

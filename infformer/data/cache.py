@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
-from infformer.data.errors import DataError
+from infformer.errors import DataError
 
 _CHECKSUMS = "checksums.json"
 _LOCK = "lock"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from infformer.data.cache import checksum
-from infformer.data.errors import DataError
+from infformer.errors import DataError
 
 TEXT = (".txt", ".text", ".md", ".tokens", ".raw")
 JSON_LINES = (".jsonl", ".json")

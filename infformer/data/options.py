@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infformer.data.errors import DataError
-from infformer.errors import free, measuring
+from infformer.errors import DataError
+from infformer.options import free, measuring
 
 SOURCES = ("sample", "hub", "files")
 SPLITS = ("train", "validation", "test")

@@ -1,16 +1,21 @@
 """Hub datasets, local files and the bundled sample, all as one thing: an iterable of documents."""
 
+from __future__ import annotations
+
+import hashlib
+import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import xxhash
+from datasets.packaged_modules.cache.cache import Cache
 
-from infformer.data import hub
-from infformer.data.errors import DataError
 from infformer.data.files import (
     Row,
     describe_content,
@@ -23,6 +28,8 @@ from infformer.data.files import (
 )
 from infformer.data.options import SPLITS, DataConfig
 from infformer.data.wikitext import articles
+from infformer.errors import DataError
+from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 
 _SAMPLE = Path(__file__).parent / "sample"
 
@@ -73,7 +80,7 @@ def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
     """
     for split in splits:
         if config.source == "hub":
-            hub.check_repository(_hub_names(config, split)[0])
+            check_repository(_hub_names(config, split)[0])
         else:
             _files(config, split)
 
@@ -85,7 +92,7 @@ def describe_source(config: DataConfig, split: str) -> list[Any]:
         DataError: there is nothing to read.
     """
     if config.source == "hub":
-        return ["hub", hub.describe_split(*_hub_names(config, split))]
+        return ["hub", describe_split(*_hub_names(config, split))]
     return [["file", name, describe_content(path)] for path, name in _files(config, split)]
 
 
@@ -122,7 +129,7 @@ def _rows(config: DataConfig, split: str) -> Iterator[Row]:
 
 def _hub_rows(config: DataConfig, split: str) -> Iterator[Row]:
     repository, subset, place = _hub_names(config, split)
-    dataset = hub.load_split(repository, subset, place)
+    dataset = load_split(repository, subset, place)
     source = f"{repository}, split {place}"
     wanted = {config.text_field, config.id_field or "id"} & set(dataset.column_names)
     if config.text_field not in wanted:
@@ -194,3 +201,74 @@ def _beginning(text: str, limit: int | None) -> str:
     while end > 0 and not text[end].isspace() and not text[end - 1].isspace():
         end -= 1
     return text[: end or limit]
+
+
+def load_split(repository: str, subset: str | None, split: str) -> Any:
+    """One split of a dataset as a memory-mapped `datasets.Dataset`.
+
+    The hub is asked first, briefly: the libraries below would try again for minutes. When it cannot be reached, what
+    was downloaded before is used.
+
+    Raises:
+        DataError: no such subset or split; or the hub cannot be reached and nothing was downloaded before.
+        HubError: no such dataset.
+    """
+    asked = f"data.repository={repository} data.subset={subset or 'null'}"
+    check_repository(repository)
+    folder = Path(os.path.expanduser(repository))
+    if folder.is_dir():
+        # The library takes no notice when a file of the folder changes, so each state of it has a cache of its own.
+        own = Path(datasets.config.HF_DATASETS_CACHE, "local_folders", _state(folder))
+        return _load(str(folder), subset, split, asked, cache_dir=str(own))
+    problem = problem_with_the_hub("dataset", repository, "data.repository")
+    if problem is None:
+        return _load(repository, subset, split, asked)
+    try:
+        return _cached(repository, subset).as_dataset(split=split)
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"{asked}: {problem}, and no earlier download of it is in {datasets.config.HF_DATASETS_CACHE} "
+            f"({' '.join(str(error).split())}). To work without a network set data.repository= to a local folder laid "
+            f"out like the dataset, {WITHOUT_A_NETWORK}"
+        ) from error
+
+
+def check_repository(repository: str) -> None:
+    """Make sure that what can only be a local folder is one.
+
+    Raises:
+        DataError: it is not.
+    """
+    folder = Path(os.path.expanduser(repository))
+    is_path = folder.is_absolute() or repository.startswith((".", "~")) or repository.count("/") > 1
+    if is_path and not folder.is_dir():
+        raise DataError(f"data.repository={repository}: there is no such folder (seen from {Path.cwd()}).")
+
+
+def describe_split(repository: str, subset: str | None, split: str) -> str:
+    """Names the content of a split: it changes with the revision on the hub, or with the files of a local folder.
+
+    Raises:
+        DataError: as `load_split`.
+    """
+    folder = Path(os.path.expanduser(repository))
+    state = _state(folder) if folder.is_dir() else "hub"
+    return f"{state} {load_split(repository, subset, split)._fingerprint}"
+
+
+def _state(folder: Path) -> str:
+    return hashlib.sha256(json.dumps(describe_content(folder)).encode()).hexdigest()[:16]
+
+
+def _load(path: str, subset: str | None, split: str, asked: str, cache_dir: str | None = None) -> Any:
+    try:
+        return datasets.load_dataset(path, subset, split=split, cache_dir=cache_dir)
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{asked}, split {split}: {error}") from error
+
+
+def _cached(repository: str, subset: str | None) -> Any:
+    """The newest download of a dataset; opening it needs no network, not even to find out that there is none."""
+    return Cache(
+        dataset_name=repository.split("/")[-1], repo_id=repository, config_name=subset, version="auto", hash="auto"
+    )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 
-from infformer.data.errors import DataError
+from infformer.errors import DataError
 
 # ` = Title = `, but not ` = = Section = = `. Tables leave lines such as ` = 1 henry and capacitance C = ` in the middle
 # of a sentence: only a line that stands between two blank ones is a heading.

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from infformer.data.cache import find_or_make
-from infformer.data.errors import DataError
 from infformer.data.options import DataConfig
 from infformer.data.sources import describe_source, read_documents
+from infformer.errors import DataError
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from infformer.data.lanes import IGNORE_INDEX, Segment
-from infformer.data.reading import read_once
+from infformer.data.segments import IGNORE_INDEX, Segment, read_once
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.errors import UserError
 from infformer.memory.state import ModelState

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.errors import check_finite
 from infformer.memory.memory import ContentAttention, Entries, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.short_term import Queue
+from infformer.options import check_finite
 
 FUNCTIONS = ("convolution", "mean", "max", "most_used")
 

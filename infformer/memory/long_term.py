@@ -26,12 +26,13 @@ from infformer.continuous.density import (
     variance_divergence,
 )
 from infformer.continuous.regression import even_middles, even_steps, first_operator, next_operators, rounded
-from infformer.errors import UserError, check_finite
+from infformer.errors import UserError
 from infformer.memory.memory import DerivedBuffers, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 from infformer.memory.time_shuffle import shuffled_positions
+from infformer.options import check_finite
 
 MINIMAL_VARIANCE = 1e-4
 """Floor of the affine read's variance, as in the published code."""

@@ -134,7 +134,7 @@ def new_decoder(
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a model's configuration says of its vocabulary: size, and the tokens that begin and end a text."""
-    from infformer.data.encoding import vocabulary_size  # whose room imports `datasets`
+    from infformer.data.tokenization import vocabulary_size  # whose room imports `datasets`
 
     return {
         "vocab_size": vocabulary_size(tokenizer),
@@ -165,7 +165,7 @@ def check_vocabulary(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, opt
     Raises:
         ModelError: it is another.
     """
-    from infformer.data.encoding import vocabulary_size  # whose room imports `datasets`
+    from infformer.data.tokenization import vocabulary_size  # whose room imports `datasets`
 
     remedy = f"they do not belong together; set {option}= to the tokenizer that the model was trained with"
     tokens, known = vocabulary_size(tokenizer), model.vocabulary_size

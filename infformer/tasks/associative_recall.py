@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from infformer.data.errors import DataError
 from infformer.data.options import SPLITS
+from infformer.errors import DataError
 from infformer.tasks.questions import NOT_ASKED, Floats, Integers, Questions, random_of
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
 from infformer.tasks.task import Material

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.errors import DataError
+from infformer.errors import DataError
 from infformer.tasks.questions import NOT_ASKED, Floats, Integers, Questions, random_of
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
 from infformer.tasks.task import Material

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from infformer.data.lanes import Lanes, Segment
+from infformer.data.segments import Lanes, Segment
 from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.report import format_table, write_results

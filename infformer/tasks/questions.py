@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from infformer.data.errors import DataError
-from infformer.data.lanes import IGNORE_INDEX, Segment, check_identity
 from infformer.data.options import SPLITS
+from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
+from infformer.errors import DataError
 from infformer.tasks.task import Material, cut_texts
 
 HELD_OUT_SEED = 0

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.errors import DataError
-from infformer.errors import measuring
+from infformer.errors import DataError
+from infformer.options import measuring
 from infformer.results import MEMORY_OFF
 from infformer.tasks.answering import answer
 from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infformer.data.errors import DataError
-from infformer.errors import measuring
+from infformer.errors import DataError
+from infformer.options import measuring
 from infformer.tasks.answering import Forced, answer, answer_forced
 from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
 from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation

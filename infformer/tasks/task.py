@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.lanes import IGNORE_INDEX, Segment
 from infformer.data.options import DataConfig
+from infformer.data.segments import IGNORE_INDEX, Segment
 from infformer.data.tokenization import TokenizedDocuments
 
 if TYPE_CHECKING:

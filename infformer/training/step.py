@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from infformer.data.lanes import Segment
+from infformer.data.segments import Segment
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX

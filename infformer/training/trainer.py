@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import EngineConfig, RunConfig
-from infformer.data.lanes import Segment
+from infformer.data.segments import Segment
 from infformer.errors import UserError
 from infformer.evaluation.report import write_results
 from infformer.memory.state import ModelState
@@ -57,10 +57,9 @@ from infformer.training.runtime import (
     shard,
 )
 from infformer.training.shards import Shards, TorchShards, ZeroShards
-from infformer.training.signals import StopRequested, StopSignals
 from infformer.training.step import Microbatch, NonFiniteError, draw_noise, dropout_seed, train_step
+from infformer.training.supervision import StopRequested, StopSignals, Watchdog
 from infformer.training.tracking import NoTracker, Tracker, open_tracker
-from infformer.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

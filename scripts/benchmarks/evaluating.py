@@ -39,7 +39,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """
     try:
         from infformer.data.options import DataConfig
-        from infformer.data.reading import read_once
+        from infformer.data.segments import read_once
         from infformer.data.tokenization import tokenize_documents
         from infformer.evaluation.perplexity import evaluate
         from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol

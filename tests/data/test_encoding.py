@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from infformer.data import DataError, Document, TokenizedDocuments
-from infformer.data.encoding import Encoder, vocabulary_size
+from infformer.data.tokenization import Encoder, vocabulary_size
 
 
 def wrap(model: object, pre_tokenizer: object = None, normalizer: object = None) -> PreTrainedTokenizerFast:

@@ -18,7 +18,7 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from infformer.data import DataConfig, DataError, check_sources, hub, read_documents
+from infformer.data import DataConfig, DataError, check_sources, read_documents, sources
 from infformer.data.sources import describe_source
 from infformer.hub import HubError, problem_with_the_hub
 
@@ -374,11 +374,11 @@ def test_the_sample() -> None:
     names = {split: {d.id for d in read_documents(DataConfig(), split)} for split in ("train", "validation", "test")}
     assert {split: len(ids) for split, ids in names.items()} == {"train": 17, "validation": 2, "test": 4}
     assert len(set.union(*names.values())) == 23  # no book is in two splits
-    folder = Path(hub.__file__).parent / "sample"
+    folder = Path(sources.__file__).parent / "sample"
     assert sum(path.stat().st_size for path in folder.glob("*.gz")) <= 2.95e6
-    sources = (folder / "SOURCES.md").read_text()
+    table = (folder / "SOURCES.md").read_text()
     for split, ids in names.items():
-        assert all(any(f"| {split} |" in line and f"| {n} |" in line for line in sources.splitlines()) for n in ids)
+        assert all(any(f"| {split} |" in line and f"| {n} |" in line for line in table.splitlines()) for n in ids)
 
 
 def test_the_sample_has_its_own_splits() -> None:

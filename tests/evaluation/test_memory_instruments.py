@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Gaussian, Slots, TruncatedParabola
 from infformer.evaluation.memory_instruments import (
+    WrittenPast,
     centre_and_width,
     contribution,
     density_figures,
@@ -20,7 +21,6 @@ from infformer.evaluation.memory_instruments import (
     read_segments,
     sampled_places,
 )
-from infformer.evaluation.memory_reconstruction import WrittenPast
 from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
 from infformer.memory.memory import MemoryOutput

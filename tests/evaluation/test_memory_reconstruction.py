@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infformer.continuous.density import Gaussian
-from infformer.evaluation.memory_reconstruction import WrittenPast
+from infformer.evaluation.memory_instruments import WrittenPast
 from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTermMemoryConfig, LongTermState
 
 WIDTH, HEADS, SEGMENTS = 256, 2, 5

@@ -47,7 +47,7 @@ from infformer.training.checkpoint import (
 )
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
-from infformer.training.signals import StopSignals
+from infformer.training.supervision import StopSignals
 from infformer.training.trainer import EXIT_CODE, TrainingFailedError, TrainingStopped
 
 ROOT = Path(__file__).parents[2]

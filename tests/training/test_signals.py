@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from infformer.training.signals import StopRequested, StopSignals
+from infformer.training.supervision import StopRequested, StopSignals
 
 pytestmark = pytest.mark.usefixtures("signals_heard")
 EACH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch.distributed
 
-from infformer.training import watchdog
-from infformer.training.watchdog import EXIT_CODE, Watchdog
+from infformer.training import supervision
+from infformer.training.supervision import EXIT_CODE, Watchdog
 
 
 @pytest.fixture
 def ended(monkeypatch) -> threading.Event:
     """Set when this process would have ended, as it should, with that exit code; two processes share a store."""
     event, store = threading.Event(), torch.distributed.HashStore()
-    monkeypatch.setattr(watchdog, "_store", lambda: store)
-    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(watchdog.os, "_exit", lambda code: event.set() if code == EXIT_CODE else None)
+    monkeypatch.setattr(supervision, "_store", lambda: store)
+    monkeypatch.setattr(supervision.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(supervision.os, "_exit", lambda code: event.set() if code == EXIT_CODE else None)
     return event
 
 
@@ -46,7 +46,7 @@ def test_if_the_store_is_gone_the_run_ends_too(ended, monkeypatch, caplog):
         def get(self, key: str) -> bytes:
             raise RuntimeError("connection reset by peer")
 
-    monkeypatch.setattr(watchdog, "_store", Gone)
+    monkeypatch.setattr(supervision, "_store", Gone)
     with Watchdog(0, 2, patience=0.1):
         assert ended.wait(30)
     assert "unknown (connection reset by peer)" in caplog.text
@@ -57,7 +57,7 @@ def test_a_store_that_is_gone_with_the_launcher_does_not_keep_a_checkpoint_from_
         def set(self, key: str, value: str) -> None:
             raise torch.distributed.DistNetworkError("broken pipe")
 
-    monkeypatch.setattr(watchdog, "_store", Gone)
+    monkeypatch.setattr(supervision, "_store", Gone)
     with Watchdog(0, 2, patience=60) as watching:
         watching.tell("saves")
 
@@ -79,7 +79,7 @@ def test_after_the_run_nobody_watches(ended):
 
 
 def test_one_process_is_not_watched(ended, monkeypatch):
-    monkeypatch.setattr(watchdog, "_store", None)  # there is none to be asked
+    monkeypatch.setattr(supervision, "_store", None)  # there is none to be asked
     with Watchdog(0, 1, patience=0.05) as watching:
         watching.tell("computes (step 1)")
         assert not ended.wait(0.5)

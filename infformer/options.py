@@ -1,0 +1,45 @@
+"""What the options of every floor share: a check of their numbers, and marks of what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def check_finite(group: str, options: DataclassInstance) -> None:
+    """Make sure that no number among some options is NaN or infinite.
+
+    Args:
+        group: what is typed before their names, such as `training.`.
+
+    Raises:
+        ValueError: one is.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        numbers = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ValueError(f"{group}{field.name}={value}: must be finite; set it to a number")
+
+
+def free(default: Any) -> Any:
+    """The field of an option that changes neither what is learned nor what is measured.
+
+    A resumed run may have it otherwise than before, and an evaluation may write over the results of one that had.
+    """
+    return _marked(default, "free")
+
+
+def measuring(default: Any) -> Any:
+    """The field of an option that changes what is measured, not what is learned: a resumed run may change it."""
+    return _marked(default, "measuring")
+
+
+def _marked(default: Any, mark: str) -> Any:
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"may_change": mark})
+    return dataclasses.field(default=default, metadata={"may_change": mark})
