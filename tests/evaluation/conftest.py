@@ -13,11 +13,11 @@ from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 16
 TEXTS = {
-    "ship": "the ship went over the deep sea " * 12,
+    "ship": "the ship went over the deep sea " * 5,
     "short": "a whale",
-    "naïve": "Über dem Wasser, naïve – “night” … " * 5,
+    "naïve": "Über dem Wasser, naïve – “night” … " * 2,
     "exact": "x" * 3 * SEGMENT,
-    "wind": "wind in the harpoon\n\nof a   captain " * 3,
+    "wind": "wind in the harpoon\n\nof a   captain " * 2,
 }
 """Among them a document of less than a segment, and one that ends where a segment does."""
 
@@ -58,7 +58,7 @@ def with_memory(backbone) -> Callable[..., InfformerForCausalLM]:
         torch.manual_seed(2)
         for parameter in model.memories.parameters():
             nn.init.normal_(parameter)
-        return model
+        return model.eval()
 
     return build
 
@@ -70,7 +70,7 @@ def model(with_memory) -> InfformerForCausalLM:
 
 @pytest.fixture(scope="session")
 def without_memory(backbone) -> InfformerForCausalLM:
-    return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
+    return InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)).eval()
 
 
 @pytest.fixture(scope="session")

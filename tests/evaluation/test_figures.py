@@ -63,9 +63,9 @@ def test_by_document(model, documents, evaluator, nats):
 def test_by_position(model, documents, evaluator, nats):
     figures = figures_of(evaluator(model), documents, nats)
     assert [(entry["from"], entry["to"]) for entry in figures["by_position"]] == [
-        (0, 64), (64, 128), (128, 256), (256, 512),
+        (0, 64), (64, 128), (128, 256),
     ]  # fmt: skip
-    assert 256 < documents.token_counts.max() <= 512
+    assert 128 < documents.token_counts.max() <= 256
     for index, entry in enumerate(figures["by_position"]):
         inside = [place for place in places(documents, nats) if entry["from"] <= place[1] < entry["to"]]
         assert entry["tokens"] == len(inside)
