@@ -21,6 +21,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,7 @@ from omegaconf._utils import get_yaml_loader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from infformer.config import RunConfig, schema_of
+from infformer.config import CHOICES, RunConfig, register_schemas, schema_of
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.tasks import language_modelling
 from infformer.training import command_line, trainer
@@ -200,6 +201,23 @@ def composed_quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line, "_compose", compose_quickly)
         yield
+
+
+@pytest.fixture
+def add_choice(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]:
+    """One more choice of the command line, as a line of `config.py` makes it: `add_choice(group, word, options)`."""
+
+    def add(group: str, word: str, options: Any) -> None:
+        register_schemas()
+        chosen_from = ConfigStore.instance().repo
+        for part in group.split("/"):
+            chosen_from = chosen_from[part]
+        monkeypatch.setitem(CHOICES[group], word, options)
+        monkeypatch.setitem(chosen_from, f"{word}.yaml", None)  # to be taken away again
+        register_schemas.cache_clear()
+        register_schemas()
+
+    return add
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,18 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from infformer.config import RunConfig
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -25,6 +28,9 @@ from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.training.command_line import compose
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -669,6 +675,28 @@ class TestSaving:
         """It runs the first forward pass without a graph: the memory would lose its gradient and nobody would know."""
         with pytest.raises(UserError, match="use_reentrant"):
             own.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_a_memory_is_the_same_beside_a_pretrained_model_and_in_the_decoder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    memory, segment_length = RunningMeanConfig(short_term_length=0), 64
+    wrapped = InfformerForCausalLM.from_backbone("infformer/checkpoints/tiny", memory, segment_length=segment_length)
+    decoder = DecoderForCausalLM(DecoderConfig(vocab_size=4096, memory=memory, segment_length=segment_length))
+
+    for model in (wrapped, decoder):
+        state = None
+        for segment in torch.randint(4096, (1, 256)).split(segment_length, dim=1):
+            output = model(segment, labels=segment, state=state)
+            state = output.state
+        assert output.loss.isfinite()
+        assert all(isinstance(layer, MeanState) and layer.segments == 4 for layer in state.layers)
+
+
+@pytest.mark.parametrize("model", ["tiny", "decoder"])
+def test_a_memory_of_ones_own_is_chosen_by_one_word(add_choice, model):
+    add_choice("model/memory", "running_mean", OmegaConf.structured(RunningMeanConfig))
+    config = compose("train", RunConfig, ROOT / "conf", [f"model={model}", "model/memory=running_mean"])
+    assert config.model.memory == RunningMeanConfig()
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "decoder"])

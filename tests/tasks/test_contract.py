@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from infformer.config import RunConfig
 from infformer.data import IGNORE_INDEX, Segment
 from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation, cut_texts
+from infformer.training.command_line import compose
 from infformer.training.metrics import read_metrics
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 # The task begins here.
@@ -150,3 +153,10 @@ def test_a_task_leaves_out_what_it_does_not_measure():
     nothing = Evaluation()
     assert nothing.validate() is nothing.sample(1, 2) is None
     assert nothing.measure_before() == nothing.measure("here") == nothing.inspect() == {}
+
+
+@pytest.mark.parametrize("model", ["tiny", "decoder"])
+def test_a_task_of_ones_own_is_chosen_by_one_word(add_choice, model):
+    add_choice("task", "last_tokens", LastTokensConfig())
+    config = compose("train", RunConfig, CONF, [f"model={model}", "task=last_tokens", "task.scored=2"])
+    assert config.task == LastTokensConfig(scored=2)
