@@ -98,7 +98,7 @@ def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
     [
         ("training.max_stepz=3", ["training.max_stepz=3", "did you mean training.max_steps?"]),
         ("training.precision=float16", ["training.precision=float16", "use bfloat16 or float32"]),
-        ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 1"]),
+        ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 0"]),
         ("training.batch_size=64", ["training.batch_size=64", "smaller batch"]),
         ("training.batch_size=3", ["training.batch_size=3", "training.gradient_accumulation=2", "multiple of 2"]),
         ("resume=nowhere", ["resume=nowhere", "cannot be gone on from", "nowhere"]),
@@ -285,7 +285,7 @@ class TestRetrieval:
         ("options", "says"),
         [
             (["task=passkey", "task.lengths=[20]"], ["a length of 20", "choose lengths of at least that"]),
-            (["task=needle", "task.lengths=[9000]"], ["a length of 9,000 (task", "longest test document has 193"]),
+            (["task=needle", "task.lengths=[9000]"], ["a length of 9,000 (task", "longest test document has 74"]),
             (["task=associative_recall"], ["this task has 577 symbols", "the model knows 257"]),
         ],
         ids=lambda value: " ".join(value),

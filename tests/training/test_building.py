@@ -51,11 +51,11 @@ def accelerator(configure, tmp_path) -> Any:
 
 
 @pytest.fixture
-def build(configure, tmp_path, tokenizer) -> Build:
+def build(configure, model_folder, tmp_path, tokenizer) -> Build:
     """The model of a run, some options changed."""
 
     def make(changes: dict[str, Any] | None = None, tokens: PreTrainedTokenizerFast | None = tokenizer) -> MemoryModel:
-        return build_model(configure(tmp_path, changes), tokens)
+        return build_model(configure(tmp_path, {"model.pretrained": str(model_folder), **(changes or {})}), tokens)
 
     return make
 
@@ -284,7 +284,7 @@ class TestHowItIsMeasured:
         assert {rows for rows, _ in shapes} == read
 
     def test_so_much_of_the_validation_documents(self, ask, shapes):
-        """Which are of 105 and 60 tokens: of them 20 are the beginnings, 10 of each."""
+        """Of these 20 are the beginnings, 10 of each."""
         ask({"evaluation.max_validation_tokens": 20, "evaluation.batch_size": 2})[1].validate()
         assert shapes == [(2, 16)]
 

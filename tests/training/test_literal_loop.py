@@ -205,10 +205,10 @@ def literal(model_folder, texts, tokenizer) -> list[Made]:
 
 
 @pytest.fixture(scope="module")
-def folder(configure, train, tmp_path_factory) -> Path:
+def folder(configure, train, model_folder, tmp_path_factory) -> Path:
     """Of the run."""
     folder = tmp_path_factory.mktemp("literal") / "run"
-    train(configure(folder, CHANGES))
+    train(configure(folder, {**CHANGES, "model.pretrained": str(model_folder)}))
     return folder
 
 
@@ -243,7 +243,7 @@ class TestWhatItTells:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def told(cls, configure, train, tmp_path_factory) -> tuple[RunConfig, list[tuple]]:
+    def told(cls, configure, train, model_folder, tmp_path_factory) -> tuple[RunConfig, list[tuple]]:
         calls: list[tuple] = []
 
         class Tracker:
@@ -278,6 +278,7 @@ class TestWhatItTells:
             {
                 **CHANGES,
                 "name": "a name",
+                "model.pretrained": str(model_folder),
                 "training.log_every": 3,
                 "training.evaluate_every": 3,
                 "training.checkpoint_every": 1,

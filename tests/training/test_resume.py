@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infformer.data import DataError, tokenize_documents
+from infformer.data import tokenize_documents
 from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
@@ -81,14 +81,18 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert records(folder) == records(other)
-    assert results(folder) == results(other)
-    last = f"checkpoints/step-{STEPS:08d}"
-    one, another = tensors(folder / last), tensors(other / last)
+def assert_same_tensors(checkpoint: Path, other: Path) -> None:
+    one, another = tensors(checkpoint), tensors(other)
     assert one.keys() == another.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, another[name]), name
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert records(folder) == records(other)
+    assert results(folder) == results(other)
+    last = f"checkpoints/step-{records(other)[-1]['step']:08d}"
+    assert_same_tensors(folder / last, other / last)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -165,28 +169,27 @@ def folder(killed, tmp_path) -> Path:
 
 
 class TestGoesOnExactly:
-    @pytest.mark.parametrize("after", [1, 2, 5, 7])
-    def test_killed(self, configure, train, whole, tmp_path, after):
+    @pytest.mark.parametrize("after", [1, 5])
+    def test_a_run_that_was_killed_goes_on_exactly(self, configure, train, whole, tmp_path, after):
+        """Before its first checkpoint, it begins again."""
         with interrupted(after, die), pytest.raises(Killed):
             train(configure(tmp_path))
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
 
-    def test_killed_again_and_again(self, configure, train, whole, tmp_path):
+    def test_a_run_that_was_killed_again_and_again_goes_on_exactly(self, configure, train, whole, tmp_path):
         for made in (3, 1, 2, 1):
             with interrupted(made, die), pytest.raises(Killed):
                 train(configure(tmp_path, {"resume": "auto"}))
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
 
-    @pytest.mark.usefixtures("signals_heard")
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-    def test_asked_to_stop(self, configure, train, whole, tmp_path, number):
-        message = f"stopped by signal {int(number)} after step 5; resume=auto goes on from there"
-        with interrupted(4, send(number)), pytest.raises(TrainingStopped) as stopped:
+    def test_a_run_that_was_asked_to_stop_goes_on_exactly(self, configure, train, whole, tmp_path):
+        number = signal.SIGTERM
+        with interrupted(4, lambda: os.kill(os.getpid(), number)), pytest.raises(TrainingStopped) as stopped:
             train(configure(tmp_path))
         assert stopped.value.number == number
-        assert str(stopped.value) == message
+        assert str(stopped.value) == f"stopped by signal {number:d} after step 5; resume=auto goes on from there"
         assert checkpoints(tmp_path)[-1] == 5
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
@@ -195,10 +198,10 @@ class TestGoesOnExactly:
         ("evaluation", "time", "after"),
         [("measure_before", 1, 0), ("validate", 1, 3), ("validate", 3, STEPS), ("measure", 1, STEPS)],
     )
-    def test_asked_to_stop_during_an_evaluation(
+    def test_an_evaluation_is_left_when_asked_to_stop_and_made_again(
         self, configure, train, whole, tmp_path, monkeypatch, evaluation, time, after
     ):
-        """It is left after the segment that is being read, not after the last, and made again."""
+        """It is left after the segment that is being read, not after the last."""
         times, segments = 0, 0
         original, raise_if_agreed = getattr(LanguageModelling, evaluation), StopSignals.raise_if_agreed
 
@@ -226,19 +229,22 @@ class TestGoesOnExactly:
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
 
-    @pytest.mark.parametrize("after", [3, 5, 7])
-    def test_measured_since_the_last_line_of_metrics(self, configure, train, tmp_path, after):
-        """A checkpoint is written between two lines: it holds the steps that the next line will be the mean of."""
-        changes = {"training.log_every": 3, "evaluation.before": False, "evaluation.controls": False}
+    def test_a_line_of_metrics_is_the_mean_of_its_steps_also_where_a_checkpoint_is_between_them(
+        self, configure, train, tmp_path
+    ):
+        """The checkpoint holds the steps that the next line will be the mean of: here two, and then one."""
+        changes = {"training.log_every": 3, "evaluation.before": False, "data.validation": None}
         train(configure(tmp_path / "whole", changes))
-        assert [line["step"] for line in records(tmp_path / "whole") if "train/loss" in line] == [3, 6, STEPS]
-        with interrupted(after, die), pytest.raises(Killed):
-            train(configure(tmp_path / "killed", changes))
+        assert [line["step"] for line in records(tmp_path / "whole")] == [3, 6, STEPS]
+        for made, newest in ((3, 2), (3, 4)):
+            with interrupted(made, die), pytest.raises(Killed):
+                train(configure(tmp_path / "killed", {**changes, "resume": "auto"}))
+            assert checkpoints(tmp_path / "killed")[-1] == newest
         train(configure(tmp_path / "killed", {**changes, "resume": "auto"}))
         assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
-    def test_while_a_checkpoint_is_still_being_written(self, configure, train, whole, tmp_path):
-        """Neither the half of it nor what was there before is in the way."""
+    def test_a_checkpoint_that_was_still_being_written_is_not_in_the_way(self, configure, train, whole, tmp_path):
+        """Neither the half of it nor what was there before."""
         with interrupted(4, die), pytest.raises(Killed):
             train(configure(tmp_path))
         unfinished = tmp_path / "checkpoints" / "step-00000004.partial"
@@ -248,66 +254,51 @@ class TestGoesOnExactly:
         assert_same_run(tmp_path, whole)
         assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
-    def test_finished_runs_only_measure_again(self, configure, train, whole, tmp_path):
+    def test_a_finished_run_only_measures_again(self, configure, train, whole, tmp_path):
         shutil.copytree(whole, tmp_path / "run", symlinks=True)
         (tmp_path / "run" / "results.json").unlink()
         train(configure(tmp_path / "run", {"resume": "auto"}))
         assert_same_run(tmp_path / "run", whole)
 
-    def test_from_a_path_into_another_folder(self, configure, train, whole, killed, tmp_path):
+    def test_a_run_goes_on_from_a_path_into_another_folder(self, configure, train, whole, killed, tmp_path):
         train(configure(tmp_path / "other", {"resume": str(killed / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}")}))
         after = [record for record in records(whole) if record["step"] > LAST_CHECKPOINT]
         assert records(tmp_path / "other") == after
 
     def test_samples_are_not_written_twice(self, configure, train, tmp_path):
-        changes = {
-            "training.sample_every": 2,
-            "training.sample_tokens": 3,
-            "training.checkpoint_every": 3,
-            "data.test": None,
-        }
-        with interrupted(5, die), pytest.raises(Killed):
+        changes = {"training.sample_every": 2, "training.sample_tokens": 3, "training.checkpoint_every": 3}
+        changes |= {"training.max_steps": 6, "data.test": None}
+        with interrupted(4, die), pytest.raises(Killed):
             train(configure(tmp_path, changes))
         train(configure(tmp_path, {**changes, "resume": "auto"}))
         samples = (tmp_path / "samples.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in samples] == [2, 4, 6, 8]
+        assert [json.loads(line)["step"] for line in samples] == [2, 4, 6]
 
-    def test_what_was_before_training_is_not_measured_after(self, configure, train, tmp_path):
-        without = {"evaluation.before": False}
+    def test_what_was_not_measured_before_training_is_not_measured_later(self, configure, train, tmp_path):
+        changes = {"training.max_steps": 4, "data.validation": None}
         with interrupted(3, die), pytest.raises(Killed):
-            train(configure(tmp_path, without))
-        assert train(configure(tmp_path, {"resume": "auto"}))["before"] is None
+            train(configure(tmp_path, {**changes, "evaluation.before": False}))
+        assert train(configure(tmp_path, {**changes, "resume": "auto"}))["before"] is None
 
-    def test_under_another_gradient_checkpointing_and_longer(self, configure, train, whole, folder):
-        changes = {"training.gradient_checkpointing": True, "training.max_steps": 12, "training.log_every": 2}
+    def test_a_run_goes_on_under_another_gradient_checkpointing_and_longer(self, configure, train, whole, folder):
+        changes = {"training.gradient_checkpointing": True, "training.max_steps": 10, "training.log_every": 2}
         train(configure(folder, {"resume": "auto", **changes}))
-        assert [record["step"] for record in records(folder) if "train/loss" in record] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
+        assert [record["step"] for record in records(folder) if "train/loss" in record] == [1, 2, 3, 4, 5, 6, 8, 10]
         assert records(folder)[:8] == records(whole)[:8]
 
 
 DECODER = {
-    "model_type": "decoder",
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "feed_forward_size": 20,
-    "dropout": 0.2,
-    "attention_dropout": 0.2,
-}
+    "model_type": "decoder", "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "feed_forward_size": 20, "dropout": 0.2, "attention_dropout": 0.2,
+}  # fmt: skip
 LONG_TERM = {
-    "short_term_length": 16,
-    "basis_functions": 8,
-    "widths": [0.05, 0.1],
-    "past_samples": 16,
-    "sticky_bins": 16,
-}
+    "short_term_length": 16, "basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16, "sticky_bins": 16,
+}  # fmt: skip
 DECODER_MEMORIES = {
-    "short-term": {"model.memory": MemoryConfig(20)},
-    "compressive": {
-        "model.memory": CompressiveMemoryConfig(16, length=6, rate=4),
-    },
-    "long-term": {"model.memory": LongTermMemoryConfig(**LONG_TERM, sticky=False)},
-    "sticky": {"model.memory": LongTermMemoryConfig(**LONG_TERM, sticky=True)},
+    "short-term": MemoryConfig(20),
+    "compressive": CompressiveMemoryConfig(16, length=6, rate=4),
+    "long-term": LongTermMemoryConfig(**LONG_TERM, sticky=False),
+    "sticky": LongTermMemoryConfig(**LONG_TERM, sticky=True),
 }
 
 
@@ -316,28 +307,30 @@ class TestDecodersGoOnExactly:
 
     @staticmethod
     def assert_goes_on(configure, train, folder, changes):
+        changes = {**changes, "training.max_steps": 5, "evaluation.before": False, "data.validation": None}
         train(configure(folder / "whole", changes))
-        with interrupted(5, die), pytest.raises(Killed):
+        with interrupted(3, die), pytest.raises(Killed):
             train(configure(folder / "killed", changes))
-        assert checkpoints(folder / "killed")[-1] == 4
+        newest = newest_checkpoint(folder / "killed" / "checkpoints")
+        assert newest is not None
+        assert newest.name == "step-00000002"
         train(configure(folder / "killed", {**changes, "resume": "auto"}))
         assert_same_run(folder / "killed", folder / "whole")
 
     @pytest.mark.parametrize("memory", DECODER_MEMORIES.values(), ids=DECODER_MEMORIES)
-    def test_on_documents(self, configure, train, model_folder, tmp_path, memory):
-        model = {"model.pretrained": None, "model.architecture": DECODER, "model.tokenizer": str(model_folder)}
-        training = {"training.bptt_segments": 1, "evaluation.before": False}
-        self.assert_goes_on(configure, train, tmp_path, {**model, **training, **memory})
+    def test_a_decoder_goes_on_exactly_in_documents(self, configure, train, one_layer_folder, tmp_path, memory):
+        model = {"model.pretrained": None, "model.architecture": DECODER, "model.tokenizer": str(one_layer_folder)}
+        self.assert_goes_on(configure, train, tmp_path, {**model, "training.bptt_segments": 1, "model.memory": memory})
 
-    def test_on_sequences_to_sort(self, configure, train, tmp_path, monkeypatch):
+    def test_a_decoder_goes_on_exactly_in_sequences_to_sort(self, configure, train, tmp_path, monkeypatch):
         monkeypatch.setattr("infformer.plots.sorting.plot_accuracy", lambda results: [])
         sequences = {"length": 40, "training_lengths": [10, 20, 60], "symbols": 5, "training_sequences": 20}
         task = SortingConfig(validation_sequences=3, test_sequences=3, evaluation_lengths=[50], **sequences)
-        model = {"model.pretrained": None, "model.architecture": DECODER, **DECODER_MEMORIES["sticky"]}
+        model = {"model.pretrained": None, "model.architecture": DECODER, "model.memory": DECODER_MEMORIES["sticky"]}
         self.assert_goes_on(configure, train, tmp_path, {**model, "task": task})
 
 
-LONGER = {"training.max_steps": 24, "evaluation.before": False, "data.test": None}
+LONGER = {"training.max_steps": 24, "evaluation.before": False, "data.test": None, "data.validation": None}
 
 
 @pytest.fixture(scope="module")
@@ -357,11 +350,8 @@ class TestInAProcessOfItsOwn:
             options = options_of(configure(tmp_path / "run", {**LONGER, "resume": "auto"}))
             return subprocess.Popen(
                 [sys.executable, "train.py", *options],
-                cwd=ROOT,
-                stderr=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+                cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
 
         return start
 
@@ -377,7 +367,7 @@ class TestInAProcessOfItsOwn:
             pytest.param(signal.SIGINT, EXIT_CODE, marks=pytest.mark.slow),
         ],
     )
-    def test_stopped_by_a_signal(self, configure, train, start, longer, tmp_path, number, code):
+    def test_a_process_ended_by_a_signal_goes_on_exactly(self, configure, train, start, longer, tmp_path, number, code):
         with start() as process:
             while (made := self.lines(tmp_path / "run")) < 7 and process.poll() is None:
                 time.sleep(0.01)
@@ -393,7 +383,7 @@ class TestInAProcessOfItsOwn:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(3))
-    def test_killed_at_random_times_until_it_is_done(self, start, longer, tmp_path, seed):
+    def test_a_process_that_is_killed_at_random_times_is_done_in_the_end(self, start, longer, tmp_path, seed):
         delays = random.Random(seed)
         for _ in range(40):
             before = self.lines(tmp_path / "run")
@@ -420,38 +410,20 @@ def halve(path: Path) -> None:
 
 
 class TestDamagedCheckpoints:
-    @pytest.mark.parametrize("damage", [halve, Path.unlink])
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "model/model.safetensors",
-            "model/config.json",
-            "optimizer.safetensors",
-            "process-00000.safetensors",
-            "state.json",
-            "manifest.json",
-        ],
-    )
-    def test_passed_over_for_the_one_before(self, folder, caplog, name, damage):
-        newest = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}"
-        damage(newest / name)
-        assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000004"
-        assert f"{newest} is passed over" in caplog.text
+    """What is passed over, and why: test_checkpoint.py."""
 
-    @pytest.mark.parametrize("keep", [1, 2])
-    def test_the_run_goes_on_from_the_one_before(self, configure, train, whole, folder, keep):
+    def test_the_run_goes_on_from_the_one_before_a_damaged_one(self, configure, train, whole, folder):
         """Also when no more checkpoints are kept than the damaged one, and when that one was the best."""
         halve(folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "model" / "model.safetensors")
+        changes = {"resume": "auto", "training.keep_checkpoints": 1, "training.checkpoint_every": 1}
         with interrupted(2, die), pytest.raises(Killed):
-            train(
-                configure(folder, {"resume": "auto", "training.keep_checkpoints": keep, "training.checkpoint_every": 1})
-            )
+            train(configure(folder, changes))
         assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000005"
         train(configure(folder, {"resume": "auto"}))
         assert_same_run(folder, whole)
 
-    def test_none_is_left(self, configure, train, folder):
-        """It begins no run anew over what is there: this may be mended, or read by another version."""
+    def test_without_a_whole_checkpoint_nothing_is_begun_anew(self, configure, train, folder):
+        """What is there may be mended, or read by another version."""
         for path in (folder / "checkpoints").glob("step-*"):
             (path / "manifest.json").unlink()
         before = contents(folder)
@@ -459,13 +431,11 @@ class TestDamagedCheckpoints:
             train(configure(folder, {"resume": "auto"}))
         assert contents(folder) == before
 
-    def test_of_another_format(self, configure, train, whole, folder, caplog):
+    def test_a_checkpoint_of_another_format_is_passed_over(self, folder, caplog):
         manifest = folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}" / "manifest.json"
         manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 9'))
         assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-00000004"
         assert f"{manifest.parent} is passed over: its format is 9, this version reads {FORMAT}" in caplog.text
-        train(configure(folder, {"resume": "auto"}))
-        assert_same_run(folder, whole)
 
 
 class TestRefused:
@@ -481,55 +451,32 @@ class TestRefused:
             ("seed", 7, 0),
         ],
     )
-    def test_another_configuration(self, configure, train, folder, option, value, then):
+    def test_another_configuration_is_refused(self, configure, train, folder, option, value, then):
         before = contents(folder)
         with pytest.raises(RunError, match=rf"{option}[.\w]* was .*{then if then is not None else ''}.*, is {value}"):
             train(configure(folder, {"resume": "auto", option: value}))
         assert contents(folder) == before
 
-    def test_other_documents(self, configure, train, texts, tmp_path):
-        shutil.copy(texts / "train.jsonl", tmp_path / "mine.jsonl")
-        changes = {"data.train": str(tmp_path / "mine.jsonl"), "training.max_steps": 2}
-        train(configure(tmp_path / "run", changes))
-        with (tmp_path / "mine.jsonl").open("a") as file:
-            file.write('{"id": "one more", "text": "the sea the sea the sea"}\n')
-        before = contents(tmp_path / "run")
-        with pytest.raises(DataError, match=r"the documents .* the run to be resumed had"):
-            train(configure(tmp_path / "run", {**changes, "resume": "auto"}))
-        assert contents(tmp_path / "run") == before
-
-    @pytest.mark.parametrize("split", ["train", "validation", "test"])
-    def test_documents_that_are_gone(self, configure, train, texts, tmp_path, split):
-        """Also if they are still in the cache: nobody knows whether they were the same."""
-        mine = Path(shutil.copy(texts / f"{split}.jsonl", tmp_path / "mine.jsonl"))
-        changes = {f"data.{split}": str(mine), "training.max_steps": 2, "evaluation.before": False}
-        train(configure(tmp_path / "run", changes))
-        mine.unlink()
-        before = contents(tmp_path / "run")
-        with pytest.raises(DataError, match=rf"data\.{split}={mine}: no such file"):
-            train(configure(tmp_path / "run", {**changes, "training.max_steps": 3, "resume": "auto"}))
-        assert contents(tmp_path / "run") == before
-
-    def test_a_folder_that_holds_a_run(self, configure, train, folder):
+    def test_a_folder_that_holds_a_run_is_refused(self, configure, train, folder):
         before = contents(folder)
         with pytest.raises(RunError, match=f"output_dir={folder} already holds a run.*resume=auto"):
             train(configure(folder))
         assert contents(folder) == before
 
     @pytest.mark.parametrize("path", ["nowhere", "run", "run/checkpoints", "run/checkpoints/step-00000006"])
-    def test_a_path_that_is_no_whole_checkpoint(self, configure, train, folder, tmp_path, path):
+    def test_a_path_that_is_no_whole_checkpoint_is_refused(self, configure, train, folder, tmp_path, path):
         (folder / "checkpoints" / "step-00000006" / "optimizer.safetensors").unlink()
         with pytest.raises(RunError, match=f"resume={tmp_path / path}: this checkpoint cannot be gone on from"):
             train(configure(tmp_path / "new", {"resume": str(tmp_path / path)}))
         assert not (tmp_path / "new").exists()
 
-    def test_an_older_checkpoint_than_the_folder_holds(self, configure, train, folder):
+    def test_an_older_checkpoint_than_the_folder_holds_is_refused(self, configure, train, folder):
         before = contents(folder)
         with pytest.raises(RunError, match=f"output_dir={folder} holds another checkpoint already, step-00000006"):
             train(configure(folder, {"resume": str(folder / "checkpoints" / "step-00000004")}))
         assert contents(folder) == before
 
-    def test_a_checkpoint_without_its_run(self, configure, train, folder, tmp_path):
+    def test_a_checkpoint_without_its_run_is_refused(self, configure, train, folder, tmp_path):
         lone = shutil.copytree(folder / "checkpoints" / "step-00000006", tmp_path / "lone")
         with pytest.raises(RunError, match=r"config\.yaml"):
             train(configure(tmp_path / "new", {"resume": str(lone)}))
@@ -560,20 +507,25 @@ def no_space_at_all() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-FULL_DISKS = {
+def something_else(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("something else")
+
+
+FAULTS = {
     "no space for the folder": partial(patch.object, Path, "mkdir", no_space),
     "no space for a file": partial(patch.object, checkpoint, "save_file", no_space),
     "no space for tensors": partial(patch.object, checkpoint, "save_file", no_space_for_tensors),
     "no space for the manifest": partial(patch.object, checkpoint, "write_text", no_space_for_the_manifest),
     "no space for the last name": partial(patch.object, os, "replace", no_space),
     "no space at all": no_space_at_all,
+    "something else": partial(patch.object, InfformerForCausalLM, "save_pretrained", something_else),
 }
 
 
-class TestFullDisk:
+class TestACheckpointThatCannotBeWritten:
     @staticmethod
-    def at(step: int, full_disk: Callable[[], AbstractContextManager], monkeypatch: pytest.MonkeyPatch) -> None:
-        """The disk is full while the checkpoint of this step is written and named."""
+    def at(step: int, fault: Callable[[], AbstractContextManager], monkeypatch: pytest.MonkeyPatch) -> None:
+        """While the checkpoint of this step is written and named."""
         begin, finish = CheckpointWriter.begin, CheckpointWriter.finish
         written = 0
 
@@ -581,45 +533,43 @@ class TestFullDisk:
             nonlocal written
             writer.finish(wait=True)
             written = state.progress.step
-            with full_disk() if written == step else nullcontext():
+            with fault() if written == step else nullcontext():
                 begin(writer, state, rank_rows)
                 wait_for_checkpoints()
 
         def finish_without_space(writer: CheckpointWriter, wait: bool) -> None:
-            with full_disk() if written == step else nullcontext():
+            with fault() if written == step else nullcontext():
                 finish(writer, wait)
 
         monkeypatch.setattr(CheckpointWriter, "begin", begin_and_wait)
         monkeypatch.setattr(CheckpointWriter, "finish", finish_without_space)
 
-    @pytest.mark.parametrize("full_disk", FULL_DISKS.values(), ids=FULL_DISKS)
-    def test_in_the_middle_of_a_run(self, configure, train, whole, tmp_path, monkeypatch, caplog, full_disk):
-        self.at(6, full_disk, monkeypatch)
-        with interrupted(7, die), pytest.raises(Killed):
-            train(configure(tmp_path))
-        assert "the checkpoint of step 6 could not be written" in caplog.text
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_the_run_goes_on_without_it(self, configure, train, whole, folder, monkeypatch, caplog, fault):
+        """What is not whole is not called a checkpoint, and not in the way of the next."""
+        self.at(7, FAULTS[fault], monkeypatch)
+        train(configure(folder, {"resume": "auto", "training.checkpoint_every": 1}))
+        assert "the checkpoint of step 7 could not be written" in caplog.text
         assert "The run goes on" in caplog.text
-        assert checkpoints(tmp_path) == [3, 4]
-        train(configure(tmp_path, {"resume": "auto"}))
-        assert_same_run(tmp_path, whole)
+        assert ("something else" in caplog.text) == (fault == "something else")
+        assert checkpoints(folder) == [LAST_CHECKPOINT, STEPS]
+        assert_same_run(folder, whole)
 
-    def test_at_the_end(self, configure, train, whole, tmp_path, monkeypatch):
+    def test_the_last_one_ends_the_run(self, configure, train, whole, folder, monkeypatch):
         with monkeypatch.context() as patched:
             self.at(STEPS, no_space_at_all, patched)
             with pytest.raises(TrainingFailedError, match=r"the checkpoint of step 8 could not be written.*make room"):
-                train(configure(tmp_path))
-        assert checkpoints(tmp_path) == [4, 6]
-        train(configure(tmp_path, {"resume": "auto"}))
-        assert_same_run(tmp_path, whole)
+                train(configure(folder, {"resume": "auto"}))
+        assert checkpoints(folder) == [4, LAST_CHECKPOINT]
+        train(configure(folder, {"resume": "auto"}))
+        assert_same_run(folder, whole)
 
 
 EVERY_FOUR = {"training.checkpoint_every": 4, "data.validation": None, "data.test": None}
 
 
 class TestInTheBackground:
-    """A checkpoint is of its step, however far the training is when it is written."""
-
-    def test_what_is_written_late(self, configure, train, tmp_path, monkeypatch):
+    def test_what_is_written_late_is_of_its_step(self, configure, train, tmp_path, monkeypatch):
         train(configure(tmp_path / "whole", EVERY_FOUR))
         go_on, save = threading.Event(), checkpoint.save_file
         monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: go_on.wait(60) and save(*arguments))
@@ -639,11 +589,9 @@ class TestInTheBackground:
         for name in ("step-00000004", "step-00000008"):
             late, whole = (tmp_path / run / "checkpoints" / name for run in ("late", "whole"))
             assert json.loads((late / "state.json").read_text()) == json.loads((whole / "state.json").read_text())
-            one, other = tensors(late), tensors(whole)
-            assert one.keys() == other.keys()
-            assert all(torch.equal(tensor, other[each]) for each, tensor in one.items())
+            assert_same_tensors(late, whole)
 
-    def test_the_next_one_waits_for_the_one_before(self, configure, train, whole, tmp_path, monkeypatch):
+    def test_the_next_checkpoint_waits_for_the_one_before(self, configure, train, whole, tmp_path, monkeypatch):
         """Slower than the steps between two checkpoints: each is written nevertheless, one after the other."""
         save, at_once = checkpoint.save_file, list[int]()
 
@@ -657,25 +605,9 @@ class TestInTheBackground:
         assert set(at_once) == {1}
         assert_same_run(tmp_path, whole)
 
-    def test_a_fault_that_nobody_thought_of(self, configure, train, whole, tmp_path, monkeypatch, caplog):
-        """What is not whole is not called a checkpoint."""
-
-        def fail(*arguments: Any, **options: Any) -> None:
-            raise RuntimeError("something else")
-
-        with monkeypatch.context() as patched:
-            TestFullDisk.at(6, partial(patch.object, InfformerForCausalLM, "save_pretrained", fail), patched)
-            with interrupted(7, die), pytest.raises(Killed):
-                train(configure(tmp_path))
-        assert "the checkpoint of step 6 could not be written" in caplog.text
-        assert "something else" in caplog.text
-        assert checkpoints(tmp_path) == [3, 4]
-        train(configure(tmp_path, {"resume": "auto"}))
-        assert_same_run(tmp_path, whole)
-
 
 class TestWhatIsKept:
-    def test_the_last_ones_and_the_best(self, configure, train, tmp_path, monkeypatch):
+    def test_the_last_ones_and_the_best_are_kept(self, configure, train, tmp_path, monkeypatch):
         losses = iter([5.0, 4.0, 2.0, 6.0, 7.0, 3.0, 8.0, 9.0])
         monkeypatch.setattr(LanguageModelling, "validate", lambda task: Validation(next(losses), {}, ""))
         every = {"training.evaluate_every": 1, "training.checkpoint_every": 1}
@@ -710,15 +642,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(configure, train, tmp_path, monk
             parts = [replace(part, memory=part.memory.map_tensors(lambda tensor: tensor * math.nan)) for part in parts]
         return train_step(accelerator, model, optimizer, parts, *others)
 
+    changes = {"model.memory.sticky": sticky, "evaluation.before": False, "data.validation": None, "data.test": None}
     train_step = trainer.train_step
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "train_step", poisoned)
         with pytest.raises(TrainingFailedError) as failed:
-            train(configure(tmp_path, {"model.memory.sticky": sticky}))
+            train(configure(tmp_path, changes))
     message = str(failed.value)
     assert "step 5: the loss is nan" in message
     assert all(f"lane {lane}: 'train " in message for lane in range(4))
     assert str(tmp_path / "checkpoints" / "step-00000004") in message
     assert "optimizer.learning_rate" in message
-    train(configure(tmp_path, {"model.memory.sticky": sticky, "resume": "auto"}))
+    train(configure(tmp_path, {**changes, "resume": "auto"}))
     assert [record["step"] for record in records(tmp_path) if "train/loss" in record] == list(range(1, STEPS + 1))
