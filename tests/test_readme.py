@@ -1,4 +1,4 @@
-"""What the README tells a reader to type works."""
+"""What the README tells a reader to type does what the README says; `test_documented_commands.py` tries its options."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
-
-from infformer.config import EvaluationRunConfig, RunConfig, register_schemas, schema_of
-
-register_schemas()
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,28 +40,6 @@ def run(script: str, *arguments: str, cwd: Path = ROOT) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_every_command_is_one_that_is_run_somewhere() -> None:
-    """By the tests here, or by .ci/run, which installs the package and runs pytest."""
-    others = {command for command in COMMANDS if command not in RUNS}
-    assert others == {
-        "pip install -e '.[dev]' -c constraints.txt",
-        "python -m pytest",
-        "python scripts/reproduce_sorting.py",  # tests/test_scripts.py
-        "python scripts/compare.py outputs/control outputs/tiny",  # tests/evaluation/test_comparison.py
-        "python scripts/inspect_memory.py outputs/tiny/checkpoints/best sample",  # tests/test_inspect_memory.py
-    }
-
-
-@pytest.mark.parametrize("command", RUNS)
-def test_the_options_of_a_command_are_known(command: str) -> None:
-    kind, schema = ("train", RunConfig) if "train.py" in command else ("eval", EvaluationRunConfig)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        whole = compose(kind, options(command), return_hydra_config=True)
-    HydraConfig.instance().set_config(whole)
-    composed = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
-    OmegaConf.to_object(OmegaConf.merge(schema_of(schema), composed))
 
 
 @pytest.fixture(scope="module")
