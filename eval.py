@@ -70,6 +70,7 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     material = Material(evaluator, tokenizer, documents, config.data, controls=config.controls)
     evaluation = config.task.build_evaluation(material)
     results = evaluation.measure(config.checkpoint)
+    assert results is not None  # there are documents, or none are asked for
     if accelerator.is_main_process:
         evaluation.report(results, folder)
         write_record(config, folder)

@@ -15,9 +15,9 @@ first is scored exactly once, and with `stride = segment_length` the windows are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 import torch
@@ -104,6 +104,17 @@ class Window(NamedTuple):
     """The memory must be empty."""
 
 
+class LanesState(TypedDict):
+    """Where the reading of documents stands, as JSON."""
+
+    identity: dict[str, object]
+    """What decides on the reading, by the options that say it."""
+    epoch: int
+    queue_position: int
+    lanes: dict[str, list[int]]
+    """Of each lane."""
+
+
 class Lanes(Iterator[Segment]):
     """The segments of training, without end.
 
@@ -152,7 +163,7 @@ class Lanes(Iterator[Segment]):
         self._rank_rows = _rows(rank_rows, lanes)
         self._segment_length = segment_length
         # What a saved state must agree with, by the option that says it.
-        self._identity: dict[str, Any] = {
+        self._identity: dict[str, object] = {
             "training.batch_size": lanes,
             "training.segment_length": segment_length,
             "seed": seed,
@@ -178,7 +189,7 @@ class Lanes(Iterator[Segment]):
         self._lanes.advance(self._segment_length)
         return segment
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LanesState:
         """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
         return {
             "identity": dict(self._identity),
@@ -187,7 +198,7 @@ class Lanes(Iterator[Segment]):
             "lanes": self._lanes.to_lists(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LanesState) -> None:
         """Go on exactly where the state was taken.
 
         Raises:
@@ -198,7 +209,7 @@ class Lanes(Iterator[Segment]):
         self._lanes = _Places.from_lists(state["lanes"])
 
 
-def check_identity(saved: dict[str, Any], own: dict[str, Any], material: str) -> None:
+def check_identity(saved: Mapping[str, object], own: Mapping[str, object], material: str) -> None:
     """Make sure that a place in a stream was saved in the same stream.
 
     Args:
@@ -349,7 +360,7 @@ def _rows(rank_rows: Sequence[int] | slice | None, lanes: int) -> Integers:
     return chosen
 
 
-def _spell(value: Any) -> str:
+def _spell(value: object) -> str:
     return "null" if value is None else str(value)
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, starmap
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +26,16 @@ from infformer.memory.short_term import ShortTermMemory, ShortTermState
 from infformer.memory.state import MemoryState, ModelState
 from infformer.models.base import LayerRead, MemoryModel
 from infformer.models.streaming import TextSegment, stream
+from infformer.results import (
+    DensityFigure,
+    Explained,
+    InspectedOptions,
+    Inspection,
+    LossesWithoutLayers,
+    Readings,
+    Reconstruction,
+    Writings,
+)
 
 PLACES = 64
 """Equal parts of [0, 1] in which the samples of sticky memories are counted."""
@@ -58,7 +68,7 @@ def inspect_document(
     segments: int = 64,
     layers: Sequence[int] | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Inspection:
     """Read a document from an empty memory and take all measures. The model is left in evaluation mode.
 
     Each segment is read once, and again without each of the memories. The memory needed is constant but for the hidden
@@ -70,19 +80,6 @@ def inspect_document(
         segments: read so many of its segments at most.
         layers: numbers of the layers that are looked at, from 0; all that have a long-term memory if not given.
         progress: show a progress bar.
-
-    Returns:
-        As JSON; lists run over segments, then over layers, then over heads.
-
-        `document`: how many `tokens` were predicted, in how many `segments`, and `nats` per token.
-        `memory`: its configuration, `short_term_length`, and the numbers of the `layers`.
-        `reading`: of every segment that found something in memory its number (`segment`, from 0), its `tokens`, and
-            what `density_figures`, `contribution` and `losses_without_layers` say of it.
-        `writing`: of every write to a sticky memory that held something the number of the `segment` that was read then,
-            and `sampled_places`.
-        `reconstruction`: after 1, 2, 4, … and all writes what `WrittenPast.reconstruct` says; how many `segments` had
-            been written; how many `tokens_back` lies the middle of each from the next token to be read, the newest
-            first; and `limit`, min(1, N / tokens written): N coefficients hold no more than N independent vectors.
 
     Raises:
         EvaluationError: there is no such memory or layer, or nothing would be read from memory.
@@ -97,7 +94,15 @@ def inspect_document(
 
     pasts = [WrittenPast(memories[number]) for number in numbers]
     leaving: deque[list[Tensor]] = deque()  # read but not written yet: still in the short-term memory
-    reading, writing, reconstruction, nats = [], [], [], 0.0
+    reading: Readings = {
+        "segment": [], "tokens": [],
+        "centre": [], "centre_spread": [], "width": [], "width_spread": [], "tokens_back": [],
+        "contribution": [],
+        "nats": [], "nats_without_layer": [], "nats_without_memory": [],
+    }  # fmt: skip
+    writing: Writings = {"segment": [], "sampled_places": []}
+    reconstruction: list[Reconstruction] = []
+    nats = 0.0
     model.eval()
     bar = tqdm(read_segments(model, tokens, count), "reading", count, unit="seg", disable=None if progress else True)
     for segment in bar:
@@ -106,36 +111,49 @@ def inspect_document(
         written = _segments_written(segment.before)
         nats += segment.nats * segment.input_ids.shape[1]
         if written:
-            figures = [
-                {**density_figures(read, past, cached), "contribution": contribution(trace)}
-                for read, past, trace in zip(readings, pasts, intermediates, strict=True)
-            ]
-            row = {"segment": segment.number, "tokens": segment.input_ids.shape[1], **_columns(figures)}
-            reading.append(row | losses_without_layers(model, segment, chosen))
+            reading["segment"].append(segment.number)
+            reading["tokens"].append(segment.input_ids.shape[1])
+            figures = [density_figures(read, past, cached) for read, past in zip(readings, pasts, strict=True)]
+            for name in figures[0]:
+                reading[name].append([of_layer[name] for of_layer in figures])
+            reading["contribution"].append([contribution(trace) for trace in intermediates])
+            losses = losses_without_layers(model, segment, chosen)
+            reading["nats"].append(losses["nats"])
+            reading["nats_without_layer"].append(losses["nats_without_layer"])
+            reading["nats_without_memory"].append(losses["nats_without_memory"])
         leaving.append([trace.hidden for trace in intermediates])
         if _segments_written(segment.after) == written:
             continue
         if written and config.sticky:
             sampled = [sampled_places(memories[number], read) for number, read in zip(numbers, readings, strict=True)]
-            writing.append({"segment": segment.number, "sampled_places": sampled})
+            writing["segment"].append(segment.number)
+            writing["sampled_places"].append(sampled)
         for past, hidden, read in zip(pasts, leaving.popleft(), readings, strict=True):
             past.write(hidden, read.attention)
         written += 1
         if written == writes or written & (written - 1) == 0:
             states = [_long_term(segment.after.layers[index]) for index in chosen]
-            row = {
-                "segments": written,
-                "tokens_back": [cached + (age + 0.5) * length for age in range(written)],
-                "limit": min(1.0, config.basis_functions / (written * length)),
-            }
-            measured = [past.reconstruct(state) for past, state in zip(pasts, states, strict=True)]
-            reconstruction.append(row | _columns(measured))
+            explained = [past.reconstruct(state) for past, state in zip(pasts, states, strict=True)]
+            reconstruction.append(
+                {
+                    "segments": written,
+                    "tokens_back": [cached + (age + 0.5) * length for age in range(written)],
+                    "limit": min(1.0, config.basis_functions / (written * length)),
+                    "total": [of_layer["total"] for of_layer in explained],
+                    "by_age": [of_layer["by_age"] for of_layer in explained],
+                }
+            )
     predicted = min(count * length, len(tokens) - 1)
     return {
         "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
-        "memory": {"segment_length": length, **asdict(config), "short_term_length": cached, "layers": numbers},
-        "reading": _columns(reading),
-        "writing": _columns(writing),
+        "memory": {
+            "segment_length": length,
+            **cast(InspectedOptions, asdict(config)),
+            "short_term_length": cached,
+            "layers": numbers,
+        },
+        "reading": reading,
+        "writing": writing if writing["segment"] else {},
         "reconstruction": reconstruction,
     }
 
@@ -169,20 +187,13 @@ def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator
         yield ReadSegment(number, input_ids, targets, before, output.state, nats, output.intermediates)
 
 
-def density_figures(reading: Reading, past: WrittenPast, short_term_length: int) -> dict[str, list[float]]:
-    """Where the heads of one layer looked while they read a segment.
+def density_figures(reading: Reading, past: WrittenPast, short_term_length: int) -> dict[DensityFigure, list[float]]:
+    """Where the heads of one layer looked while they read a segment, each figure of each head.
 
     Args:
         reading: of one row.
         past: what had been written.
         short_term_length: tokens between the newest that was written and the segment.
-
-    Returns:
-        Of each head, in parts of the memory, of which 1 is the newest end:
-
-        `centre`: mean of the densities' means over the segment's tokens, and `centre_spread`, their standard deviation;
-        `width`: mean of the densities' standard deviations, and `width_spread`, the standard deviation of these;
-        `tokens_back`: how many tokens before the segment's first lies what is at the centre.
     """
     centre, width = (figure[0] for figure in centre_and_width(reading.attention, past.memory.signal.basis))
     mean = centre.mean(-1)
@@ -235,17 +246,13 @@ def sampled_places(memory: LongTermMemory, reading: Reading) -> list[float]:
 
 
 @torch.no_grad()
-def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequence[int]) -> dict[str, Any]:
+def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequence[int]) -> LossesWithoutLayers:
     """What a segment costs if long-term memories are empty when it is read: how much each is needed.
 
     The true memory is carried on, so a figure is of this segment alone.
 
     Args:
         layers: indices of the memories that are taken away one at a time.
-
-    Returns:
-        `nats`, per token with all memories; `nats_without_layer`, without each of these; `nats_without_memory`, without
-        any.
     """
 
     def read(empty: Sequence[int]) -> float:
@@ -321,11 +328,6 @@ def _segments_written(state: ModelState) -> int:
     return int(_long_term(state.layers[0]).segments)
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of the same names to a list for each name."""
-    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-
-
 class WrittenPast:
     """What one layer has written of one document: every token's hidden state, and where in the memory it lies now.
 
@@ -362,7 +364,7 @@ class WrittenPast:
         share = ((places.to(left) - left) / (right - left).clamp(min=torch.finfo(left.dtype).tiny)).clamp(0, 1)
         return tokens - (after - 1 + share)
 
-    def reconstruct(self, state: LongTermState) -> dict[str, Any]:
+    def reconstruct(self, state: LongTermState) -> Explained:
         """How much of the past the signal still tells: R² = 1 − Σ‖x − X̄(p)‖² / Σ‖x − x̄‖².
 
         x is a hidden state as it was written, p its place now, X̄ the signal, x̄ the mean over all that was written. 1 is
@@ -370,10 +372,6 @@ class WrittenPast:
 
         Args:
             state: the layer's memory after the last write, one row.
-
-        Returns:
-            `total`, R² over all tokens; `by_age`, that of each segment, the newest first; None where a segment does not
-            differ from the mean.
         """
         coefficients, basis = state.coefficients[0], self.memory.signal.basis
         mean = sum(hidden.to(coefficients).sum(0) for hidden in self._hidden) / len(self.places)

@@ -106,7 +106,7 @@ class InfformerLM(TemplateLM):
         first = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if first is None else first
 
-    def get_model_info(self) -> dict[str, Any]:
+    def get_model_info(self) -> dict[str, object]:
         """What the harness's results say of the model: the protocol by which its figures were measured."""
         memory = getattr(self.evaluator.model.config, "memory", None)
         return {"protocol": {**self.evaluator.protocol.as_json(), "memory": memory}}

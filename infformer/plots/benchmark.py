@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
-
-Lines = list[dict[str, Any]]
+from infformer.results import BenchmarkLine
 
 MEBIBYTE = 2**20
 
@@ -82,7 +81,7 @@ def plot_parts(path: Path) -> Path:
     return save(figure, Path(path).with_suffix(".png"))
 
 
-def _draw_windows(axes: Axes, lines: Lines, value: Any) -> None:
+def _draw_windows(axes: Axes, lines: list[BenchmarkLine], value: Callable[[BenchmarkLine], float]) -> None:
     """Models without memory: a point for each."""
     points = [(line["reach_tokens"], value(line)) for line in lines]
     axes.plot(*zip(*points, strict=True), color=ORANGE, marker="o", linewidth=1, linestyle="--", label="window alone")
@@ -97,11 +96,11 @@ def _label(axes: Axes, title: str, unit: str) -> None:
     axes.axhline(0, color=GREY, linewidth=0.6)
 
 
-def _held(line: dict[str, Any]) -> float:
+def _held(line: BenchmarkLine) -> float:
     return (line["memory_bytes"] + line["peak_extra_bytes"]) / MEBIBYTE
 
 
-def _machine(line: dict[str, Any]) -> str:
+def _machine(line: BenchmarkLine) -> str:
     machine = line["machine"]
     device = machine["name"]
     if machine["device"] == "cpu":
@@ -109,5 +108,5 @@ def _machine(line: dict[str, Any]) -> str:
     return f"{device}, torch {machine['torch']}, {machine['precision']}"
 
 
-def _read(path: Path) -> Lines:
+def _read(path: Path) -> list[BenchmarkLine]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

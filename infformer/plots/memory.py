@@ -16,33 +16,34 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, save
+from infformer.results import DensityFigure, Inspection, Readings
 
 # Of heads, in their order. Beyond the first five dashes tell them apart, not more colours.
 HEAD_STYLES = [(colour, dashes) for dashes in ("-", "--", ":") for colour in (BLUE, ORANGE, GREEN, PURPLE, "black")]
 COLUMNS = 4
 """Panels beside each other in a figure with one for each layer."""
 
-Inspection = dict[str, Any]
-
 
 def plot_inspection(inspection_json: Path) -> list[Path]:
-    """Draw all that an inspection found; see `inspect_document` for what is in the file.
+    """Draw all that an inspection found.
 
     Returns:
         The figures written, beside the file.
     """
-    inspection = json.loads(Path(inspection_json).read_text(encoding="utf-8"))
+    inspection: Inspection = json.loads(Path(inspection_json).read_text(encoding="utf-8"))
     folder = Path(inspection_json).parent
     figures = {
         "reconstruction": _draw_reconstruction(inspection),
         "losses": _draw_losses(inspection),
         "contribution": _draw_contribution(inspection),
-        "density_centres": _draw_heads(inspection, "centre", "Where the heads look", "place in the memory (1: newest)"),
+        "density_centres": _draw_heads(
+            inspection, "centre", "centre_spread", "Where the heads look", "place in the memory (1: newest)"
+        ),
         "density_tokens_back": _draw_heads(
-            inspection, "tokens_back", "How far back the heads look", "tokens before the segment"
+            inspection, "tokens_back", None, "How far back the heads look", "tokens before the segment"
         ),
         "density_widths": _draw_heads(
-            inspection, "width", "How widely the heads look", "standard deviation (memory: 1)"
+            inspection, "width", "width_spread", "How widely the heads look", "standard deviation (memory: 1)"
         ),
     }
     if inspection["writing"]:
@@ -117,10 +118,11 @@ def _draw_contribution(inspection: Inspection) -> Figure:
     return figure
 
 
-def _draw_heads(inspection: Inspection, name: str, title: str, unit: str) -> Figure:
+def _draw_heads(
+    inspection: Inspection, name: DensityFigure, spread_name: DensityFigure | None, title: str, unit: str
+) -> Figure:
     """A panel for each layer with a line for each head, and around it the spread over queries where it was measured."""
     reading, tokens = inspection["reading"], _tokens_read(inspection)
-    spreads = reading.get(f"{name}_spread")
 
     def lowest(value: float) -> float:
         """A logarithmic axis has no room for a spread down to zero."""
@@ -140,8 +142,8 @@ def _draw_heads(inspection: Inspection, name: str, title: str, unit: str) -> Fig
                 linewidth=1.3,
                 label=f"head {head}",
             )
-            if spreads is not None:
-                spread = [layers[layer][head] for layers in spreads]
+            if spread_name is not None:
+                spread = [layers[layer][head] for layers in reading[spread_name]]
                 below = [max(centre - around, lowest(centre)) for centre, around in zip(middle, spread, strict=True)]
                 above = [centre + around for centre, around in zip(middle, spread, strict=True)]
                 axes.fill_between(tokens, below, above, color=colour, alpha=0.15, linewidth=0)
@@ -232,7 +234,7 @@ def _tokens_read(inspection: Inspection) -> list[int]:
     return [number * inspection["memory"]["segment_length"] for number in inspection["reading"]["segment"]]
 
 
-def _mean_over_tokens(nats: Sequence[float], reading: dict[str, Any]) -> float:
+def _mean_over_tokens(nats: Sequence[float], reading: Readings) -> float:
     """By how much a loss is above that with all memories, over all tokens."""
     rows = zip(nats, reading["nats"], reading["tokens"], strict=True)
     return sum((off - on) * tokens for off, on, tokens in rows) / sum(reading["tokens"])

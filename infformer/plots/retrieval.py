@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from infformer.plots.style import ORANGE, new_figure, save
+from infformer.results import RetrievalCell, RetrievalResults
 
-MEASURES = {"exact_match": "whole answers, free running", "accuracy": "tokens, teacher forced"}
+Measure = Literal["exact_match", "accuracy"]
+MEASURES: dict[Measure, str] = {"exact_match": "whole answers, free running", "accuracy": "tokens, teacher forced"}
 # Perceptually uniform, and the same to those who do not tell red from green.
 COLOURS = "cividis"
 
@@ -26,7 +29,7 @@ def plot_retrieval(results_json: Path) -> list[Path]:
     Returns:
         The figure written, in `plots/` beside the results file; none if nothing was measured.
     """
-    results = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    results: RetrievalResults = json.loads(Path(results_json).read_text(encoding="utf-8"))
     if not results.get("cells"):
         return []
     situations = {"this model": results["cells"]}
@@ -48,7 +51,7 @@ def plot_retrieval(results_json: Path) -> list[Path]:
     return [save(figure, Path(results_json).parent / "plots" / "accuracy_by_length_and_depth.png")]
 
 
-def _grid(cells: list[dict[str, Any]], measure: str, lengths: list[int], depths: list[float]) -> Any:
+def _grid(cells: list[RetrievalCell], measure: Measure, lengths: list[int], depths: list[float]) -> NDArray[np.float64]:
     """One measure of every cell, [depths, lengths]."""
     grid = np.full((len(depths), len(lengths)), np.nan)
     for cell in cells:
@@ -56,7 +59,7 @@ def _grid(cells: list[dict[str, Any]], measure: str, lengths: list[int], depths:
     return grid
 
 
-def _draw_cells(axes: Axes, grid: Any, lengths: list[int], depths: list[float]) -> AxesImage:
+def _draw_cells(axes: Axes, grid: NDArray[np.float64], lengths: list[int], depths: list[float]) -> AxesImage:
     image = axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         # The colours are dark below the middle and light above.

@@ -7,7 +7,7 @@ from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
@@ -15,8 +15,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, save
+from infformer.results import SortingFigures, SortingResults, SortingRun
 
-MEASURES = {"accuracy": "teacher forced", "accuracy_free_running": "free running"}
+Measure = Literal["accuracy", "accuracy_free_running"]
+MEASURES: dict[Measure, str] = {"accuracy": "teacher forced", "accuracy_free_running": "free running"}
+MeasureByPosition = Literal["accuracy_by_position", "accuracy_free_running_by_position"]
+MEASURES_BY_POSITION: dict[MeasureByPosition, str] = {
+    "accuracy_by_position": MEASURES["accuracy"],
+    "accuracy_free_running_by_position": MEASURES["accuracy_free_running"],
+}
 # Of the ideal counters, in the order of the results, beside one model.
 COUNTER_STYLES = [(ORANGE, "-"), (PURPLE, "-"), (GREEN, "--"), (GREEN, "-"), (GREY, ":")]
 # The same beside several models, which have the colours.
@@ -34,15 +41,16 @@ def plot_accuracy(results_json: Path) -> list[Path]:
     Returns:
         The figure written, in `plots/` beside the results file; none if nothing was measured.
     """
-    results = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    results: SortingResults = json.loads(Path(results_json).read_text(encoding="utf-8"))
     lengths = results.get("lengths", [])
     if not lengths:
         return []
-    figure = new_figure(4.6 * len(MEASURES), 0.5 + 3.3 * len(lengths))
+    columns = len(MEASURES_BY_POSITION)
+    figure = new_figure(4.6 * columns, 0.5 + 3.3 * len(lengths))
     for row, figures in enumerate(lengths):
-        for column, (measure, name) in enumerate(MEASURES.items(), start=1):
-            axes = figure.add_subplot(len(lengths), len(MEASURES), row * len(MEASURES) + column)
-            _draw_places(axes, figures, f"{measure}_by_position")
+        for column, (measure, name) in enumerate(MEASURES_BY_POSITION.items(), start=1):
+            axes = figure.add_subplot(len(lengths), columns, row * columns + column)
+            _draw_places(axes, figures, measure)
             label(axes, f"{figures['length']:,} symbols, {name}", "place in the answer", "accuracy")
     lines, names = axes.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=len(lines), frameon=False)
@@ -55,12 +63,12 @@ def plot_accuracy_by_length(path: Path) -> list[Path]:
     A line is the mean over the seeds of a memory; its bars reach from the lowest to the highest.
 
     Args:
-        path: `accuracy.json`, a list of rows `{memory, seed, length, accuracy, accuracy_free_running, ideal_counters}`.
+        path: `accuracy.json`, a list of runs.
 
     Returns:
         The figure written, `accuracy_by_length.png` beside the file; none if it has no rows.
     """
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows: list[SortingRun] = json.loads(Path(path).read_text(encoding="utf-8"))
     if not rows:
         return []
     lengths = sorted({row["length"] for row in rows})
@@ -82,16 +90,16 @@ def plot_accuracy_by_length(path: Path) -> list[Path]:
     return [save(figure, Path(path).parent / "accuracy_by_length.png")]
 
 
-def _draw_places(axes: Axes, figures: dict[str, Any], key: str) -> None:
-    places = range(1, len(figures[key]) + 1)
+def _draw_places(axes: Axes, figures: SortingFigures, measure: MeasureByPosition) -> None:
+    places = range(1, len(figures[measure]) + 1)
     for (counter, accuracies), (colour, dashes) in zip(figures["ideal_counters"].items(), COUNTER_STYLES, strict=True):
-        axes.plot(places, accuracies[key], color=colour, linestyle=dashes, linewidth=1.2, label=_in_words(counter))
-    axes.plot(places, figures[key], color=BLUE, marker="o", markersize=4.5, linewidth=1.5, label="this model")
+        axes.plot(places, accuracies[measure], color=colour, linestyle=dashes, linewidth=1.2, label=_in_words(counter))
+    axes.plot(places, figures[measure], color=BLUE, marker="o", markersize=4.5, linewidth=1.5, label="this model")
     axes.set_ylim(-0.02, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_models(axes: Axes, rows: list[dict[str, Any]], measure: str) -> list[ErrorbarContainer]:
+def _draw_models(axes: Axes, rows: list[SortingRun], measure: Measure) -> list[ErrorbarContainer]:
     """A line for each memory, with bars where its seeds differ."""
     values: Values = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -118,7 +126,7 @@ def _draw_models(axes: Axes, rows: list[dict[str, Any]], measure: str) -> list[E
     return lines
 
 
-def _draw_counters(axes: Axes, rows: list[dict[str, Any]], measure: str) -> list[Line2D]:
+def _draw_counters(axes: Axes, rows: list[SortingRun], measure: Measure) -> list[Line2D]:
     """A thin dashed line for each ideal counter, which no seed changes, from edge to edge of the panel."""
     left, right = axes.get_xlim()
     values: dict[str, dict[int, float]] = defaultdict(dict)

@@ -11,10 +11,9 @@ guessed from its beginning: who has not read the sentence, or does not remember 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +95,7 @@ class Haystack:
         self._first = int(material.data.beginning_of_document)  # the first token of a document's text
         self._ends_sentence = ends_of_sentences(material.tokenizer)
 
-    def source(self, name: str, needles: int, chance: float, identity: dict[str, Any]) -> RetrievalSource:
+    def source(self, name: str, needles: int, chance: float, identity: Mapping[str, object]) -> RetrievalSource:
         """The questions of a task, which depend on the documents too."""
         if "train" in self._documents:
             identity = {**identity, "the documents (data.*, tokenizer)": self._documents["train"].fingerprint}

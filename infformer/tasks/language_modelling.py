@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
-from infformer.data.segments import Lanes, Segment
+from infformer.data.segments import Lanes, LanesState, Segment
 from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.evaluation.streaming import EvaluationError, describe_protocol
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
-from infformer.results import Results
+from infformer.results import Figures, Inspection, Results
 from infformer.tasks.task import Evaluation, Material, Validation
 
 logger = logging.getLogger(__name__)
@@ -40,10 +39,10 @@ class DocumentStream:
     def next_step(self) -> list[Segment]:
         return [next(self._lanes) for _ in range(self._bptt_segments)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LanesState:
         return self._lanes.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LanesState) -> None:
         self._lanes.load_state_dict(state)
 
     def locate(self, segment: Segment) -> list[str]:
@@ -54,7 +53,7 @@ class DocumentStream:
         return f"{len(self._documents):,} documents, {tokens:,} tokens to learn from"
 
 
-class LanguageModelling(Evaluation):
+class LanguageModelling(Evaluation[Results]):
     """The perplexity of held-out documents, each read with its memory."""
 
     def __init__(self, material: Material) -> None:
@@ -70,10 +69,10 @@ class LanguageModelling(Evaluation):
         self._controls = material.controls
         self._inspected_segments = material.inspected_segments
 
-    def measure_before(self) -> dict[str, Any]:
+    def measure_before(self) -> Figures | None:
         if self._test is None or not self._before:
-            return {}
-        return dict(evaluate(self._evaluator, self._test, "test, before training"))
+            return None
+        return evaluate(self._evaluator, self._test, "test, before training")
 
     def validate(self) -> Validation | None:
         if self._validation is None:
@@ -87,19 +86,19 @@ class LanguageModelling(Evaluation):
             f"({describe_protocol(self._evaluator.protocol.as_json())})",
         )
 
-    def measure(self, checkpoint: str) -> dict[str, Any]:
-        return {} if self._test is None else dict(measure(self._evaluator, self._test, self._controls, checkpoint))
+    def measure(self, checkpoint: str) -> Results | None:
+        return None if self._test is None else measure(self._evaluator, self._test, self._controls, checkpoint)
 
-    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+    def report(self, results: Results, folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)
-        print(format_table(cast(Results, results)), flush=True)
+        print(format_table(results), flush=True)
         return plot_results(folder / "results.json")
 
-    def inspect(self) -> dict[str, Any]:
-        """What the memory holds along the longest test document; empty without a long-term memory."""
+    def inspect(self) -> Inspection | None:
+        """What the memory holds along the longest test document; None without a long-term memory."""
         model = self._evaluator.model
         if not self._inspected_segments or self._test is None or not long_term_memories(model):
-            return {}
+            return None
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
         try:
@@ -108,7 +107,7 @@ class LanguageModelling(Evaluation):
             )
         except EvaluationError as error:
             logger.info("the memory is not looked into: %s", error)
-            return {}
+            return None
 
     def sample(self, step: int, tokens: int) -> str | None:
         """Continue the beginning of a document: the end of that beginning, an arrow, and what the model adds."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self, TypedDict
 
 import numpy as np
 import torch
@@ -68,6 +68,16 @@ def random_of(seed: int, split: str, length: int, number: int, stream: int = 0) 
     return np.random.Generator(np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, stream, length, number]))
 
 
+class QuestionsState(TypedDict):
+    """Where a stream of questions stands, as JSON."""
+
+    identity: dict[str, object]
+    """What decides on the questions, by the options that say it."""
+    step: int
+    reads: int
+    """How many segments each lane has read."""
+
+
 class QuestionStream:
     """Questions without end: in one step every lane reads a new one, from an empty memory.
 
@@ -90,7 +100,7 @@ class QuestionStream:
         self,
         draw: Draw,
         lengths: Sequence[int],
-        identity: dict[str, Any],
+        identity: Mapping[str, object],
         material: Material,
         sequences: int | None = None,
     ) -> None:
@@ -102,7 +112,7 @@ class QuestionStream:
         self._step = 0
         self._reads = 0
         # What a saved state must agree with, by the option that says it.
-        self._identity: dict[str, Any] = {
+        self._identity: dict[str, object] = {
             "training.batch_size": material.lanes,
             "training.segment_length": material.segment_length,
             "seed": material.seed,
@@ -125,11 +135,11 @@ class QuestionStream:
         self._reads += len(segments)
         return segments
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> QuestionsState:
         """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
         return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: QuestionsState) -> None:
         """Go on exactly where the state was taken.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.errors import DataError
 from infformer.options import measuring
-from infformer.results import MEMORY_OFF
+from infformer.results import MEMORY_OFF, RetrievalCell, RetrievalResults
 from infformer.tasks.answering import answer
 from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
 from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation
@@ -98,7 +98,7 @@ class RetrievalSource:
     """How many each text ends with."""
     chance: float
     """How often a whole answer is right by chance."""
-    identity: dict[str, Any]
+    identity: Mapping[str, object]
     """What decides on the questions beside the lengths to learn from, by the options that say it."""
     splits: Collection[str]
     """Of which there is anything to ask."""
@@ -110,7 +110,7 @@ class RetrievalSource:
         return self.draw("train", numbers, seed, length, np.array(depths).reshape(-1, self.answers))
 
 
-class Retrieval(Evaluation):
+class Retrieval(Evaluation[RetrievalResults]):
     """How well a model finds what it is asked for, by the length of the text and the depth of the answer.
 
     Args:
@@ -161,10 +161,9 @@ class Retrieval(Evaluation):
             f"validation accuracy {accuracy:.3f} (tokens, teacher forced), exact match {exact:.3f} (free running)",
         )
 
-    def measure(self, checkpoint: str) -> dict[str, Any]:
-        """The `cells` of all lengths and depths, those of the `controls`, the `chance` of an answer, the `protocol`."""
+    def measure(self, checkpoint: str) -> RetrievalResults | None:
         if "test" not in self._source.splits:
-            return {}
+            return None
         segment = self._evaluator.protocol.segment_length
         controls = {MEMORY_OFF: self._measure_lengths("memory off, ", segment)} if self._controls else {}
         return {
@@ -181,7 +180,7 @@ class Retrieval(Evaluation):
             },
         }
 
-    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+    def report(self, results: RetrievalResults, folder: Path) -> list[Path]:
         from infformer.evaluation.report import write_results  # these load for seconds
         from infformer.plots.retrieval import plot_retrieval
 
@@ -200,7 +199,7 @@ class Retrieval(Evaluation):
         true = self._spell(questions.true_answers[:tokens])
         return f"text {number}, depth {depth}: {true}; the model: {self._spell(given[:tokens])}"
 
-    def _measure_lengths(self, title: str, inputs: int | None) -> list[dict[str, Any]]:
+    def _measure_lengths(self, title: str, inputs: int | None) -> list[RetrievalCell]:
         texts = self._config.test_questions
         return [
             cell
@@ -210,7 +209,7 @@ class Retrieval(Evaluation):
 
     def _measure(
         self, split: str, length: int, texts: int, title: str, inputs: int | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[RetrievalCell]:
         depths = list(dict.fromkeys(self._config.depths))
         return measure_cells(self._evaluator, self._source, split, length, depths, texts, title, inputs)
 
@@ -235,7 +234,7 @@ def measure_cells(
     texts: int,
     title: str,
     inputs: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[RetrievalCell]:
     """Ask for what stood at each depth of texts of one length. The model is left in evaluation mode.
 
     All depths are of the same texts, with the same answers at other places. All processes together.
@@ -245,11 +244,6 @@ def measure_cells(
         texts: how many texts are read for each depth.
         title: of the progress bar.
         inputs: of each text read only so many of the last tokens; None: all.
-
-    Returns:
-        Of each depth `length`, `depth`, `answers` and `tokens` (counts), `exact_match` (answers that are right to the
-        last token, free running), `accuracy_free_running`, `accuracy` (tokens, teacher forced) and `nll` (nats per
-        token of the answers).
     """
     sums = np.zeros((6, len(depths)))
     for shift in range(len(depths)):
@@ -288,7 +282,7 @@ def _by_depth(depth_of: Any, depths: int, *values: Any) -> Any:
     return np.stack([np.bincount(depth_of, value.astype(np.float64), depths) for value in values])
 
 
-def format_accuracy(results: dict[str, Any]) -> str:
+def format_accuracy(results: RetrievalResults) -> str:
     """A table of what `Retrieval.measure` found: a line for each depth, a column for each length."""
     situations = {"": results["cells"], "memory off": results["controls"].get(MEMORY_OFF, [])}
     protocol = results["protocol"]

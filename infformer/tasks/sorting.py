@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infformer.errors import DataError
 from infformer.options import measuring
+from infformer.results import Accuracies, SortingFigures, SortingResults, TeacherForced
 from infformer.tasks.answering import Forced, answer, answer_forced
 from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
 from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation
@@ -133,7 +134,7 @@ def as_questions(sequences: Integers, symbols: int) -> Questions:
     return Questions(sequences, np.zeros((len(sequences), symbols), dtype=np.int64))
 
 
-class Sorting(Evaluation):
+class Sorting(Evaluation[SortingResults]):
     """How well a model answers a sequence with its symbols by descending frequency.
 
     Args:
@@ -166,8 +167,7 @@ class Sorting(Evaluation):
             f"validation accuracy {accuracy:.3f} (teacher forced)",
         )
 
-    def measure(self, checkpoint: str) -> dict[str, Any]:
-        """Both accuracies at every length, beside those of the ideal counters: `lengths`, and the `protocol`."""
+    def measure(self, checkpoint: str) -> SortingResults:
         lengths = dict.fromkeys([self._config.length, *self._config.evaluation_lengths])
         return {
             "lengths": [
@@ -187,7 +187,7 @@ class Sorting(Evaluation):
             },
         }
 
-    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+    def report(self, results: SortingResults, folder: Path) -> list[Path]:
         from infformer.evaluation.report import write_results  # these load for seconds
         from infformer.plots.sorting import plot_accuracy
 
@@ -211,18 +211,13 @@ def _spell(tokens: Integers) -> str:
     return " ".join(map(str, tokens.tolist()))
 
 
-def measure_accuracy(evaluator: Evaluator, sequences: Integers, symbols: int, window: int) -> dict[str, Any]:
+def measure_accuracy(evaluator: Evaluator, sequences: Integers, symbols: int, window: int) -> SortingFigures:
     """All that is measured on sequences of one length. The model is left in evaluation mode.
 
     Args:
         sequences: with their answers, [sequences, length + 1 + symbols]; all processes together.
         symbols: how many there are.
         window: how many of the last symbols a model without long-term memory would see.
-
-    Returns:
-        `length`, `sequences`, what `evaluate_teacher_forced` returns, `accuracy_free_running` (by position too), where
-        each place of the answer is predicted from the model's own answers before it, and the accuracies of the
-        `ideal_counters`.
     """
     length = sequences.shape[1] - symbols - 1
     questions = as_questions(sequences, symbols)
@@ -240,16 +235,12 @@ def measure_accuracy(evaluator: Evaluator, sequences: Integers, symbols: int, wi
 
 def evaluate_teacher_forced(
     evaluator: Evaluator, sequences: Integers, symbols: int, title: str = "teacher forced"
-) -> dict[str, Any]:
-    """Accuracy where each place of the answer is predicted from the true places before it, as published.
-
-    Returns:
-        `nll` (nats per symbol of the answer), `accuracy`, `accuracy_by_position` [symbols].
-    """
+) -> TeacherForced:
+    """Accuracy where each place of the answer is predicted from the true places before it, as published."""
     return _teacher_forced(answer_forced(evaluator, as_questions(sequences, symbols), title), symbols)
 
 
-def _teacher_forced(answers: Forced, symbols: int) -> dict[str, Any]:
+def _teacher_forced(answers: Forced, symbols: int) -> TeacherForced:
     accuracy = answers.right.reshape(-1, symbols).mean(axis=0)
     return {
         "nll": float(answers.nats.mean(dtype=np.float64)),
@@ -258,13 +249,13 @@ def _teacher_forced(answers: Forced, symbols: int) -> dict[str, Any]:
     }
 
 
-def format_accuracy(results: dict[str, Any]) -> str:
+def format_accuracy(results: SortingResults) -> str:
     """A table of what `Sorting.measure` found: a line for each length, a column for the model and for each counter."""
     lengths, protocol = results["lengths"], results["protocol"]
     names = ["this model", *(name.replace("_", " ") for name in lengths[0]["ideal_counters"])]
     lines = [f"{'length':<8}" + "".join(f"{name:>17}" for name in names)]
     for figures in lengths:
-        columns = [figures, *figures["ideal_counters"].values()]
+        columns: list[Accuracies] = [figures, *figures["ideal_counters"].values()]
         cells = [f"{column['accuracy']:.3f} / {column['accuracy_free_running']:.3f}" for column in columns]
         lines.append(f"{figures['length']:<8,}" + "".join(f"{cell:>17}" for cell in cells))
     lines.append(
@@ -274,7 +265,7 @@ def format_accuracy(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ideal_counters(sequences: Integers, symbols: int, window: int, seed: int) -> dict[str, dict[str, Any]]:
+def ideal_counters(sequences: Integers, symbols: int, window: int, seed: int) -> dict[str, Accuracies]:
     """The accuracy of each counter on these sequences.
 
     `last_<window>` counts the last `window` symbols, what a model without long-term memory sees; `last_half` the last
@@ -286,10 +277,6 @@ def ideal_counters(sequences: Integers, symbols: int, window: int, seed: int) ->
         symbols: how many there are.
         window: symbols.
         seed: of ties and noise.
-
-    Returns:
-        Of each counter what is measured of a model: `accuracy` and `accuracy_by_position` [symbols], teacher forced,
-        and `accuracy_free_running` and `accuracy_free_running_by_position`.
     """
     random = np.random.default_rng(seed)
     length = sequences.shape[1] - symbols - 1
@@ -313,7 +300,7 @@ def _counts(numbers: Integers, symbols: int) -> Integers:
     return np.bincount((rows + numbers).ravel(), minlength=symbols * len(numbers)).reshape(-1, symbols)
 
 
-def _accuracy(scores: Floats, answers: Integers) -> dict[str, Any]:
+def _accuracy(scores: Floats, answers: Integers) -> Accuracies:
     """Of answers by scores, both [sequences, symbols]."""
     in_true_order = np.take_along_axis(scores, answers, axis=1)
     # Teacher forced, right is whoever gives the true symbol the best score of those that are left.

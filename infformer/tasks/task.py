@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from infformer.data.options import DataConfig
 from infformer.data.segments import IGNORE_INDEX, Segment
 from infformer.data.tokenization import TokenizedDocuments
+from infformer.results import Inspection
 
 if TYPE_CHECKING:
     from infformer.evaluation.streaming import Evaluator
+    from infformer.tasks.language_modelling import DocumentStream, LanguageModelling
+
+State = TypeVar("State", bound=Mapping[str, object])
+"""Where a stream stands, as JSON: a `TypedDict` of its own."""
+Measured = TypeVar("Measured", bound=Mapping[str, object])
+"""What a task's `results.json` holds: a `TypedDict` of `infformer.results`, or of its own."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class TaskConfig(ABC):
         return None
 
     @abstractmethod
-    def build_stream(self, material: Material) -> TrainingStream:
+    def build_stream(self, material: Material) -> TrainingStream[Any]:
         """What is learned from.
 
         Raises:
@@ -70,7 +77,7 @@ class TaskConfig(ABC):
         """
 
     @abstractmethod
-    def build_evaluation(self, material: Material) -> Evaluation:
+    def build_evaluation(self, material: Material) -> Evaluation[Any]:
         """How the model is measured.
 
         Raises:
@@ -84,12 +91,12 @@ class LanguageModellingConfig(TaskConfig):
 
     is_language_modelling = True
 
-    def build_stream(self, material: Material) -> TrainingStream:
+    def build_stream(self, material: Material) -> DocumentStream:
         from infformer.tasks.language_modelling import DocumentStream  # what measures loads for seconds
 
         return DocumentStream(material)
 
-    def build_evaluation(self, material: Material) -> Evaluation:
+    def build_evaluation(self, material: Material) -> LanguageModelling:
         from infformer.tasks.language_modelling import LanguageModelling
 
         return LanguageModelling(material)
@@ -107,7 +114,7 @@ class Validation:
     """The same in a few words, for the log."""
 
 
-class TrainingStream(Protocol):
+class TrainingStream(Protocol[State]):
     """What a model learns from, step by step."""
 
     def next_step(self) -> list[Segment]:
@@ -118,10 +125,10 @@ class TrainingStream(Protocol):
         At least one scores something.
         """
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Where the stream stands, as JSON; it is the same on every process, and fits any number of them."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on exactly where the state was taken.
 
         Raises:
@@ -164,35 +171,34 @@ def cut_texts(
     ]
 
 
-class Evaluation:
+class Evaluation(Generic[Measured]):
     """How a model is measured, as it is at the moment of the call; it may be left in evaluation mode.
 
     What all processes call together is marked so: they may wait there for each other, and all get the same answer. What
-    a task does not measure it leaves out.
+    a task does not measure it leaves out: then the answer is None.
     """
 
     def validate(self) -> Validation | None:
         """Measure in the middle of a run; None if there is nothing to measure by. All processes together."""
         return None
 
-    def measure_before(self) -> dict[str, Any]:
-        """The test figures before the first step, as JSON; empty if they are not wanted. All processes together."""
-        return {}
+    def measure_before(self) -> Mapping[str, object] | None:
+        """The test figures before the first step, as JSON; None if they are not wanted. All processes together."""
+        return None
 
-    def measure(self, checkpoint: str) -> dict[str, Any]:
-        """The final test figures, as JSON; empty if there is nothing to measure by. All processes together.
+    def measure(self, checkpoint: str) -> Measured | None:
+        """The final test figures, as JSON; None if there is nothing to measure by. All processes together.
 
         Args:
             checkpoint: where the model's weights come from, for the record.
         """
-        return {}
+        return None
 
-    def report(self, results: dict[str, Any], folder: Path) -> list[Path]:
+    def report(self, results: Measured, folder: Path) -> list[Path]:
         """Write `results.json`, print a table, draw figures; on the main process only.
 
         Args:
-            results: what `measure` returned; of a run with what `measure_before` returned under `before`, None if
-                nothing.
+            results: what `measure` returned; of a run with what `measure_before` returned under `before`.
             folder: where to.
 
         Returns:
@@ -203,12 +209,9 @@ class Evaluation:
         write_results(folder / "results.json", results)
         return []
 
-    def inspect(self) -> dict[str, Any]:
-        """What the memory holds in the end, as JSON that `plots.memory` draws; empty if there is nothing to look at.
-
-        All processes together.
-        """
-        return {}
+    def inspect(self) -> Inspection | None:
+        """What the memory holds in the end; None if there is nothing to look at. All processes together."""
+        return None
 
     def sample(self, step: int, tokens: int) -> str | None:
         """What the model writes, to be looked at; None if there is nothing to show. All processes together.

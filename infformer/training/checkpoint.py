@@ -61,7 +61,7 @@ class DivergedError(CheckpointError):
 class Progress:
     """How far a run has come, as JSON."""
 
-    task: dict[str, Any]
+    task: Mapping[str, object]
     """Where the task's stream stood after the last step; the stream itself may be a step ahead."""
     step: int = 0
     tokens: int = 0
@@ -73,8 +73,8 @@ class Progress:
     best_loss: float | None = None
     """Lowest validation loss so far, nats per token."""
     best_step: int | None = None
-    results_before: dict[str, Any] = field(default_factory=dict)
-    """Test figures before the first step."""
+    results_before: Mapping[str, object] | None = None
+    """Test figures before the first step; None, or in older checkpoints nothing, where they were not wanted."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,7 +218,7 @@ def _unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> list[tuple[
 
 def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
     group, _, last = option.rpartition(".")
-    variants: dict[str, dict[str, Any]] = {"task": TASKS, "model.memory": MEMORIES}
+    variants: dict[str, Mapping[str, object]] = {"task": TASKS, "model.memory": MEMORIES}
     others = [name for name, variant in variants.get(group, {}).items() if last in OmegaConf.structured(variant)]
     if others:
         chosen = " or ".join(f"{group.replace('.', '/')}={name}" for name in others)

@@ -81,7 +81,7 @@ def nothing_can_be_written(folder: Path, error: OSError) -> RunError:
     )
 
 
-def saved_options(path: Path) -> dict[str, Any]:
+def saved_options(path: Path) -> dict[str, object]:
     """A configuration that a run has written, as one flat dictionary.
 
     Raises:
@@ -96,22 +96,22 @@ def saved_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def as_dictionary(config: Any) -> dict[str, Any]:
+def as_dictionary(config: RunConfig | EvaluationRunConfig) -> dict[str, object]:
     """A configuration as nested dictionaries."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+    return cast(dict[str, object], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(nested: object, prefix: str = "") -> dict[str, object]:
     """Nested dictionaries as one, by the options as they are typed."""
     if not isinstance(nested, dict):
         return {prefix: nested}
-    flat: dict[str, Any] = {}  # a group without options says nothing
+    flat: dict[str, object] = {}  # a group without options says nothing
     for name, value in nested.items():
         flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return flat
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], kind: type[Any], *marks: str) -> list[str]:
+def differences(then: Mapping[str, object], now: Mapping[str, object], kind: type[Any], *marks: str) -> list[str]:
     """The options that differ between two flat configurations of a kind, in words; not those that are marked so."""
     free = tuple(name for name, field in options_of(kind) if field.metadata.get("may_change") in marks)
     return [
@@ -163,7 +163,7 @@ def write_record(config: EvaluationRunConfig, folder: Path) -> None:
     write_text(folder / RECORD, json.dumps(_options(config), indent=1))
 
 
-def _options(config: EvaluationRunConfig) -> dict[str, Any]:
+def _options(config: EvaluationRunConfig) -> dict[str, object]:
     """As they are typed, with the checkpoint that is meant: `best` may be another one tomorrow."""
     return flatten(as_dictionary(config) | {"checkpoint": _resolved(config.checkpoint)})
 

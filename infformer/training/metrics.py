@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from infformer.durable import replacing
 
@@ -85,8 +84,8 @@ class MetricsLog:
         if not self.path.exists():
             return
         with replacing(self.path) as file:
-            for line, record in _whole_lines(self.path):
-                if record["step"] <= step:
+            for line, line_step, _ in _whole_lines(self.path):
+                if line_step <= step:
                     file.write(line)
 
 
@@ -94,7 +93,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """All records of a metrics file, in order, without a half-written last line. `null` becomes NaN."""
     return [
         {name: math.nan if value is None else value for name, value in record.items()}
-        for _, record in _whole_lines(Path(path))
+        for _, _, record in _whole_lines(Path(path))
     ]
 
 
@@ -105,8 +104,8 @@ def _strict(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines with what they hold. The newline is written last, so a line without one was cut off."""
+def _whole_lines(path: Path) -> Iterator[tuple[str, int, dict[str, float | None]]]:
+    """Lines with their step and all that they hold. The newline is written last: a line without one was cut off."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
@@ -115,6 +114,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            step = record.get("step") if isinstance(record, dict) else None
+            if not isinstance(step, int):
                 raise ValueError(f"{path}, line {number}, is no record of a step")
-            yield line, record
+            yield line, step, record

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from infformer.config import RunConfig
 from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, validate_checkpoint
@@ -113,7 +113,8 @@ def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
     except ValueError as error:
         raise RunError(f"resume={config.resume}: {error}, and there is no checkpoint: {otherwise}") from error
     # The first checkpoint has its name at the latest when the second begins to be written.
-    latest = 2 * (then.get("training.checkpoint_every") or config.training.max_steps)
+    every = then.get("training.checkpoint_every")
+    latest = 2 * (every if isinstance(every, int) else config.training.max_steps)
     if lines and lines[-1]["step"] > latest:
         raise RunError(
             f"resume={config.resume}: output_dir={folder} holds metrics up to step {lines[-1]['step']:.0f} and no "
@@ -122,7 +123,7 @@ def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
     logger.warning("%s holds a run that was stopped before its first checkpoint; it begins again", folder)
 
 
-def _check_that_it_is_the_same(config: RunConfig, then: dict[str, Any], run: str) -> None:
+def _check_that_it_is_the_same(config: RunConfig, then: Mapping[str, object], run: str) -> None:
     changed = differences(then, flatten(as_dictionary(config)), RunConfig, "free", "measuring")
     if changed:
         raise RunError(
@@ -131,7 +132,7 @@ def _check_that_it_is_the_same(config: RunConfig, then: dict[str, Any], run: str
         )
 
 
-def _tell_of_another_end(config: RunConfig, then: dict[str, Any], checkpoint: Path) -> None:
+def _tell_of_another_end(config: RunConfig, then: Mapping[str, object], checkpoint: Path) -> None:
     """Of `training.max_steps`, which some schedules are made of."""
     step, before, now = step_of(checkpoint), then.get("training.max_steps"), config.training.max_steps
     if step > now:

@@ -44,7 +44,7 @@ class Tracker(Protocol):
         """Send what is still on its way, and close."""
 
 
-def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, config: dict[str, Any]) -> Tracker:
+def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, config: Mapping[str, object]) -> Tracker:
     """Open the tracker of a run, on the main process only.
 
     Args:
@@ -127,7 +127,9 @@ class _ForgivingTracker:
 class _WandbTracker:
     """Weights & Biases."""
 
-    def __init__(self, options: TrackerConfig, run_name: str, run_directory: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, options: TrackerConfig, run_name: str, run_directory: Path, config: Mapping[str, object]
+    ) -> None:
         wandb = _import_wandb()
         mode = _mode_of_wandb(options, wandb)
         # The id lives in the run's folder, so that a resumed run continues its own curves.
@@ -230,7 +232,7 @@ def _import_tensorboard() -> Any:
 class _TensorBoardTracker:
     """TensorBoard event files under `tensorboard/` in the run's folder."""
 
-    def __init__(self, run_directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, run_directory: Path, config: Mapping[str, object]) -> None:
         self._writer = _import_tensorboard()(log_dir=str(run_directory / "tensorboard"))
         self._writer.add_hparams(flatten(config), {}, run_name=".")
 
@@ -249,7 +251,7 @@ class _TensorBoardTracker:
         self._writer.close()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | int | float | str]:
     """Flatten a nested configuration to dotted names and plain values, the only ones TensorBoard accepts.
 
     >>> flatten({"model": {"width": 8, "layers": [1, 2], "name": None}})

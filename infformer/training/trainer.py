@@ -7,13 +7,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -84,11 +83,11 @@ class TrainingFailedError(UserError, RuntimeError):
     """The run cannot go on; the message says why, and what is left."""
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig) -> Mapping[str, object] | None:
     """Train, measure on the test documents, and write everything to the run's folder.
 
     Returns:
-        What `results.json` holds; empty without test documents.
+        What `results.json` holds; None without test documents.
 
     Raises:
         TrainingStopped: a signal came; a checkpoint was written.
@@ -172,10 +171,10 @@ class Trainer:
             self.tracker = open_tracker(config.tracker, config.name, self.folder, as_dictionary(config))
         self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._prefetched: Future[tuple[list[Segment], dict[str, Any]]] | None = None
+        self._prefetched: Future[tuple[list[Segment], Mapping[str, object]]] | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Train to the last step and measure; the figures of the test documents."""
+    def run(self) -> Mapping[str, object] | None:
+        """Train to the last step and measure; the figures of the test documents, if there are any."""
         with self.signals, self.watchdog:  # to the last: who asks for an end may ask again
             try:
                 if self.progress.step == 0:
@@ -240,7 +239,7 @@ class Trainer:
         progress.tokens += result.read_tokens
         return StepMetrics(**asdict(result), seconds=time.perf_counter() - start, learning_rates=rates)
 
-    def _prefetch(self) -> tuple[list[Segment], dict[str, Any]]:
+    def _prefetch(self) -> tuple[list[Segment], Mapping[str, object]]:
         """The segments of the next step, where a GPU can fetch them while it computes, and where the stream then is."""
         segments = self.stream.next_step()
         if self.accelerator.device.type == "cuda":
@@ -322,20 +321,22 @@ class Trainer:
             "memory_learning_rate, more schedule.warmup_steps, or training.precision=float32 may help."
         )
 
-    def _finish_run(self) -> dict[str, Any]:
-        """Measure the best weights, and draw; the figures, empty if the task measures none."""
+    def _finish_run(self) -> Mapping[str, object] | None:
+        """Measure the best weights, and draw; the figures, None if the task measures none."""
         results = self._measure_best()
         inspection = self.evaluation.inspect()
         if self.accelerator.is_main_process:
-            figures = plot_run(self.folder) + (self.evaluation.report(results, self.folder) if results else [])
-            if inspection:
+            figures = plot_run(self.folder)
+            if results is not None:
+                figures += self.evaluation.report(results, self.folder)
+            if inspection is not None:
                 write_results(self.folder / "inspection" / "inspection.json", inspection)
                 figures += plot_inspection(self.folder / "inspection" / "inspection.json")
             for figure in figures:
                 self.tracker.log_figure(figure.stem, figure, self.progress.step)
         return results
 
-    def _measure_best(self) -> dict[str, Any]:
+    def _measure_best(self) -> Mapping[str, object] | None:
         """The final figures, of the checkpoint with the lowest validation loss."""
         root, progress = self.folder / "checkpoints", self.progress
         best = decided_by_main(self.accelerator, lambda: best_checkpoint(root))
@@ -347,7 +348,7 @@ class Trainer:
         if best is not None and progress.best_step != progress.step:
             self.state.shards.put_weights(model_tensors(best, self.state.model))
         results = self.evaluation.measure(str(best or root / f"step-{progress.step:08d}"))
-        return {**results, "before": progress.results_before or None} if results else {}
+        return None if results is None else {**results, "before": progress.results_before or None}
 
     def _tell(self, what: str) -> None:
         self.watchdog.tell(f"{what} (step {self.progress.step})")

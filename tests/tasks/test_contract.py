@@ -151,8 +151,8 @@ def test_a_task_resumed_equals_one_never_stopped(learned, learn, tmp_path):
 
 def test_a_task_leaves_out_what_it_does_not_measure():
     nothing = Evaluation()
-    assert nothing.validate() is nothing.sample(1, 2) is None
-    assert nothing.measure_before() == nothing.measure("here") == nothing.inspect() == {}
+    assert nothing.validate() is nothing.sample(1, 2) is nothing.inspect() is None
+    assert nothing.measure_before() is nothing.measure("here") is None
 
 
 @pytest.mark.parametrize("model", ["tiny", "decoder"])

@@ -139,13 +139,13 @@ class TestWhatIsMeasured:
         assert measured["protocol"]["checkpoint"] == "somewhere"
 
     def test_only_what_is_asked_for(self, make):
-        assert make(before=False).measure_before() == {}
+        assert make(before=False).measure_before() is None
         assert make(controls=False).measure("somewhere")["controls"] == {}
 
     def test_nothing_without_documents(self, make):
         task = make(("train",), max_validation_tokens=50)
         assert task.validate() is None
-        assert task.measure_before() == task.measure("somewhere") == {}
+        assert task.measure_before() is task.measure("somewhere") is None
 
     def test_is_reported(self, make, tmp_path, monkeypatch, capsys):
         drawn = [tmp_path / "figure.png"]
@@ -172,16 +172,16 @@ class TestInspection:
         assert json.loads(json.dumps(found)) == found
 
     def test_is_not_made_if_not_wanted(self, make):
-        assert make(inspected_segments=0).inspect() == {}
+        assert make(inspected_segments=0).inspect() is None
 
     def test_needs_a_test_document(self, make):
-        assert make(("train", "validation"), inspected_segments=3).inspect() == {}
+        assert make(("train", "validation"), inspected_segments=3).inspect() is None
 
     def test_needs_a_long_term_memory(self, documents, tokenizer, backbone):
         evaluator = Evaluator(
             model=InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), protocol=ReadingProtocol(SEGMENT)
         )
-        assert LanguageModelling(Material(evaluator, tokenizer, documents, inspected_segments=3)).inspect() == {}
+        assert LanguageModelling(Material(evaluator, tokenizer, documents, inspected_segments=3)).inspect() is None
 
     def test_of_a_document_that_is_too_short_is_none(self, documents, make, evaluator, monkeypatch, caplog):
         def refuse(*arguments: object, **options: object) -> None:
@@ -189,7 +189,7 @@ class TestInspection:
 
         monkeypatch.setattr(language_modelling, "inspect_document", refuse)
         with caplog.at_level("INFO"):
-            assert make(inspected_segments=3).inspect() == {}
+            assert make(inspected_segments=3).inspect() is None
         assert "the memory is not looked into: it has only 1 segment" in caplog.text
 
 

@@ -245,9 +245,9 @@ class TestHowItIsMeasured:
     @pytest.mark.parametrize(
         ("changes", "call", "expected"),
         [
-            ({"evaluation.before": False}, lambda exam: exam.measure_before(), {}),
-            ({"data.test": None}, lambda exam: exam.measure_before(), {}),
-            ({"data.test": None}, lambda exam: exam.measure("here"), {}),
+            ({"evaluation.before": False}, lambda exam: exam.measure_before(), None),
+            ({"data.test": None}, lambda exam: exam.measure_before(), None),
+            ({"data.test": None}, lambda exam: exam.measure("here"), None),
             ({"data.validation": None}, lambda exam: exam.validate(), None),
             ({}, lambda exam: exam.measure("here")["controls"], {}),
             (
@@ -261,7 +261,7 @@ class TestHowItIsMeasured:
                 8,
             ),
             ({"evaluation.inspected_segments": 3}, lambda exam: exam.inspect()["document"]["segments"], 3),
-            ({"evaluation.inspected_segments": 0}, lambda exam: exam.inspect(), {}),
+            ({"evaluation.inspected_segments": 0}, lambda exam: exam.inspect(), None),
         ],
         ids=[
             "not before",

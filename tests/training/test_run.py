@@ -292,7 +292,7 @@ class TestOptions:
         assert {tensor.dtype for tensor in memories} == {torch.float32}
 
     def test_without_test_documents_there_are_no_results(self, configure, train, tmp_path):
-        assert train(configure(tmp_path, {"data.test": None, "training.max_steps": 1})) == {}
+        assert train(configure(tmp_path, {"data.test": None, "training.max_steps": 1})) is None
         assert not (tmp_path / "results.json").exists()
         assert (tmp_path / "checkpoints" / "best").exists()
 
