@@ -40,14 +40,14 @@ every_density = pytest.mark.parametrize("kind", ["gaussian", "truncated_parabola
 class TestHistogram:
     @every_density
     @pytest.mark.parametrize("bins", [1, 5, 128])
-    def test_sums_to_one(self, kind, bins):
+    def test_a_histogram_sums_to_one(self, kind, bins):
         histogram = attention_histogram(densities(kind), BASIS, bins)
         assert histogram.shape == (2, bins)
         assert (histogram >= 0).all()
         torch.testing.assert_close(histogram.sum(1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
     @every_density
-    def test_is_the_integral_of_the_densities(self, kind):
+    def test_a_histogram_is_the_integral_of_the_densities(self, kind):
         bins, attention = 5, densities(kind)
         mass = torch.zeros(2, bins, dtype=torch.float64)
         for row, head, query, place in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, bins))).tolist():
@@ -66,7 +66,7 @@ class TestHistogram:
         torch.testing.assert_close(attention_histogram(attention, BASIS, bins), expected, rtol=0, atol=1e-9)
 
     @every_density
-    def test_equals_the_literal_one(self, kind):
+    def test_a_histogram_equals_the_literal_one(self, kind):
         attention = densities(kind)
         cumulative = {
             "gaussian": naive.gaussian_cumulative,
@@ -105,7 +105,7 @@ class TestWarp:
         expected = (torch.arange(1, samples + 1, dtype=torch.float64) - 0.5) / samples
         torch.testing.assert_close(warped_positions(histogram, samples), expected.expand(2, -1), rtol=0, atol=1e-12)
 
-    def test_inverts_the_cumulative_function(self):
+    def test_a_warp_inverts_the_cumulative_function(self):
         histogram, samples = random_histogram(), 200
         positions = warped_positions(histogram, samples)
         for row in range(2):
@@ -115,21 +115,21 @@ class TestWarp:
             )
 
     @pytest.mark.parametrize("offsets", [None, torch.rand(2, 50, generator=torch.Generator().manual_seed(1))])
-    def test_equals_the_literal_one(self, offsets):
+    def test_a_warp_equals_the_literal_one(self, offsets):
         histogram = random_histogram()
         expected = naive.resample(histogram, 50, offsets)
         torch.testing.assert_close(warped_positions(histogram, 50, offsets), expected, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("seed", range(5))
-    def test_positions_ascend_inside_the_unit_interval(self, dtype, seed):
-        offsets = torch.rand(2, 300, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        positions = warped_positions(random_histogram(seed=seed).to(dtype), 300, offsets)
+    def test_positions_ascend_inside_the_unit_interval(self, dtype):
+        histogram = torch.cat([random_histogram(seed=seed) for seed in range(5)]).to(dtype)
+        offsets = torch.rand(10, 300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        positions = warped_positions(histogram, 300, offsets)
         assert (positions.diff(dim=1) >= 0).all()
         assert positions.min() >= 0
         assert positions.max() <= 1
 
-    def test_deterministic_without_offsets(self):
+    def test_a_warp_is_deterministic_without_offsets(self):
         assert torch.equal(warped_positions(random_histogram(), 50), warped_positions(random_histogram(), 50))
         half = torch.full((2, 50), 0.5)
         assert torch.equal(warped_positions(random_histogram(), 50), warped_positions(random_histogram(), 50, half))
@@ -158,7 +158,7 @@ class TestWarp:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("place", [0, 3, 127])
-    def test_all_of_the_mass_in_one_bin(self, dtype, place):
+    def test_all_of_the_mass_in_one_bin_is_sampled_evenly_there(self, dtype, place):
         histogram = torch.zeros(1, 128, dtype=dtype)
         histogram[0, place] = 1
         positions = warped_positions(histogram, 64)[0]
@@ -167,13 +167,12 @@ class TestWarp:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("offset", [0.0, 0.5, 1 - 2**-24])
-    @pytest.mark.parametrize("seed", range(20))
-    def test_empty_bins_are_not_sampled(self, dtype, offset, seed):
+    def test_empty_bins_are_not_sampled(self, dtype, offset):
         """Not at the ends of the interval of offsets either, where rounding leaves the sum of the masses below one."""
-        mass = torch.rand(1, 128, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        mass[0, :7] = mass[0, 40:60] = mass[0, 100:] = 0
-        mass /= mass.sum()
-        positions = warped_positions(mass, 512, torch.full((1, 512), offset, dtype=dtype))
+        mass = torch.rand(20, 128, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        mass[:, :7] = mass[:, 40:60] = mass[:, 100:] = 0
+        mass /= mass.sum(1, keepdim=True)
+        positions = warped_positions(mass, 512, torch.full((20, 512), offset, dtype=dtype))
         edge = 1e-5
         for start, end in ((0, 7 / 128), (40 / 128, 60 / 128), (100 / 128, 1)):
             assert not ((positions > start + edge) & (positions < end - edge)).any()
@@ -192,6 +191,6 @@ def test_places_after_warp_undo_the_warp():
     torch.testing.assert_close(places, expected.expand(3, -1))
 
 
-def test_places_after_warp_at_both_ends():
+def test_both_ends_stay_where_they_are_after_an_even_warp():
     histogram = torch.full((1, 4), 0.25)
     assert places_after_warp(histogram, torch.tensor([[0.0, 1.0]])).tolist() == [[0.0, 1.0]]
