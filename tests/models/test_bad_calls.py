@@ -176,7 +176,15 @@ ARCHITECTURES = [
             ("adaptive_divisor", float("inf"), "at least 1"),
             ("activation", "swoosh", "no such activation"),
             ("positions", "absolute", "choose one of relative, rotary"),
+            ("normalization", "batch", "choose one of layer, rms"),
+            ("normalization_placement", "both", "choose one of post, pre"),
+            ("adaptive_cutoffs", [20, 257], "cannot cut a vocabulary of 257 tokens"),
         )
+    ),
+    Call(
+        "model.architecture.head_size=5",
+        "rotary positions turn pairs; make it even",
+        decoder_with(positions="rotary", head_size=5),
     ),
     Call("model.architecture.adaptive_cutoffs=few", "a whole number", decoder_with(adaptive_cutoffs=["few"])),
     Call("'n_head': 3", "divisible", stock_with(n_head=3)),

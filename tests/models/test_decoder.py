@@ -2,20 +2,15 @@
 
 import copy
 import math
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig, LongTermState
-from infformer.memory.memory import Memory
+from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
-from infformer.memory.short_term import Queue
 from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
@@ -31,18 +26,9 @@ def compressive(**options) -> CompressiveMemoryConfig:
     return CompressiveMemoryConfig(SEGMENT, **{"length": 5, "rate": 2, **options})
 
 
-MEMORIES = {
-    "none": None,
-    "short": MemoryConfig(8),
-    "convolution": compressive(),
-    "most used": compressive(function="most_used"),
-    "long": long_term(),
-    "short and sticky": long_term(SEGMENT, sticky=True, read="moments"),
-    "short and uniform": long_term(2 * SEGMENT, contraction="uniform", read="slots"),
-}
-WITH_LONG_TERM = {name: memory for name, memory in MEMORIES.items() if isinstance(memory, LongTermMemoryConfig)}
-every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-every_long_term = pytest.mark.parametrize("memory", WITH_LONG_TERM.values(), ids=WITH_LONG_TERM)
+LONG = long_term()
+SHORT_AND_STICKY = long_term(SEGMENT, sticky=True, read="moments")
+SHORT_AND_UNIFORM = long_term(2 * SEGMENT, contraction="uniform", read="slots")
 every_scheme = pytest.mark.parametrize("positions", ["relative", "rotary"])
 
 
@@ -109,26 +95,12 @@ def watch(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return calls
 
 
-def assert_same_memory(one: MemoryState, other: MemoryState) -> None:
-    assert one.named_tensors().keys() == other.named_tensors().keys()
-    for name, tensor in one.named_tensors().items():
-        assert torch.equal(tensor, other.named_tensors()[name]), name
-
-
-def behind(memory: Memory | MemoryState) -> Any:
-    """What stands behind a short-term memory, or is alone."""
-    return getattr(memory, "behind", memory)
-
-
-def queues(state: MemoryState) -> list[Queue]:
-    return [part for part in (getattr(state, "short_term", None), behind(state)) if isinstance(part, Queue)]
-
-
 class TestAgainstItsEquations:
-    @pytest.mark.parametrize("activation", ["relu", "silu"])
-    @pytest.mark.parametrize("placement", ["post", "pre"])
-    @pytest.mark.parametrize("normalization", ["layer", "rms"])
-    def test_layer_by_layer(self, normalization, placement, activation):
+    @pytest.mark.parametrize(
+        ("normalization", "placement", "activation"),
+        [("layer", "post", "relu"), ("layer", "pre", "silu"), ("rms", "post", "silu"), ("rms", "pre", "relu")],
+    )
+    def test_logits_are_those_of_the_equations_layer_by_layer(self, normalization, placement, activation):
         """Without memory, at double precision; attention has tests of its own."""
         model = trained(normalization=normalization, normalization_placement=placement, activation=activation).double()
         ids = tokens(length=9)
@@ -171,7 +143,7 @@ class TestAgainstItsEquations:
         assert (model.final_norm is None) == (placement == "post")
 
     @pytest.mark.parametrize("placement", ["post", "pre"])
-    def test_one_softmax_over_compressed_short_term_and_segment(self, placement):
+    def test_attention_is_one_softmax_over_compressed_short_term_and_segment(self, placement):
         """The rows' memories are full to different degrees; the sum is over what is real."""
         memory = compressive(length=8, function="mean")
         model = trained(memory, normalization_placement=placement).double()
@@ -209,8 +181,9 @@ class TestAgainstItsEquations:
                 expected = torch.einsum("hij,jhe->ihe", weights, value).flatten(1) @ attention.output.weight.T
                 torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-6)  # sines are float32
 
-    @every_long_term
-    @pytest.mark.parametrize("random_offsets", [False, True])
+    @pytest.mark.parametrize(
+        ("memory", "random_offsets"), [(LONG, False), (SHORT_AND_STICKY, True), (SHORT_AND_UNIFORM, False)]
+    )
     def test_the_long_term_memory_gets_what_leaves_the_short_term_memory(self, memory, random_offsets):
         """Against the memory alone, given the segments by hand; and what it reads is added to what attention reads."""
         model = trained(memory, normalization_placement="pre")
@@ -218,7 +191,7 @@ class TestAgainstItsEquations:
         before = [watch(layer.attention_residual.norm) for layer in model.layers]
         after = [watch(layer.feed_forward_residual.norm) for layer in model.layers]
         delay = memory.short_term_length // SEGMENT
-        memories = [behind(layer.memory) for layer in model.layers]
+        memories = [getattr(layer.memory, "behind", layer.memory) for layer in model.layers]
         states = [alone.initial_state(2) for alone in memories]
         state = model.initial_state(2)
         for number, segment in enumerate(document(5)):
@@ -235,11 +208,12 @@ class TestAgainstItsEquations:
                     operators = alone.signal.operators(states[index].segments)
                     leaving = attentions[index][number - delay][0]
                     states[index] = alone.write(leaving, states[index], operators, reading.attention, offsets)
-                assert_same_memory(behind(state.layers[index]), states[index])
-                assert behind(state.layers[index]).segments.tolist() == [max(number + 1 - delay, 0)] * 2
+                held = getattr(state.layers[index], "behind", state.layers[index])
+                assert torch.equal(held.coefficients, states[index].coefficients)
+                assert held.segments.tolist() == states[index].segments.tolist() == [max(number + 1 - delay, 0)] * 2
             assert (reading.context.abs().max() > 1e-3) == (number > delay)
 
-    def test_the_reconstruction_error_literally(self):
+    def test_the_reconstruction_error_is_the_literal_one(self):
         """Of what leaves in each layer, by the layer's own attention; rows in which nothing leaves count as zero."""
         memory = compressive(reconstruction_weight=0.7)
         model = trained(memory, normalization_placement="pre").double()
@@ -268,20 +242,11 @@ class TestAgainstItsEquations:
         assert output.auxiliary_losses.keys() == {"reconstruction"}
         torch.testing.assert_close(output.auxiliary_losses["reconstruction"], 0.7 * total / (3 * SEGMENT))
 
-    def test_a_compression_that_loses_nothing_has_no_error(self):
-        model = trained(compressive(rate=1)).double()
-        for layer in model.layers:
-            nn.init.dirac_(layer.memory.behind.compression.convolution.weight)
-            nn.init.zeros_(layer.memory.behind.compression.convolution.bias)
-        outputs = read(model, document(4))
-        assert max(output.auxiliary_losses["reconstruction"] for output in outputs) < 1e-25
-        assert outputs[-1].state.layers[0].behind.filled.tolist() == [5, 5]
-
 
 class TestSegments:
-    @every_scheme
-    @pytest.mark.parametrize("placement", ["post", "pre"])
-    @pytest.mark.parametrize("layers", [1, 3])
+    @pytest.mark.parametrize(
+        ("positions", "placement", "layers"), [("relative", "post", 1), ("relative", "pre", 3), ("rotary", "post", 3)]
+    )
     def test_a_memory_of_everything_equals_one_long_segment(self, positions, placement, layers):
         architecture = {
             "positions": positions,
@@ -298,27 +263,27 @@ class TestSegments:
 
     @every_scheme
     @pytest.mark.parametrize("length", [3, SEGMENT, 8])
-    def test_how_far_one_layer_sees(self, positions, length):
+    def test_one_layer_sees_the_last_tokens_of_its_short_term_memory(self, positions, length):
         """Position i: the last M + (i mod T) tokens and itself; a change of another token changes no bit."""
         model = trained(MemoryConfig(length), num_hidden_layers=1, positions=positions)
-        text = torch.cat(document(5, rows=1), dim=1)
+        text = torch.cat(document(5, rows=1), dim=1).expand(5 * SEGMENT, -1)
+        others = text + torch.eye(5 * SEGMENT, dtype=torch.int64)  # each row has another token changed
+        one, other = (
+            torch.cat([output.logits for output in read(model, list(each.split(SEGMENT, dim=1)))], dim=1)
+            for each in (text, others % VOCABULARY)
+        )
+        places = torch.arange(5 * SEGMENT)
+        back = places - places.unsqueeze(1)  # of each row's changed token
+        assert torch.equal((one != other).any(-1), (back >= 0) & (back <= length + places % SEGMENT))
 
-        def logits(text: Tensor) -> Tensor:
-            return torch.cat([output.logits for output in read(model, list(text.split(SEGMENT, dim=1)))], dim=1)[0]
-
-        expected = logits(text)
-        for place in range(text.shape[1]):
-            other = text.clone()
-            other[0, place] = (other[0, place] + 1) % VOCABULARY
-            changed = (logits(other) != expected).any(-1)
-            sees = [i for i in range(text.shape[1]) if 0 <= i - place <= length + i % SEGMENT]
-            assert changed.nonzero().flatten().tolist() == sees
-
-    @every_scheme
-    @pytest.mark.parametrize("memory", ["short", "convolution", "short and sticky"])
-    def test_a_longer_short_term_memory_with_the_same_weights(self, memory, positions):
-        """While both hold all that was read, they say the same; afterwards the longer one knows more."""
-        shorter = trained(replace(MEMORIES[memory], short_term_length=SEGMENT), positions=positions).double()
+    @pytest.mark.parametrize(
+        ("memory", "positions"),
+        [(MemoryConfig(SEGMENT), "rotary"), (compressive(), "relative"), (SHORT_AND_STICKY, "rotary")],
+    )
+    def test_a_longer_short_term_memory_of_the_same_weights_knows_more_once_the_shorter_is_full(
+        self, memory, positions
+    ):
+        shorter = trained(memory, positions=positions).double()
         config = copy.deepcopy(shorter.config)
         config.memory["short_term_length"] = 3 * SEGMENT
         longer = with_weights_of(shorter, config)
@@ -329,40 +294,6 @@ class TestSegments:
         for one, other in pairs[2:]:
             assert (one.logits - other.logits).abs().max() > 1e-3
         assert pairs[-1][1].state.layers[0].short_term.filled.tolist() == [3 * SEGMENT] * 2
-
-
-class TestTimeShuffle:
-    @every_memory
-    def test_every_memory_keeps_what_it_holds_in_another_order(self, memory):
-        model = trained(memory)
-        before = read(model, document(4, rows=3))[-1].state.reset_rows(torch.tensor([False, True, False]))
-        after = model.shuffle_time(before)
-        for old, new in zip(before.layers, after.layers, strict=True):
-            for queue, shuffled in zip(queues(old), queues(new), strict=True):
-                assert torch.equal(shuffled.filled, queue.filled)
-                for row in range(3):
-                    assert sorted(shuffled.entries[row].tolist()) == sorted(queue.entries[row].tolist())
-                    if queue.filled[row] > 1:
-                        assert not torch.equal(shuffled.entries[row], queue.entries[row])
-            old, new = behind(old), behind(new)
-            if isinstance(old, LongTermState):
-                assert torch.equal(new.segments, old.segments)
-                assert torch.equal(new.coefficients, model.time_shuffle() @ old.coefficients)
-                assert (new.coefficients[1] == 0).all()
-
-
-class TestLosses:
-    def test_the_divergence_counts_rows_with_a_memory_alone(self):
-        model = trained(MEMORIES["long"])
-        state = read(model, document(2))[-1].state
-        segment = tokens(seed=9)
-        both = model(segment, state=state).auxiliary_losses["divergence"]
-        first, second = (
-            model(segment, state=state, reset=torch.tensor(reset)).auxiliary_losses["divergence"]
-            for reset in ([True, False], [False, True])
-        )
-        torch.testing.assert_close(first + second, both)
-        assert model(segment).auxiliary_losses["divergence"] == 0
 
 
 class TestGradients:
@@ -387,16 +318,13 @@ class TestGradients:
         gradients = torch.autograd.grad(loss, list(names.values()), retain_graph=True, materialize_grads=True)
         return {name for name, gradient in zip(names, gradients, strict=True) if (gradient != 0).any()}
 
-    @pytest.mark.parametrize("cutoffs", [[], [20, 35]])
-    def test_learns(self, cutoffs):
-        """The same two segments by heart, with a plain and with an adaptive vocabulary."""
+    def test_two_segments_are_learned_by_heart_with_an_adaptive_vocabulary(self):
         torch.manual_seed(0)
-        model = DecoderForCausalLM(
-            configure(MEMORIES["long"], adaptive_cutoffs=cutoffs, adaptive_divisor=2.0, dropout=0.0)
-        ).train()
+        model = DecoderForCausalLM(configure(LONG, adaptive_cutoffs=[20, 35], adaptive_divisor=2.0, dropout=0.0))
+        model.train()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         losses = []
-        for _ in range(30):
+        for _ in range(20):
             optimizer.zero_grad()
             loss = sum(output.loss for output in read(model, document(2), labelled=True)) / 2
             loss.backward()
@@ -405,39 +333,33 @@ class TestGradients:
         assert losses[-1] < 0.5 * losses[0]
 
 
-class TestDropout:
-    @every_scheme
-    def test_where_it_is(self, positions):
-        """Distances, embeddings and the last hidden states; what each part adds; inside the feed-forward part."""
-        model = trained(positions=positions, activation="silu").train()
-        first = model.layers[0]
-        residuals = (first.attention_residual.dropout, first.feed_forward_residual.dropout)
-        own, attention, transformed, inside = map(watch, (model.dropout, *residuals, first.feed_forward.dropout))
-        torch.manual_seed(0)
-        model(tokens())
-        hidden, distances = (2, SEGMENT, HIDDEN), [(SEGMENT, HIDDEN)] if positions == "relative" else []
-        assert [argument.shape for argument, _ in own] == [*distances, hidden, hidden]
-        assert [argument.shape for argument, _ in (*attention, *transformed)] == [hidden, hidden]
-        assert [argument.shape for argument, _ in inside] == [(2, SEGMENT, 20)]
-        for argument, result in (*own, *attention, *transformed, *inside):
-            dropped = (argument != 0) & (result == 0)
-            assert 0 < dropped.float().mean() < 0.5
-            kept = result != 0
-            torch.testing.assert_close(result[kept], argument[kept] / 0.8)
-
-    def test_only_in_training(self):
-        model = trained()
-        assert torch.equal(model(tokens()).logits, model(tokens()).logits)
-        assert not torch.equal(model.train()(tokens()).logits, model(tokens()).logits)
+@every_scheme
+def test_dropout_is_where_transformer_xl_has_it(positions):
+    """Distances, embeddings and the last hidden states; what each part adds; inside the feed-forward part."""
+    model = trained(positions=positions, activation="silu").train()
+    first = model.layers[0]
+    residuals = (first.attention_residual.dropout, first.feed_forward_residual.dropout)
+    own, attention, transformed, inside = map(watch, (model.dropout, *residuals, first.feed_forward.dropout))
+    torch.manual_seed(0)
+    model(tokens())
+    hidden, distances = (2, SEGMENT, HIDDEN), [(SEGMENT, HIDDEN)] if positions == "relative" else []
+    assert [argument.shape for argument, _ in own] == [*distances, hidden, hidden]
+    assert [argument.shape for argument, _ in (*attention, *transformed)] == [hidden, hidden]
+    assert [argument.shape for argument, _ in inside] == [(2, SEGMENT, 20)]
+    for argument, result in (*own, *attention, *transformed, *inside):
+        dropped = (argument != 0) & (result == 0)
+        assert 0 < dropped.float().mean() < 0.5
+        kept = result != 0
+        torch.testing.assert_close(result[kept], argument[kept] / 0.8)
 
 
 class TestNewModel:
     @pytest.mark.parametrize("deviation", [0.02, 0.1, None])
-    @pytest.mark.parametrize("memory", ["convolution", "long"])
-    def test_weights(self, memory, deviation):
+    @pytest.mark.parametrize("memory", [compressive(), LONG], ids=["compressive", "long-term"])
+    def test_weights_of_a_new_model_have_the_deviation_that_is_asked_for(self, memory, deviation):
         """Normal, of the deviation that is asked for, or of 1/√inputs; the memory's too."""
         torch.manual_seed(0)
-        model = DecoderForCausalLM(configure(MEMORIES[memory], initializer_range=deviation, feed_forward_size=100))
+        model = DecoderForCausalLM(configure(memory, initializer_range=deviation, feed_forward_size=100))
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 assert (parameter == 1).all(), name
@@ -456,21 +378,13 @@ class TestNewModel:
 
 
 class TestSaving:
-    @pytest.mark.parametrize("placement", ["post", "pre"])
-    @pytest.mark.parametrize("normalization", ["layer", "rms"])
-    def test_round_trip_of_its_own_class(self, normalization, placement, tmp_path, assert_same_model):
-        architecture = {"normalization": normalization, "normalization_placement": placement, "positions": "rotary"}
-        saved = trained(MEMORIES["long"], **architecture)
+    def test_a_model_with_an_adaptive_vocabulary_is_loaded_as_it_was_saved(self, tmp_path, assert_same_model):
+        saved = trained(MemoryConfig(8), adaptive_cutoffs=[20, 35], adaptive_divisor=2.0)
         saved.save_pretrained(tmp_path)
         assert_same_model(saved, DecoderForCausalLM.from_pretrained(tmp_path), document(3))
 
-    def test_round_trip_with_an_adaptive_vocabulary(self, tmp_path, assert_same_model):
-        saved = trained(MEMORIES["short"], adaptive_cutoffs=[20, 35], adaptive_divisor=2.0)
-        saved.save_pretrained(tmp_path)
-        assert_same_model(saved, AutoModelForCausalLM.from_pretrained(tmp_path), document(3))
-
-    def test_loaded_with_a_longer_short_term_memory(self, tmp_path):
-        saved = trained(MEMORIES["short and sticky"])
+    def test_a_model_is_loaded_with_a_longer_short_term_memory(self, tmp_path):
+        saved = trained(SHORT_AND_STICKY)
         saved.save_pretrained(tmp_path)
         config = AutoConfig.from_pretrained(tmp_path)
         assert isinstance(config, DecoderConfig)
@@ -481,31 +395,9 @@ class TestSaving:
             assert torch.equal(loaded.state_dict()[name], tensor)
 
 
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("architecture", "message"),
-        [
-            ({"positions": "absolute"}, "positions=absolute: choose one of relative, rotary"),
-            ({"normalization": "batch"}, "normalization=batch: choose one of layer, rms"),
-            ({"normalization_placement": "both"}, "normalization_placement=both: choose one of post, pre"),
-            ({"activation": "swoosh"}, "activation=swoosh: transformers knows no such activation"),
-            ({"positions": "rotary", "head_size": 5}, "head_size=5: rotary positions turn pairs; make it even"),
-            (
-                {"num_attention_heads": 5, "memory": MEMORIES["long"]},
-                r"num_attention_heads=5: .* model\.architecture\.hidden_size=12 .* choose a number that divides it",
-            ),
-            (
-                {"adaptive_cutoffs": [20, 50]},
-                r"adaptive_cutoffs=\[20, 50\] cannot cut a vocabulary of 50 tokens: .* from 1 to 49",
-            ),
-        ],
-    )
-    def test_an_error_names_the_option_and_what_to_do(self, architecture, message):
-        with pytest.raises(UserError, match=rf"^model\.architecture\.{message}"):
-            DecoderForCausalLM(configure(**architecture))
+def test_heads_need_not_divide_the_width_without_a_long_term_memory():
+    assert trained(MemoryConfig(8), num_attention_heads=5, head_size=4)(tokens()).logits.isfinite().all()
 
-    def test_heads_need_not_divide_the_width_without_a_long_term_memory(self):
-        assert trained(MEMORIES["short"], num_attention_heads=5, head_size=4)(tokens()).logits.isfinite().all()
 
-    def test_without_memory_there_is_no_longest_segment(self):
-        assert trained()(tokens(length=40)).logits.shape == (2, 40, VOCABULARY)
+def test_without_memory_there_is_no_longest_segment():
+    assert trained()(tokens(length=40)).logits.shape == (2, 40, VOCABULARY)

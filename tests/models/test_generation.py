@@ -1,7 +1,6 @@
 """Text is continued as a loop without any cache would do it, also across segments."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,31 +11,21 @@ from infformer.models.generation import continue_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8
-MEMORIES = {
-    "affine": {},
-    "sticky": {"sticky": True, "sticky_bins": 16},
-    "slots, uniform": {"read": "slots", "contraction": "uniform"},
-}
 
 
-@pytest.fixture
-def model(backbone) -> Callable[..., InfformerForCausalLM]:
+@pytest.fixture(scope="module")
+def model(backbone) -> InfformerForCausalLM:
     """A model whose every choice depends on all that it sees: one with weights this large is sure of itself."""
-
-    def build(memory: dict | None = None) -> InfformerForCausalLM:
-        torch.manual_seed(3)
-        stock = copy.deepcopy(backbone)
-        for parameter in stock.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.6)
-        sizes = {"basis_functions": 8, "widths": [0.05, 0.1], "past_samples": 16}
-        config = None if memory is None else LongTermMemoryConfig(**sizes, **memory)
-        model = InfformerForCausalLM.from_backbone(stock, config, segment_length=SEGMENT).eval()
-        for parameter in model.memories.parameters():
-            nn.init.normal_(parameter)
-        return model
-
-    return build
+    torch.manual_seed(3)
+    stock = copy.deepcopy(backbone)
+    for parameter in stock.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.6)
+    memory = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16, sticky=True)
+    model = InfformerForCausalLM.from_backbone(stock, memory, segment_length=SEGMENT).eval()
+    for parameter in model.memories.parameters():
+        nn.init.normal_(parameter)
+    return model
 
 
 def prompt(length: int) -> Tensor:
@@ -56,27 +45,22 @@ def literally(model: InfformerForCausalLM, tokens: Tensor, count: int, forget: b
     return tokens[-count:]
 
 
-@pytest.mark.parametrize("memory", [*MEMORIES.values(), None], ids=[*MEMORIES, "none"])
 @pytest.mark.parametrize("length", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT])
-def test_equals_a_literal_loop(model, memory, length):
-    some, start = model(memory), prompt(length)
-    made = continue_text(some, start, 2 * SEGMENT + 3, SEGMENT, temperature=0)
-    assert made.tolist() == literally(some, start, 2 * SEGMENT + 3).tolist()
+def test_a_continued_text_is_that_of_a_literal_loop(model, length):
+    start, count = prompt(length), SEGMENT + 3
+    made = continue_text(model, start, count, SEGMENT, temperature=0)
+    assert made.tolist() == literally(model, start, count).tolist()
 
 
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-def test_what_was_read_before_matters(model, memory):
+def test_what_was_read_before_matters(model):
     """So that the test above means something."""
-    some = model(memory)
-    assert literally(some, prompt(20), 20).tolist() != literally(some, prompt(20), 20, forget=True).tolist()
+    assert literally(model, prompt(20), 12).tolist() != literally(model, prompt(20), 12, forget=True).tolist()
 
 
 def test_choices_belong_to_the_generator(model):
-    some = model({})
-
     def sample(seed: int, temperature: float = 1.0) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return continue_text(some, prompt(10), 12, SEGMENT, temperature, generator).tolist()
+        return continue_text(model, prompt(10), 12, SEGMENT, temperature, generator).tolist()
 
     random = torch.get_rng_state()
     assert sample(0) == sample(0) != sample(1)
@@ -84,17 +68,17 @@ def test_choices_belong_to_the_generator(model):
     assert sample(0, temperature=1e-4) == sample(1, temperature=0)
 
 
-def test_nothing_is_asked_for(model):
-    assert continue_text(model({}), prompt(20), 1, SEGMENT).shape == (1,)
+def test_one_token_may_be_asked_for(model):
+    assert continue_text(model, prompt(20), 1, SEGMENT).shape == (1,)
 
 
 def test_nothing_is_computed_ahead_of_what_is_asked_for(model):
     """Not even the writing of a segment that has just become whole."""
-    some, lengths = model({}), []
-    some.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
-    sampled = sample_tokens(some, prompt(2 * SEGMENT), SEGMENT)
-    assert lengths == []
-    next(sampled)
-    assert lengths == [SEGMENT, SEGMENT]
-    next(sampled)
-    assert lengths == [SEGMENT, SEGMENT, SEGMENT, 1]
+    lengths: list[int] = []
+    with model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1])):
+        sampled = sample_tokens(model, prompt(2 * SEGMENT), SEGMENT)
+        assert lengths == []
+        next(sampled)
+        assert lengths == [SEGMENT, SEGMENT]
+        next(sampled)
+        assert lengths == [SEGMENT, SEGMENT, SEGMENT, 1]

@@ -4,20 +4,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX
-from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
+from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT, VOCABULARY = 12, 50
 BACKBONES = {
@@ -87,14 +79,8 @@ def document(segments: int, rows: int = 2) -> list[Tensor]:
     return [tokens(rows, seed=seed) for seed in range(segments)]
 
 
-def assert_same_memory(one: MemoryState, other: MemoryState) -> None:
-    assert one.named_tensors().keys() == other.named_tensors().keys()
-    for name, tensor in one.named_tensors().items():
-        assert torch.equal(tensor, other.named_tensors()[name]), name
-
-
 class TestTheBackboneIsLeftAlone:
-    def test_names_and_values_of_its_parameters(self, stock, model):
+    def test_a_backbone_keeps_the_names_and_values_of_its_parameters(self, stock, model):
         names = list(stock.state_dict())
         before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
         wrapped = model()
@@ -112,30 +98,21 @@ class TestTheBackboneIsLeftAlone:
         wrapped = new_model()
         assert torch.equal(wrapped.get_input_embeddings().weight, expected)
 
-    def test_without_memory(self, stock):
-        wrapped = InfformerForCausalLM.from_backbone(stock)
-        output = wrapped(tokens(), labels=tokens())
-        assert output.state == wrapped.initial_state(2)
-        assert output.state.layers == ()
-        assert output.auxiliary_losses == {}
-        torch.testing.assert_close(output.loss, stock(tokens(), labels=tokens()).loss)
-        assert torch.equal(wrapped(tokens(), state=output.state).logits, stock(tokens()).logits)
-
-    def test_with_a_memory_in_no_layer(self, stock, new_model):
+    def test_a_memory_in_no_layer_changes_nothing(self, stock, new_model):
         wrapped = new_model(memory_layers=[])
         for output, segment in zip(read(wrapped, document(2)), document(2), strict=True):
             assert torch.equal(output.logits, stock(segment).logits)
 
 
 class TestSaving:
-    def test_round_trip_with_memory_in_some_layers(self, model, tmp_path, assert_same_model):
+    def test_memories_of_some_layers_are_loaded_as_they_were_saved(self, model, tmp_path, assert_same_model):
         saved = model(memory_layers=[1])
         saved.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config.memory_layers == [1]
         assert_same_model(saved, loaded, document(3))
 
-    def test_round_trip_in_bfloat16(self, stock, new_model, tmp_path, assert_same_model):
+    def test_a_bfloat16_backbone_is_loaded_as_it_was_saved(self, stock, new_model, tmp_path, assert_same_model):
         """The memories beside a bfloat16 backbone are float32, and so they return."""
         stock.save_pretrained(tmp_path / "stock")
         memory = new_model().config.memory_config
@@ -156,20 +133,13 @@ class TestSaving:
         tied = backbone.get_output_embeddings().weight is backbone.get_input_embeddings().weight
         assert tied == stock.config.tie_word_embeddings
 
-    def test_the_backbone_taken_out(self, stock, model, tmp_path):
-        """What is saved of it opens as the stock model."""
+    def test_a_backbone_taken_out_and_saved_opens_as_the_stock_model(self, stock, model, tmp_path):
         model().backbone.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert type(loaded) is type(stock)
         assert torch.equal(loaded(tokens()).logits, stock(tokens()).logits)
 
-    def test_a_backbone_by_its_folder(self, stock, tmp_path):
-        stock.save_pretrained(tmp_path)
-        memory = LongTermMemoryConfig(basis_functions=8)
-        wrapped = InfformerForCausalLM.from_backbone(tmp_path, memory, segment_length=SEGMENT)
-        assert torch.equal(wrapped(tokens()).logits, stock(tokens()).logits)
-
-    def test_the_memories_alone(self, model, tmp_path):
+    def test_memories_are_saved_and_loaded_alone(self, model, tmp_path):
         one, other = model(), model()
         assert not torch.equal(read(one, document(2))[1].logits, read(other, document(2))[1].logits)
         torch.save(one.memories.state_dict(), tmp_path / "memories.pt")
@@ -180,28 +150,22 @@ class TestSaving:
 
 class TestErrors:
     @pytest.mark.parametrize("memory_layers", [[2], [0, -1], [0, 0]])
-    def test_layers_that_do_not_exist(self, new_model, memory_layers):
+    def test_layers_that_do_not_exist_are_refused(self, new_model, memory_layers):
         with pytest.raises(ValueError, match=r"model\.memory_layers=.*layers 0 to 1"):
             new_model(memory_layers)
 
-    def test_a_segment_longer_than_the_positions(self, stock):
+    def test_a_segment_longer_than_the_positions_is_refused(self, stock):
         memory = LongTermMemoryConfig(basis_functions=8)
         with pytest.raises(ValueError, match="segment_length=17 is longer than the 16 positions"):
             InfformerForCausalLM.from_backbone(stock, memory, segment_length=17)
 
-    def test_an_unknown_kind_of_backbone(self):
+    def test_an_unknown_kind_of_backbone_is_refused(self):
         config = GPTNeoXConfig(
             vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
         )
         backbone = AutoModelForCausalLM.from_config(config)
         with pytest.raises(ValueError, match="'gpt_neox' yet, only of gpt2, llama"):
             InfformerForCausalLM.from_backbone(backbone, LongTermMemoryConfig(), segment_length=SEGMENT)
-
-    def test_config_opens_by_its_name(self, model, tmp_path):
-        model().config.save_pretrained(tmp_path)
-        config = AutoConfig.from_pretrained(tmp_path)
-        assert isinstance(config, InfformerConfig)
-        assert config.backbone.to_dict() == model().config.backbone.to_dict()
 
 
 class TestSomeLayers:
@@ -230,16 +194,9 @@ class TestSomeLayers:
         assert torch.equal(read(wrapped, document(2))[1].logits, read(other, document(2))[1].logits)
 
 
-class TestTraces:
-    def test_without_memory_there_are_none(self, stock):
-        model = InfformerForCausalLM.from_backbone(copy.deepcopy(stock), memory_layers=[0])
-        assert model(tokens(), return_intermediates=True).intermediates == ()
-        assert model.layer_memories() == {}
-
-
 class TestLosses:
     @pytest.mark.parametrize("options", [{}, {"read": "moments"}, {"read": "slots"}])
-    def test_loss_and_divergence_literally(self, model, options):
+    def test_loss_and_divergence_are_the_literal_means(self, model, options):
         """Means over scored tokens, and over real tokens (those without memory count zero); summed over layers."""
         wrapped = model(**options, divergence_weight=0.5)
         memory = read(wrapped, document(1, rows=3))[0].state.reset_rows(torch.tensor([False, False, True]))
@@ -257,7 +214,3 @@ class TestLosses:
         assert output.auxiliary_losses.keys() == {"divergence"}
         torch.testing.assert_close(output.auxiliary_losses["divergence"], expected)
         torch.testing.assert_close(output.loss, output.token_losses.sum() / (11 + 4 + 11) + expected)
-
-    def test_divergence_of_empty_memories_is_nothing(self, model):
-        output = model(divergence_weight=1.0)(tokens(), labels=tokens())
-        assert output.auxiliary_losses["divergence"] == 0
