@@ -89,10 +89,11 @@ def test_every_option_reaches_the_evaluator(checkpoints, kind, typed, expected):
         found = {**vars(evaluator.protocol), "batch_size": evaluator.batch_size}
         return {**found, "short_term_length": evaluator.model.short_term_length}
 
-    assert options(**typed) == {**options(), **expected} != options()
+    default = options()
+    assert options(**typed) == {**default, **expected} != default
 
 
-def test_a_tokenizer_from_elsewhere(checkpoints, tmp_path):
+def test_a_tokenizer_may_come_from_elsewhere(checkpoints, tmp_path):
     """The model's own folder has none."""
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((checkpoints["memory"] / name).read_bytes())
@@ -100,15 +101,14 @@ def test_a_tokenizer_from_elsewhere(checkpoints, tmp_path):
     assert model.tok_encode("a whale") == InfformerLM(str(checkpoints["memory"]), device="cpu").tok_encode("a whale")
 
 
-@pytest.mark.parametrize("kind", ["memory", "decoder"])
-def test_a_task_of_the_harness_measures_what_eval_does(kind, checkpoints, tokenizer, tmp_path, monkeypatch):
+def test_a_task_of_the_harness_measures_what_eval_does(checkpoints, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in TEXTS.items()))
     (tmp_path / "documents.yaml").write_text(PERPLEXITY.format(file=file))
     results = lm_eval.simple_evaluate(
         model="infformer",
-        model_args={"checkpoint": str(checkpoints[kind])},
+        model_args={"checkpoint": str(checkpoints["memory"])},
         tasks=["documents"],
         batch_size=2,
         device="cpu",
@@ -117,7 +117,8 @@ def test_a_task_of_the_harness_measures_what_eval_does(kind, checkpoints, tokeni
     )
     config = DataConfig(source="files", test=str(file), cache_dir=str(tmp_path))
     documents = tokenize_documents(config, "test", tokenizer)
-    ours = evaluate(Evaluator(model=load_trained(str(checkpoints[kind])), protocol=ReadingProtocol(SEGMENT)), documents)
+    model = load_trained(str(checkpoints["memory"]))
+    ours = evaluate(Evaluator(model=model, protocol=ReadingProtocol(SEGMENT)), documents)
     found = results["results"]["documents"]
     assert found["word_perplexity,none"] == pytest.approx(ours["perplexity"]["word"], rel=1e-4)
     assert found["bits_per_byte,none"] == pytest.approx(ours["bits_per_byte"], rel=1e-6)
@@ -141,7 +142,7 @@ def test_documents_begin_with_what_begins_them_in_training(adapter):
     assert after_nothing == pytest.approx(rolling, rel=1e-5)
 
 
-def test_a_continuation_of_a_long_context(adapter, models, tokenizer):
+def test_a_continuation_is_scored_after_all_of_a_long_context(adapter, models, tokenizer):
     """Blanks between the two are the continuation's."""
     context, choices = TEXTS["ship"], (" whale", " sea")
     requests = [ask("loglikelihood", context + " ", choice[1:]) for choice in choices]
@@ -157,7 +158,7 @@ def test_a_continuation_of_a_long_context(adapter, models, tokenizer):
         assert likelihood == pytest.approx(-float(torch.cat(losses)[-len(choice) :].sum()), rel=1e-5)
 
 
-def test_a_context_of_blanks(adapter):
+def test_blanks_before_a_continuation_are_part_of_it(adapter):
     found = adapter().loglikelihood(
         [ask("loglikelihood", "  ", "a"), ask("loglikelihood", "", "  a")], disable_tqdm=True
     )
@@ -231,12 +232,12 @@ def test_a_text_has_one_beginning(adapter, tokenizer, beginning):
         ({"device": "abacus"}, "device=abacus.*--device"),
     ],
 )
-def test_what_cannot_be(checkpoints, options, message):
+def test_what_cannot_be_is_refused(checkpoints, options, message):
     with pytest.raises(UserError, match=message):
         InfformerLM(**{"checkpoint": str(checkpoints["memory"]), "device": "cpu", **options})
 
 
-def test_more_processes_than_one(checkpoints, monkeypatch):
+def test_more_processes_than_one_are_refused(checkpoints, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes"):
         InfformerLM(str(checkpoints["memory"]))

@@ -28,7 +28,7 @@ SEGMENT = 8
         ({"do_sample": True, "temperature": 0.2}, GenerationOptions((), 256, 0.2)),
     ],
 )
-def test_what_a_task_says(asked, options):
+def test_what_a_task_says_is_understood(asked, options):
     assert GenerationOptions.from_request(asked) == options
 
 
@@ -42,7 +42,7 @@ def test_what_a_task_says(asked, options):
         ({"temperature": -1.0}, "gen_kwargs temperature=-1.0.*give 0"),
     ],
 )
-def test_what_a_model_cannot_do(asked, message):
+def test_what_a_model_cannot_do_is_refused(asked, message):
     with pytest.raises(UserError, match=message):
         GenerationOptions.from_request(asked)
 
@@ -83,14 +83,14 @@ def written(monkeypatch, evaluator, tokenizer) -> Callable[..., str]:
         ("blue sea<s>", [], "blue sea"),
     ],
 )
-def test_where_it_ends(written, text, until, expected):
+def test_a_text_ends_where_the_task_says(written, text, until, expected):
     assert written(text, GenerationOptions(tuple(until))) == expected
 
 
-def test_after_so_many_tokens(written):
+def test_a_text_ends_after_so_many_tokens(written):
     assert written("blue", GenerationOptions((), max_tokens=4)) == "blue"
 
 
-def test_at_a_special_token_that_the_task_names(written, tokenizer):
+def test_a_text_ends_at_a_special_token_that_the_task_names(written, tokenizer):
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="x")
     assert written("blue<s>", GenerationOptions(("<s>",)), other) == "blue"

@@ -68,7 +68,7 @@ def make(material) -> Callable[..., LanguageModelling]:
 
 
 class TestAStep:
-    def test_is_the_next_segments_of_the_lanes(self, documents, stream):
+    def test_a_step_is_the_next_segments_of_the_lanes(self, documents, stream):
         lanes = Lanes(documents["train"], LANES, SEGMENT, seed=0, segments_per_visit=3)
         stream = stream(bptt_segments=3)
         for _ in range(4):
@@ -79,7 +79,7 @@ class TestAStep:
                 assert torch.equal(segment.input_ids, expected.input_ids)
                 assert torch.equal(segment.targets, expected.targets)
 
-    def test_goes_on_where_another_process_stood(self, stream):
+    def test_a_stream_goes_on_where_another_process_stood(self, stream):
         """Its state is JSON, and the same whatever the share."""
         whole, half = stream(bptt_segments=2), stream(bptt_segments=2, rank_rows=range(2, 4))
         for _ in range(5):
@@ -93,12 +93,12 @@ class TestAStep:
             assert torch.equal(segment.input_ids, expected.input_ids)
             assert torch.equal(segment.reads, expected.reads)
 
-    def test_of_other_lanes_is_refused(self, stream):
+    def test_a_state_of_other_lanes_is_refused(self, stream):
         other = stream(lanes=2, rank_rows=range(2))
         with pytest.raises(DataError, match=r"training\.batch_size: the run to be resumed had 4, this one has 2"):
             other.load_state_dict(stream().state_dict())
 
-    def test_is_located_in_the_documents(self, documents, stream):
+    def test_a_segment_is_located_in_the_documents(self, documents, stream):
         """Each line names a lane and a place where the lane's tokens are found."""
         train = documents["train"]
         for segment in stream(bptt_segments=4, rank_rows=range(1, 3)).next_step():
@@ -109,13 +109,13 @@ class TestAStep:
                 assert int(lane) == row + 1
                 assert segment.input_ids[row, :length].tolist() == tokens.tolist()
 
-    def test_there_is_so_much_to_learn_from(self, documents, stream):
+    def test_a_stream_says_how_much_there_is_to_learn_from(self, documents, stream):
         counts = documents["train"].token_counts
         assert stream().describe() == f"6 documents, {sum(counts.tolist()):,} tokens to learn from"
 
 
 class TestWhatIsMeasured:
-    def test_during_training(self, documents, make, evaluator):
+    def test_validation_measures_the_validation_documents(self, documents, make, evaluator):
         figures = evaluate(evaluator, documents["validation"])
         measured = make().validate()
         assert measured.loss == figures["nll"] / figures["tokens"]
@@ -123,12 +123,12 @@ class TestWhatIsMeasured:
         assert measured.metrics == {"validation/loss": measured.loss, "validation/perplexity": perplexity}
         assert measured.text == f"validation perplexity {perplexity:.3f} per token (disjoint segments of 16, float32)"
 
-    def test_during_training_on_the_beginnings_alone(self, documents, make, evaluator):
+    def test_validation_reads_the_beginnings_alone_where_they_are_asked_for(self, documents, make, evaluator):
         figures = evaluate(evaluator, documents["validation"].beginnings(50))
         assert figures["tokens"] < sum(documents["validation"].token_counts - 1)
         assert make(max_validation_tokens=50).validate().loss == figures["nll"] / figures["tokens"]
 
-    def test_before_and_after(self, documents, make, evaluator):
+    def test_the_test_documents_are_measured_before_and_after(self, documents, make, evaluator):
         figures = evaluate(evaluator, documents["test"])
         assert make().measure_before() == figures
         measured = make().measure("somewhere")
@@ -138,16 +138,16 @@ class TestWhatIsMeasured:
         assert measured["controls"]["memory_off"]["nll"] != figures["nll"]
         assert measured["protocol"]["checkpoint"] == "somewhere"
 
-    def test_only_what_is_asked_for(self, make):
+    def test_only_what_is_asked_for_is_measured(self, make):
         assert make(before=False).measure_before() is None
         assert make(controls=False).measure("somewhere")["controls"] == {}
 
-    def test_nothing_without_documents(self, make):
+    def test_without_documents_nothing_is_measured(self, make):
         task = make(("train",), max_validation_tokens=50)
         assert task.validate() is None
         assert task.measure_before() is task.measure("somewhere") is None
 
-    def test_is_reported(self, make, tmp_path, monkeypatch, capsys):
+    def test_the_report_is_a_file_a_table_and_figures(self, make, tmp_path, monkeypatch, capsys):
         drawn = [tmp_path / "figure.png"]
         monkeypatch.setattr(language_modelling, "plot_results", lambda path: drawn if path.exists() else [])
         task = make()
@@ -162,7 +162,7 @@ class TestWhatIsMeasured:
 class TestInspection:
     """Writes nothing, so that every process can make it."""
 
-    def test_is_along_the_longest_test_document(self, documents, make, evaluator):
+    def test_the_longest_test_document_is_inspected(self, documents, make, evaluator):
         test = documents["test"]
         longest = int(test.token_counts.argmax())
         tokens = torch.from_numpy(test.tokens(longest, 0, int(test.token_counts[longest])))
@@ -171,19 +171,16 @@ class TestInspection:
         assert found == inspect_document(evaluator.model, tokens, 3, progress=False)
         assert json.loads(json.dumps(found)) == found
 
-    def test_is_not_made_if_not_wanted(self, make):
+    def test_without_segments_documents_or_a_long_term_memory_nothing_is_inspected(
+        self, documents, make, tokenizer, backbone
+    ):
         assert make(inspected_segments=0).inspect() is None
-
-    def test_needs_a_test_document(self, make):
         assert make(("train", "validation"), inspected_segments=3).inspect() is None
-
-    def test_needs_a_long_term_memory(self, documents, tokenizer, backbone):
-        evaluator = Evaluator(
-            model=InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), protocol=ReadingProtocol(SEGMENT)
-        )
+        stock = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
+        evaluator = Evaluator(model=stock, protocol=ReadingProtocol(SEGMENT))
         assert LanguageModelling(Material(evaluator, tokenizer, documents, inspected_segments=3)).inspect() is None
 
-    def test_of_a_document_that_is_too_short_is_none(self, documents, make, evaluator, monkeypatch, caplog):
+    def test_a_document_that_is_too_short_is_not_inspected(self, documents, make, evaluator, monkeypatch, caplog):
         def refuse(*arguments: object, **options: object) -> None:
             raise EvaluationError("it has only 1 segment")
 
@@ -194,16 +191,16 @@ class TestInspection:
 
 
 class TestASample:
-    def test_goes_on_with_a_validation_document(self, documents, make, tokenizer):
+    def test_a_sample_goes_on_with_a_validation_document(self, documents, make, tokenizer):
         prompt, _, sampled = make().sample(3, 9).partition(" ⟶ ")
         assert prompt == tokenizer.decode(documents["validation"].tokens(0, 0, 2 * SEGMENT))
         assert sampled
 
-    def test_or_else_with_what_is_learned_from(self, documents, make, tokenizer):
+    def test_a_sample_goes_on_with_what_is_learned_from_where_nothing_else_is(self, documents, make, tokenizer):
         prompt = make(("train",)).sample(3, 9).partition(" ⟶ ")[0]
         assert prompt == tokenizer.decode(documents["train"].tokens(0, 0, 2 * SEGMENT))
 
-    def test_is_drawn_by_the_step_alone(self, make):
+    def test_a_sample_is_drawn_by_the_step_alone(self, make):
         before = torch.get_rng_state()
         once, again, later = (make().sample(step, 9) for step in (3, 3, 4))
         assert once == again != later
