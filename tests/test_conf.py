@@ -163,10 +163,8 @@ class TestEngines:
         assert run_config(f"engine={engine}", "engine.config=mine.json").engine.config == "mine.json"
 
 
-def test_what_is_chosen_with_a_model_belongs_to_one():
-    models = {path.stem for path in (CONF / "model").glob("*.yaml")}
-    assert {path.stem for path in (CONF / "training").glob("*.yaml")} <= models
-    chosen = OmegaConf.load(CONF / "training" / "tiny.yaml").training.segment_length
+def test_a_model_says_how_it_is_best_trained():
+    chosen = OmegaConf.load(CONF / "model" / "tiny.yaml").training.segment_length
     assert run_config("model=tiny").training.segment_length == chosen != TrainingConfig().segment_length
     assert run_config("model=gpt2_ltm").training.segment_length == 512
 
