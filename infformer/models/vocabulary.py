@@ -47,7 +47,7 @@ class TiedVocabulary(nn.Module):
             labels: [tokens]; -100 where nothing is scored.
 
         Returns:
-            TokenLosses, float32, [tokens]; 0 where nothing is scored.
+            Nats, float32, [tokens]; 0 where nothing is scored.
         """
         return cross_entropy(self.logits)(hidden, labels)
 
@@ -133,7 +133,7 @@ class AdaptiveVocabulary(nn.Module):
             labels: [tokens]; -100 where nothing is scored.
 
         Returns:
-            TokenLosses, float32, [tokens]; 0 where nothing is scored.
+            Nats, float32, [tokens]; 0 where nothing is scored.
         """
         bands = self._bands(labels)
         losses = cross_entropy(self.softmax.head)(hidden, torch.where(bands == 0, labels, self.cutoffs[0] + bands - 1))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Forced:
-    """The answers teacher forced, of each token asked for, one question after the other."""
+    """Teacher-forced answers to the tokens that are asked for, one question after the other."""
 
     right: NDArray[np.bool_]
     """[asked]; the true token is the most likely one."""
@@ -46,7 +46,7 @@ class Answers:
 
 
 def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> Forced:
-    """Ask a model teacher forced; it is left in evaluation mode. All processes together.
+    """Ask a model with teacher forcing; it is left in evaluation mode. All processes together.
 
     Args:
         title: of the progress bar.
@@ -62,7 +62,7 @@ def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> For
 
 
 def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
-    """Ask a model teacher forced and free running; the text is read once. It is left in evaluation mode.
+    """Ask a model with teacher forcing and running free, and read the text once. It is left in evaluation mode.
 
     All processes together.
 
@@ -86,7 +86,7 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
 def _answer_forced(
     evaluator: Evaluator, tokens: Tensor, memory: ModelState | None, start: int, end: int
 ) -> NDArray[np.float64]:
-    """Which of the last `end` tokens are right, and the nats of each, [2, rows, end]; `memory` is that at `start`."""
+    """Whether the last `end` tokens are predicted, and their nats, [2, rows, end]; `memory` is the state at `start`."""
     logits: list[Tensor] = []
     first = tokens.shape[1] - 1 - end  # the input from which the first of them is predicted
     for _, output in stream(evaluator.model, _segments(evaluator, tokens[:, start:-1]), memory):
@@ -106,11 +106,11 @@ def _answer_freely(
     asked: Tensor,
     asked_anywhere: NDArray[np.bool_],
 ) -> Tensor:
-    """The last tokens as the model gives them where they are asked for, as they are elsewhere, [rows, end].
+    """The last tokens, [rows, end]: the model's own where they are asked for, the true ones elsewhere.
 
     Args:
-        asked: in each of these rows, bool [rows, end];
-        asked_anywhere: in any, also those of other processes, [end]: all read as many times.
+        asked: which tokens are asked for in each of these rows, bool [rows, end].
+        asked_anywhere: which are in any row of any process, [end]; so all processes read the same number of times.
     """
     first = tokens.shape[1] - asked.shape[1]
     segment = tokens[:, start:first]
@@ -144,9 +144,10 @@ def _segments(evaluator: Evaluator, tokens: Tensor) -> Iterator[TextSegment]:
 
 
 def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:
-    """The questions of this process, as many side by side as the reader allows.
+    """The questions of this process, as many side by side as the evaluator allows.
 
-    Every process gets as many batches. One that has no more questions reads the first of all once more, for nothing.
+    Every process gets the same number of batches: one that has no more questions reads the first of all once more, and
+    it does not count.
 
     Returns:
         Which questions, how many of them count, and their tokens.
@@ -167,7 +168,7 @@ def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator
 
 
 def _of_all_processes(evaluator: Evaluator, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
-    """What each process found of its questions, zero for those of others: the sum is exact."""
+    """What all processes found: the sum of what each found, zero for the questions of others, which is exact."""
     own = torch.from_numpy(outcome.astype(np.float32)).to(evaluator.model.device)
     summed: NDArray[np.float32] = evaluator.processes.reduce(own).cpu().numpy()
     return summed

@@ -23,7 +23,7 @@ from infformer.tasks.task import Material
 
 @dataclass
 class AssociativeRecallConfig(RetrievalConfig):
-    """Recalling the values of keys."""
+    """The task of recalling the values of keys."""
 
     keys: int = 512
     """How many keys there are; a text cannot have more pairs."""
@@ -48,7 +48,7 @@ class AssociativeRecallConfig(RetrievalConfig):
         return RetrievalSource("associative recall", self.queries, 1 / self.values, identity, SPLITS, self.draw)
 
     def draw(self, split: str, numbers: Sequence[int] | Integers, seed: int, length: int, depths: Floats) -> Questions:
-        """As for every retrieval task. The pair at depth d of n pairs is the one nearest to (n - 1) d, counted from 0.
+        """Draw as `DrawAtDepths` says. The pair at depth d of n pairs is the one nearest to (n - 1) d, counted from 0.
 
         Where two keys would be the same, the second is of the nearest other pair.
         """
@@ -66,7 +66,7 @@ class AssociativeRecallConfig(RetrievalConfig):
         return Questions(tokens, answers)
 
     def _pairs(self, length: int) -> int:
-        """Before the second separator.
+        """How many pairs stand before the second separator in a text of this length.
 
         Raises:
             DataError: there is no text of this length.

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2305.16300; here the text is real.
 
 Needle: a sentence that has nothing to do with a book is hidden in it, and at the end it is begun anew, after Kamradt,
 https://github.com/gkamradt/LLMTest_NeedleInAHaystack. Sentences are put together from parts, so that no end can be
-guessed from its beginning: who has not read the sentence, or does not remember it, cannot know its end.
+guessed from its beginning: a model that has not read the sentence, or does not remember it, cannot know its end.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Haystack:
         return RetrievalSource(name, needles, chance, identity, self._documents.keys(), self.draw)
 
     def draw(self, split: str, numbers: Sequence[int] | Integers, seed: int, length: int, depths: Floats) -> Questions:
-        """As for every retrieval task. A needle is put at the end of the sentence nearest to its depth."""
+        """Draw as `DrawAtDepths` says. A needle is put at the end of the sentence nearest to its depth."""
         tokens, answers = [], []
         for number, wanted in zip(numbers, depths, strict=True):
             random = random_of(seed, split, length, number)
@@ -178,14 +178,14 @@ class Haystack:
         return [*pieces, text[done:]]
 
     def _text(self, split: str, random: np.random.Generator, length: int) -> Integers:
-        """So many tokens of the documents of a split, from the beginning of a sentence on."""
+        """`length` tokens of the documents of a split, from the beginning of a sentence on."""
         text = self._within_one(split, random, length) if self._one_document else self._across(split, random, length)
         ends = np.flatnonzero(self._ends_sentence[text[: len(text) - length]])
         start = int(ends[0]) + 1 if ends.size else 0
         return text[start : start + length]
 
     def _within_one(self, split: str, random: np.random.Generator, length: int) -> Integers:
-        """At least so many tokens of one document."""
+        """At least `length` tokens of one document."""
         documents = self._documents[split]
         counts = documents.token_counts - self._first
         (long_enough,) = np.nonzero(counts >= length)
@@ -195,7 +195,7 @@ class Haystack:
         return documents.tokens(document, start, stop)
 
     def _across(self, split: str, random: np.random.Generator, length: int) -> Integers:
-        """More than so many tokens, from anywhere on, of one document after another."""
+        """More than `length` tokens of one document after another, from a random place on."""
         documents = self._documents[split]
         counts = documents.token_counts - self._first
         ends = np.cumsum(counts)
@@ -213,7 +213,7 @@ class Haystack:
 
 @dataclass
 class PasskeyConfig(RetrievalConfig):
-    """Finding a number in the text of `data`, of several documents where one is too short."""
+    """The task of finding a number in the text of `data`, of several documents where one is too short."""
 
     digits: int = 5
     """Of the number."""
@@ -229,7 +229,7 @@ class PasskeyConfig(RetrievalConfig):
         return haystack.source("passkey", 1, chance, {"task.digits": self.digits})
 
     def _write(self, random: np.random.Generator) -> list[Needle]:
-        """One sentence, of a number drawn uniformly from all of so many digits."""
+        """One sentence with a number, drawn uniformly from all that have `digits` digits."""
         key = random.integers(10 ** (self.digits - 1), 10**self.digits)
         return [
             Needle(
@@ -242,7 +242,7 @@ class PasskeyConfig(RetrievalConfig):
 
 @dataclass
 class NeedleConfig(RetrievalConfig):
-    """Finding sentences in one document of `data`, which has to be as long as the text."""
+    """The task of finding sentences in one document of `data`, which has to be as long as the text."""
 
     needles: int = 1
     """How many are hidden, each at a depth of its own, and asked for one after the other."""

@@ -45,12 +45,12 @@ class Questions:
         return self.tokens[:, self.tokens.shape[1] - self.answers.shape[1] :][self.asked]
 
     def last(self, inputs: int) -> Self:
-        """What is left of them if only so many inputs are read, or as many as it takes to ask for all answers."""
+        """The same questions with their last `inputs` inputs alone, or as many as it takes to ask for all answers."""
         return replace(self, tokens=self.tokens[:, -max(inputs, self.answers.shape[1]) - 1 :])
 
 
 Draw = Callable[[Integers, int, int], Questions]
-"""The questions of some numbers, each from 0, of a seed and of a length; each depends on nothing of the others."""
+"""Draws questions by their numbers, each from 0, a seed and a length; no question depends on the others."""
 
 
 def random_of(seed: int, split: str, length: int, number: int, stream: int = 0) -> np.random.Generator:
@@ -157,13 +157,13 @@ class QuestionStream:
         return f"{size} sequences of length {', '.join(f'{length:,}' for length in self._lengths)} to learn from"
 
     def _length(self) -> int:
-        """Of this step's questions."""
+        """The length of this step's questions."""
         lengths = np.array(self._lengths, dtype=np.float64)
         often = (1 / lengths) / (1 / lengths).sum()
         return int(np.random.default_rng([self._seed, self._step]).choice(lengths, p=often))
 
     def _numbers(self) -> Integers:
-        """Of the questions that the lanes of the global batch read in this step."""
+        """The numbers of the questions that the lanes of the global batch read in this step."""
         places = np.arange(self._step * self._material.lanes, (self._step + 1) * self._material.lanes)
         size = self._sequences
         if size is None:

@@ -72,7 +72,7 @@ class DrawAtDepths(Protocol):
     def __call__(
         self, split: str, numbers: Sequence[int] | Integers, seed: int, length: int, depths: Floats
     ) -> Questions:
-        """Questions of this length, which depend on the arguments alone, each on nothing of the others.
+        """Draw questions of one length. They depend on the arguments alone, and no question depends on the others.
 
         With other depths the same number is the same text and the same answers, at other places.
 
@@ -214,7 +214,7 @@ class Retrieval(Evaluation[RetrievalResults]):
         return measure_cells(self._evaluator, self._source, split, length, depths, texts, title, inputs)
 
     def _ask_one_of_each_length(self) -> None:
-        """What cannot be asked is said before any long work."""
+        """Draw one question of each length, so that what cannot be asked is an error before any long work."""
         lengths = {"validation": self._config.lengths[:1], "test": self._config.lengths}
         for split, chosen in lengths.items():
             if split in self._source.splits:
@@ -237,13 +237,13 @@ def measure_cells(
 ) -> list[RetrievalCell]:
     """Ask for what stood at each depth of texts of one length. The model is left in evaluation mode.
 
-    All depths are of the same texts, with the same answers at other places. All processes together.
+    Every depth is tried on the same texts, with the same answers at other places. All processes together.
 
     Args:
         split: of the source.
         texts: how many texts are read for each depth.
         title: of the progress bar.
-        inputs: of each text read only so many of the last tokens; None: all.
+        inputs: how many of the last tokens of each text are read; None: all.
     """
     sums = np.zeros((6, len(depths)))
     for shift in range(len(depths)):

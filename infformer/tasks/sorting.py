@@ -2,13 +2,13 @@
 
 A sequence of n symbols is followed by a separator and by its answer: all symbols, the most frequent first (∞-former,
 https://arxiv.org/abs/2109.00301, the experiment on sorting). What is frequent drifts from the beginning to the end, so
-who remembers only a part sorts another sequence. Symbols are the tokens 0 to `symbols` - 1, the separator is the token
-`symbols`.
+a model that remembers only a part sorts another sequence. Symbols are the tokens 0 to `symbols` - 1, the separator is
+the token `symbols`.
 
 A model reads all but the last token, and is scored at the separator and after it, where it predicts the answer.
 
-The marks that a model is compared with are ideal counters: what is to be had by whoever counts, but not all, or not
-exactly. A counter gives every symbol a score, at random where it knows no difference, and answers by descending score.
+A model is compared with ideal counters, which count only a part of the sequence, or count all of it inexactly. A
+counter gives every symbol a score, at random where it knows no difference, and answers by descending score.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SortingConfig(TaskConfig):
-    """Sorting symbols by their frequency in a long sequence."""
+    """The task of sorting symbols by their frequency in a long sequence."""
 
     length: int = 1024
     """Symbols of a sequence."""
@@ -130,7 +130,7 @@ def _answer(sequence: Integers, symbols: int) -> Integers:
 
 
 def as_questions(sequences: Integers, symbols: int) -> Questions:
-    """What is asked at the end of these sequences, [sequences, length + 1 + symbols]: their answers, each as one."""
+    """Sequences with their answers, [sequences, length + 1 + symbols], as questions, each with one answer."""
     return Questions(sequences, np.zeros((len(sequences), symbols), dtype=np.int64))
 
 
@@ -212,7 +212,7 @@ def _spell(tokens: Integers) -> str:
 
 
 def measure_accuracy(evaluator: Evaluator, sequences: Integers, symbols: int, window: int) -> SortingFigures:
-    """All that is measured on sequences of one length. The model is left in evaluation mode.
+    """Measure a model on sequences of one length; it is left in evaluation mode.
 
     Args:
         sequences: with their answers, [sequences, length + 1 + symbols]; all processes together.
@@ -301,7 +301,7 @@ def _counts(numbers: Integers, symbols: int) -> Integers:
 
 
 def _accuracy(scores: Floats, answers: Integers) -> Accuracies:
-    """Of answers by scores, both [sequences, symbols]."""
+    """The accuracy of answering by descending scores; scores and true answers are [sequences, symbols]."""
     in_true_order = np.take_along_axis(scores, answers, axis=1)
     # Teacher forced, right is whoever gives the true symbol the best score of those that are left.
     best_left = np.maximum.accumulate(in_true_order[:, ::-1], axis=1)[:, ::-1]

@@ -87,7 +87,7 @@ class TaskConfig(ABC):
 
 @dataclass
 class LanguageModellingConfig(TaskConfig):
-    """Predicting every token of the documents of `data` from the tokens before it."""
+    """The task of predicting every token of the documents of `data` from the tokens before it."""
 
     is_language_modelling = True
 
@@ -120,9 +120,9 @@ class TrainingStream(Protocol[State]):
     def next_step(self) -> list[Segment]:
         """What the lanes of this process read in the next optimiser step, one segment after the other.
 
-        Every process gets as many segments, with the same `global_tokens`: what is scored in each, in all lanes of the
-        global batch together. Some may score nothing: they are read into memory, and nothing flows back through them.
-        At least one scores something.
+        Every process gets the same number of segments, with the same `global_tokens`: how many tokens are scored in all
+        lanes of the global batch together. A segment that scores nothing is read into memory, and no gradient flows
+        back through it; at least one scores something.
         """
 
     def state_dict(self) -> State:
@@ -216,7 +216,7 @@ class Evaluation(Generic[Measured]):
     def sample(self, step: int, tokens: int) -> str | None:
         """What the model writes, to be looked at; None if there is nothing to show. All processes together.
 
-        Its random numbers are its own: the training goes on as without.
+        It draws its own random numbers, so the training goes on as if nothing had been written.
 
         Args:
             step: of the run; decides what is drawn.

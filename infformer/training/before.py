@@ -1,4 +1,4 @@
-"""What is made sure of before any work: that there are documents, a tracker, a model, and memory enough."""
+"""Checks before any work: that there are documents, a tracker, a model, and enough memory."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def check_size(
     Args:
         shape: the model's configuration.
         memory: what each layer remembers.
-        options: what decides on it, each with its value and a usual one; the most unusual is to blame.
+        options: those that decide on it, each with its value and a usual one; the message names the most unusual.
         weights: bytes of the model and of what is kept to train it.
 
     Raises:
@@ -181,5 +181,5 @@ def _longest_text(config: RunConfig | EvaluationRunConfig) -> int:
 
 
 def _parameters(model: nn.Module, unknown: int) -> int:
-    """How many there are, but for those of a vocabulary of unknown size."""
+    """How many parameters a model has, without those of a vocabulary of unknown size."""
     return sum(parameter.numel() for parameter in model.parameters() if unknown not in parameter.shape)

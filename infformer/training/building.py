@@ -70,7 +70,7 @@ def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTo
 
 
 def processes_of(accelerator: Accelerator, after_segment: Callable[[], None] = lambda: None) -> Processes:
-    """The processes of a run as those that divide texts among them."""
+    """The processes of a run, as they divide the texts of a measurement among them."""
     return Processes(
         accelerator.process_index,
         accelerator.num_processes,

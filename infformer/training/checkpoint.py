@@ -8,8 +8,8 @@
         manifest.json                format; size and checksum of every file; written last
     checkpoints/best -> step-…       the lowest validation loss
 
-Weights and moments are whole, however the engine keeps them, and memory is stored by lane; so neither the engine nor
-the number of processes matters to who goes on. There is no random state: every draw is a function of the seed and of
+Weights and moments are whole, however the engine keeps them, and memory is stored by lane; so a run can go on with
+another engine and another number of processes. There is no random state: every draw is a function of the seed and of
 where it is made. A checkpoint is written while the training goes on, from a copy in the main process's memory (12 bytes
 a parameter), under a temporary name, and renamed when all of it is on the disk. What is not finite is never saved.
 Nothing in a checkpoint is unpickled.
@@ -98,7 +98,7 @@ _WHOLE, _WRITING, _FAILED, _DIVERGED = range(4)
 
 @dataclass(frozen=True)
 class _Copy:
-    """What one process writes of a checkpoint: taken at once, so that the training may go on meanwhile."""
+    """What one process writes of a checkpoint: a copy, so that the training can go on while it is written."""
 
     step: int
     is_best: bool
@@ -199,13 +199,13 @@ class CheckpointWriter:
             remove_old_checkpoints(self._root, self._keep)
 
     def _outcome(self) -> int:
-        """How the writing goes in this process."""
+        """How far this process has come with writing."""
         if self._error is not None:
             return _DIVERGED if isinstance(self._error, DivergedError) else _FAILED
         return _WRITING if self._thread.is_alive() else _WHOLE
 
     def _write(self, copy: _Copy, state: TrainingState) -> None:
-        """In the background; of the state only what never changes is used."""
+        """Write a copy to the disk, in the background; of the state only what never changes is used."""
         partial = self._root / f"{copy.name}.partial"
         try:
             for tensors in (copy.weights, copy.moments, copy.own):
@@ -288,12 +288,12 @@ def validate_checkpoint(folder: Path) -> str | None:
 
 
 def step_of(folder: Path) -> int:
-    """After how many steps a checkpoint was taken, in which nothing is wrong."""
+    """The step after which a checkpoint was taken; the checkpoint must be a valid one."""
     return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint of the lowest validation loss, if there is one and it is whole; if it is not, with a warning."""
+    """The checkpoint with the lowest validation loss; None if there is none or, with a warning, if it is not whole."""
     best = (root / "best").resolve()
     if not best.is_dir():
         return None
@@ -304,7 +304,7 @@ def best_checkpoint(root: Path) -> Path | None:
 
 
 def point_to_best(root: Path, step: int) -> None:
-    """Let `best` be the checkpoint of this step, if it is there. What a run that was killed did not come to."""
+    """Let `best` point to the checkpoint of this step, if it is there: a run that was killed may not have done so."""
     folder, link = root / f"step-{step:08d}", root / "best"
     if folder.is_dir() and link.resolve() != folder.resolve():
         temporary = link.with_name(link.name + ".new")
@@ -314,9 +314,9 @@ def point_to_best(root: Path, step: int) -> None:
 
 
 def remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Keep the last `keep` checkpoints and the best; by their sizes, they are not read for this.
+    """Keep the last `keep` whole checkpoints, by the sizes of their files, and the best one.
 
-    What other processes are writing at this moment, perhaps of the next checkpoint already, is not touched.
+    What other processes write meanwhile, perhaps of the next checkpoint already, is not touched.
     """
     best = (root / "best").resolve()
     folders = sorted(root.glob("step-????????"))
@@ -329,7 +329,7 @@ def remove_old_checkpoints(root: Path, keep: int) -> None:
 
 
 def load_weights(folder: Path, model: MemoryModel) -> None:
-    """The weights alone, into a model that no engine has taken over yet.
+    """Load the weights alone into a model that no engine has taken over yet.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -354,14 +354,14 @@ def model_tensors(folder: Path, model: MemoryModel) -> dict[str, Tensor]:
 
 
 def put_back_replaced(root: Path) -> None:
-    """What a run had taken away to put a newer one in its place, and was killed before it did."""
+    """Put back a checkpoint that a run had moved away for a newer one, if it was killed before that took its place."""
     for replaced in root.glob("step-????????.replaced"):
         if not replaced.with_suffix("").exists():
             os.replace(replaced, replaced.with_suffix(""))
 
 
 def remove_unfinished(root: Path) -> None:
-    """What a run that was killed had begun to write, or to remove."""
+    """Remove what a run that was killed had begun to write or to remove."""
     for pattern in ("*.partial", "*.replaced"):
         for folder in root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
@@ -400,7 +400,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _entry(path: Path) -> dict[str, int]:
-    """What the manifest says of a file."""
+    """What the manifest says of a file: its size and its checksum."""
     return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
 
 
@@ -421,7 +421,7 @@ def _manifest(folder: Path) -> Any:
 
 
 def _what_is_missing(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, as far as the names and sizes of its files say; None if they say nothing."""
+    """Why a checkpoint cannot be used, by the names and sizes of its files; None if they are as they should be."""
     try:
         manifest = _manifest(folder)
         found = _format_of(folder, manifest)
@@ -445,7 +445,7 @@ def _what_is_missing(folder: Path) -> str | None:
 
 
 def _format_of(folder: Path, manifest: Mapping[str, Any]) -> Any:
-    """Up to format 3 the manifest held nothing but sizes."""
+    """The format of a checkpoint: in the manifest, which up to format 3 held nothing but sizes, or in the state."""
     if "format" in manifest:
         return manifest["format"]
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))["format"]
@@ -459,7 +459,7 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
 
 
 def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
-    """Give it its name, if what every process says that it has written is there."""
+    """Give a checkpoint its name, if all is there that the processes say they have written."""
     found = sum((partial / f"process-{number:05d}.safetensors").is_file() for number in range(len(written)))
     if found != len(written):
         raise FileNotFoundError(

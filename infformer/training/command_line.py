@@ -69,7 +69,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
 
 
 def compose(name: str, kind: type[Options], conf: Path, overrides: Sequence[str]) -> Options:
-    """What `start` would run, by the options of a command line.
+    """Compose what `start` would run with the options of a command line.
 
     Raises:
         UserError: an option is wrong.
@@ -150,7 +150,7 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
 
 @cache
 def choices_of(group: str, conf: Path) -> list[str]:
-    """What can be chosen from a group of Hydra's; nothing if it is no such group."""
+    """The choices of one of Hydra's groups; empty if there is no such group."""
     register_schemas()
     with hydra.initialize_config_dir(str(conf.absolute()), version_base="1.3"):
         return GlobalHydra.instance().config_loader().get_group_options(group)
@@ -286,7 +286,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Hydra's own words, but for its advice to add what there is not."""
+    """Hydra's own words in one line, without its advice to add options that there are not."""
     lines = [str(error), str(error.__cause__ or "")]
     kept = [line for text in lines for line in text.splitlines() if not line.startswith(("To append", "    "))]
     return " ".join(" ".join(kept).split()) or type(error).__name__

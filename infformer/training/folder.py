@@ -50,7 +50,7 @@ class RunError(UserError, ValueError):
 
 @contextmanager
 def held(accelerator: Accelerator, folder: Path, decide: Callable[[], Decision]) -> Iterator[Decision]:
-    """While the block lasts, nobody else writes into the folder. All processes together.
+    """Hold a folder: while the block lasts, nobody else writes into it. All processes together.
 
     Args:
         decide: what the main process is asked when it has the folder for itself, such as where the run starts; all
@@ -74,7 +74,7 @@ def what_lies_in(folder: Path) -> list[str]:
 
 
 def nothing_can_be_written(folder: Path, error: OSError) -> RunError:
-    """What to say of it."""
+    """The error for a folder into which nothing can be written."""
     return RunError(
         f"output_dir={folder}: nothing can be written there ({error}); make room or get access, or set output_dir= to "
         "another place"
@@ -102,7 +102,7 @@ def as_dictionary(config: RunConfig | EvaluationRunConfig) -> dict[str, object]:
 
 
 def flatten(nested: object, prefix: str = "") -> dict[str, object]:
-    """Nested dictionaries as one, by the options as they are typed."""
+    """Nested dictionaries as a flat one, whose keys are the options as they are typed."""
     if not isinstance(nested, dict):
         return {prefix: nested}
     flat: dict[str, object] = {}  # a group without options says nothing
@@ -112,7 +112,7 @@ def flatten(nested: object, prefix: str = "") -> dict[str, object]:
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object], kind: type[Any], *marks: str) -> list[str]:
-    """The options that differ between two flat configurations of a kind, in words; not those that are marked so."""
+    """The options in which two flat configurations of a kind differ, in words, without those that have such a mark."""
     free = tuple(name for name, field in options_of(kind) if field.metadata.get("may_change") in marks)
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
@@ -123,7 +123,7 @@ def differences(then: Mapping[str, object], now: Mapping[str, object], kind: typ
 
 
 def evaluation_folder(config: EvaluationRunConfig) -> Path:
-    """`output_dir`, or where it is null a place of its own for this checkpoint and what it is asked."""
+    """`output_dir`, or if that is null a folder named after the checkpoint and what is asked of it."""
     if config.output_dir is not None:
         return Path(config.output_dir)
     place = Path(_resolved(config.checkpoint))
@@ -137,7 +137,7 @@ def evaluation_folder(config: EvaluationRunConfig) -> Path:
 
 
 def check_that_it_may_be_written(config: EvaluationRunConfig, folder: Path) -> None:
-    """Results are written over by the same evaluation alone, unless told so.
+    """Refuse to write over results, unless they are of the same evaluation or `overwrite` is set.
 
     Raises:
         RunError: the folder holds a training run, or the results of another evaluation.
@@ -159,23 +159,23 @@ def check_that_it_may_be_written(config: EvaluationRunConfig, folder: Path) -> N
 
 
 def write_record(config: EvaluationRunConfig, folder: Path) -> None:
-    """Say which evaluation the results are of."""
+    """Write down which evaluation the results are of."""
     write_text(folder / RECORD, json.dumps(_options(config), indent=1))
 
 
 def _options(config: EvaluationRunConfig) -> dict[str, object]:
-    """As they are typed, with the checkpoint that is meant: `best` may be another one tomorrow."""
+    """The options as they are typed, with the checkpoint that is meant: `best` may be another one tomorrow."""
     return flatten(as_dictionary(config) | {"checkpoint": _resolved(config.checkpoint)})
 
 
 def _resolved(checkpoint: str) -> str:
-    """A folder by its whole path; a name on the hub as it is."""
+    """The whole path of a checkpoint's folder; a name on the hub as it is."""
     place = Path(checkpoint).expanduser()
     return str(place.resolve()) if place.exists() else checkpoint
 
 
 def open_record(config: RunConfig, folder: Path, step: int, best_step: int | None, size: int) -> None:
-    """Write down what is run, by which versions; forget what a run that was stopped did after this step.
+    """Write down what is run and by which versions, and remove the metrics after this step, as they will come again.
 
     Args:
         best_step: that of the best checkpoint so far.
@@ -251,7 +251,7 @@ def _open_locked(path: Path, folder: Path) -> TextIO:
 
 
 def _sign(file: TextIO) -> None:
-    """Say who holds it; find out whether there is room."""
+    """Write into a lock who holds it, and find out whether there is room."""
     holder = f"process {os.getpid()} on {socket.gethostname()}\n"
     file.truncate(0)
     file.write(holder + " " * _PROBE)
@@ -276,7 +276,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Of the source, with a mark if it was changed; None outside a checkout."""
+    """The git revision of the source, with a mark if it was changed; None outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepMetrics(StepResult):
-    """The same with what is recorded beside it."""
+    """What one optimiser step measured, with what is recorded beside it."""
 
     seconds: float
     """Of this process."""
@@ -76,7 +76,7 @@ class MetricsLog:
             file.write(line + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Forget what lies beyond `step`, and a last line that was half written.
+        """Remove the lines after `step`, and a half-written last one.
 
         For a run resumed from its checkpoint at `step`: it does the later steps again, and writes their lines again.
         The old file is replaced at once or not at all.

@@ -70,5 +70,5 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _parameters_without_decay(model: MemoryModel) -> set[int]:
-    """Norms and biases, which are not matrices, and the memory's input gates. Decay would pull a gate half open."""
+    """The `id`s of norms and biases, which are no matrices, and of input gates, which decay would pull half open."""
     return {id(parameter) for name, parameter in model.named_parameters() if parameter.dim() < 2 or ".gate." in name}

@@ -81,7 +81,7 @@ def _refuse_what_is_there(folder: Path) -> None:
 
 
 def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
-    """In a folder without a checkpoint to go on from: only where nothing of value would be lost."""
+    """Refuse to begin a run in a folder without a usable checkpoint, unless nothing of value would be lost."""
     found = what_lies_in(folder)
     if not found:
         return
@@ -133,7 +133,7 @@ def _check_that_it_is_the_same(config: RunConfig, then: Mapping[str, object], ru
 
 
 def _tell_of_another_end(config: RunConfig, then: Mapping[str, object], checkpoint: Path) -> None:
-    """Of `training.max_steps`, which some schedules are made of."""
+    """Refuse a `training.max_steps` that is past, and warn of another one, by which some schedules are made."""
     step, before, now = step_of(checkpoint), then.get("training.max_steps"), config.training.max_steps
     if step > now:
         raise RunError(

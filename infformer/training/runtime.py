@@ -96,10 +96,10 @@ def init_distributed(
     """Join the processes that the launcher started.
 
     Args:
-        engine: settled.
+        engine: resolved, by `resolve_engine`.
         precision: of autocast.
-        gradient_accumulation: parts of a step,
-        gradient_clipping: and the largest norm of its gradient; DeepSpeed wants to know them at once.
+        gradient_accumulation: parts of a step.
+        gradient_clipping: largest norm of the gradient; DeepSpeed has to know it, and the parts, from the beginning.
         option: where the precision was given, for the messages.
 
     Raises:
@@ -152,8 +152,8 @@ def init_distributed(
 def shard(engine: EngineConfig, accelerator: Accelerator, model: MemoryModel) -> None:
     """Cut the weights up among the processes, in place, if the engine is FSDP2 and there are several of them.
 
-    A layer is whole only while it is used. Gradients and moments are cut up in the same way. To be called before the
-    optimiser is made, as the parameters are others afterwards.
+    A layer is whole only while it is used. Gradients and moments are cut up in the same way. Call this
+    before the optimiser is made: it replaces the parameters.
     """
     if engine.name != "fsdp2" or accelerator.num_processes == 1:
         return
@@ -179,7 +179,7 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 
 def all_reduce_max(accelerator: Accelerator, number: int) -> int:
-    """The all_reduce_max of the numbers that the processes call this with, all together."""
+    """All-reduce (max) of one integer. All processes together."""
     if accelerator.num_processes == 1:
         return number
     numbers = torch.tensor(number, device=accelerator.device)
@@ -188,7 +188,7 @@ def all_reduce_max(accelerator: Accelerator, number: int) -> int:
 
 
 def gathered(accelerator: Accelerator, value: Told) -> list[Told]:
-    """What each process calls this with, all together."""
+    """All-gather of a value, in the order of the processes. All processes together."""
     values = [value] * accelerator.num_processes
     if accelerator.num_processes > 1:
         torch.distributed.all_gather_object(values, value)
@@ -196,7 +196,7 @@ def gathered(accelerator: Accelerator, value: Told) -> list[Told]:
 
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], Told]) -> Told:
-    """What the main process decides, told to all of them, who call this together.
+    """Broadcast of what the main process decides. All processes together.
 
     Raises:
         UserError: on all processes, if it was raised on the main one: none is left waiting for it.
@@ -226,7 +226,7 @@ def rows_of_rank(accelerator: Accelerator, lanes: int) -> range:
 
 
 def _engine_of_the_launcher() -> EngineConfig | None:
-    """What `accelerate config` or `accelerate launch` ask for; None if for neither DeepSpeed nor FSDP."""
+    """The engine that `accelerate config` or `accelerate launch` ask for; None if for neither DeepSpeed nor FSDP."""
     environment = os.environ
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
@@ -300,7 +300,7 @@ def _read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def _stage(options: Mapping[str, Any]) -> Any:
-    """Of ZeRO, as a DeepSpeed configuration gives it."""
+    """The stage of ZeRO in a DeepSpeed configuration; None if it has none."""
     zero = options.get("zero_optimization")
     return zero.get("stage") if isinstance(zero, Mapping) else None
 
@@ -312,14 +312,14 @@ def _zero_name(stage: Any, where: str) -> str:
 
 
 def _says_nothing(part: Any) -> bool:
-    """Whether a part of a DeepSpeed configuration is left to whoever reads it."""
+    """Whether a part of a DeepSpeed configuration leaves its values to this project."""
     if isinstance(part, Mapping):
         return part.get("enabled") in ("auto", False) or all(_says_nothing(value) for value in part.values())
     return part in (None, "auto")
 
 
 def _be_launched() -> None:
-    """One process without a launcher is as if torchrun had started it: DeepSpeed asks for these."""
+    """Set what torchrun would set in the environment of a single process: DeepSpeed asks for it."""
     if "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:

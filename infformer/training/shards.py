@@ -33,11 +33,11 @@ class Shards(Protocol):
         """`<parameter>.step`, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` of every trained parameter, whole."""
 
     def put_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with these."""
+        """Replace the moments by whole ones, to go on training with."""
 
 
 class TorchShards:
-    """Of one process, of data parallel, and of FSDP2, whose parameters are distributed tensors."""
+    """The shards of one process, of data parallel, and of FSDP2, whose parameters are distributed tensors."""
 
     def __init__(self, model: MemoryModel, optimizer: Optimizer) -> None:
         self._model = model
@@ -72,7 +72,7 @@ class TorchShards:
 
 
 class ZeroShards:
-    """Of DeepSpeed's ZeRO: each process keeps a stretch of the moments of all parameters, one after the other.
+    """The shards of DeepSpeed's ZeRO: each process keeps a stretch of all parameters' moments, one after the other.
 
     Args:
         model: after DeepSpeed has taken it over.
@@ -144,7 +144,7 @@ class ZeroShards:
 
 
 def _weights(model: MemoryModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and what else is stored, as they are, tied ones once."""
+    """Parameters and buffers that are stored, as the engine keeps them, tied ones once."""
     stored = model.state_dict(keep_vars=True)
     tied = model.all_tied_weights_keys
     for name, tensor in stored.items():
@@ -161,7 +161,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _cut_like(pattern: Tensor, whole: Tensor) -> Tensor:
-    """This process's part of a whole tensor, if `pattern` is cut up; every process has the whole one."""
+    """This process's part of a tensor that every process has whole; all of it if `pattern` is not cut up."""
     if not isinstance(pattern, DTensor):
         return whole
     whole = whole.to(pattern.device)

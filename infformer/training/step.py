@@ -43,7 +43,7 @@ def train_step(
     microbatches: Sequence[Microbatch],
     gradient_clipping: float | None,
 ) -> tuple[list[ModelState], StepResult]:
-    """Forward, backward and update.
+    """Make one optimiser step: forward, backward and update.
 
     The loss is the mean over all scored tokens of the global batch: it does not depend on how lanes are spread over
     processes and microbatches, although padding differs from lane to lane.
@@ -117,7 +117,7 @@ def train_step(
 
 
 def _gradient_norm(accelerator: Accelerator, model: nn.Module, largest: float | None) -> float:
-    """Of all processes together, before it is clipped to the largest."""
+    """The gradient's norm over all processes, before it is clipped to the largest."""
     norm = accelerator.clip_grad_norm_(model.parameters(), largest or math.inf)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -151,5 +151,5 @@ def draw_noise(segment: Segment, samples: int, seed: int) -> Tensor:
 
 
 def dropout_seed(seed: int, step: int, first_lane: int) -> int:
-    """What dropout draws from in one microbatch of one step: known to every process, and after every stop."""
+    """The seed of dropout in one microbatch of one step: every process knows it, also after a stop."""
     return int(np.random.SeedSequence([seed, step, first_lane]).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""A run on one process is told to stop, and notices when another process has stopped answering."""
+"""Signals that stop a run, and a watchdog that notices when another process hangs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class StopSignals:
     of it signals do what they always do.
 
     Args:
-        all_reduce_max: the highest of the numbers that the processes call it with, all together.
-        shows: tells whoever sends SIGINT, perhaps with a key, what comes of it.
+        all_reduce_max: see `runtime.all_reduce_max`.
+        shows: whether to say what comes of a SIGINT, which may have been sent by a key.
     """
 
     def __init__(self, all_reduce_max: Callable[[int], int], shows: bool = False) -> None:
@@ -66,7 +66,7 @@ class StopSignals:
         return self._all_reduce_max(self._requested) or None
 
     def raise_if_agreed(self) -> None:
-        """For work that changes nothing and may be cut short, such as an evaluation. All processes together.
+        """Cut work short that changes nothing, such as an evaluation, if asked to stop. All processes together.
 
         Raises:
             StopRequested: any process was sent a signal.
@@ -130,7 +130,7 @@ class Watchdog:
         self._finished.set()
 
     def tell(self, what: str) -> None:
-        """There is progress: `step 7: computes` comes next."""
+        """Report progress, and what comes next, such as `computes (step 7)`."""
         self._last = time.monotonic()
         if self._processes > 1:
             with suppress(
@@ -164,7 +164,7 @@ class Watchdog:
 
 
 def _store() -> torch.distributed.Store:
-    """What all processes of the run can write to and read, beside the collective calls that a hanging one blocks."""
+    """A store that all processes can read and write without collective calls, which a hanging one would block."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 

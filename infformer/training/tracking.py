@@ -175,7 +175,7 @@ class _WandbTracker:
 
 
 def _mode_of_wandb(options: TrackerConfig, wandb: Any) -> Any:
-    """How wandb shall report; without its server it records.
+    """The mode in which wandb reports: offline if its server cannot be reached.
 
     Raises:
         TrackerError: nobody is logged in.
@@ -206,7 +206,7 @@ def _record_offline(error: Exception) -> None:
 
 
 def _refused(error: Exception) -> TrackerError:
-    """What wandb says of a project, an entity or tags that cannot be."""
+    """The error for a project, an entity or tags that wandb refuses."""
     return TrackerError(
         f"tracker.name=wandb does not take its options ({' '.join(str(error).split())}): mend tracker.project=, "
         "tracker.entity=, tracker.tags= or tracker.mode=, or choose tracker=none"

@@ -240,7 +240,7 @@ class Trainer:
         return StepMetrics(**asdict(result), seconds=time.perf_counter() - start, learning_rates=rates)
 
     def _prefetch(self) -> tuple[list[Segment], Mapping[str, object]]:
-        """The segments of the next step, where a GPU can fetch them while it computes, and where the stream then is."""
+        """The next step's segments, where a GPU can fetch them while it computes, and the stream's state after them."""
         segments = self.stream.next_step()
         if self.accelerator.device.type == "cuda":
             segments = [segment.pin_memory() for segment in segments]
@@ -297,8 +297,9 @@ class Trainer:
         self.tracker.log({"tokens": self.progress.tokens, **metrics}, self.progress.step)
 
     def _save(self, must_succeed: bool) -> None:
-        """Begin to save; to the end, if the training ends here. Later on, a failure is only a warning: the next one may
-        succeed.
+        """Begin to save a checkpoint, and wait for it if it must succeed, because the training ends here.
+
+        Any other failure is only a warning: the next checkpoint may succeed.
         """
         self._finish_save(wait=True, must_succeed=False)  # the one before
         self.writer.begin(self.state, self.rank_rows)
