@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from matplotlib.image import imread
 
 from infformer.plots import memory
@@ -53,15 +52,21 @@ def inspection(layers: int, heads: int, segments: int, sticky: bool) -> dict:
     }
 
 
-@pytest.mark.parametrize(("layers", "heads", "segments", "sticky"), [(2, 6, 4, False), (1, 1, 2, True)])
-def test_every_measure_has_its_figure(tmp_path, monkeypatch, layers, heads, segments, sticky):
-    monkeypatch.setattr(memory, "COLUMNS", 1)  # two layers are two rows
+def test_every_measure_has_its_figure(tmp_path):
     path = tmp_path / "inspection.json"
-    path.write_text(json.dumps(inspection(layers, heads, segments, sticky)))
+    path.write_text(json.dumps(inspection(1, 1, 2, sticky=True)))
     figures = plot_inspection(path)
-    assert {figure.stem for figure in figures} == FIGURES - ({"sticky_samples"} if not sticky else set())
+    assert {figure.stem for figure in figures} == FIGURES
     for figure in figures:
         assert figure.parent == tmp_path
         picture = imread(figure)[..., :3]
         assert picture.min() < 0.3  # something is drawn
         assert min(picture.shape[:2]) > 300
+
+
+def test_a_memory_that_is_not_sticky_has_no_samples_and_layers_fill_rows(drawn, monkeypatch):
+    monkeypatch.setattr(memory, "COLUMNS", 1)  # two layers are two rows
+    figures = drawn(plot_inspection, inspection(2, 6, 4, sticky=False), "inspection.json")
+    assert figures.keys() == FIGURES - {"sticky_samples"}
+    upper, lower = (axes.get_subplotspec().rowspan.start for axes in figures["density_widths"].axes)
+    assert (upper, lower) == (0, 1)

@@ -62,7 +62,7 @@ def results(loss: float, slope: float, documents: int = 12) -> dict:
     }
 
 
-def write_results(directory, documents=12):
+def write_results(directory, documents):
     directory.mkdir(parents=True, exist_ok=True)
     controls = {
         "memory_off": results(3.9, 0.03, documents),
@@ -81,24 +81,16 @@ def test_a_run_is_drawn_beside_its_metrics(tmp_path):
     assert imread(path).std() > 0.05
 
 
-def test_panels_without_data_are_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 512, "train/loss": 3.0}\n')
-    (path,) = plot_run(tmp_path)
-    height, width = imread(path).shape[:2]
-    assert width < 1.5 * height
-
-
 @pytest.mark.parametrize(
     ("metric", "title"), [("perplexity", "Validation perplexity"), ("accuracy", "Validation accuracy")]
 )
-def test_what_a_task_validates_by_has_a_panel(tmp_path, monkeypatch, metric, title):
-    monkeypatch.setattr("infformer.plots.run.save", lambda figure, path: figure)
+def test_what_a_task_validates_by_has_a_panel_and_what_is_not_there_has_none(drawn, metric, title):
     lines = [
         {"step": 1, "tokens": 512, "train/loss": 3.0},
         *({"step": step, "tokens": 512 * step, f"validation/{metric}": 0.2 * step} for step in (2, 4)),
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    (figure,) = plot_run(tmp_path)
+    content = "".join(f"{json.dumps(line)}\n" for line in lines)
+    figure = drawn(lambda path: plot_run(path.parent), content, "metrics.jsonl")["training"]
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     assert panels.keys() == {"Loss", title}
     (curve,) = panels[title].lines
@@ -110,7 +102,7 @@ def test_a_run_without_metrics_has_no_figure(tmp_path):
     assert plot_run(tmp_path) == []
 
 
-@pytest.mark.parametrize("documents", [1, 12, 200])
+@pytest.mark.parametrize("documents", [1, 200])
 def test_an_evaluation_with_controls_has_all_figures(tmp_path, documents):
     figures = plot_results(write_results(tmp_path, documents))
     assert [path.name for path in figures] == [
@@ -121,21 +113,8 @@ def test_an_evaluation_with_controls_has_all_figures(tmp_path, documents):
     assert all(imread(path).std() > 0.05 for path in figures)
 
 
-def test_an_evaluation_without_controls_has_the_positions_alone(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(results(3.9, 0.03)))
-    assert [figure.name for figure in plot_results(path)] == ["loss_by_position.png"]
-
-
-def test_bins_and_documents_without_scored_tokens_are_left_out(tmp_path):
-    path = write_results(tmp_path)
-    content = json.loads(path.read_text())
-    for result in (content, *content["controls"].values()):
-        result["by_position"].append({"from": 2**17, "to": 2**18, "tokens": 0, "nll": 0.0})
-        result["per_document"].append({"id": "empty", "tokens": 0, "words": 0, "bytes": 0, "nll": 0.0})
-    content["by_recency"][2] |= {"tokens": 0, "nll": 0.0}
-    path.write_text(json.dumps(content))
-    assert len(plot_results(path)) == 3
+def test_an_evaluation_without_controls_has_the_positions_alone(drawn):
+    assert list(drawn(plot_results, results(3.9, 0.03))) == ["loss_by_position"]
 
 
 def test_no_global_state_of_matplotlib_is_touched():

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from infformer.plots.sorting import plot_accuracy, plot_accuracy_by_length
@@ -22,40 +21,29 @@ def accuracies(level: float, symbols: int) -> dict:
     }
 
 
-def write_results(directory, lengths, symbols=20):
-    results = {
+def results(lengths: list[int]) -> dict:
+    return {
         "lengths": [
             {
                 "length": length,
-                **accuracies(0.7, symbols),
-                "ideal_counters": {name: accuracies(0.15 * n, symbols) for n, name in enumerate(COUNTERS, start=1)},
+                **accuracies(0.7, 20),
+                "ideal_counters": {name: accuracies(0.15 * n, 20) for n, name in enumerate(COUNTERS, start=1)},
             }
             for length in lengths
         ],
         "before": None,
     }
-    path = directory / "results.json"
-    path.write_text(json.dumps(results))
-    return path
 
 
-@pytest.mark.parametrize("symbols", [2, 20])
-def test_accuracy_is_drawn_beside_the_results(tmp_path, symbols):
-    (path,) = plot_accuracy(write_results(tmp_path, [4000], symbols))
+def test_accuracy_is_drawn_beside_the_results(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results([4000])))
+    (path,) = plot_accuracy(tmp_path / "results.json")
     assert path == tmp_path / "plots" / "accuracy_by_position.png"
     assert imread(path).std() > 0.05
 
 
-def test_every_length_has_a_row(tmp_path):
-    heights = []
-    for count in (1, 3):
-        (path,) = plot_accuracy(write_results(tmp_path, [1000 * (n + 1) for n in range(count)]))
-        heights.append(imread(path).shape[0])
-    assert heights[1] > 2 * heights[0]
-
-
-def test_nothing_measured_is_no_figure(tmp_path):
-    assert plot_accuracy(write_results(tmp_path, [])) == []
+def test_nothing_measured_is_no_figure(drawn):
+    assert drawn(plot_accuracy, results([])) == drawn(plot_accuracy_by_length, []) == {}
 
 
 def row(memory: str, seed: int, length: int, level: float) -> dict:
@@ -74,14 +62,10 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def panels(tmp_path, monkeypatch) -> list[Axes]:
+@pytest.fixture(scope="module")
+def panels(drawn) -> list[Axes]:
     """Those of the figure of these rows."""
-    drawn: list[Figure] = []
-    monkeypatch.setattr("infformer.plots.sorting.save", lambda figure, path: drawn.append(figure))
-    (tmp_path / "accuracy.json").write_text(json.dumps(ROWS))
-    plot_accuracy_by_length(tmp_path / "accuracy.json")
-    return drawn[0].axes
+    return drawn(plot_accuracy_by_length, ROWS)["accuracy_by_length"].axes
 
 
 def test_accuracy_by_length_is_drawn_beside_its_rows(tmp_path):
@@ -120,8 +104,3 @@ def test_lengths_stand_on_a_logarithmic_axis(panels):
         assert axes.get_xscale() == "log"
         assert axes.get_xticks().tolist() == [100, 1000, 10000]
         assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "1,000", "10,000"]
-
-
-def test_no_rows_are_no_figure(tmp_path):
-    (tmp_path / "accuracy.json").write_text("[]")
-    assert plot_accuracy_by_length(tmp_path / "accuracy.json") == []

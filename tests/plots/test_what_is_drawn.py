@@ -5,8 +5,6 @@ Files hold few numbers, all different, so that none can stand for another.
 
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,24 +21,7 @@ from infformer.plots.memory import plot_inspection
 from infformer.plots.sorting import plot_accuracy
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE
 
-Drawn = Callable[[Callable[[Path], Any], Any], dict[str, Figure]]
 Points = dict[str, list[list[float]]]
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> Drawn:
-    """The figures that a function draws of a file's content, by the names of theirs; none becomes a picture."""
-
-    def draw(plot: Callable[[Path], Any], content: Any, name: str = "results.json") -> dict[str, Figure]:
-        figures: dict[str, Figure] = {}
-        file = tmp_path_factory.mktemp("drawn") / name
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).stem: figure}))
-            plot(file)
-        return figures
-
-    return draw
 
 
 def lines_of(axes: Axes) -> Points:
@@ -374,7 +355,7 @@ class TestAnInspection:
         assert mean.get_ydata()[0] == pytest.approx(0.9)
         assert words(axes) == ("Without any, along the document", "tokens read", "more nats per token")
 
-    def test_contribution_of_each_layer(self, figures):
+    def test_each_layer_has_its_contribution(self, figures):
         (axes,) = figures["contribution"].axes
         assert_lines(axes, {"layer 1": [[8, 16], [0.25, 0.75]], "layer 4": [[8, 16], [0.5, 1.0]]})
         assert axes.get_ylim()[0] == 0
@@ -475,7 +456,7 @@ MEBIBYTE = 2**20
 
 
 class TestABenchmark:
-    def test_context(self, drawn):
+    def test_time_and_memory_are_against_what_is_in_reach(self, drawn):
         """Milliseconds and MiB against what is in reach: along the stream with memory, at each longer window."""
 
         def contestant(name: str, reach: int, seconds: float, remembered: int, extra: int, **others: Any) -> str:
@@ -521,7 +502,7 @@ class TestABenchmark:
             assert axes.get_ylim()[0] == 0
         assert time.figure.get_suptitle() == "a card, 2 threads, torch 2, float32"
 
-    def test_parts(self, drawn):
+    def test_parts_have_their_medians_quartiles_and_floors(self, drawn):
         rows = [("part", "read", 0.25, 0.2, 0.4, 0.1), ("part", "write", 0.5, 0.45, 0.6, 0.3)]
         rows.append(("contestant", "with", 1.0, 0.9, 1.3, 0.7))
         content = "\n".join(
