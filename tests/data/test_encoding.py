@@ -64,7 +64,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_tokenizer_has_no_token_for_is_named(case: str) -> None:
+def test_what_a_tokenizer_has_no_token_for_is_named(case):
     tokenizer, text, message = REFUSED[case]
     good = "the sea" if "the" in text else "ab"
     with pytest.raises(DataError, match=message):
@@ -96,20 +96,20 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_what_a_tokenizer_has_tokens_for_or_leaves_out_on_purpose_is_taken(case: str) -> None:
+def test_what_a_tokenizer_has_tokens_for_or_leaves_out_on_purpose_is_taken(case):
     tokenizer, text, tokens = TAKEN[case]
     encoder = Encoder(tokenizer)
     assert encoder(["x"], [text]) == [tokens]
     assert pickle.loads(pickle.dumps(encoder))(["x"], [text]) == [tokens]  # as other processes get it
 
 
-def test_an_added_token_is_a_token_for_its_characters() -> None:
+def test_an_added_token_is_a_token_for_its_characters():
     tokenizer = wrap(models.BPE({"a": 0, "b": 1}, []))
     tokenizer.add_tokens(["<é>"])
     assert Encoder(tokenizer)(["x"], ["a<é>b"]) == [[0, 2, 1]]
 
 
-def test_the_size_of_a_vocabulary_with_holes_is_that_of_its_largest_number(monkeypatch) -> None:
+def test_the_size_of_a_vocabulary_with_holes_is_that_of_its_largest_number(monkeypatch):
     tokenizer = wrap(models.WordLevel({"a": 0, "b": 70_000}, "a"), pre_tokenizers.WhitespaceSplit())
     assert len(tokenizer) == 2
     assert vocabulary_size(tokenizer) == 70_001

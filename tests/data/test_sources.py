@@ -44,7 +44,7 @@ def refused(place: object, **options: object) -> str:
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_json_lines(tmp_path: Path, name: str, ending: str) -> None:
+def test_json_lines(tmp_path, name, ending):
     path = tmp_path / (name + ending)
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     path.write_bytes(compress(LINES[:30]) + compress(LINES[30:]))  # compressed files may be put one after another
@@ -52,7 +52,7 @@ def test_json_lines(tmp_path: Path, name: str, ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_text(tmp_path: Path, ending: str) -> None:
+def test_text(tmp_path, ending):
     text = "Ein Übel,\r\n\r\nzwei Übel.\n no end"
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     path = tmp_path / f"novel.txt{ending}"
@@ -60,7 +60,7 @@ def test_text(tmp_path: Path, ending: str) -> None:
     assert read(str(path), text_field="body") == [("novel", text)]
 
 
-def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
+def test_parquet_and_saved_datasets(tmp_path):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     assert read(str(tmp_path / "rows.parquet")) == PAIRS
@@ -68,7 +68,7 @@ def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
     assert read(str(tmp_path / "s*ved")) == PAIRS
 
 
-def test_lists_globs_and_folders_in_sorted_order(tmp_path: Path) -> None:
+def test_lists_globs_and_folders_in_sorted_order(tmp_path):
     for name in ("b/2.txt", "b/1.txt", "a/2.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -77,21 +77,21 @@ def test_lists_globs_and_folders_in_sorted_order(tmp_path: Path) -> None:
     assert found == [("a/2", "a/2.md"), ("b/1", "b/1.txt"), ("b/2", "b/2.txt"), ("c:1", "x"), ("c:3", "y")]
 
 
-def test_paths_from_here_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_from_here_and_from_home(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("a.txt") == read("~/a.txt") == read(["a.txt", "~/a.txt"]) == [("a", "x")]
 
 
-def test_fields_by_name(tmp_path: Path) -> None:
+def test_fields_by_name(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 7, "url": "u7", "body": "x"}\n{"id": 8, "url": "u8", "body": "y"}\n')
     path = str(tmp_path / "a.jsonl")
     assert read(path, text_field="body") == [("7", "x"), ("8", "y")]
     assert read(path, text_field="body", id_field="url") == [("u7", "x"), ("u8", "y")]
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_limits(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ("one two three", "uninterrupted", "ab"))
     )
@@ -102,7 +102,7 @@ def test_limits(tmp_path: Path) -> None:
     assert len(read(path, max_documents=2)) == 2
 
 
-def test_held_out_documents_can_be_cut_shorter(tmp_path: Path) -> None:
+def test_held_out_documents_can_be_cut_shorter(tmp_path):
     (tmp_path / "a.txt").write_text("one two three four", encoding="utf-8")
     config = {"source": "files", "train": str(tmp_path / "a.txt"), "test": str(tmp_path / "a.txt")}
     cut = DataConfig(**config, max_document_characters=14, max_held_out_characters=8)
@@ -112,7 +112,7 @@ def test_held_out_documents_can_be_cut_shorter(tmp_path: Path) -> None:
     assert [document.text.split() for document in read_documents(cut, "test")] == [["one", "two"]]
 
 
-def test_documents_come_one_at_a_time(tmp_path: Path) -> None:
+def test_documents_come_one_at_a_time(tmp_path):
     """The first document is there before the second, which is bad, is looked at."""
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ')
     documents = read_documents(DataConfig(source="files", train=str(tmp_path / "a.jsonl")), "train")
@@ -124,7 +124,7 @@ def test_documents_come_one_at_a_time(tmp_path: Path) -> None:
 # --- files: every bad input ------------------------------------------------------------------------------------------
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     assert f"data.train={tmp_path}/b*.txt: no such file" in refused([f"{tmp_path}/a.txt", f"{tmp_path}/b*.txt"])
     assert f"data.train={tmp_path}/b.txt: no such file" in refused(f"{tmp_path}/b.txt")
@@ -132,12 +132,12 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
 @pytest.mark.parametrize("content", [b"", b" \n\n"])
-def test_empty_files(tmp_path: Path, name: str, content: bytes) -> None:
+def test_empty_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert f"{name}: the file is empty; remove it" in refused(f"{tmp_path}/{name}")
 
 
-def test_empty_tables(tmp_path: Path) -> None:
+def test_empty_tables(tmp_path):
     empty = Dataset.from_dict({"text": []})
     empty.to_parquet(tmp_path / "a.parquet")
     empty.save_to_disk(str(tmp_path / "saved"))
@@ -145,20 +145,20 @@ def test_empty_tables(tmp_path: Path) -> None:
         assert f"{name}: the file is empty" in refused(f"{tmp_path}/{name}")
 
 
-def test_not_utf8(tmp_path: Path) -> None:
+def test_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes("eins\nzwei Übel".encode("latin-1"))
     assert f"{tmp_path}/a.txt: not UTF-8 at byte 10" in refused(f"{tmp_path}/a.txt")
     (tmp_path / "b.txt").write_text("eins", encoding="utf-16")
     assert "not UTF-8 at byte 0" in refused(f"{tmp_path}/b.txt")
 
 
-def test_half_a_character(tmp_path: Path) -> None:
+def test_half_a_character(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "ab\\ud800"}\n')
     assert "a.jsonl, line 1: the text holds half a character at 2" in refused(f"{tmp_path}/a.jsonl")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_cut_and_false_compression(tmp_path: Path, ending: str) -> None:
+def test_cut_and_false_compression(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
     noise = os.urandom(30_000).hex().encode()
     whole = gzip.compress(noise) if ending == ".gz" else zstandard.ZstdCompressor().compress(noise)
@@ -177,14 +177,14 @@ def test_cut_and_false_compression(tmp_path: Path, ending: str) -> None:
         ('{"text": "x", "n": ' + "9" * 10_000 + "}", "JSON that cannot be read (Exceeds the limit"),
     ],
 )
-def test_bad_json(tmp_path: Path, line: str, words: str) -> None:
+def test_bad_json(tmp_path, line, words):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line)
     message = refused(f"{tmp_path}/a.jsonl")
     assert f"{tmp_path}/a.jsonl, line 3: {words}" in message
     assert "each line must be one whole JSON object" in message
 
 
-def test_missing_fields(tmp_path: Path) -> None:
+def test_missing_fields(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x", "url": "u"}\n{"body": "y", "url": null}\n')
     assert f"{path}, line 2: data.text_field=text, and there is no such field" in refused(str(path))
@@ -197,14 +197,14 @@ def test_missing_fields(tmp_path: Path) -> None:
     assert "a.parquet, row 1: data.text_field=text" in refused(f"{tmp_path}/a.parquet")
 
 
-def test_two_documents_of_one_name(tmp_path: Path) -> None:
+def test_two_documents_of_one_name(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"id": "x", "text": "y"}\n')
     message = refused(f"{tmp_path}/*.jsonl")
     assert f"two documents are called 'x': {tmp_path}/a.jsonl, line 1 and {tmp_path}/b.jsonl, line 1" in message
 
 
-def test_unknown_kinds(tmp_path: Path) -> None:
+def test_unknown_kinds(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     assert "a.pdf is of no kind that can be read; known are .txt" in refused(f"{tmp_path}/*")
     (tmp_path / "b.xz").write_text("x")
@@ -241,7 +241,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         *(("saved/state.json", damage) for damage in DAMAGE),
     ],
 )
-def test_damaged_tables(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_tables(tmp_path, name, damage):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     place = tmp_path / name.split("/")[0]
@@ -249,13 +249,13 @@ def test_damaged_tables(tmp_path: Path, name: str, damage: str) -> None:
     assert str(place) in refused(str(place))
 
 
-def test_deep_json_in_a_saved_dataset(tmp_path: Path) -> None:
+def test_deep_json_in_a_saved_dataset(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "saved" / "state.json").write_text("[" * 100_000)
     assert "saved: not a whole saved dataset (maximum recursion" in refused(f"{tmp_path}/saved")
 
 
-def test_a_pipe_in_a_folder_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+def test_a_pipe_in_a_folder_is_refused_before_it_is_opened(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     os.mkfifo(tmp_path / "saved" / "train.jsonl")
     for options in (
@@ -267,7 +267,7 @@ def test_a_pipe_in_a_folder_is_refused_before_it_is_opened(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("source", ["files", "hub", "sample"])
-def test_a_split_that_is_not_given(source: str) -> None:
+def test_a_split_that_is_not_given(source):
     config = DataConfig(source=source, repository="some/where", validation=None)
     with pytest.raises(DataError, match=r"data.validation=null: this run needs validation documents .* set data.valid"):
         next(read_documents(config, "validation"))
@@ -276,7 +276,7 @@ def test_a_split_that_is_not_given(source: str) -> None:
 
 
 @pytest.mark.parametrize("value", [3, [], ["a", 3], {"a": 1}])
-def test_a_split_that_is_no_path(value: object) -> None:
+def test_a_split_that_is_no_path(value):
     with pytest.raises(DataError, match=r"data.train="):
         read(value)
 
@@ -303,7 +303,7 @@ def test_a_split_that_is_no_path(value: object) -> None:
         ({"source": "hub", "repository": " "}, "data.repository= : data.source=hub needs"),
     ],
 )
-def test_options_that_no_run_can_use(options: dict[str, object], message: str) -> None:
+def test_options_that_no_run_can_use(options, message):
     with pytest.raises(DataError, match=message):
         DataConfig(**options)
 
@@ -322,9 +322,7 @@ def a_link_to_nothing(path: Path) -> None:
         (Path.touch, "{path}: the file is empty"),
     ],
 )
-def test_files_of_every_split_are_looked_at_before_any_is_read(
-    tmp_path: Path, make: Callable[[Path], object], message: str
-) -> None:
+def test_files_of_every_split_are_looked_at_before_any_is_read(tmp_path, make, message):
     make(tmp_path / "test.txt")
     (tmp_path / "train.txt").write_text("x")
     config = DataConfig(source="files", train=f"{tmp_path}/train.txt", test=f"{tmp_path}/test.txt")
@@ -337,9 +335,7 @@ def test_files_of_every_split_are_looked_at_before_any_is_read(
         next(read_documents(config, "test"))
 
 
-def test_a_file_that_may_not_be_read_is_found_before_any_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_not_be_read_is_found_before_any_is_read(tmp_path, monkeypatch):
     (tmp_path / "test.txt").write_text("x")
 
     def refuse(*_: object) -> None:
@@ -350,7 +346,7 @@ def test_a_file_that_may_not_be_read_is_found_before_any_is_read(
         check_sources(DataConfig(source="files", test=f"{tmp_path}/test.txt"), ["test"])
 
 
-def test_splits_that_name_nothing_are_found_before_any_is_read(tmp_path: Path) -> None:
+def test_splits_that_name_nothing_are_found_before_any_is_read(tmp_path):
     check_sources(DataConfig(), ["train", "validation", "test"])
     check_sources(DataConfig(source="hub", repository="owner/books"), ["train"])  # the hub is not asked
     for options, message in (
@@ -370,7 +366,7 @@ def test_splits_that_name_nothing_are_found_before_any_is_read(tmp_path: Path) -
 # --- the sample ------------------------------------------------------------------------------------------------------
 
 
-def test_the_sample() -> None:
+def test_the_sample():
     names = {split: {d.id for d in read_documents(DataConfig(), split)} for split in ("train", "validation", "test")}
     assert {split: len(ids) for split, ids in names.items()} == {"train": 17, "validation": 2, "test": 4}
     assert len(set.union(*names.values())) == 23  # no book is in two splits
@@ -381,7 +377,7 @@ def test_the_sample() -> None:
         assert all(any(f"| {split} |" in line and f"| {n} |" in line for line in table.splitlines()) for n in ids)
 
 
-def test_the_sample_has_its_own_splits() -> None:
+def test_the_sample_has_its_own_splits():
     with pytest.raises(DataError, match=r"data.train=dev: the sample has the splits train, validation, test"):
         next(read_documents(DataConfig(train="dev"), "train"))
 
@@ -409,21 +405,21 @@ def hub_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_local_folder_laid_out_like_the_hub(hub_folder: Path) -> None:
+def test_a_local_folder_laid_out_like_the_hub(hub_folder):
     assert read_hub(str(hub_folder), subset="plain") == PAIRS
     assert read_hub(str(hub_folder), subset="plain", split="test") == PAIRS[1:]
     assert read_hub(str(hub_folder), subset="other") == PAIRS[:1]
     assert read_hub(str(hub_folder), subset="plain", train="train[1:]", id_field="text") == [("The second.",) * 2]
 
 
-def test_a_folder_without_a_card(tmp_path: Path) -> None:
+def test_a_folder_without_a_card(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
     assert read_hub(str(tmp_path), text_field="body") == [("train:1", "x"), ("train:2", "y")]
     with pytest.raises(DataError, match=r"split train: data.text_field=text.* there are body"):
         read_hub(str(tmp_path))
 
 
-def test_subsets_and_splits_that_there_are_not(hub_folder: Path) -> None:
+def test_subsets_and_splits_that_there_are_not(hub_folder):
     with pytest.raises(DataError, match=r"data.repository=.*books data.subset=plane.*plain"):
         read_hub(str(hub_folder), subset="plane")
     with pytest.raises(DataError, match=r"data.repository=.*books data.subset=other, split validation"):
@@ -434,7 +430,7 @@ def test_subsets_and_splits_that_there_are_not(hub_folder: Path) -> None:
         read_hub(str(hub_folder), train=["train", "test"])
 
 
-def test_what_is_read_is_described_anew_when_it_changes(hub_folder: Path) -> None:
+def test_what_is_read_is_described_anew_when_it_changes(hub_folder):
     config = DataConfig(source="hub", repository=str(hub_folder), subset="other")
     before = describe_source(config, "train")
     assert describe_source(config, "train") == before
@@ -459,7 +455,7 @@ def closed_port(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> str:
     return endpoint
 
 
-def test_a_hub_that_cannot_be_reached(closed_port: str) -> None:
+def test_a_hub_that_cannot_be_reached(closed_port):
     begun = time.monotonic()
     with pytest.raises(DataError) as error:
         read_hub("owner/books")
@@ -469,7 +465,7 @@ def test_a_hub_that_cannot_be_reached(closed_port: str) -> None:
         assert remedy in str(error.value)
 
 
-def test_what_was_downloaded_before_needs_no_network(hub_folder: Path, closed_port: str) -> None:
+def test_what_was_downloaded_before_needs_no_network(hub_folder, closed_port):
     # What a download leaves behind, under the name that the hub's datasets have there.
     assert read_hub(str(hub_folder), subset="plain") == PAIRS
     cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -482,7 +478,7 @@ def test_what_was_downloaded_before_needs_no_network(hub_folder: Path, closed_po
         read_hub("owner/books", subset="other")
 
 
-def test_a_hub_that_never_answers() -> None:
+def test_a_hub_that_never_answers():
     """As a user sees it: the endpoint is read from the environment when the libraries are imported."""
     script = (
         "import time; from infformer.data import DataConfig, DataError, read_documents\n"
@@ -503,7 +499,7 @@ def test_a_hub_that_never_answers() -> None:
     assert endpoint in message
 
 
-def test_a_name_that_is_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> None:
+def test_a_name_that_is_looked_up_for_ever(monkeypatch, no_answers_kept):
     """The timeout of a connection does not count before there is an address to connect to."""
     end = threading.Event()
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: end.wait(20))
@@ -539,17 +535,17 @@ def a_hub(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> Iterator[st
         server.shutdown()
 
 
-def test_a_dataset_that_the_hub_does_not_have(a_hub: str) -> None:
+def test_a_dataset_that_the_hub_does_not_have(a_hub):
     with pytest.raises(HubError, match=rf"data.repository=owner/boks: {a_hub} has no such dataset"):
         read_hub("owner/boks")
 
 
-def test_a_dataset_that_must_be_asked_for(a_hub: str) -> None:
+def test_a_dataset_that_must_be_asked_for(a_hub):
     with pytest.raises(HubError, match=r"data.repository=owner/gated: .* only to those who asked for it"):
         read_hub("owner/gated")
 
 
-def test_offline_by_wish(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> None:
+def test_offline_by_wish(monkeypatch, no_answers_kept):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids the network, and no earlier download"):
         read_hub("owner/books")

@@ -38,6 +38,11 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig(source="files", train=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def tokenizer(make_tokenizer) -> PreTrainedTokenizerFast:
+    return make_tokenizer(eos_token="</s>")
+
+
 def write(path: Path, texts: dict[str, str]) -> None:
     path.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()))
 
@@ -70,7 +75,7 @@ def kept(config: DataConfig) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_tokens_and_counts(config: DataConfig, make_tokenizer: Make, workers: int) -> None:
+def test_tokens_and_counts(config, make_tokenizer, workers):
     config.workers = workers
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
     documents = tokenize_documents(config, "train", tokenizer)
@@ -86,8 +91,8 @@ def test_tokens_and_counts(config: DataConfig, make_tokenizer: Make, workers: in
     assert documents.largest_token == max(max(tokens) for tokens in whole(documents).values())
 
 
-def test_a_stretch_of_a_document(config: DataConfig, make_tokenizer: Make) -> None:
-    documents = tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+def test_a_stretch_of_a_document(config, tokenizer):
+    documents = tokenize_documents(config, "train", tokenizer)
     tokens = whole(documents)["c"]
     assert documents.tokens(2, 4, 9).tolist() == tokens[4:9]
     assert documents.tokens(2, 4, 4).tolist() == []
@@ -97,22 +102,18 @@ def test_a_stretch_of_a_document(config: DataConfig, make_tokenizer: Make) -> No
             documents.tokens(2, start, stop)
 
 
-def test_documents_lie_on_disk_in_several_chunks(config: DataConfig, make_tokenizer: Make) -> None:
+def test_documents_lie_on_disk_in_several_chunks(config, tokenizer):
     texts = {f"{n:03d}": f"document {n} " * (n + 1) for n in range(60)}
     write(Path(config.train), texts)
-    tokenizer = make_tokenizer(eos_token="</s>")
     documents = tokenize_documents(config, "train", tokenizer)
     assert {name: tokenizer.decode(tokens[1:]) for name, tokens in whole(documents).items()} == texts
     # Views of the mapped file, in few bytes a token; not copies of it.
     assert all(chunk.dtype == np.uint16 and not chunk.flags.owndata for chunk in documents._chunks)
 
 
-def test_a_chunked_file_reads_like_a_whole_one(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunked_file_reads_like_a_whole_one(config, tokenizer, monkeypatch):
     texts = {f"{n:03d}": "word " * (n + 1) for n in range(20)}
     write(Path(config.train), texts)
-    tokenizer = make_tokenizer(eos_token="</s>")
     documents = tokenize_documents(config, "train", tokenizer)
     load = tokenization.datasets.load_from_disk
 
@@ -129,7 +130,7 @@ def test_a_chunked_file_reads_like_a_whole_one(
     assert parts.token_counts.tolist() == documents.token_counts.tolist()
 
 
-def test_large_vocabularies(config: DataConfig, make_tokenizer: Make) -> None:
+def test_large_vocabularies(config, make_tokenizer):
     words = [f"w{n}" for n in range(70_000)]
     write(Path(config.train), {"a": "w0 w69999 w3"})
     documents = tokenize_documents(config, "train", make_tokenizer(words, bos_token="<s>"))
@@ -140,7 +141,7 @@ def test_large_vocabularies(config: DataConfig, make_tokenizer: Make) -> None:
         documents.check_vocabulary(70_001)
 
 
-def test_a_vocabulary_with_holes_keeps_its_numbers(config: DataConfig) -> None:
+def test_a_vocabulary_with_holes_keeps_its_numbers(config):
     """There are few tokens, and 16 bits do not hold their numbers."""
     write(Path(config.train), {"a": "sea the sea"})
     model = Tokenizer(models.WordLevel({"the": 3, "sea": 70_000}, "the"))
@@ -152,12 +153,12 @@ def test_a_vocabulary_with_holes_keeps_its_numbers(config: DataConfig) -> None:
         documents.check_vocabulary(2)
 
 
-def test_what_a_document_begins_with(config: DataConfig, make_tokenizer: Make) -> None:
+def test_what_a_document_begins_with(config, make_tokenizer, tokenizer):
     for special in ({"bos_token": "<s>", "eos_token": "</s>"}, {"eos_token": "</s>"}):
         documents = tokenize_documents(config, "train", make_tokenizer(**special))
         assert all(tokens[0] == 1 for tokens in whole(documents).values())
     config.beginning_of_document, config.skip_short_documents = False, True
-    documents = tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+    documents = tokenize_documents(config, "train", tokenizer)
     assert documents.token_counts.tolist() == [len(TEXTS["a"].encode()), len(TEXTS["c"])]
     tokenize_documents(config, "train", make_tokenizer())  # it needs no such token then
     config.beginning_of_document = True
@@ -166,12 +167,9 @@ def test_what_a_document_begins_with(config: DataConfig, make_tokenizer: Make) -
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_short_documents(
-    config: DataConfig, make_tokenizer: Make, caplog: pytest.LogCaptureFixture, workers: int
-) -> None:
+def test_short_documents(config, tokenizer, caplog, workers):
     config.workers = workers
     write(Path(config.train), TEXTS | {"nothing": ""})
-    tokenizer = make_tokenizer(eos_token="</s>")
     with pytest.raises(DataError, match=r"document 'nothing' has 1 token.*data.skip_short_documents=true"):
         tokenize_documents(config, "train", tokenizer)
     config.skip_short_documents = True
@@ -187,10 +185,7 @@ def test_short_documents(
         tokenize_documents(config, "train", tokenizer)
 
 
-def test_a_long_document_is_no_cause_for_a_warning(
-    config: DataConfig, make_tokenizer: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_a_long_document_is_no_cause_for_a_warning(config, tokenizer, caplog):
     tokenizer.model_max_length = 4
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
@@ -200,9 +195,8 @@ def test_a_long_document_is_no_cause_for_a_warning(
     assert "longer than" in caplog.text
 
 
-def test_what_was_made_is_found(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
-    first = tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_what_was_made_is_found(config, tokenizer, made):
+    first = tokenize_documents(config, "train", tokenizer)
     tokenizer(["a", "b c"], padding=False, truncation=True, max_length=1)  # leaves its intermediates in the tokenizer
     config.workers, config.shuffle, config.segments_per_visit = 2, False, 3
     again = tokenize_documents(config, "train", tokenizer)
@@ -212,8 +206,7 @@ def test_what_was_made_is_found(config: DataConfig, make_tokenizer: Make, made: 
     assert kept(config) == [made[0].name]  # and nothing is left of the work
 
 
-def test_another_text_is_made_anew(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_another_text_is_made_anew(config, tokenizer, made):
     before = tokenize_documents(config, "train", tokenizer)
     path = Path(config.train)
     stamp = path.stat()
@@ -225,8 +218,7 @@ def test_another_text_is_made_anew(config: DataConfig, make_tokenizer: Make, mad
     assert before.fingerprint != after.fingerprint
 
 
-def test_the_fingerprint_is_that_of_the_content(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_the_fingerprint_is_that_of_the_content(config, tokenizer, made):
     before = tokenize_documents(config, "train", tokenizer).fingerprint
     os.utime(config.train)
     assert tokenize_documents(config, "train", tokenizer).fingerprint == before
@@ -250,10 +242,7 @@ def test_the_fingerprint_is_that_of_the_content(config: DataConfig, make_tokeniz
         {"id_field": "text"},
     ],
 )
-def test_other_options_are_made_anew(
-    config: DataConfig, make_tokenizer: Make, made: list[Path], options: dict[str, Any]
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_other_options_are_made_anew(config, tokenizer, made, options):
     before = tokenize_documents(config, "train", tokenizer).fingerprint
     for option, value in options.items():
         setattr(config, option, value)
@@ -261,7 +250,7 @@ def test_other_options_are_made_anew(
     assert len(made) == 2
 
 
-def test_another_tokenizer_makes_them_anew(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
+def test_another_tokenizer_makes_them_anew(config, make_tokenizer, made):
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     others = (make_tokenizer(), make_tokenizer(**special), make_tokenizer(["the"], **special))
     config.skip_short_documents = True
@@ -271,10 +260,7 @@ def test_another_tokenizer_makes_them_anew(config: DataConfig, make_tokenizer: M
     assert len({folder.name for folder in made}) == 3
 
 
-def test_a_failure_leaves_nothing_behind(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_a_failure_leaves_nothing_behind(config, tokenizer, monkeypatch):
 
     def full(_: Any) -> None:
         raise OSError("no space left on device")
@@ -287,10 +273,7 @@ def test_a_failure_leaves_nothing_behind(
     assert len(tokenize_documents(config, "train", tokenizer)) == 3
 
 
-def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_makes_is_not(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(config, tokenizer, monkeypatch):
     key = tokenization._key(config, "train", tokenizer)
     left, older, made_now = (config.cache_folder / f".{name}" for name in (f"train-{key}.x", f"words-{key}.txt.y", "z"))
     living = config.cache_folder / f".test-{key}.w"
@@ -303,7 +286,7 @@ def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_make
     assert kept(config) == sorted([f"train-{key}", living.name, made_now.name])  # and what is not the cache's own stays
 
 
-def test_what_a_process_was_making_when_it_was_killed_is_removed(tmp_path: Path) -> None:
+def test_what_a_process_was_making_when_it_was_killed_is_removed(tmp_path):
     """The lock in it ends with its process."""
     folder = tmp_path / f"train-{32 * '0'}"
 
@@ -352,8 +335,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 FILES = ("data-00000-of-00001.arrow", "state.json", "dataset_info.json", "summary.json", "checksums.json")
 
 
-def test_all_damage_to_tokens_is_found(config: DataConfig, make_tokenizer: Make, tmp_path: Path) -> None:
-    tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+def test_all_damage_to_tokens_is_found(config, tokenizer, tmp_path):
+    tokenize_documents(config, "train", tokenizer)
     (folder,) = config.cache_folder.glob("train-*")
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert cache._damage(folder) is None
@@ -373,10 +356,7 @@ def test_all_damage_to_tokens_is_found(config: DataConfig, make_tokenizer: Make,
         ("checksums.json", "emptied"),
     ],
 )
-def test_damaged_tokens_are_made_anew_with_a_warning(
-    config: DataConfig, make_tokenizer: Make, caplog: pytest.LogCaptureFixture, name: str, damage: str
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_damaged_tokens_are_made_anew_with_a_warning(config, tokenizer, caplog, name, damage):
     before = tokenize_documents(config, "train", tokenizer)
     tokens = whole(before)
     (folder,) = config.cache_folder.glob("train-*")
@@ -392,10 +372,7 @@ def test_damaged_tokens_are_made_anew_with_a_warning(
 
 
 @pytest.mark.parametrize("damage", ["a file", "an empty folder", "a file too many"])
-def test_a_place_in_the_cache_that_holds_something_else_is_made_anew(
-    config: DataConfig, make_tokenizer: Make, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_a_place_in_the_cache_that_holds_something_else_is_made_anew(config, tokenizer, caplog, damage):
     tokens = whole(tokenize_documents(config, "train", tokenizer))
     (folder,) = config.cache_folder.glob("train-*")
     if damage == "a file too many":
@@ -408,10 +385,7 @@ def test_a_place_in_the_cache_that_holds_something_else_is_made_anew(
     assert kept(config) == [folder.name]
 
 
-def test_a_text_changed_with_the_same_size_and_time_is_made_anew(
-    config: DataConfig, make_tokenizer: Make, made: list[Path]
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_a_text_changed_with_the_same_size_and_time_is_made_anew(config, tokenizer, made):
     tokenize_documents(config, "train", tokenizer)
     path = Path(config.train)
     stamp = path.stat()
@@ -423,10 +397,7 @@ def test_a_text_changed_with_the_same_size_and_time_is_made_anew(
     assert len(made) == 2
 
 
-def test_the_same_text_elsewhere_is_found(
-    config: DataConfig, make_tokenizer: Make, made: list[Path], tmp_path: Path
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_the_same_text_elsewhere_is_found(config, tokenizer, made, tmp_path):
     tokenize_documents(config, "train", tokenizer)
     (tmp_path / "elsewhere").mkdir()
     config.train = shutil.copy(config.train, tmp_path / "elsewhere")
@@ -434,11 +405,8 @@ def test_the_same_text_elsewhere_is_found(
     assert len(made) == 1
 
 
-def test_two_processes_that_race(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, made: list[Path]
-) -> None:
+def test_two_processes_that_race(config, tokenizer, monkeypatch, made):
     """The other one is done at the worst moment: when everything is ready to be put in place."""
-    tokenizer = make_tokenizer(eos_token="</s>")
     summarize = tokenization._summarize
     others: list[TokenizedDocuments] = []
 
@@ -455,10 +423,7 @@ def test_two_processes_that_race(
     assert kept(config) == [made[0].name]
 
 
-def test_two_processes_that_find_the_same_damage_keep_one_folder(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = make_tokenizer(eos_token="</s>")
+def test_two_processes_that_find_the_same_damage_keep_one_folder(config, tokenizer, monkeypatch):
     tokens = whole(tokenize_documents(config, "train", tokenizer))
     (folder,) = config.cache_folder.glob("train-*")
     (folder / "state.json").unlink()
@@ -482,43 +447,32 @@ def full(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(("owner", "attribute"), [(Path, "mkdir"), (os, "fsync"), (cache.tempfile, "mkdtemp")])
-def test_a_full_or_read_only_cache_is_found_before_anything_is_read(
-    config: DataConfig,
-    make_tokenizer: Make,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    attribute: str,
-) -> None:
+def test_a_full_or_read_only_cache_is_found_before_anything_is_read(config, tokenizer, monkeypatch, owner, attribute):
     monkeypatch.setattr(owner, attribute, full)
     monkeypatch.setattr(tokenization, "read_documents", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(DataError, match=r"data\.cache_dir=.*No space left.*; make room or get access, or name another"):
-        tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+        tokenize_documents(config, "train", tokenizer)
 
 
-def test_a_place_that_cannot_be_taken_is_an_error(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_taken_is_an_error(config, tokenizer, monkeypatch):
     def refuse(*_: Any) -> None:
         raise PermissionError("not here")
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(DataError, match=r"data\.cache_dir=.*not here"):
-        tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+        tokenize_documents(config, "train", tokenizer)
 
 
-def test_a_cache_that_is_a_file_is_an_error(config: DataConfig, make_tokenizer: Make, tmp_path: Path) -> None:
+def test_a_cache_that_is_a_file_is_an_error(config, tokenizer, tmp_path):
     config.cache_dir = config.train
     with pytest.raises(DataError, match=r"data\.cache_dir=.*a.jsonl: the tokens cannot be kept there"):
-        tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+        tokenize_documents(config, "train", tokenizer)
 
 
-def test_a_file_system_without_locks_does(
-    config: DataConfig, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_does(config, tokenizer, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    tokenizer = make_tokenizer(eos_token="</s>")
     left = config.cache_folder / f".train-{32 * '0'}.x"
     left.mkdir(parents=True)
     monkeypatch.setattr(cache.FileLock, "acquire", refuse)
@@ -526,7 +480,7 @@ def test_a_file_system_without_locks_does(
     assert left.exists()  # it cannot be known whether somebody is filling it
 
 
-def test_the_main_process_goes_first(config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
+def test_the_main_process_goes_first(config, tokenizer, made):
     order: list[int] = []
 
     @contextmanager
@@ -535,18 +489,18 @@ def test_the_main_process_goes_first(config: DataConfig, make_tokenizer: Make, m
         yield
         order.append(len(made))
 
-    tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"), turn())
+    tokenize_documents(config, "train", tokenizer, turn())
     assert order == [0, 1]
 
 
-def test_errors_of_reading_come_through(config: DataConfig, make_tokenizer: Make) -> None:
+def test_errors_of_reading_come_through(config, tokenizer):
     Path(config.train).write_text('{"text": "x"}\n{"text": "y')
     with pytest.raises(DataError, match=r"a.jsonl, line 2: not JSON"):
-        tokenize_documents(config, "train", make_tokenizer(eos_token="</s>"))
+        tokenize_documents(config, "train", tokenizer)
     assert kept(config) == []
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("INFFORMER_CACHE", str(tmp_path / "variable"))
     assert DataConfig(cache_dir="~/option").cache_folder == tmp_path / "option"
@@ -555,9 +509,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert DataConfig().cache_folder == tmp_path / ".cache" / "infformer"
 
 
-def test_from_the_sample_to_segments(make_tokenizer: Make, tmp_path: Path) -> None:
+def test_from_the_sample_to_segments(tokenizer, tmp_path):
     config = DataConfig(max_document_characters=5000, cache_dir=str(tmp_path))
-    tokenizer = make_tokenizer(eos_token="</s>")
     documents = tokenize_documents(config, "test", tokenizer)
     segment = next(Lanes(documents, 4, 64, 1, shuffle=False))
     assert [tokenizer.decode(row) for row in segment.targets] == [
@@ -566,7 +519,7 @@ def test_from_the_sample_to_segments(make_tokenizer: Make, tmp_path: Path) -> No
     assert segment.input_ids[:, 0].tolist() == [tokenizer.eos_token_id] * 4
 
 
-def test_real_books_with_the_tokenizer_of_gpt2(shared: Path, tmp_path: Path) -> None:
+def test_real_books_with_the_tokenizer_of_gpt2(shared, tmp_path):
     tokenizer = GPT2TokenizerFast.from_pretrained(shared / "gpt2_tokenizer")
     config = DataConfig(max_documents=2, cache_dir=str(tmp_path))
     documents = tokenize_documents(config, "validation", tokenizer)
@@ -581,7 +534,7 @@ def test_real_books_with_the_tokenizer_of_gpt2(shared: Path, tmp_path: Path) -> 
 class TestFromTexts:
     DOCUMENTS = tuple(Document(name, text) for name, text in TEXTS.items())
 
-    def test_is_what_the_cache_holds(self, config: DataConfig, make_tokenizer: Make, made: list[Path]) -> None:
+    def test_documents_from_texts_are_what_the_cache_holds(self, config, make_tokenizer, made):
         tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
         here = TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, tokenizer.bos_token_id)
         assert made == []
@@ -593,13 +546,11 @@ class TestFromTexts:
             assert getattr(here, name).tolist() == getattr(cached, name).tolist()
         assert here.tokens(2, 3, 5).tolist() == cached.tokens(2, 3, 5).tolist()
 
-    def test_no_token_before_the_first(self, make_tokenizer: Make) -> None:
-        tokenizer = make_tokenizer(eos_token="</s>")
+    def test_documents_from_texts_may_begin_with_no_token(self, tokenizer):
         documents = TokenizedDocuments.from_texts(self.DOCUMENTS[:1], tokenizer, None)
         assert tokenizer.decode(whole(documents)["a"]) == TEXTS["a"]
 
-    def test_too_short(self, make_tokenizer: Make) -> None:
-        tokenizer = make_tokenizer(eos_token="</s>")
+    def test_texts_that_are_too_short_are_refused_or_left_out(self, tokenizer):
         with pytest.raises(DataError, match="'b' has 1 token"):
             TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, None)
         documents = TokenizedDocuments.from_texts(self.DOCUMENTS, tokenizer, None, skip_short=True)
@@ -618,26 +569,22 @@ class TestSharedDocuments:
         config = DataConfig(source="files", **files, max_held_out_characters=8, cache_dir=str(folder / "cache"))
         return {split: tokenize_documents(config, split, tokenizer) for split in files}
 
-    def test_are_named_in_a_warning(
-        self, tmp_path: Path, make_tokenizer: Make, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        documents = self.documents(tmp_path, make_tokenizer(eos_token="</s>"))
+    def test_shared_documents_are_named_in_a_warning(self, tmp_path, tokenizer, caplog):
+        documents = self.documents(tmp_path, tokenizer)
         warn_of_shared_documents(documents)
         of_validation, of_test = caplog.messages
         assert "1 of 2 documents of validation are in train too: e (in train: a); figures on them" in of_validation
         assert "1 of 2 documents of test are in train too: c; figures on them" in of_test
         assert "take them out of one of data.train= and data.test=" in of_test
 
-    def test_are_none_where_the_texts_differ(
-        self, tmp_path: Path, make_tokenizer: Make, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        documents = self.documents(tmp_path, make_tokenizer(eos_token="</s>"))
+    def test_documents_of_other_texts_are_not_shared(self, tmp_path, make_tokenizer, caplog, tokenizer):
+        documents = self.documents(tmp_path, tokenizer)
         warn_of_shared_documents({split: documents[split] for split in ("validation", "test")})
         unknown = TokenizedDocuments.from_texts([Document("x", "y"), Document("z", "y")], make_tokenizer(), 0)
         warn_of_shared_documents({"train": unknown, "test": unknown})
         assert caplog.text == ""
 
-    def test_are_few_of_many_by_name(self, make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    def test_of_many_shared_documents_a_few_are_named(self, make_tokenizer, caplog):
         texts = [Document(f"d{number}", "text", digest=str(number)) for number in range(9)]
         documents = TokenizedDocuments.from_texts(texts, make_tokenizer(), 0)
         warn_of_shared_documents({"train": documents, "test": documents})

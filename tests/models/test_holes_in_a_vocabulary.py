@@ -6,7 +6,7 @@ from infformer.models.base import ModelError
 from infformer.models.loading import check_vocabulary, new_decoder, vocabulary_of
 
 
-def test_a_model_from_scratch_has_room_for_a_vocabulary_with_holes() -> None:
+def test_a_model_from_scratch_has_room_for_a_vocabulary_with_holes():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 70}, "a")))
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = new_decoder({**vocabulary_of(tokenizer), **small})

@@ -115,7 +115,7 @@ def read(model: MemoryModel) -> list[Tensor]:
     return found
 
 
-def test_reading_asks_for_no_weight_outside_of_its_unit(model: MemoryModel) -> None:
+def test_reading_asks_for_no_weight_outside_of_its_unit(model):
     expected = read(model)
     with cut_up(model):
         found = read(model)
@@ -123,7 +123,7 @@ def test_reading_asks_for_no_weight_outside_of_its_unit(model: MemoryModel) -> N
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_writing_text_asks_for_no_weight_outside_of_its_unit(model: MemoryModel) -> None:
+def test_writing_text_asks_for_no_weight_outside_of_its_unit(model):
     prompt = tokens(2 * SEGMENT - 1, rows=1)[0]  # a segment ends in what is written
 
     def write() -> list[int]:
@@ -137,14 +137,14 @@ def test_writing_text_asks_for_no_weight_outside_of_its_unit(model: MemoryModel)
 @pytest.mark.parametrize(
     "model", [name for name in MODELS if "none" not in name and "compr" not in name], indirect=True
 )
-def test_looking_into_a_memory_asks_for_no_weight_outside_of_its_unit(model: MemoryModel) -> None:
+def test_looking_into_a_memory_asks_for_no_weight_outside_of_its_unit(model):
     text = tokens(4 * SEGMENT + 1, rows=1)[0]
     expected = inspect_document(model, text, 4, progress=False)
     with cut_up(model):
         assert inspect_document(model, text, 4, progress=False) == expected
 
 
-def test_every_layer_and_every_memory_is_in_a_unit(model: MemoryModel) -> None:
+def test_every_layer_and_every_memory_is_in_a_unit(model):
     """What stays with the model is what its beginning and its end need: embeddings, a last norm, the vocabulary."""
     in_units = {id(parameter) for unit in model.sharding_units() for parameter in unit.parameters()}
     units = {id(module) for unit in model.sharding_units() for module in unit.modules()}
@@ -155,7 +155,7 @@ def test_every_layer_and_every_memory_is_in_a_unit(model: MemoryModel) -> None:
     assert not [name for name in left if ".h." in name or "layers." in name or name.startswith("memories.")]
 
 
-def test_a_backbone_of_another_kind_is_one_unit_with_its_model() -> None:
+def test_a_backbone_of_another_kind_is_one_unit_with_its_model():
     """No memory can be beside it, and nobody knows where it keeps its layers."""
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2}
     config = GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=20, **sizes)

@@ -6,7 +6,6 @@ import logging
 import pickle
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +62,7 @@ def deprecations() -> Iterator[list[str]]:
 
 
 @pytest.mark.usefixtures("deprecations")
-def test_nothing_deprecated_is_used(model, tmp_path: Path):
+def test_nothing_deprecated_is_used(model, tmp_path):
     text = torch.randint(1, VOCABULARY, (2, 2 * SEGMENT))
     model.checkpoint_activations()
     memory = None

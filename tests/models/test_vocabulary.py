@@ -1,7 +1,6 @@
 """Against the formulas written token by token, and against torch's own adaptive softmax."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def embedding_of(vocabulary: Vocabulary, token: int) -> Tensor:
 
 
 @both
-def test_embeddings_token_by_token(make: Callable[[], Vocabulary]) -> None:
+def test_embeddings_token_by_token(make):
     vocabulary = make()
     tokens = torch.randint(0, SIZE, (4, 3, 5))
     expected = torch.stack([embedding_of(vocabulary, int(token)) for token in tokens.flatten()]).view(4, 3, 5, HIDDEN)
@@ -98,7 +97,7 @@ def test_embeddings_token_by_token(make: Callable[[], Vocabulary]) -> None:
 
 
 @both
-def test_probabilities_of_every_token(make: Callable[[], Vocabulary], hidden: Tensor) -> None:
+def test_probabilities_of_every_token(make, hidden):
     vocabulary = make()
     logits = vocabulary.logits(hidden.view(4, 5, HIDDEN))
     expected = torch.stack([cluster_formula(vocabulary, state) for state in hidden]).view(4, 5, SIZE)
@@ -109,7 +108,7 @@ def test_probabilities_of_every_token(make: Callable[[], Vocabulary], hidden: Te
 
 
 @pytest.mark.parametrize("divisor", [1.0, 1.5, 2.0])
-def test_equals_the_adaptive_softmax_of_torch(divisor: float, hidden: Tensor) -> None:
+def test_equals_the_adaptive_softmax_of_torch(divisor, hidden):
     vocabulary = adaptive(divisor)
     torch.testing.assert_close(vocabulary.logits(hidden), vocabulary.softmax.log_prob(hidden))
     labels = torch.randint(0, SIZE, (20,))
@@ -119,9 +118,7 @@ def test_equals_the_adaptive_softmax_of_torch(divisor: float, hidden: Tensor) ->
 
 @both
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 20, 1024])
-def test_token_losses_and_their_gradients(
-    make: Callable[[], Vocabulary], chunk_tokens: int, hidden: Tensor, labels: Tensor
-) -> None:
+def test_token_losses_and_their_gradients(make, chunk_tokens, hidden, labels):
     vocabulary = make()
     losses = chunked_token_losses(hidden.view(4, 5, HIDDEN), vocabulary.token_losses, labels.view(4, 5), chunk_tokens)
     expected = torch.stack(
@@ -145,7 +142,7 @@ def test_token_losses_and_their_gradients(
 
 
 @both
-def test_gradients_numerically(make: Callable[[], Vocabulary], hidden: Tensor) -> None:
+def test_gradients_numerically(make, hidden):
     vocabulary, tokens = make(), torch.randint(0, SIZE, (2, 9))
     parameters = list(vocabulary.parameters())
     assert torch.autograd.gradcheck(lambda *_: vocabulary.embed(tokens), parameters)
@@ -154,9 +151,7 @@ def test_gradients_numerically(make: Callable[[], Vocabulary], hidden: Tensor) -
 
 @both
 @pytest.mark.parametrize("labels", [[IGNORE_INDEX] * 20, [0] * 20, [], [4, 4]])
-def test_every_parameter_takes_part_whatever_the_labels(
-    make: Callable[[], Vocabulary], hidden: Tensor, labels: list[int]
-) -> None:
+def test_every_parameter_takes_part_whatever_the_labels(make, hidden, labels):
     vocabulary = make()
     losses = vocabulary.token_losses(hidden[: len(labels)], torch.tensor(labels, dtype=torch.int64))
     assert losses.shape == (len(labels),)
@@ -165,7 +160,7 @@ def test_every_parameter_takes_part_whatever_the_labels(
     assert nothing_scored == all((gradient == 0).all() for gradient in gradients)
 
 
-def test_embeddings_and_softmax_are_the_same_parameters() -> None:
+def test_embeddings_and_softmax_are_the_same_parameters():
     vocabulary = adaptive()
     reference = nn.AdaptiveLogSoftmaxWithLoss(HIDDEN, SIZE, CUTOFFS, DIVISOR, head_bias=True)
     assert [parameter.shape for parameter in vocabulary.parameters()] == [p.shape for p in reference.parameters()]
@@ -178,7 +173,7 @@ def test_embeddings_and_softmax_are_the_same_parameters() -> None:
     assert [bool((band[0].weight.grad != 0).all()) for band in (first, second, third)] == [True, False, True]
 
 
-def test_the_tied_table_is_one_table() -> None:
+def test_the_tied_table_is_one_table():
     vocabulary = tied()
     assert sum(parameter.numel() for parameter in vocabulary.parameters()) == SIZE * HIDDEN + SIZE
     vocabulary.embed(torch.tensor([1, 3])).sum().backward()
@@ -186,7 +181,7 @@ def test_the_tied_table_is_one_table() -> None:
 
 
 @both
-def test_under_autocast(make: Callable[[], Vocabulary], hidden: Tensor, labels: Tensor) -> None:
+def test_under_autocast(make, hidden, labels):
     vocabulary, states = make().float(), hidden.detach().float()
     tokens = torch.arange(SIZE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -207,7 +202,7 @@ def test_under_autocast(make: Callable[[], Vocabulary], hidden: Tensor, labels: 
 
 @both
 @pytest.mark.parametrize("token", [-1, SIZE])
-def test_a_token_that_does_not_exist(make: Callable[[], Vocabulary], hidden: Tensor, token: int) -> None:
+def test_a_token_that_does_not_exist(make, hidden, token):
     vocabulary = make()
     with pytest.raises(IndexError):
         vocabulary.embed(torch.tensor([0, token]))
@@ -218,7 +213,7 @@ def test_a_token_that_does_not_exist(make: Callable[[], Vocabulary], hidden: Ten
 @pytest.mark.parametrize(
     "vocabulary", [TiedVocabulary(500, 100), AdaptiveVocabulary(500, 100, [200, 300], 1.0)], ids=["tied", "adaptive"]
 )
-def test_initial_weights(vocabulary: Vocabulary) -> None:
+def test_initial_weights(vocabulary):
     for name, parameter in vocabulary.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all()
@@ -229,7 +224,7 @@ def test_initial_weights(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize("cutoffs", [[], [5, 3], [3, 3], [0, 3], [-1], [3, SIZE], [SIZE + 1]])
-def test_cutoffs_that_cannot_be(cutoffs: list[int]) -> None:
+def test_cutoffs_that_cannot_be(cutoffs):
     message = (
         r"model.architecture.adaptive_cutoffs=\[.*\] cannot cut a vocabulary of 13 tokens: .* from 1 to 12, or none"
     )
@@ -238,6 +233,6 @@ def test_cutoffs_that_cannot_be(cutoffs: list[int]) -> None:
 
 
 @pytest.mark.parametrize("divisor", [0.0, 0.5, 2.1])
-def test_divisors_that_cannot_be(divisor: float) -> None:
+def test_divisors_that_cannot_be(divisor):
     with pytest.raises(ModelError, match=rf"adaptive_divisor={divisor}: band 3, the last, .* set it from 1 to 2, or"):
         AdaptiveVocabulary(SIZE, HIDDEN, CUTOFFS, divisor)

@@ -15,7 +15,7 @@ def depths(*rows: list[float]) -> np.ndarray:
     return np.array(rows)
 
 
-def test_a_text_is_pairs_and_then_some_of_them_again() -> None:
+def test_a_text_is_pairs_and_then_some_of_them_again():
     wanted = np.random.default_rng(0).random((40, 3))
     questions = SOURCE.draw("test", range(40), 7, LENGTH, wanted)
     assert questions.tokens.shape == (40, LENGTH)
@@ -36,13 +36,13 @@ def test_a_text_is_pairs_and_then_some_of_them_again() -> None:
     assert CONFIG.vocabulary_size == 35
 
 
-def test_two_queries_at_one_depth_are_of_neighbours() -> None:
+def test_two_queries_at_one_depth_are_of_neighbours():
     (row,) = SOURCE.draw("test", [0], 7, LENGTH, depths([0.5, 0.5, 1])).tokens.tolist()
     keys = row[1 : 1 + 2 * PAIRS : 2]
     assert [keys.index(key) for key in row[2 + 2 * PAIRS :: 2]] == [10, 9, 20]
 
 
-def test_a_text_depends_on_its_number_and_depths_alone() -> None:
+def test_a_text_depends_on_its_number_and_depths_alone():
     wanted = np.random.default_rng(1).random((20, 3))
     whole = SOURCE.draw("test", range(20), 7, LENGTH, wanted).tokens
     assert (SOURCE.draw("test", [13, 2], 7, LENGTH, wanted[[13, 2]]).tokens == whole[[13, 2]]).all()
@@ -56,7 +56,7 @@ def test_a_text_depends_on_its_number_and_depths_alone() -> None:
         assert (SOURCE.draw(numbers=range(20), depths=wanted, **options).tokens[:, :LENGTH] != whole).any(axis=1).all()
 
 
-def test_depths_of_training_are_anywhere() -> None:
+def test_depths_of_training_are_anywhere():
     source = AssociativeRecallConfig(keys=100, queries=1).build_source(None)
     tokens = source.draw_training(np.arange(400), 3, 204).tokens
     places = [row[1:201:2].index(row[-2]) for row in tokens.tolist()]
@@ -74,7 +74,7 @@ def test_depths_of_training_are_anywhere() -> None:
         (100, "task.keys=30: a text of 100 tokens has 46 pairs.* set task.keys=46 or more"),
     ],
 )
-def test_lengths_that_there_are_not(length: int, says: str) -> None:
+def test_lengths_that_there_are_not(length, says):
     SOURCE.draw("test", [0], 0, 14, depths([0, 0, 0]))
     with pytest.raises(DataError, match=says):
         SOURCE.draw("test", [0], 0, length, depths([0, 0, 0]))
@@ -93,6 +93,6 @@ def test_lengths_that_there_are_not(length: int, says: str) -> None:
         ({"test_questions": 0}, "task.test_questions=0: must be at least 1"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
+def test_bad_options(options, says):
     with pytest.raises(ValueError, match=says):
         AssociativeRecallConfig(**options)

@@ -73,7 +73,7 @@ HIDDEN_KEY = re.compile(
 
 @pytest.mark.parametrize("length", [150, 500, 3001])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
-def test_a_passkey_is_at_its_depth(passkey, documents, tokenizer, length, depth) -> None:
+def test_a_passkey_is_at_its_depth(passkey, documents, tokenizer, length, depth):
     everything = " ".join([tokenizer.decode(documents["test"].tokens(n, 1, int(c))) for n, c in counts(documents)] * 5)
     for text in written(passkey, tokenizer, length, [depth], [depth], [depth]):
         before, _, after = HIDDEN_KEY.match(text).groups()
@@ -88,7 +88,7 @@ def counts(documents: Mapping[str, TokenizedDocuments]) -> list[tuple[int, int]]
     return list(enumerate(documents["test"].token_counts))
 
 
-def test_a_needle_is_in_one_book_and_its_end_is_asked_for(book, documents, tokenizer) -> None:
+def test_a_needle_is_in_one_book_and_its_end_is_asked_for(book, documents, tokenizer):
     books = [tokenizer.decode(documents["test"].tokens(n, 1, int(c))) for n, c in counts(documents)]
     for text in written(book, tokenizer, 500, [0.0], [0.25], [1.0]):
         needle = re.search(r"\n(The best thing to do in .* is to .*\.)\n", text).group(1)
@@ -101,7 +101,7 @@ def test_a_needle_is_in_one_book_and_its_end_is_asked_for(book, documents, token
     assert tokenizer.decode(questions.true_answers).count(" to ") == 2
 
 
-def test_several_needles_are_asked_for_one_after_the_other(documents, tokenizer) -> None:
+def test_several_needles_are_asked_for_one_after_the_other(documents, tokenizer):
     source = source_of(NeedleConfig(needles=3), documents, tokenizer)
     questions = source.draw("test", range(4), 5, 900, np.tile([0.9, 0.0, 0.5], (4, 1)))
     for row, answers in zip(questions.tokens, questions.answers, strict=True):
@@ -116,14 +116,14 @@ def test_several_needles_are_asked_for_one_after_the_other(documents, tokenizer)
             assert tokenizer.decode(answer).startswith(" to ")
 
 
-def test_other_depths_are_the_same_text_with_the_same_answer(passkey, tokenizer) -> None:
+def test_other_depths_are_the_same_text_with_the_same_answer(passkey, tokenizer):
     parts = [HIDDEN_KEY.match(written(passkey, tokenizer, 600, [depth])[0]).groups() for depth in (0.0, 0.4, 1.0)]
     assert len({key for _, key, _ in parts}) == 1
     assert len({before + after for before, _, after in parts}) == 1
 
 
 @pytest.mark.parametrize("kind", ["passkey", "book"])
-def test_a_text_depends_on_its_number_alone(kind, request) -> None:
+def test_a_text_depends_on_its_number_alone(kind, request):
     source = request.getfixturevalue(kind)
     depths = np.linspace(0, 1, 6).reshape(6, 1)
     whole = source.draw("test", range(6), 5, 400, depths).tokens
@@ -132,14 +132,14 @@ def test_a_text_depends_on_its_number_alone(kind, request) -> None:
     assert (source.draw("train", range(6), 5, 400, depths).tokens != whole).any(axis=1).all()
 
 
-def test_training_is_resumed_with_the_same_documents_only(texts_of, tokenizer) -> None:
+def test_training_is_resumed_with_the_same_documents_only(texts_of, tokenizer):
     one, other = (source_of(PasskeyConfig(), texts_of(count), tokenizer).identity for count in (40, 50))
     assert one["task.digits"] == other["task.digits"] == 5
     assert one != other
     assert not source_of(PasskeyConfig(), {}, tokenizer).splits
 
 
-def test_a_length_that_holds_no_more_than_the_needle(passkey) -> None:
+def test_a_length_that_holds_no_more_than_the_needle(passkey):
     with pytest.raises(
         DataError, match=r"a length of 60 .*: what is hidden and what is asked take (.*) tokens"
     ) as error:
@@ -148,7 +148,7 @@ def test_a_length_that_holds_no_more_than_the_needle(passkey) -> None:
     assert passkey.draw("test", [0], 5, least, np.zeros((1, 1))).tokens.shape == (1, least)
 
 
-def test_a_book_that_is_too_short(book, passkey, documents) -> None:
+def test_a_book_that_is_too_short(book, passkey, documents):
     longest = int(documents["test"].token_counts.max()) - 1
     with pytest.raises(
         DataError, match=rf"a length of 5,000 .* the longest test document has {longest:,}; choose shorter lengths"
@@ -157,7 +157,7 @@ def test_a_book_that_is_too_short(book, passkey, documents) -> None:
     assert passkey.draw("test", [0], 5, 5000, np.zeros((1, 1))).tokens.shape == (1, 5000)
 
 
-def test_a_tokenizer_that_knows_no_such_words(documents) -> None:
+def test_a_tokenizer_that_knows_no_such_words(documents):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "whale": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     poor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
@@ -173,6 +173,6 @@ def test_a_tokenizer_that_knows_no_such_words(documents) -> None:
         (NeedleConfig, {"depths": [-0.1]}, r"task.depths=\[-0.1\]"),
     ],
 )
-def test_bad_options(config, options, says) -> None:
+def test_bad_options(config, options, says):
     with pytest.raises(ValueError, match=says):
         config(**options)

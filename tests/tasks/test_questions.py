@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def same(one: Segment, other: Segment) -> bool:
 
 
 @pytest.mark.parametrize("segment_length", [1, 4, 5, 6, 7, 17, 20])
-def test_a_step_is_a_sequence_in_segments(segment_length: int) -> None:
+def test_a_step_is_a_sequence_in_segments(segment_length):
     """Also where the answer begins with a segment (4, 6), straddles two (7) or more, or is in the only one."""
     stream = stream_of(CONFIG, 3, segment_length, seed=2)
     for step in range(3):
@@ -68,7 +67,7 @@ def length_of(step: list[Segment], symbols: int = SYMBOLS) -> int:
     return sum(int(segment.lengths[0]) for segment in step) - symbols
 
 
-def test_a_step_has_one_of_several_lengths_the_shorter_the_likelier() -> None:
+def test_a_step_has_one_of_several_lengths_the_shorter_the_likelier():
     lengths = [5, 20, 40]
     stream = stream_of(SortingConfig(symbols=SYMBOLS, training_lengths=lengths), 1, 7, seed=2)
     drawn = [length_of(stream.next_step()) for _ in range(400)]
@@ -80,7 +79,7 @@ def test_a_step_has_one_of_several_lengths_the_shorter_the_likelier() -> None:
     assert read == pytest.approx([sum(read) / 3] * 3, rel=0.25)
 
 
-def test_sequences_of_several_lengths_are_whole() -> None:
+def test_sequences_of_several_lengths_are_whole():
     config = SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15])
     stream = stream_of(config, 3, 7, seed=2)
     seen = set()
@@ -97,7 +96,7 @@ def test_sequences_of_several_lengths_are_whole() -> None:
     assert seen == {3, 8, 15}
 
 
-def test_no_read_is_ever_that_of_another() -> None:
+def test_no_read_is_ever_that_of_another():
     """The random numbers of sticky memories are drawn by it."""
     stream = stream_of(SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15]), 2, 7, seed=2)
     reads = [int(read) for _ in range(20) for segment in stream.next_step() for read in segment.reads.unique()]
@@ -105,7 +104,7 @@ def test_no_read_is_ever_that_of_another() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, SortingConfig(symbols=SYMBOLS, training_lengths=[3, 8, 15])])
-def test_shares_together_are_the_whole(config: SortingConfig) -> None:
+def test_shares_together_are_the_whole(config):
     whole = stream_of(config, 4, 7, seed=2)
     parts = [stream_of(config, 4, 7, seed=2, rank_rows=rank_rows) for rank_rows in (range(2, 4), [1], range(1))]
     for _ in range(3):
@@ -118,7 +117,7 @@ def test_shares_together_are_the_whole(config: SortingConfig) -> None:
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(6, 2), (7, 3), (3, 8), (1, 2)])
-def test_a_limited_number_of_sequences_comes_again_in_another_order(size: int, lanes: int) -> None:
+def test_a_limited_number_of_sequences_comes_again_in_another_order(size, lanes):
     config = SortingConfig(length=LENGTH, symbols=SYMBOLS, training_sequences=size)
     stream = stream_of(config, lanes, INPUTS, seed=2)
     steps = [stream.next_step()[0] for _ in range(5 * size)]
@@ -132,7 +131,7 @@ def test_a_limited_number_of_sequences_comes_again_in_another_order(size: int, l
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(None, []), (5, []), (None, [3, 8, 15])])
-def test_resumed_at_any_step_is_never_stopped(size: int | None, lengths: list[int]) -> None:
+def test_resumed_at_any_step_is_never_stopped(size, lengths):
     config = SortingConfig(length=LENGTH, training_lengths=lengths, symbols=SYMBOLS, training_sequences=size)
 
     def stream(rank_rows: range | None = None) -> QuestionStream:
@@ -165,7 +164,7 @@ def test_resumed_at_any_step_is_never_stopped(size: int | None, lengths: list[in
         ("task.training_sequences", {}, {"training_sequences": None}),
     ],
 )
-def test_a_state_of_another_run_is_refused(option: str, changes: dict[str, int], config: dict[str, Any]) -> None:
+def test_a_state_of_another_run_is_refused(option, changes, config):
     options = {"lanes": 3, "segment_length": 4, "seed": 2}
     settings = {"length": LENGTH, "training_lengths": [5], "symbols": SYMBOLS, "training_sequences": 100}
     state = stream_of(SortingConfig(**settings), **options).state_dict()
@@ -177,13 +176,13 @@ def test_a_state_of_another_run_is_refused(option: str, changes: dict[str, int],
     assert f"this one has {'null' if value is None else value}" in str(error.value)
 
 
-def test_an_option_that_decides_nothing_about_the_stream_may_change() -> None:
+def test_an_option_that_decides_nothing_about_the_stream_may_change():
     state = stream_of(CONFIG, 3, 4, seed=2).state_dict()
     other = SortingConfig(length=LENGTH, symbols=SYMBOLS, test_sequences=5, evaluation_lengths=[50])
     stream_of(other, 3, 4, seed=2).load_state_dict(state)
 
 
-def test_tokens_between_the_answers_are_not_scored() -> None:
+def test_tokens_between_the_answers_are_not_scored():
     config = AssociativeRecallConfig(keys=20, values=3, queries=2, training_lengths=[16])
     questions = config.build_source(None).draw_training(np.arange(3), 2, 16)
     (segment,) = stream_of(config, 3, 15, seed=2, rank_rows=[1]).next_step()
@@ -193,18 +192,18 @@ def test_tokens_between_the_answers_are_not_scored() -> None:
     assert segment.targets.tolist() == [[IGNORE_INDEX] * 12 + [value, IGNORE_INDEX, other]]
 
 
-def test_a_length_that_cannot_be_asked_is_refused_at_once() -> None:
+def test_a_length_that_cannot_be_asked_is_refused_at_once():
     config = AssociativeRecallConfig(queries=2, training_lengths=[16, 8])
     with pytest.raises(DataError, match=r"a length of 8 .*task.queries=2 .* take 10 tokens"):
         stream_of(config, 3, 15, seed=2)
 
 
-def test_every_seed_learns_from_others() -> None:
+def test_every_seed_learns_from_others():
     one, other = (stream_of(CONFIG, 3, 7, seed=seed).next_step()[0] for seed in (3, 4))
     assert not torch.equal(one.input_ids, other.input_ids)
 
 
-def test_places_and_material_in_words() -> None:
+def test_places_and_material_in_words():
     stream = stream_of(CONFIG, 4, 8, seed=2)
     stream.next_step()
     _, second, _ = stream.next_step()

@@ -48,7 +48,7 @@ def model() -> InfformerForCausalLM:
     return model.eval()
 
 
-def test_who_remembers_all_is_right_everywhere(witness) -> None:
+def test_who_remembers_all_is_right_everywhere(witness):
     results = make(witness(CONFIG.vocabulary_size, SEGMENT)).measure("here")
     assert [(cell["length"], cell["depth"]) for cell in results["cells"]] == [
         (length, depth) for length in (36, 20) for depth in (0, 0.5, 1)
@@ -68,7 +68,7 @@ def test_who_remembers_all_is_right_everywhere(witness) -> None:
     }
 
 
-def test_without_memory_only_the_last_segment_is_known(witness) -> None:
+def test_without_memory_only_the_last_segment_is_known(witness):
     """Of the last 8 inputs 3 are those of the queries and 1 is the separator: two pairs are left."""
     config = AssociativeRecallConfig(keys=20, values=4, queries=2, lengths=[36], depths=[0, 0.93, 1], test_questions=30)
     off = make(witness(config.vocabulary_size, SEGMENT), config).measure("here")["controls"]["memory_off"]
@@ -78,7 +78,7 @@ def test_without_memory_only_the_last_segment_is_known(witness) -> None:
 
 
 @pytest.mark.parametrize("kind", [PasskeyConfig, NeedleConfig])
-def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer, tmp_path) -> None:
+def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer, tmp_path):
     (tmp_path / "book.txt").write_text("The white whale rose, and nobody saw it. " * 30)
     data = DataConfig(source="files", test=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
     documents = {"test": tokenize_documents(data, "test", tokenizer)}
@@ -94,7 +94,7 @@ def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer
 
 
 @torch.no_grad()
-def test_answers_are_those_of_a_literal_loop(model) -> None:
+def test_answers_are_those_of_a_literal_loop(model):
     """Where not every token is asked for, the true ones stand between the model's own."""
     questions = SOURCE.draw("test", range(6), 0, 20, np.random.default_rng(0).random((6, 2)))
     nats, forced, free = [], [], []
@@ -116,7 +116,7 @@ def test_answers_are_those_of_a_literal_loop(model) -> None:
     assert given.forced.nats == pytest.approx(nats, rel=1e-5)
 
 
-def test_figures_depend_neither_on_the_batch_nor_on_the_processes(model) -> None:
+def test_figures_depend_neither_on_the_batch_nor_on_the_processes(model):
     options = (SOURCE, "test", 36, [0, 0.5, 1], 5, "recall")
     expected = measure_cells(reader(model, 1), *options)
     for batch_size in (2, 5):
@@ -134,13 +134,13 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_processes(model) -> None
     assert shared.forced.nats == pytest.approx(one.forced.nats, rel=1e-5)
 
 
-def test_who_knows_nothing_is_at_chance(model) -> None:
+def test_who_knows_nothing_is_at_chance(model):
     config = AssociativeRecallConfig(keys=20, values=4, queries=2, depths=[0.5], lengths=[36], test_questions=60)
     (cell,) = make(model, config).measure("here")["cells"]
     assert cell["exact_match"] < 0.25 + 4 * np.sqrt(0.25 * 0.75 / 120)
 
 
-def test_validation_is_of_the_first_length(witness, model) -> None:
+def test_validation_is_of_the_first_length(witness, model):
     perfect = make(witness(CONFIG.vocabulary_size, SEGMENT)).validate()
     assert perfect.metrics == {"validation/loss": perfect.loss, "validation/accuracy": 1, "validation/exact_match": 1}
     assert perfect.loss == pytest.approx(np.log(1 + 24 * np.exp(-5)))
@@ -150,7 +150,7 @@ def test_validation_is_of_the_first_length(witness, model) -> None:
     assert measured.loss > perfect.loss
 
 
-def test_the_report_is_a_file_a_table_and_a_figure(witness, tmp_path, capsys) -> None:
+def test_the_report_is_a_file_a_table_and_a_figure(witness, tmp_path, capsys):
     retrieval = make(witness(CONFIG.vocabulary_size, SEGMENT))
     results = retrieval.measure("here") | {"before": None}
     (figure,) = retrieval.report(results, tmp_path)
@@ -169,14 +169,14 @@ def test_the_report_is_a_file_a_table_and_a_figure(witness, tmp_path, capsys) ->
     assert re.search(r"associative recall by depth .* 10 answers each, chance 0.25; segments of 8 tokens", last)
 
 
-def test_a_sample_shows_what_is_true_and_what_is_said(witness) -> None:
+def test_a_sample_shows_what_is_true_and_what_is_said(witness):
     retrieval = make(witness(CONFIG.vocabulary_size, SEGMENT))
     true = SOURCE.draw("validation", [1], 0, 36, np.ones((1, 2))).true_answers.tolist()
     assert retrieval.sample(5, 64) == f"text 1, depth 1: {true[0]} {true[1]}; the model: {true[0]} {true[1]}"
     assert retrieval.sample(5, 1) == f"text 1, depth 1: {true[0]}; the model: {true[0]}"
 
 
-def test_what_cannot_be_asked_is_refused_at_once(witness) -> None:
+def test_what_cannot_be_asked_is_refused_at_once(witness):
     with pytest.raises(DataError, match=r"25 symbols, and the model knows 24: set model.architecture.vocab_size=25"):
         make(witness(24, SEGMENT))
     short = AssociativeRecallConfig(keys=20, values=4, queries=2, lengths=[36, 8])
@@ -184,7 +184,7 @@ def test_what_cannot_be_asked_is_refused_at_once(witness) -> None:
         make(witness(25, SEGMENT), short)
 
 
-def test_the_table_has_a_line_for_each_depth_and_a_column_for_each_length() -> None:
+def test_the_table_has_a_line_for_each_depth_and_a_column_for_each_length():
     """Whole answers first."""
 
     def cells(start: float) -> list[dict]:

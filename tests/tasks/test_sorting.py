@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,7 +66,7 @@ def sorted_literally(sequence: Sequence[int], symbols: int) -> list[int]:
     ("length", "symbols", "split"),
     [(1, 2, "train"), (1, 20, "test"), (7, 20, "validation"), (40, 3, "train"), (500, 20, "test")],
 )
-def test_sequences_and_answers_are_the_literal_ones(length: int, symbols: int, split: str) -> None:
+def test_sequences_and_answers_are_the_literal_ones(length, symbols, split):
     config = SortingConfig(length=length, symbols=symbols)
     for number, row in enumerate(draw_sequences(config, split, range(30), 3).tolist()):
         assert row[:length] == drawn_literally(3, SPLITS.index(split), number, length, symbols)
@@ -75,7 +74,7 @@ def test_sequences_and_answers_are_the_literal_ones(length: int, symbols: int, s
         assert row[length + 1 :] == sorted_literally(row[:length], symbols)
 
 
-def test_what_is_frequent_drifts() -> None:
+def test_what_is_frequent_drifts():
     sequences = draw_sequences(SortingConfig(symbols=4), "train", range(200), 0, length=2000)[:, :2000]
     beginnings, ends = (
         np.stack([(part == symbol).mean(axis=1) for symbol in range(4)], axis=1)
@@ -88,7 +87,7 @@ def test_what_is_frequent_drifts() -> None:
     assert beginnings.std() > 0.09  # and what is frequent is so by far: 200 draws of a quarter alone would give 0.03
 
 
-def test_a_sequence_depends_on_its_number_alone() -> None:
+def test_a_sequence_depends_on_its_number_alone():
     whole = draw_sequences(CONFIG, "test", range(20), 7)
     assert (draw_sequences(CONFIG, "test", [13, 2, 13], 7) == whole[[13, 2, 13]]).all()
     assert draw_sequences(CONFIG, "test", [], 7).shape == (0, LENGTH + 1 + SYMBOLS)
@@ -97,7 +96,7 @@ def test_a_sequence_depends_on_its_number_alone() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"split": "train"}, {"length": 101}])
-def test_other_seeds_splits_and_lengths_are_other_sequences(changes: dict[str, int | str]) -> None:
+def test_other_seeds_splits_and_lengths_are_other_sequences(changes):
     config = SortingConfig(symbols=SYMBOLS)
     options = {"split": "test", "seed": 7, "length": 100}
     one = draw_sequences(config, numbers=range(50), **options)[:, :100]
@@ -107,16 +106,14 @@ def test_other_seeds_splits_and_lengths_are_other_sequences(changes: dict[str, i
 
 
 @pytest.mark.parametrize(("training_lengths", "expected"), [([], LENGTH), ([7], 7)])
-def test_sequences_of_task_length_are_learned_from_where_training_lengths_is_empty(
-    training_lengths: list[int], expected: int
-) -> None:
+def test_sequences_of_task_length_are_learned_from_where_training_lengths_is_empty(training_lengths, expected):
     config = SortingConfig(length=LENGTH, symbols=SYMBOLS, training_lengths=training_lengths)
     material = Material(None, lanes=2, seed=0, rank_rows=range(2), segment_length=64)
     (segment,) = config.build_stream(material).next_step()
     assert segment.lengths.tolist() == [expected + SYMBOLS] * 2
 
 
-def test_options_that_cannot_be_are_refused() -> None:
+def test_options_that_cannot_be_are_refused():
     with pytest.raises(DataError, match="split=valid: choose one of train, validation, test"):
         draw_sequences(CONFIG, "valid", [0], 0)
     with pytest.raises(DataError, match="length=0: a sequence has at least 1 symbol"):
@@ -195,7 +192,7 @@ def literally(model: nn.Module, sequences: NDArray[np.int64], length: int) -> tu
 @pytest.mark.parametrize(
     ("segment_length", "batch_size"), [(1, 3), (3, 10), (6, 1), (8, 3), (9, 10), (20, 1), (23, 3), (64, 10)]
 )
-def test_who_counts_is_right_everywhere(counter: Callable, segment_length: int, batch_size: int) -> None:
+def test_who_counts_is_right_everywhere(counter, segment_length, batch_size):
     """Where the answer begins with a segment (6, 9), straddles two (8, 20) or more, or everything is in one (64)."""
     read = Evaluator(
         model=counter(SYMBOLS, segment_length), protocol=ReadingProtocol(segment_length), batch_size=batch_size
@@ -209,7 +206,7 @@ def test_who_counts_is_right_everywhere(counter: Callable, segment_length: int, 
     assert figures["ideal_counters"] == ideal_counters(draw(7), SYMBOLS, 10, 0)
 
 
-def test_who_always_says_the_same_is_right_once(stubborn: Callable) -> None:
+def test_who_always_says_the_same_is_right_once(stubborn):
     sequences = draw(20)
     figures = measure_accuracy(evaluator(stubborn(SYMBOLS, SEGMENT)), sequences, SYMBOLS, 10)
     by_position = (sequences[:, -SYMBOLS:] == 3).mean(axis=0)
@@ -219,7 +216,7 @@ def test_who_always_says_the_same_is_right_once(stubborn: Callable) -> None:
 
 
 @pytest.mark.parametrize("length", [3, 16, 18, 23])
-def test_accuracy_is_that_of_a_literal_loop(model: InfformerForCausalLM, length: int) -> None:
+def test_accuracy_is_that_of_a_literal_loop(model, length):
     sequences = draw(4, length)
     answers = sequences[:, -SYMBOLS:]
     nll, forced, free = literally(model.eval(), sequences, length)
@@ -234,7 +231,7 @@ def test_accuracy_is_that_of_a_literal_loop(model: InfformerForCausalLM, length:
         assert figures[f"{name}_by_position"] == pytest.approx(right.mean(axis=0))
 
 
-def test_the_true_answer_is_not_looked_at(model: InfformerForCausalLM) -> None:
+def test_the_true_answer_is_not_looked_at(model):
     sequences = draw(10)
     others = sequences.copy()
     others[:, -SYMBOLS:] = sequences[:, : -SYMBOLS - 1 : -1]
@@ -246,7 +243,7 @@ def test_the_true_answer_is_not_looked_at(model: InfformerForCausalLM) -> None:
     ("processes", "evaluate"),
     [(2, evaluate_teacher_forced), (3, partial(measure_accuracy, window=10)), (5, evaluate_teacher_forced)],
 )
-def test_shares_add_up(model: InfformerForCausalLM, evaluate: Callable, processes: int) -> None:
+def test_shares_add_up(model, evaluate, processes):
     """Also where there are more processes than sequences, and the last has nothing to read."""
     sequences = draw(4)
     sums: list[Tensor] = []
@@ -263,9 +260,7 @@ def test_shares_add_up(model: InfformerForCausalLM, evaluate: Callable, processe
     ("ask", "questions", "processes", "batch_size"),
     [(answer, 5, 2, 2), (answer_forced, 4, 3, 3), (answer, 2, 5, 5), (answer_forced, 7, 3, 9), (answer, 1, 2, 1)],
 )
-def test_all_processes_read_as_often(
-    model: InfformerForCausalLM, ask: Callable, questions: int, processes: int, batch_size: int
-) -> None:
+def test_all_processes_read_as_often(model, ask, questions, processes, batch_size):
     """Also who has fewer questions, or none: engines that cut weights up need all of them, and so do agreements."""
     asked = as_questions(draw(questions), SYMBOLS)
     events: list[str] = []
@@ -283,14 +278,14 @@ def test_all_processes_read_as_often(
     assert told[0].count("read") > batches
 
 
-def test_bfloat16_is_near_float32_and_another_figure(model: InfformerForCausalLM) -> None:
+def test_bfloat16_is_near_float32_and_another_figure(model):
     exact = evaluate_teacher_forced(evaluator(model), draw(10), SYMBOLS)["nll"]
     rounded = evaluate_teacher_forced(evaluator(model, precision=torch.bfloat16), draw(10), SYMBOLS)["nll"]
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.05)
 
 
-def test_measuring_leaves_the_model_and_the_random_numbers_as_before(model: InfformerForCausalLM) -> None:
+def test_measuring_leaves_the_model_and_the_random_numbers_as_before(model):
     before = copy.deepcopy(model.state_dict())
     random = torch.get_rng_state()
     measure_accuracy(evaluator(model.train()), draw(5), SYMBOLS, 10)
@@ -311,7 +306,7 @@ def make(model: torch.nn.Module) -> Sorting:
     return Sorting(SORTING, evaluator(model))
 
 
-def test_validation_is_teacher_forced(sorting: Sorting, stubborn: Callable) -> None:
+def test_validation_is_teacher_forced(sorting, stubborn):
     perfect = sorting.validate()
     assert perfect.metrics == {"validation/loss": perfect.loss, "validation/accuracy": 1}
     assert perfect.loss == pytest.approx(np.log(1 + 5 * np.exp(-5)))
@@ -321,7 +316,7 @@ def test_validation_is_teacher_forced(sorting: Sorting, stubborn: Callable) -> N
     assert poor.loss == pytest.approx(perfect.loss + 0.8 * 5)
 
 
-def test_the_final_figures_are_of_every_length(sorting: Sorting, stubborn: Callable) -> None:
+def test_the_final_figures_are_of_every_length(sorting, stubborn):
     results = sorting.measure("here")
     assert [(figures["length"], figures["sequences"]) for figures in results["lengths"]] == [(18, 9), (30, 9), (7, 9)]
     assert all(figures["accuracy"] == figures["accuracy_free_running"] == 1 for figures in results["lengths"])
@@ -337,9 +332,7 @@ def test_the_final_figures_are_of_every_length(sorting: Sorting, stubborn: Calla
     assert make(model).measure("here")["lengths"][1] == expected
 
 
-def test_the_report_is_a_file_a_table_and_a_figure(
-    counter: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_is_a_file_a_table_and_a_figure(counter, tmp_path, capsys):
     sorting = Sorting(replace(SORTING, evaluation_lengths=[]), evaluator(counter(5, SEGMENT)))
     results = sorting.measure("here") | {"before": None}
     figures = sorting.report(results, tmp_path)
@@ -349,20 +342,20 @@ def test_the_report_is_a_file_a_table_and_a_figure(
     assert figures[0].is_file()
 
 
-def test_a_sample_shows_what_is_true_and_what_is_said(sorting: Sorting, stubborn: Callable) -> None:
+def test_a_sample_shows_what_is_true_and_what_is_said(sorting, stubborn):
     (sequence,) = draw_sequences(SORTING, "validation", [2], HELD_OUT_SEED)
     answer = " ".join(map(str, sequence[-5:]))
     assert sorting.sample(8, 64) == f"sequence 2: {answer}; the model: {answer}"
     assert make(stubborn(5, SEGMENT)).sample(2, 3) == f"sequence 2: {answer[:5]}; the model: 3 3 3"
 
 
-def test_a_model_that_knows_too_few_tokens_is_refused(counter: Callable) -> None:
+def test_a_model_that_knows_too_few_tokens_is_refused(counter):
     make(counter(6, SEGMENT))
     with pytest.raises(DataError, match=r"task.symbols=5: .* are 6 tokens, and the model knows 5: set .*vocab_size=6"):
         make(counter(4, SEGMENT))
 
 
-def test_the_table_has_a_line_for_each_length_and_a_column_for_each_counter() -> None:
+def test_the_table_has_a_line_for_each_length_and_a_column_for_each_counter():
     """Teacher forced first."""
 
     def accuracies(start: float) -> dict:
@@ -420,7 +413,7 @@ def counted_literally(sequences: NDArray[np.int64], part: slice, length: int = 2
     }
 
 
-def test_counters_are_as_accurate_as_a_literal_count() -> None:
+def test_counters_are_as_accurate_as_a_literal_count():
     last, half = slice(24 - 9, 24), slice(12, 24)
     sequences = distinct([last, half])
     counters = ideal_counters(sequences, FEW, 9, 0)
@@ -430,7 +423,7 @@ def test_counters_are_as_accurate_as_a_literal_count() -> None:
             assert counters[name][key.removesuffix("_by_position")] == pytest.approx(np.mean(expected))
 
 
-def test_who_counts_everything_is_right() -> None:
+def test_who_counts_everything_is_right():
     sequences = distinct([slice(None)])
     for window in (24, 30, 1000):
         assert ideal_counters(sequences, FEW, window, 0)[f"last_{window}"] == {
@@ -449,14 +442,14 @@ def test_who_counts_everything_is_right() -> None:
         (1024, {"last_128": 0.09, "last_half": 0.19, "noise_3_percent": 0.67, "noise_1_percent": 0.84}),
     ],
 )
-def test_counters_are_as_accurate_as_was_measured_elsewhere(length: int, expected: dict[str, float]) -> None:
+def test_counters_are_as_accurate_as_was_measured_elsewhere(length, expected):
     sequences = draw_sequences(SortingConfig(length=length), "test", range(200), 0)
     counters = ideal_counters(sequences, 20, 128, 0)
     free = {name: counters[name]["accuracy_free_running"] for name in expected}
     assert free == pytest.approx(expected, abs=0.035)
 
 
-def test_chance_is_the_share_of_the_symbols_that_are_left() -> None:
+def test_chance_is_the_share_of_the_symbols_that_are_left():
     """Free running each place is one of 20; teacher forced one of those that are left: H_20 / 20 in the mean."""
     sequences = draw_sequences(SortingConfig(length=50), "test", range(2000), 0)
     chance = ideal_counters(sequences, 20, 10, 0)["chance"]
@@ -468,7 +461,7 @@ def test_chance_is_the_share_of_the_symbols_that_are_left() -> None:
     assert chance["accuracy_free_running"] == pytest.approx(0.05, abs=error / 4)
 
 
-def test_the_same_seed_is_the_same_noise() -> None:
+def test_the_same_seed_is_the_same_noise():
     sequences = draw_sequences(SortingConfig(length=50), "test", range(20), 0)
     one = ideal_counters(sequences, 20, 10, 4)
     assert ideal_counters(sequences, 20, 10, 4) == one
