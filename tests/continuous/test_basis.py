@@ -8,7 +8,7 @@ from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis, GaussianGrid, gaussian, negligible, standard_normal_cumulative
 
 
-def test_every_centre_with_every_width():
+def test_a_basis_has_every_centre_with_every_width():
     basis = GaussianBasis.even_grid(6, [0.1, 0.02])
     assert basis.centres.tolist() == [0, 0, 0.5, 0.5, 1, 1]
     assert basis.widths.tolist() == [0.1, 0.02] * 3
@@ -24,19 +24,19 @@ def test_the_grid_is_even_and_holds_its_ends(count, widths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_type(dtype):
+def test_a_basis_has_the_type_that_is_asked_for(dtype):
     basis = GaussianBasis.even_grid(4, [0.1], dtype)
     assert basis.centres.dtype == basis.widths.dtype == basis.evaluate(torch.zeros(2, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize(("count", "widths"), [(7, [0.1, 0.2]), (4, []), (4, [0.1, 0.2, 0.3])])
-def test_widths_that_cannot_be_shared_evenly(count, widths):
+def test_widths_that_cannot_be_shared_evenly_are_refused(count, widths):
     with pytest.raises(ValueError, match=f"{count} basis functions .* {len(widths)} widths"):
         GaussianBasis.even_grid(count, widths)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 5)])
-def test_evaluate(shape):
+def test_values_are_those_of_the_normal_density(shape):
     basis = GaussianBasis.even_grid(6, [0.1, 0.02])
     positions = torch.linspace(-0.3, 1.2, math.prod(shape), dtype=torch.float64).view(shape)
     values = basis.evaluate(positions)
@@ -63,7 +63,7 @@ def test_gaussian_broadcasts():
     torch.testing.assert_close(gaussian(positions, mean, variance), torch.as_tensor(expected), rtol=1e-12, atol=0)
 
 
-def test_standard_normal_cumulative():
+def test_the_cumulative_function_is_that_of_scipy():
     z = torch.linspace(-5, 5, 101, dtype=torch.float64)
     torch.testing.assert_close(
         standard_normal_cumulative(z), torch.as_tensor(special.ndtr(z.numpy())), rtol=0, atol=1e-15

@@ -203,7 +203,7 @@ class TestGradients:
         return mean, variance
 
     @every_family
-    def test_expectation(self, family, place, basis):
+    def test_gradients_of_expectations_are_numerically_right(self, family, place, basis):
         def expectation(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
             return FAMILIES[family](mean, variance).expectation(GaussianBasis(centres, widths))
 
@@ -211,7 +211,7 @@ class TestGradients:
         assert torch.autograd.gradcheck(expectation, inputs)
 
     @every_family
-    def test_cumulative(self, family, place, basis):
+    def test_gradients_of_cumulative_functions_are_numerically_right(self, family, place, basis):
         positions = torch.tensor([0.05, 0.4, 0.77], dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(
             lambda mean, variance, positions: FAMILIES[family](mean, variance).cumulative(positions, basis),
@@ -219,7 +219,7 @@ class TestGradients:
         )
 
     @pytest.mark.parametrize("method", ["expectation", "cumulative", "moments"])
-    def test_weights(self, method, basis):
+    def test_gradients_by_slots_weights_are_numerically_right(self, method, basis):
         positions = torch.tensor([0.05, 0.4, 0.77], dtype=torch.float64)
         functions = {
             "expectation": lambda weights: Slots(weights).expectation(basis),
@@ -229,5 +229,5 @@ class TestGradients:
         scores = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         assert torch.autograd.gradcheck(functions[method], scores.softmax(-1).requires_grad_())
 
-    def test_divergence(self, place):
+    def test_gradients_of_the_divergence_are_numerically_right(self, place):
         assert torch.autograd.gradcheck(lambda variance: variance_divergence(variance, 0.0025), place[1])

@@ -98,7 +98,7 @@ def test_tiles_change_nothing(at_once, monkeypatch):
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_gradients_numerically(widths):
+def test_gradients_are_numerically_right(widths):
     grid = grid_of(4, widths)
     mean, variance, values = inputs_of(grid, 2, 1, 3, size=2)
     variance = (variance.detach() + 0.01).requires_grad_()
@@ -107,7 +107,7 @@ def test_gradients_numerically(widths):
     )
 
 
-def test_any_layout_in_memory():
+def test_any_layout_in_memory_gives_the_same():
     """As a layer hands them over: heads and tokens in another order, an upstream gradient that is one number."""
     grid = grid_of(9, 2)
     inputs = inputs_of(grid, 2, 3, 4)
@@ -127,7 +127,7 @@ def test_nothing_is_read_of_nothing():
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0)])
-def test_no_rows_and_no_queries(batch, queries):
+def test_no_rows_and_no_queries_give_nothing(batch, queries):
     grid = grid_of(5, 2, torch.float32)
     inputs = inputs_of(grid, batch, 3, queries)
     result = gaussian_read(inputs[0], inputs[1], *grid, inputs[2])

@@ -16,11 +16,11 @@ pytest.importorskip("triton", reason="comes with PyTorch's CUDA builds; `pip ins
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_RUN = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-where_kernels_run = pytest.mark.skipif(not CAN_RUN, reason="run by test_in_the_interpreter")
+where_kernels_run = pytest.mark.skipif(not CAN_RUN, reason="run by test_the_kernels_hold_in_the_interpreter")
 
 
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run here")
-def test_in_the_interpreter():
+def test_the_kernels_hold_in_the_interpreter():
     """In a process of its own: what Triton brings along is compiled or interpreted from its import on."""
     command = [
         sys.executable,

@@ -80,14 +80,14 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def test_basis(golden, memory):
+def test_the_basis_is_theirs(golden, memory):
     basis = memory.signal.basis
     torch.testing.assert_close(basis.centres, golden["basis_centres"])
     torch.testing.assert_close(basis.widths, golden["basis_widths"])
     assert difference(basis.evaluate(torch.arange(1, 513) / 512), golden["resample_basis"]) < 2e-5
 
 
-def test_operators(golden, memory):
+def test_the_operators_are_theirs(golden, memory):
     """2e-5 is what their inversion of the normal equations in float32 leaves."""
     signal = memory.signal
     assert difference(signal.first[0], golden["fit_first"]) < 2e-5
@@ -100,7 +100,7 @@ def test_operators(golden, memory):
 @pytest.mark.parametrize(
     "quantity", ["coefficients", "mu", "variance", "context", "sticky_bin_mass", "kl_variance_only"]
 )
-def test_segments_with_their_operators(golden, memory, quantity):
+def test_segments_with_their_operators_are_theirs(golden, memory, quantity):
     use_golden_operators(memory, golden)
     for k, step in enumerate(replay(memory, golden)):
         assert difference(step[quantity], golden[f"step{k}.{quantity}"]) < 1e-4
@@ -109,12 +109,12 @@ def test_segments_with_their_operators(golden, memory, quantity):
 # Not the context, for which their operators are needed: it differs by up to 1.1e-4 with ours, in the first segment of
 # `softmax`, and all of that is the rounding of their float32 inversion.
 @pytest.mark.parametrize("quantity", ["coefficients", "mu", "variance", "sticky_bin_mass", "kl_variance_only"])
-def test_segments_with_our_operators(golden, memory, quantity):
+def test_segments_with_our_operators_are_theirs(golden, memory, quantity):
     for k, step in enumerate(replay(memory, golden)):
         assert difference(step[quantity], golden[f"step{k}.{quantity}"]) < 1e-4
 
 
-def test_literal_equations(name, golden, memory):
+def test_the_literal_equations_are_theirs(name, golden, memory):
     use_golden_operators(memory, golden)
     basis = memory.signal.basis
     weights = naive.Weights(*(getattr(memory, part).weight for part in naive.Weights._fields))

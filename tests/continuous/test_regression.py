@@ -35,7 +35,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("count", [1, 5, 40])
-def test_solves_the_ridge_problem(ridge, count):
+def test_an_operator_solves_the_ridge_problem(ridge, count):
     positions, values = samples(count, 1)[:, 0].sigmoid(), samples(count)
     operator = ridge_operator(BASIS.evaluate(positions), ridge)
     assert operator.shape == (count, 8)
@@ -44,7 +44,7 @@ def test_solves_the_ridge_problem(ridge, count):
 
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("length", [1, 2, 5, 12, 33])
-def test_first_segment_beside_zeros(ridge, length):
+def test_a_first_segment_is_fitted_beside_zeros(ridge, length):
     """Tokens in the middles of equal parts of [0, 1], zeros in as many middles of the same parts outside."""
     values = samples(length)
     middles = (torch.arange(length, dtype=torch.float64) + 0.5) / length
@@ -63,7 +63,7 @@ def test_first_segment_beside_zeros(ridge, length):
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("contraction", [0.5, 0.9])
 @pytest.mark.parametrize(("length", "count"), [(12, 20), (7, 9), (1, 1)])
-def test_next_segment_beside_its_past_and_zeros(ridge, contraction, length, count):
+def test_a_next_segment_is_fitted_beside_its_past_and_zeros(ridge, contraction, length, count):
     past, new = samples(count), samples(length)
     margin = 1 / (2 * length + count)
     padding = torch.linspace(-0.5 + margin, 1.5 - margin, 2 * (count + length), dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_next_segment_beside_its_past_and_zeros(ridge, contraction, length, coun
 
 
 @pytest.mark.parametrize("length", [*range(1, 20), 63, 64, 65, 511])
-def test_every_length_against_the_literal_one(length):
+def test_operators_of_every_length_are_the_literal_ones(length):
     """Odd ones too, whose parts are not the same seen from 0 and from the middle."""
     assert_close(first_operator(BASIS, length, 0.5), naive.first_operator(length, BASIS, 0.5))
     tau = torch.tensor(0.6, dtype=torch.float64)
@@ -153,7 +153,7 @@ class TestLimits:
         norms = [float((ridge_operator(design, ridge).T @ values).norm()) for ridge in (0.01, 0.1, 1, 10, 100)]
         assert norms == sorted(norms, reverse=True)
 
-    def test_the_past_that_keeps_everything(self):
+    def test_a_past_that_keeps_everything_stays_where_it_was(self):
         """τ → 1: the new segment stands all at the end, the past where it was."""
         positions = even_steps(400)
         past, _ = next_operators(BASIS, 12, positions, torch.tensor(1 - 1e-9, dtype=torch.float64), 1e-6)
@@ -165,7 +165,7 @@ class TestLimits:
         assert (fitted - direct)[middle].norm() < 0.05 * direct[middle].norm()
 
 
-def test_even_steps_and_middles():
+def test_steps_and_middles_are_even():
     assert even_steps(4).tolist() == [0.25, 0.5, 0.75, 1.0]
     assert even_middles(4).tolist() == [0.125, 0.375, 0.625, 0.875]
     assert even_steps(4).dtype == even_middles(4).dtype == torch.float64
@@ -184,7 +184,7 @@ def test_rounded_operators_hold_normal_numbers_or_zero():
         assert ((short - operator).abs() <= 1e-7 * operator.abs())[operator.abs() > 1e-13 * largest].all()
 
 
-def test_rounded_operators_of_several_contractions_apart():
+def test_operators_of_several_contractions_are_rounded_apart():
     operators = torch.tensor([1.0, 1e-20], dtype=torch.float64).view(2, 1, 1) * torch.eye(3, dtype=torch.float64)
     assert torch.equal(rounded(operators, torch.float32), operators.float())
     assert torch.equal(rounded(operators, torch.float64), operators)

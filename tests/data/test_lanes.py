@@ -204,7 +204,7 @@ def test_a_state_of_other_documents_is_refused(documents_of):
         Lanes(documents_of(*LENGTHS, fingerprint="another"), 3, 4, 1).load_state_dict(state)
 
 
-def test_fewer_visits_than_lanes(documents_of):
+def test_fewer_visits_than_lanes_are_refused(documents_of):
     documents = documents_of(10, 9)
     with pytest.raises(DataError, match=r"training.batch_size=3.* 2 documents make only 2 .*segments_per_visit=null"):
         Lanes(documents, 3, 4, 1)
@@ -214,7 +214,7 @@ def test_fewer_visits_than_lanes(documents_of):
         Lanes(documents, 6, 4, 1, segments_per_visit=1)
 
 
-def test_a_share_of_lanes_that_there_are_not(documents_of):
+def test_a_share_of_lanes_that_there_are_not_is_refused(documents_of):
     with pytest.raises(DataError, match="not all are in 0 to 1"):
         Lanes(documents_of(10, 9), 2, 4, 1, rank_rows=range(1, 3))
 

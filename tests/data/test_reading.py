@@ -55,7 +55,7 @@ def test_every_token_is_scored_once(documents_of, lanes, order, stride):
             assert bool(segment.reset[row]) == (length > 0 and start == 0)
 
 
-def test_disjoint_segments(documents_of):
+def test_disjoint_segments_score_all_that_they_read(documents_of):
     """Segment by segment: 9 inputs are 4, 4 and 1."""
     read = rows_of(read_once(documents_of(10), 1, 4))
     assert [len(inputs) for inputs, _, _ in read] == [4, 4, 1]
@@ -113,12 +113,12 @@ def test_warm_up_documents_are_read_before_and_not_scored(documents_of, lanes, s
         assert chain == expected
 
 
-def test_not_enough_documents_to_warm_up_with(documents_of):
+def test_not_enough_documents_to_warm_up_with_are_refused(documents_of):
     with pytest.raises(DataError, match="warmup_documents=2: there are 2 documents, so at most 1 others"):
         next(read_once(documents_of(5, 6), 2, 4, warmup_documents=2))
 
 
-def test_some_documents_only(documents_of):
+def test_some_documents_may_be_read_alone(documents_of):
     segments = list(read_once(documents_of(*LENGTHS), 2, 4, order=[5, 1]))
     assert [int(document) for segment in segments for document in segment.documents[segment.reset]] == [5, 1]
     for order in ([0, 0], [8], [-1]):

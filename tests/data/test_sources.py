@@ -44,7 +44,7 @@ def refused(place: object, **options: object) -> str:
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_json_lines(tmp_path, name, ending):
+def test_every_json_line_is_a_document(tmp_path, name, ending):
     path = tmp_path / (name + ending)
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     path.write_bytes(compress(LINES[:30]) + compress(LINES[30:]))  # compressed files may be put one after another
@@ -52,7 +52,7 @@ def test_json_lines(tmp_path, name, ending):
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_text(tmp_path, ending):
+def test_a_text_is_a_document(tmp_path, ending):
     text = "Ein Übel,\r\n\r\nzwei Übel.\n no end"
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     path = tmp_path / f"novel.txt{ending}"
@@ -60,7 +60,7 @@ def test_text(tmp_path, ending):
     assert read(str(path), text_field="body") == [("novel", text)]
 
 
-def test_parquet_and_saved_datasets(tmp_path):
+def test_parquet_and_saved_datasets_are_read(tmp_path):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     assert read(str(tmp_path / "rows.parquet")) == PAIRS
@@ -68,7 +68,7 @@ def test_parquet_and_saved_datasets(tmp_path):
     assert read(str(tmp_path / "s*ved")) == PAIRS
 
 
-def test_lists_globs_and_folders_in_sorted_order(tmp_path):
+def test_lists_globs_and_folders_are_read_in_sorted_order(tmp_path):
     for name in ("b/2.txt", "b/1.txt", "a/2.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -77,21 +77,21 @@ def test_lists_globs_and_folders_in_sorted_order(tmp_path):
     assert found == [("a/2", "a/2.md"), ("b/1", "b/1.txt"), ("b/2", "b/2.txt"), ("c:1", "x"), ("c:3", "y")]
 
 
-def test_paths_from_here_and_from_home(tmp_path, monkeypatch):
+def test_paths_may_begin_here_and_at_home(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("a.txt") == read("~/a.txt") == read(["a.txt", "~/a.txt"]) == [("a", "x")]
 
 
-def test_fields_by_name(tmp_path):
+def test_fields_are_found_by_name(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 7, "url": "u7", "body": "x"}\n{"id": 8, "url": "u8", "body": "y"}\n')
     path = str(tmp_path / "a.jsonl")
     assert read(path, text_field="body") == [("7", "x"), ("8", "y")]
     assert read(path, text_field="body", id_field="url") == [("u7", "x"), ("u8", "y")]
 
 
-def test_limits(tmp_path):
+def test_limits_cut_documents_between_words(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ("one two three", "uninterrupted", "ab"))
     )
@@ -132,12 +132,12 @@ def test_missing_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
 @pytest.mark.parametrize("content", [b"", b" \n\n"])
-def test_empty_files(tmp_path, name, content):
+def test_empty_files_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert f"{name}: the file is empty; remove it" in refused(f"{tmp_path}/{name}")
 
 
-def test_empty_tables(tmp_path):
+def test_empty_tables_are_refused(tmp_path):
     empty = Dataset.from_dict({"text": []})
     empty.to_parquet(tmp_path / "a.parquet")
     empty.save_to_disk(str(tmp_path / "saved"))
@@ -145,20 +145,20 @@ def test_empty_tables(tmp_path):
         assert f"{name}: the file is empty" in refused(f"{tmp_path}/{name}")
 
 
-def test_not_utf8(tmp_path):
+def test_what_is_not_utf8_is_refused_with_its_place(tmp_path):
     (tmp_path / "a.txt").write_bytes("eins\nzwei Übel".encode("latin-1"))
     assert f"{tmp_path}/a.txt: not UTF-8 at byte 10" in refused(f"{tmp_path}/a.txt")
     (tmp_path / "b.txt").write_text("eins", encoding="utf-16")
     assert "not UTF-8 at byte 0" in refused(f"{tmp_path}/b.txt")
 
 
-def test_half_a_character(tmp_path):
+def test_half_a_character_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "ab\\ud800"}\n')
     assert "a.jsonl, line 1: the text holds half a character at 2" in refused(f"{tmp_path}/a.jsonl")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_cut_and_false_compression(tmp_path, ending):
+def test_cut_and_false_compression_is_refused(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
     noise = os.urandom(30_000).hex().encode()
     whole = gzip.compress(noise) if ending == ".gz" else zstandard.ZstdCompressor().compress(noise)
@@ -177,14 +177,14 @@ def test_cut_and_false_compression(tmp_path, ending):
         ('{"text": "x", "n": ' + "9" * 10_000 + "}", "JSON that cannot be read (Exceeds the limit"),
     ],
 )
-def test_bad_json(tmp_path, line, words):
+def test_bad_json_is_refused_with_its_line(tmp_path, line, words):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line)
     message = refused(f"{tmp_path}/a.jsonl")
     assert f"{tmp_path}/a.jsonl, line 3: {words}" in message
     assert "each line must be one whole JSON object" in message
 
 
-def test_missing_fields(tmp_path):
+def test_missing_fields_are_named_beside_those_that_there_are(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x", "url": "u"}\n{"body": "y", "url": null}\n')
     assert f"{path}, line 2: data.text_field=text, and there is no such field" in refused(str(path))
@@ -197,14 +197,14 @@ def test_missing_fields(tmp_path):
     assert "a.parquet, row 1: data.text_field=text" in refused(f"{tmp_path}/a.parquet")
 
 
-def test_two_documents_of_one_name(tmp_path):
+def test_two_documents_of_one_name_are_refused(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"id": "x", "text": "y"}\n')
     message = refused(f"{tmp_path}/*.jsonl")
     assert f"two documents are called 'x': {tmp_path}/a.jsonl, line 1 and {tmp_path}/b.jsonl, line 1" in message
 
 
-def test_unknown_kinds(tmp_path):
+def test_files_of_unknown_kinds_are_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     assert "a.pdf is of no kind that can be read; known are .txt" in refused(f"{tmp_path}/*")
     (tmp_path / "b.xz").write_text("x")
@@ -241,7 +241,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         *(("saved/state.json", damage) for damage in DAMAGE),
     ],
 )
-def test_damaged_tables(tmp_path, name, damage):
+def test_damaged_tables_are_refused(tmp_path, name, damage):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     place = tmp_path / name.split("/")[0]
@@ -249,7 +249,7 @@ def test_damaged_tables(tmp_path, name, damage):
     assert str(place) in refused(str(place))
 
 
-def test_deep_json_in_a_saved_dataset(tmp_path):
+def test_deep_json_in_a_saved_dataset_is_refused(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "saved" / "state.json").write_text("[" * 100_000)
     assert "saved: not a whole saved dataset (maximum recursion" in refused(f"{tmp_path}/saved")
@@ -267,7 +267,7 @@ def test_a_pipe_in_a_folder_is_refused_before_it_is_opened(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["files", "hub", "sample"])
-def test_a_split_that_is_not_given(source):
+def test_a_split_that_is_not_given_is_refused(source):
     config = DataConfig(source=source, repository="some/where", validation=None)
     with pytest.raises(DataError, match=r"data.validation=null: this run needs validation documents .* set data.valid"):
         next(read_documents(config, "validation"))
@@ -276,7 +276,7 @@ def test_a_split_that_is_not_given(source):
 
 
 @pytest.mark.parametrize("value", [3, [], ["a", 3], {"a": 1}])
-def test_a_split_that_is_no_path(value):
+def test_a_split_that_is_no_path_is_refused(value):
     with pytest.raises(DataError, match=r"data.train="):
         read(value)
 
@@ -303,7 +303,7 @@ def test_a_split_that_is_no_path(value):
         ({"source": "hub", "repository": " "}, "data.repository= : data.source=hub needs"),
     ],
 )
-def test_options_that_no_run_can_use(options, message):
+def test_options_that_no_run_can_use_are_refused(options, message):
     with pytest.raises(DataError, match=message):
         DataConfig(**options)
 
@@ -366,7 +366,7 @@ def test_splits_that_name_nothing_are_found_before_any_is_read(tmp_path):
 # --- the sample ------------------------------------------------------------------------------------------------------
 
 
-def test_the_sample():
+def test_the_sample_is_small_and_no_book_of_it_is_in_two_splits():
     names = {split: {d.id for d in read_documents(DataConfig(), split)} for split in ("train", "validation", "test")}
     assert {split: len(ids) for split, ids in names.items()} == {"train": 17, "validation": 2, "test": 4}
     assert len(set.union(*names.values())) == 23  # no book is in two splits
@@ -405,21 +405,21 @@ def hub_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_local_folder_laid_out_like_the_hub(hub_folder):
+def test_a_local_folder_laid_out_like_the_hub_is_read(hub_folder):
     assert read_hub(str(hub_folder), subset="plain") == PAIRS
     assert read_hub(str(hub_folder), subset="plain", split="test") == PAIRS[1:]
     assert read_hub(str(hub_folder), subset="other") == PAIRS[:1]
     assert read_hub(str(hub_folder), subset="plain", train="train[1:]", id_field="text") == [("The second.",) * 2]
 
 
-def test_a_folder_without_a_card(tmp_path):
+def test_a_folder_without_a_card_is_read(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
     assert read_hub(str(tmp_path), text_field="body") == [("train:1", "x"), ("train:2", "y")]
     with pytest.raises(DataError, match=r"split train: data.text_field=text.* there are body"):
         read_hub(str(tmp_path))
 
 
-def test_subsets_and_splits_that_there_are_not(hub_folder):
+def test_subsets_and_splits_that_there_are_not_are_refused(hub_folder):
     with pytest.raises(DataError, match=r"data.repository=.*books data.subset=plane.*plain"):
         read_hub(str(hub_folder), subset="plane")
     with pytest.raises(DataError, match=r"data.repository=.*books data.subset=other, split validation"):
@@ -455,7 +455,7 @@ def closed_port(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> str:
     return endpoint
 
 
-def test_a_hub_that_cannot_be_reached(closed_port):
+def test_a_hub_that_cannot_be_reached_is_said_with_remedies(closed_port):
     begun = time.monotonic()
     with pytest.raises(DataError) as error:
         read_hub("owner/books")
@@ -478,7 +478,7 @@ def test_what_was_downloaded_before_needs_no_network(hub_folder, closed_port):
         read_hub("owner/books", subset="other")
 
 
-def test_a_hub_that_never_answers():
+def test_a_hub_that_never_answers_is_given_up():
     """As a user sees it: the endpoint is read from the environment when the libraries are imported."""
     script = (
         "import time; from infformer.data import DataConfig, DataError, read_documents\n"
@@ -499,7 +499,7 @@ def test_a_hub_that_never_answers():
     assert endpoint in message
 
 
-def test_a_name_that_is_looked_up_for_ever(monkeypatch, no_answers_kept):
+def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch, no_answers_kept):
     """The timeout of a connection does not count before there is an address to connect to."""
     end = threading.Event()
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: end.wait(20))
@@ -535,17 +535,17 @@ def a_hub(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> Iterator[st
         server.shutdown()
 
 
-def test_a_dataset_that_the_hub_does_not_have(a_hub):
+def test_a_dataset_that_the_hub_does_not_have_is_named(a_hub):
     with pytest.raises(HubError, match=rf"data.repository=owner/boks: {a_hub} has no such dataset"):
         read_hub("owner/boks")
 
 
-def test_a_dataset_that_must_be_asked_for(a_hub):
+def test_a_dataset_that_must_be_asked_for_is_named(a_hub):
     with pytest.raises(HubError, match=r"data.repository=owner/gated: .* only to those who asked for it"):
         read_hub("owner/gated")
 
 
-def test_offline_by_wish(monkeypatch, no_answers_kept):
+def test_what_was_never_downloaded_is_refused_offline(monkeypatch, no_answers_kept):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids the network, and no earlier download"):
         read_hub("owner/books")

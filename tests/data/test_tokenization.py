@@ -75,7 +75,7 @@ def kept(config: DataConfig) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_tokens_and_counts(config, make_tokenizer, workers):
+def test_tokens_words_and_bytes_are_those_of_the_texts(config, make_tokenizer, workers):
     config.workers = workers
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
     documents = tokenize_documents(config, "train", tokenizer)
@@ -91,7 +91,7 @@ def test_tokens_and_counts(config, make_tokenizer, workers):
     assert documents.largest_token == max(max(tokens) for tokens in whole(documents).values())
 
 
-def test_a_stretch_of_a_document(config, tokenizer):
+def test_a_stretch_of_a_document_is_read_alone(config, tokenizer):
     documents = tokenize_documents(config, "train", tokenizer)
     tokens = whole(documents)["c"]
     assert documents.tokens(2, 4, 9).tolist() == tokens[4:9]
@@ -130,7 +130,7 @@ def test_a_chunked_file_reads_like_a_whole_one(config, tokenizer, monkeypatch):
     assert parts.token_counts.tolist() == documents.token_counts.tolist()
 
 
-def test_large_vocabularies(config, make_tokenizer):
+def test_large_vocabularies_keep_their_numbers(config, make_tokenizer):
     words = [f"w{n}" for n in range(70_000)]
     write(Path(config.train), {"a": "w0 w69999 w3"})
     documents = tokenize_documents(config, "train", make_tokenizer(words, bos_token="<s>"))
@@ -153,7 +153,7 @@ def test_a_vocabulary_with_holes_keeps_its_numbers(config):
         documents.check_vocabulary(2)
 
 
-def test_what_a_document_begins_with(config, make_tokenizer, tokenizer):
+def test_a_document_begins_with_the_beginning_or_the_end_of_texts(config, make_tokenizer, tokenizer):
     for special in ({"bos_token": "<s>", "eos_token": "</s>"}, {"eos_token": "</s>"}):
         documents = tokenize_documents(config, "train", make_tokenizer(**special))
         assert all(tokens[0] == 1 for tokens in whole(documents).values())
@@ -167,7 +167,7 @@ def test_what_a_document_begins_with(config, make_tokenizer, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_short_documents(config, tokenizer, caplog, workers):
+def test_short_documents_are_refused_or_left_out(config, tokenizer, caplog, workers):
     config.workers = workers
     write(Path(config.train), TEXTS | {"nothing": ""})
     with pytest.raises(DataError, match=r"document 'nothing' has 1 token.*data.skip_short_documents=true"):
@@ -405,7 +405,7 @@ def test_the_same_text_elsewhere_is_found(config, tokenizer, made, tmp_path):
     assert len(made) == 1
 
 
-def test_two_processes_that_race(config, tokenizer, monkeypatch, made):
+def test_two_processes_that_race_make_one_folder(config, tokenizer, monkeypatch, made):
     """The other one is done at the worst moment: when everything is ready to be put in place."""
     summarize = tokenization._summarize
     others: list[TokenizedDocuments] = []
@@ -500,7 +500,7 @@ def test_errors_of_reading_come_through(config, tokenizer):
     assert kept(config) == []
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_cache_is_where_option_variable_or_home_say(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("INFFORMER_CACHE", str(tmp_path / "variable"))
     assert DataConfig(cache_dir="~/option").cache_folder == tmp_path / "option"
@@ -509,7 +509,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert DataConfig().cache_folder == tmp_path / ".cache" / "infformer"
 
 
-def test_from_the_sample_to_segments(tokenizer, tmp_path):
+def test_the_sample_becomes_segments(tokenizer, tmp_path):
     config = DataConfig(max_document_characters=5000, cache_dir=str(tmp_path))
     documents = tokenize_documents(config, "test", tokenizer)
     segment = next(Lanes(documents, 4, 64, 1, shuffle=False))
@@ -519,7 +519,7 @@ def test_from_the_sample_to_segments(tokenizer, tmp_path):
     assert segment.input_ids[:, 0].tolist() == [tokenizer.eos_token_id] * 4
 
 
-def test_real_books_with_the_tokenizer_of_gpt2(shared, tmp_path):
+def test_real_books_are_tokenized_as_gpt2_does(shared, tmp_path):
     tokenizer = GPT2TokenizerFast.from_pretrained(shared / "gpt2_tokenizer")
     config = DataConfig(max_documents=2, cache_dir=str(tmp_path))
     documents = tokenize_documents(config, "validation", tokenizer)

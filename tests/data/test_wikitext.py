@@ -65,13 +65,13 @@ def test_an_article_may_go_on_in_the_next_file(tmp_path):
     assert read(tmp_path, "*.txt") == read(tmp_path, "whole.md")
 
 
-def test_text_that_is_not_wikitext(tmp_path):
+def test_text_that_is_not_wikitext_is_refused(tmp_path):
     (tmp_path / "novel.txt").write_text("It was night.\n = Not a heading = \nIt was day.\n")
     with pytest.raises(DataError, match=r"data.train=.*novel.txt: data.articles=true, but no line .*articles=false"):
         read(tmp_path, "novel.txt")
 
 
-def test_options_that_limit(tmp_path):
+def test_limits_count_articles(tmp_path):
     (tmp_path / "wiki.txt").write_text(FILE)
     assert len(read(tmp_path, "wiki.txt", max_documents=2)) == 2
     assert read(tmp_path, "wiki.txt", max_document_characters=14)[1][1] == " = Second = \n "
@@ -88,7 +88,7 @@ def test_options_that_limit(tmp_path):
         ("wikitext-2/wiki.train.tokens.gz", 600, "2013 – 14 York City F.C. season"),
     ],
 )
-def test_the_official_files(shared, name, count, title):
+def test_the_official_files_are_read_whole(shared, name, count, title):
     found = read(shared / "wikitext", name)
     assert len(found) == count
     assert found[0][0] == title

@@ -62,7 +62,7 @@ def kept(config: DataConfig) -> list[str]:
     return sorted(set(os.listdir(config.cache_folder)) - {".lock"})
 
 
-def test_frequent_words_first_and_ties_by_first_appearance(config):
+def test_frequent_words_come_first_and_ties_by_first_appearance(config):
     tokenizer = word_tokenizer(config)
     #                               5      3        2    2      2      1        1       1         1
     assert words_of(tokenizer) == ["the", "<eos>", ",", "sea", "of", "whale", "ship", "whales", "<unk>"]
@@ -71,7 +71,7 @@ def test_frequent_words_first_and_ties_by_first_appearance(config):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 1, 8)
 
 
-def test_many_words_against_a_literal_count(config):
+def test_many_words_are_ranked_as_by_a_literal_count(config):
     seeded = random.Random(0)
     texts = {
         str(number): " ".join(f"w{int(seeded.expovariate(0.02))}" + "\n" * (seeded.random() < 0.1) for _ in range(300))
@@ -86,7 +86,7 @@ def test_many_words_against_a_literal_count(config):
     assert [ranked[token] for document in tokens for token in document] == sequence
 
 
-def test_what_a_text_becomes(config):
+def test_a_text_becomes_its_words_and_line_ends(config):
     tokenizer = word_tokenizer(config)
     assert read(tokenizer, "\n the whale\n\n ship \r\nof the") == "<eos> the whale <eos> <eos> ship <eos> of the"
     assert read(tokenizer, "The <unk> of a whale's sea") == "<unk> <unk> of <unk> <unk> sea"
@@ -117,7 +117,7 @@ def test_tokens_that_the_text_lacks_come_last(config):
     assert words_of(word_tokenizer(config)) == ["a", "b", "<eos>", "<unk>"]
 
 
-def test_saved_and_loaded(config, tmp_path):
+def test_a_loaded_tokenizer_is_the_saved_one(config, tmp_path):
     write(Path(config.train), TEXTS | {"c": "<unk>s the"})
     tokenizer = word_tokenizer(config)
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -139,7 +139,7 @@ def test_saved_and_loaded(config, tmp_path):
     assert kept(config) == before
 
 
-def test_documents_as_tokens(config):
+def test_documents_become_words_and_line_ends(config):
     tokenizer = word_tokenizer(config)
     documents = tokenize_documents(config, "train", tokenizer)
     assert [tokenizer.decode(tokens) for tokens in all_tokens(documents)] == [
@@ -223,14 +223,14 @@ def test_the_main_process_goes_first(config, made):
 
 
 @pytest.mark.parametrize("texts", [{"a": ""}, {"a": "\n \n", "b": " "}])
-def test_no_words(config, texts):
+def test_a_text_without_words_is_refused(config, texts):
     write(Path(config.train), texts)
     with pytest.raises(DataError, match=r"data\.train=.*a\.jsonl: there is no word in it"):
         word_tokenizer(config)
     assert kept(config) == []
 
 
-def test_no_training_documents(config):
+def test_a_vocabulary_needs_training_documents(config):
     config.train = None
     with pytest.raises(DataError, match=r"data\.train=null: this run needs train documents"):
         word_tokenizer(config)

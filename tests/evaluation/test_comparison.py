@@ -67,7 +67,7 @@ def test_pairing_sees_what_the_two_intervals_hide(with_results):
     )
 
 
-def test_with_itself(with_results):
+def test_no_difference_can_be_told_from_itself(with_results):
     found = compare(with_results, with_results)
     assert found["difference"]["nats_per_token"] == 0
     assert found["difference"]["better"] == found["difference"]["worse"] == 0
@@ -112,7 +112,7 @@ def test_fewer_than_five_documents_get_no_verdict(with_results, count):
     assert told.endswith("Measure both on 5 documents or more.")
 
 
-def test_one_document(model, documents_of, evaluator):
+def test_one_document_gets_no_interval(model, documents_of, evaluator):
     results = measure(evaluator(model), documents_of("ship"), controls=False, checkpoint="here")
     assert results["perplexity_interval"] == {"token": None, "word": None}
     found = compare(results, results)
@@ -134,7 +134,7 @@ def test_one_document(model, documents_of, evaluator):
         ({"protocol": {"segment": 16}}, "the second results do not say how they were measured"),
     ],
 )
-def test_what_cannot_be_compared(with_results, change, message):
+def test_what_cannot_be_compared_is_refused(with_results, change, message):
     other = copy.deepcopy(with_results)
     for key, value in change.items():
         *parents, last = key.split(".")
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared(with_results, change, message):
         compare(with_results, other)
 
 
-def test_other_names(with_results):
+def test_documents_of_other_names_are_refused(with_results):
     other = copy.deepcopy(with_results)
     other["per_document"].reverse()
     with pytest.raises(EvaluationError, match="their names or their order differ"):
@@ -170,7 +170,7 @@ def test_a_checkpoint_below_the_working_directory_is_named_from_there(comparison
     assert second.endswith("  /elsewhere/best")
 
 
-def test_the_script(without_results, with_results, tmp_path, monkeypatch, capsys):
+def test_the_script_prints_and_writes_the_comparison(without_results, with_results, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SCRIPTS)
     script = import_module("compare")
     write_results(tmp_path / "a" / "results.json", without_results)
@@ -186,6 +186,6 @@ def test_the_script(without_results, with_results, tmp_path, monkeypatch, capsys
         script.main()
 
 
-def test_the_figure(comparison, tmp_path):
+def test_the_figure_is_drawn_beside_the_comparison(comparison, tmp_path):
     write_results(tmp_path / "comparison.json", comparison)
     assert plot_comparison(tmp_path / "comparison.json") == [tmp_path / "comparison.png"]

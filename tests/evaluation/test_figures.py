@@ -45,14 +45,14 @@ def test_words_and_bytes_are_those_of_the_text(model, documents, evaluator, orig
         assert entry["words"] == len(text.split())
 
 
-def test_ratios(model, documents, evaluator):
+def test_perplexities_are_those_of_the_sums(model, documents, evaluator):
     figures = evaluate(evaluator(model), documents)
     assert figures["perplexity"]["token"] == pytest.approx(math.exp(figures["nll"] / figures["tokens"]))
     assert figures["perplexity"]["word"] == pytest.approx(math.exp(figures["nll"] / figures["words"]))
     assert figures["bits_per_byte"] == pytest.approx(figures["nll"] / math.log(2) / figures["bytes"])
 
 
-def test_by_document(model, documents, evaluator, nats):
+def test_figures_by_document_are_sums_over_it(model, documents, evaluator, nats):
     figures = figures_of(evaluator(model), documents, nats)
     assert [entry["id"] for entry in figures["per_document"]] == documents.ids
     for document, entry in enumerate(figures["per_document"]):
@@ -60,7 +60,7 @@ def test_by_document(model, documents, evaluator, nats):
     assert figures["nll"] == pytest.approx(nats.sum(dtype=np.float64), rel=1e-12)
 
 
-def test_by_position(model, documents, evaluator, nats):
+def test_figures_by_position_are_sums_over_the_stretch(model, documents, evaluator, nats):
     figures = figures_of(evaluator(model), documents, nats)
     assert [(entry["from"], entry["to"]) for entry in figures["by_position"]] == [
         (0, 64), (64, 128), (128, 256),
@@ -76,7 +76,9 @@ def test_by_position(model, documents, evaluator, nats):
 
 
 @pytest.mark.parametrize(("stride", "short_term"), [(16, 0), (4, 0), (1, 0), (16, 16), (16, 40)])
-def test_by_recency(model, documents, evaluator, nats, stride, short_term):
+def test_figures_by_recency_are_sums_over_what_occurred_last_there(
+    model, documents, evaluator, nats, stride, short_term
+):
     """Attention sees the window in which a token is scored, and the short-term memory before that."""
     if short_term:
         memory = MemoryConfig(short_term)
@@ -107,11 +109,11 @@ def test_by_recency(model, documents, evaluator, nats, stride, short_term):
         assert total.tolist() == pytest.approx([entry["tokens"], entry["nll"]])
 
 
-def test_previous_occurrences():
+def test_previous_occurrences_are_the_last_before():
     assert previous_occurrences(np.array([5, 3, 5, 5, 4, 3, 9])).tolist() == [-1, -1, 0, 2, -1, 1, -1]
 
 
-def test_figures_of_beginnings(model, documents, evaluator):
+def test_figures_of_beginnings_are_of_so_many_tokens(model, documents, evaluator):
     beginnings = documents.beginnings(200)
     figures = evaluate(evaluator(model), beginnings)
     assert figures["tokens"] == int((beginnings.token_counts - 1).sum()) <= 200
@@ -120,7 +122,7 @@ def test_figures_of_beginnings(model, documents, evaluator):
 class TestInterval:
     @pytest.mark.parametrize("documents", [2, 3, 4, 5, 10, 30])
     @pytest.mark.parametrize("lengths", ["alike", "from 50 to 500"])
-    def test_it_holds_the_true_ratio_as_often_as_it_says(self, documents, lengths):
+    def test_an_interval_holds_the_true_ratio_as_often_as_it_says(self, documents, lengths):
         """Of documents drawn over and over: 95 %, also of few, which a bootstrap holds in 51 % (2) to 89 % (10)."""
         random = np.random.default_rng(1)
         shortest = 450 if lengths == "alike" else 50
@@ -131,13 +133,13 @@ class TestInterval:
             held.append(low <= 3.0 <= high)
         assert 0.92 <= np.mean(held) <= 0.97
 
-    def test_it_equals_the_interval_of_a_mean_where_all_are_equally_long(self):
+    def test_an_interval_is_that_of_a_mean_where_all_are_equally_long(self):
         values = np.array([3.0, 4.0, 1.5, 3.5, 2.0])
         mean, error = values.mean(), values.std(ddof=1) / math.sqrt(5)
         expected = scipy.stats.t.interval(0.95, 4, mean, error)
         assert interval_of_ratio(7 * values, np.full(5, 7)) == pytest.approx(expected)
 
-    def test_it_scales(self):
+    def test_an_interval_scales_with_the_values(self):
         values, counts = np.array([30.0, 44.0, 10.0, 81.0]), np.array([10, 12, 5, 30])
         low, high = interval_of_ratio(values, counts)
         assert low < 165 / 57 < high
@@ -155,7 +157,7 @@ class TestInterval:
         values, counts = np.array([30.0, 44.0, 10.0]), np.array([10, 12, 5])
         assert interval_of_ratio(np.append(values, 0.0), np.append(counts, 0)) == interval_of_ratio(values, counts)
 
-    def test_of_perplexity(self, model, documents, evaluator, nats):
+    def test_intervals_of_perplexity_are_those_of_its_logarithm(self, model, documents, evaluator, nats):
         figures = figures_of(evaluator(model), documents, nats)
         losses = np.array([entry["nll"] for entry in figures["per_document"]])
         for unit, counts in (("token", documents.token_counts - 1), ("word", documents.word_counts)):
@@ -164,7 +166,7 @@ class TestInterval:
             assert (low, high) == pytest.approx(tuple(map(math.exp, interval_of_ratio(losses, counts))))
 
 
-def test_a_model_that_knows_nothing(documents, evaluator, backbone):
+def test_every_token_costs_the_same_to_a_model_that_knows_nothing(documents, evaluator, backbone):
     """Each token costs the same, and every breakdown says so."""
     ignorant = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
     with torch.no_grad():

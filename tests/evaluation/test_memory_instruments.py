@@ -77,7 +77,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 class TestInspectDocument:
     @pytest.mark.parametrize("options", [{}, {"sticky": True, "contraction": "uniform"}, {"read": "slots"}])
-    def test_as_json_with_a_place_for_every_segment_layer_and_head(self, wrapped, options):
+    def test_an_inspection_is_json_with_a_place_for_every_segment_layer_and_head(self, wrapped, options):
         found = inspect_document(wrapped(**options), document(5 * SEGMENT + 4), progress=False)
         assert json.loads(json.dumps(found)) == found
         assert found["document"]["tokens"] == 5 * SEGMENT + 3
@@ -138,7 +138,7 @@ class TestInspectDocument:
         assert last["by_age"][0][0] == pytest.approx(float(expected), abs=1e-4)
 
     @pytest.mark.parametrize("kind", ["wrapped", "decoder"])
-    def test_losses_without_memories(self, wrapped, decoder, kind):
+    def test_losses_without_a_memory_are_those_of_outputs_at_zero(self, wrapped, decoder, kind):
         model = wrapped() if kind == "wrapped" else decoder(SEGMENT)
         tokens = document(4 * SEGMENT + 1)
         reading = inspect_document(model, tokens, progress=False)["reading"]
@@ -197,7 +197,7 @@ class TestInspectDocument:
             ({"layers": []}, r"layers=\[\]: choose among"),
         ],
     )
-    def test_errors(self, wrapped, options, message):
+    def test_what_cannot_be_inspected_is_refused(self, wrapped, options, message):
         with pytest.raises(EvaluationError, match=message):
             inspect_document(wrapped(), **{"tokens": document(40), **options}, progress=False)
 
@@ -206,7 +206,7 @@ class TestInspectDocument:
             inspect_document(decoder(SEGMENT), document(17), progress=False)
         assert len(inspect_document(decoder(SEGMENT), document(18), progress=False)["reading"]["segment"]) == 1
 
-    def test_models_without_a_long_term_memory(self, backbone, tokenizer):
+    def test_models_without_a_long_term_memory_are_refused(self, backbone, tokenizer):
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
         config = DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=MemoryConfig(SEGMENT), segment_length=SEGMENT)
         for model in (InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), DecoderForCausalLM(config)):
@@ -237,7 +237,7 @@ class TestDensities:
         ],
         ids=["gaussian", "truncated parabola", "slots"],
     )
-    def test_centre_and_width_by_quadrature(self, attention):
+    def test_centre_and_width_are_those_by_quadrature(self, attention):
         """Of the density whose cumulative function is known: E[t] and E[t²] from ∫ 1 − P(t)."""
         centre, width = centre_and_width(attention, self.BASIS)
         exact = GaussianBasis(*(part.double() for part in self.BASIS))
@@ -253,7 +253,7 @@ class TestDensities:
             assert float(centre[which]) == pytest.approx(first - 10, abs=1e-4)
             assert float(width[which]) == pytest.approx(math.sqrt(second - first**2), abs=1e-4)
 
-    def test_means_and_spreads_over_queries(self, wrapped):
+    def test_figures_of_densities_are_means_and_spreads_over_queries(self, wrapped):
         memory = long_term_memories(wrapped())[0]
         past = WrittenPast(memory)
         centre = torch.tensor([[[0.1, 0.3], [0.8, 0.8]]])

@@ -96,7 +96,7 @@ def reconstruct_by_least_squares(segments: list[Array], contraction: str) -> tup
 
 @pytest.mark.parametrize("contraction", ["constant", "uniform"])
 @pytest.mark.parametrize("size", [32, 64])
-def test_white_noise_against_least_squares(size, contraction):
+def test_white_noise_is_reconstructed_as_by_least_squares(size, contraction):
     """The published constants, scaled. No N coefficients explain more than N of the tokens."""
     segments = white_noise(size)
     past, state = follow(new_memory(size, contraction=contraction), segments)
@@ -134,7 +134,7 @@ def test_sticky_memories_are_followed_to_where_the_past_is(contraction):
     assert past.reconstruct(state)["total"] < measured["total"] - 0.5
 
 
-def test_a_past_without_differences():
+def test_a_past_without_differences_has_no_measure():
     past, state = follow(new_memory(32, 4), [torch.ones(1, 32, 4)] * SEGMENTS)
     assert past.reconstruct(state) == {"total": None, "by_age": [None] * SEGMENTS}
 

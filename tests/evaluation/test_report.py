@@ -60,7 +60,7 @@ def test_the_difference_that_a_control_makes(results):
         assert control["difference"]["nats_per_token"] == pytest.approx(expected)
 
 
-def test_a_hopeless_model(without_memory, documents, tmp_path, evaluator):
+def test_results_of_a_hopeless_model_are_strict_json(without_memory, documents, tmp_path, evaluator):
     """Too bad for its perplexity to be a number: the file stays JSON that every evaluator opens."""
     hopeless = copy.deepcopy(without_memory)
     hopeless.backbone.lm_head.weight.data *= 1e5

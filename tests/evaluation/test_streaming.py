@@ -198,21 +198,21 @@ class TestWarmUp:
 
 class TestWhatCannotBeRead:
     @pytest.mark.parametrize("stride", [0, -1, 17])
-    def test_a_stride_beyond_the_segment(self, model, evaluator, stride):
+    def test_a_stride_beyond_the_segment_is_refused(self, model, evaluator, stride):
         with pytest.raises(EvaluationError, match=f"stride={stride}: .* at least 1 and at most 16 tokens"):
             evaluator(model, stride=stride)
 
-    def test_a_stride_that_does_not_divide_what_is_written(self, model, evaluator, without_memory):
+    def test_a_stride_that_does_not_divide_what_is_written_is_refused(self, model, evaluator, without_memory):
         with pytest.raises(EvaluationError, match="stride=5 does not divide segment_length=16"):
             evaluator(model, stride=5)
         evaluator(without_memory, stride=5)
 
-    def test_a_stride_beside_a_short_term_memory(self, evaluator):
+    def test_a_stride_beside_a_short_term_memory_is_refused(self, evaluator):
         config = DecoderConfig(20, 16, 1, 2, feed_forward_size=16, memory=MemoryConfig(16), segment_length=SEGMENT)
         with pytest.raises(EvaluationError, match="stride=8: a short-term memory is a sliding window already"):
             evaluator(DecoderForCausalLM(config), stride=8)
 
-    def test_warming_up_no_memory(self, evaluator, without_memory):
+    def test_warming_up_no_memory_is_refused(self, evaluator, without_memory):
         with pytest.raises(EvaluationError, match="warmup_documents=2: this model has no memory"):
             evaluator(without_memory, warmup_documents=2)
 
@@ -226,7 +226,7 @@ class TestWhatCannotBeRead:
         ({"warmup_documents": 3}, "disjoint segments of 16, after 3 documents, float32"),
     ],
 )
-def test_a_protocol_in_words(model, evaluator, options, words):
+def test_a_protocol_is_said_in_a_few_words(model, evaluator, options, words):
     assert describe_protocol(evaluator(model, **options).protocol.as_json()) == words
 
 
@@ -244,7 +244,7 @@ def test_shares_add_up(model, few, evaluator):
 
 class TestAfterSegment:
     @pytest.mark.parametrize(("stride", "worlds"), [(8, (1, 2)), (None, (7,))])
-    def test_is_called_after_each_reading_and_equally_often_on_one_process_as_on_several(
+    def test_after_segment_is_called_equally_often_on_one_process_as_on_several(
         self, model, few, evaluator, stride, worlds
     ):
         """Also on one that has less to read, or nothing; so they can agree there. Of 7, four have nothing at all."""
@@ -261,7 +261,7 @@ class TestAfterSegment:
         assert told == [["read", "called"] * (len(told[0]) // 2)] * sum(worlds)
         assert len(told[0]) > 2
 
-    def test_may_cut_a_reading_short(self, model, few, evaluator):
+    def test_after_segment_may_cut_a_reading_short(self, model, few, evaluator):
         """After as many segments as were read until then; the next reading begins anew."""
 
         def stop() -> None:

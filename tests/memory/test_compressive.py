@@ -65,7 +65,7 @@ def compress_literally(compression: Compression, leaving: Tensor, usage: Tensor)
 
 
 @every_function
-def test_equals_a_loop(build_compression, function):
+def test_compression_equals_a_loop(build_compression, function):
     compression, leaving = build_compression(function), random(BATCH, LENGTH, HIDDEN)
     attend = attention_of(random(BATCH, QUERIES, HIDDEN, seed=2))
     compressed, error = compression(leaving, attend)
@@ -150,6 +150,6 @@ class TestErrors:
             ({"reconstruction_weight": -0.5}, r"reconstruction_weight=-0\.5: must not be negative"),
         ],
     )
-    def test_options(self, options, message):
+    def test_options_that_cannot_be_are_refused(self, options, message):
         with pytest.raises(ValueError, match=rf"^model\.memory\.{message}$"):
             CompressiveMemoryConfig(**options)

@@ -196,7 +196,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
 
 class TestAgainstTheLiteralEquations:
     @every_kind
-    def test_outputs_and_gradients_are_theirs(self, build_memory, options):
+    def test_outputs_and_gradients_are_those_of_the_literal_equations(self, build_memory, options):
         """Three segments, chained; of the rows one is new, and the others have had 1 and 4 segments."""
         memory = build_memory(**options)
         segments = [random(3, 12, 6, seed=seed).requires_grad_() for seed in range(3)]

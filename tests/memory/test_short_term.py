@@ -23,7 +23,7 @@ EVERY_ROW = rows(0, 1, 2)
 
 @pytest.mark.parametrize("length", [0, 1, 5, 6, 12])
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_equals_a_list(length, count):
+def test_a_queue_equals_a_list(length, count):
     """Rows are written at different times; what leaves a full queue leaves the list, in its order."""
     queue = Queue.empty(BATCH, length, HIDDEN)
     lists: list[list[Tensor]] = [[] for _ in range(BATCH)]
@@ -97,7 +97,7 @@ def test_a_reset_row_is_an_empty_one():
     assert again.filled.tolist() == [4, 2, 4]
 
 
-def test_shuffled_in_time():
+def test_a_queue_is_shuffled_in_time_row_by_row():
     """The order is that of `time_shuffle`; the numbers of the entries stand in the entries."""
     length = 18
     filled = torch.tensor([0, 7, 18])

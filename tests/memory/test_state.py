@@ -50,7 +50,7 @@ def assert_equal(one: MemoryState, other: MemoryState) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_names(state):
+def test_tensors_are_named_by_their_place(state):
     assert list(state.named_tensors()) == [
         "tensor",
         "nested.coefficients",
@@ -70,7 +70,7 @@ def test_map_reaches_every_tensor_and_keeps_the_structure(state):
         assert torch.equal(doubled.named_tensors()[name], 2 * tensor)
 
 
-def test_frozen(state):
+def test_a_state_is_frozen(state):
     with pytest.raises(FrozenInstanceError):
         state.tensor = torch.zeros(3, 3)
 
@@ -89,20 +89,20 @@ def test_tensors_come_in_any_order_type_and_number_of_rows(state):
     assert_equal(restored, state.select_rows(torch.tensor([0, 1, 2, 0, 1, 2])))
 
 
-def test_missing_and_unknown_names(state):
+def test_missing_and_unknown_names_are_refused(state):
     named = state.named_tensors()
     named["strange"] = named.pop("tensor")
     with pytest.raises(ValueError, match=r"different parts: \['strange', 'tensor'\]"):
         state.with_tensors(named)
 
 
-def test_another_shape(state):
+def test_another_shape_is_refused(state):
     named = state.named_tensors() | {"nested.coefficients": torch.zeros(3, 4, 5)}
     with pytest.raises(ValueError, match=r"nested.coefficients .* \[3, 4, 5\].* \[3, 4, 3\]"):
         state.with_tensors(named)
 
 
-def test_reset_rows(state):
+def test_reset_rows_are_empty_and_the_others_stay(state):
     reset = state.reset_rows(torch.tensor([False, True, False]))
     for name, tensor in state.named_tensors().items():
         after = reset.named_tensors()[name]
@@ -124,7 +124,7 @@ def test_gradients_pass_rows_that_are_not_reset():
     assert torch.equal(coefficients.grad, torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 4, 3))
 
 
-def test_replace_rows(state):
+def test_replaced_rows_are_those_of_the_other_state(state):
     other = state.map_tensors(lambda tensor: -tensor - 5)
     replaced = state.replace_rows(torch.tensor([True, False, True]), other)
     assert type(replaced.layers[0].layers[1]) is Layer
@@ -135,31 +135,31 @@ def test_replace_rows(state):
         assert torch.equal(after[1], tensor[1])
 
 
-def test_rows_of_another_structure(state):
+def test_rows_of_another_structure_are_refused(state):
     with pytest.raises(ValueError, match="different parts"):
         state.nested.replace_rows(torch.tensor([True, False, True]), state)
 
 
-def test_select_rows(state):
+def test_selected_rows_are_those_of_the_index(state):
     selected = state.select_rows(torch.tensor([2, 0, 0, 2]))
     for name, tensor in state.named_tensors().items():
         assert torch.equal(selected.named_tensors()[name], tensor[[2, 0, 0, 2]])
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_split_and_concatenate(state, parts):
+def test_parts_of_a_state_make_it_again(state, parts):
     pieces = state.split(parts)
     assert len(pieces) == parts
     assert all(len(tensor) == 3 // parts for piece in pieces for tensor in piece.named_tensors().values())
     assert_equal(Mixed.concatenate(pieces), state)
 
 
-def test_rows_that_cannot_be_split_evenly(state):
+def test_rows_that_cannot_be_split_evenly_are_refused(state):
     with pytest.raises(RuntimeError, match="unflatten"):
         state.split(2)
 
 
-def test_to(state):
+def test_a_state_moves_as_a_whole(state):
     moved = state.to("meta")
     for name, tensor in state.named_tensors().items():
         assert moved.named_tensors()[name].device.type == "meta"
@@ -167,7 +167,7 @@ def test_to(state):
     assert_equal(state.to(torch.device("cpu")), state)
 
 
-def test_detach():
+def test_a_detached_state_has_no_graph():
     weight = torch.ones(2, 4, 3, requires_grad=True)
     state = Layers((Layer(weight * 2, torch.ones(2, dtype=torch.int64)),))
     detached = state.detach()

@@ -35,7 +35,7 @@ def test_entries_move_block_by_block(each):
     assert shuffled_entries(torch.tensor([16 * each]), 16 * each)[0].tolist() == expected
 
 
-def test_entries_of_rows_that_are_filled_differently():
+def test_rows_that_are_filled_differently_are_shuffled_apart():
     length = 21
     filled = torch.tensor([0, 1, 2, 5, 16, 20, 21])
     order = shuffled_entries(filled, length)
@@ -50,5 +50,5 @@ def test_entries_of_rows_that_are_filled_differently():
             assert order[row].tolist() != list(range(length))
 
 
-def test_a_queue_without_places():
+def test_a_queue_without_places_has_no_order():
     assert shuffled_entries(torch.zeros(3, dtype=torch.int64), 0).shape == (3, 0)

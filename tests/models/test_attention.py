@@ -111,7 +111,7 @@ def encoding(positions: str) -> Tensor:
 
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 @every_context
-def test_equals_the_explicit_sum(build_attention, positions, queries, unreal):
+def test_attention_equals_the_explicit_sum(build_attention, positions, queries, unreal):
     attention, allowed = build_attention(positions), mask(queries, unreal)
     hidden = random(BATCH, queries, HIDDEN, seed=2).requires_grad_()
     context = random(BATCH, LENGTH, HIDDEN, seed=3).requires_grad_()
@@ -147,14 +147,14 @@ def test_what_is_not_allowed_has_no_part(build_attention, positions):
 
 class TestPositions:
     @pytest.mark.parametrize("width", [1, 5, 8])
-    def test_distances(self, width):
+    def test_encoded_distances_are_sines_and_cosines(self, width):
         expected = torch.tensor([sinusoid(distance, width) for distance in reversed(range(9))])
         encoded = encode_positions(9, width, "relative", torch.device("cpu"))
         assert encoded.shape == (9, width)
         torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("width", [2, 8])
-    def test_places(self, width):
+    def test_encoded_places_are_cosines_and_sines(self, width):
         cosines, sines = encode_positions(9, width, "rotary", torch.device("cpu")).chunk(2, dim=-1)
         expected = torch.tensor([sinusoid(place, width) for place in range(9)])
         torch.testing.assert_close(torch.cat([sines, cosines], dim=-1), expected, rtol=1e-5, atol=1e-6)
@@ -165,7 +165,7 @@ class TestPositions:
 
 
 class TestRotation:
-    def test_equals_a_turn_of_complex_numbers(self):
+    def test_a_rotation_is_a_turn_of_complex_numbers(self):
         heads = random(BATCH, HEADS, LENGTH, HEAD)
         turned = rotate(heads, encoding("rotary"))
         for place in range(LENGTH):
@@ -203,7 +203,7 @@ def test_shift_equals_a_gather_where_it_matters(queries):
 
 class TestAttentionByContent:
     @pytest.mark.parametrize("positions", ["relative", "rotary"])
-    def test_equals_the_explicit_sum(self, build_attention, positions):
+    def test_attention_equals_the_explicit_sum(self, build_attention, positions):
         """Neither positions nor biases, nor the output projection; every entry is seen."""
         attention = build_attention(positions)
         hidden, entries = random(BATCH, 3, HIDDEN), random(BATCH, 5, HIDDEN, seed=1)
@@ -236,7 +236,7 @@ class TestAttentionByContent:
 
 class TestDropout:
     @pytest.mark.parametrize("positions", ["relative", "rotary"])
-    def test_only_in_training(self, build_attention, positions):
+    def test_dropout_is_in_training_alone(self, build_attention, positions):
         plain, dropping = build_attention(positions), build_attention(positions, dropout=0.5)
         hidden, context = random(BATCH, 4, HIDDEN, seed=2), random(BATCH, LENGTH, HIDDEN, seed=3)
         asked = (hidden, context, mask(4, (3, 0)), encoding(positions))
@@ -246,7 +246,7 @@ class TestDropout:
         assert not torch.equal(one, other)
         assert not torch.equal(one, plain(*asked))
 
-    def test_its_mean_is_attention_without(self, build_attention):
+    def test_the_mean_under_dropout_is_attention_without(self, build_attention):
         """4096 draws: a standard error of each number that is known from the draws themselves."""
         attention = build_attention(dropout=0.3).train()
         hidden, context = random(1, 1, HIDDEN, seed=2), random(1, LENGTH, HIDDEN, seed=3)
@@ -259,7 +259,7 @@ class TestDropout:
 
 
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
-def test_a_short_type(build_attention, positions):
+def test_a_short_type_is_near_the_exact_one(build_attention, positions):
     """The encoding stays in float32 wherever the weights go."""
     attention, allowed = build_attention(positions), mask(4, (3, 0))
     hidden, context = random(BATCH, 4, HIDDEN, seed=2), random(BATCH, LENGTH, HIDDEN, seed=3)

@@ -281,13 +281,13 @@ class TestNotRefused:
         for name, tensor in output.state.named_tensors().items():
             assert torch.equal(tensor, expected.state.named_tensors()[name]), name
 
-    def test_embeddings_beyond_the_tokens(self, tokenizer):
+    def test_embeddings_beyond_the_tokens_are_not_refused(self, tokenizer):
         check_vocabulary(new_model({**GPT2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}), tokenizer)
 
-    def test_a_model_without_a_beginning(self, tokenizer):
+    def test_a_model_without_a_beginning_is_not_refused(self, tokenizer):
         check_vocabulary(new_model({**GPT2, "bos_token_id": None, "eos_token_id": [5, 0]}), tokenizer)
 
-    def test_a_token_that_the_tokenizer_was_given_since(self, given, tmp_path):
+    def test_a_token_that_the_tokenizer_was_given_since_is_not_refused(self, given, tmp_path):
         model = new_model({**GPT2, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0})
         model.save_pretrained(tmp_path / "model")
         given.tokenizer.save_pretrained(tmp_path / "model")

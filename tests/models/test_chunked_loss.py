@@ -39,7 +39,7 @@ def labels() -> Tensor:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 20, 21, 1024])
-def test_equals_plain_cross_entropy(head, hidden, labels, chunk_tokens):
+def test_losses_equal_plain_cross_entropy(head, hidden, labels, chunk_tokens):
     losses = chunked_token_losses(hidden, cross_entropy(head), labels, chunk_tokens)
     plain = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     assert losses.dtype == torch.float32
@@ -65,7 +65,7 @@ def test_positions_without_a_label_lose_nothing(head, hidden, labels, chunk_toke
     assert torch.equal(gradient.abs().sum(-1) > 0, scored)
 
 
-def test_nothing_to_score_at_all(head, hidden):
+def test_nothing_to_score_costs_nothing(head, hidden):
     losses = chunked_token_losses(hidden, cross_entropy(head), torch.full((BATCH, LENGTH), IGNORE_INDEX), 4)
     losses.sum().backward()
     assert losses.sum() == 0
@@ -73,7 +73,7 @@ def test_nothing_to_score_at_all(head, hidden):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 20])
-def test_logits_of_one_chunk_at_a_time(head, hidden, labels, chunk_tokens):
+def test_logits_are_made_one_chunk_at_a_time(head, hidden, labels, chunk_tokens):
     """Also in backward, which makes them a second time, and without keeping them in between."""
     kept: list[int] = []
 
@@ -91,7 +91,7 @@ def test_logits_of_one_chunk_at_a_time(head, hidden, labels, chunk_tokens):
     assert max(head.calls) == chunk_tokens
 
 
-def test_in_evaluation(head, hidden, labels):
+def test_losses_in_evaluation_are_the_same_without_a_graph(head, hidden, labels):
     with torch.no_grad():
         losses = chunked_token_losses(hidden, cross_entropy(head), labels, 4)
     assert not losses.requires_grad

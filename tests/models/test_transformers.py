@@ -92,13 +92,13 @@ class TestTheOutput:
 
     values = {field.name: torch.zeros(1) for field in dataclasses.fields(MemoryModelOutput)}  # noqa: RUF012
 
-    def test_shares_no_names_with_those_of_transformers_but_loss_and_logits(self):
+    def test_an_output_shares_no_names_with_those_of_transformers_but_loss_and_logits(self):
         kinds = [kind for kind in vars(modeling_outputs).values() if dataclasses.is_dataclass(kind)]
         theirs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
         assert len(theirs) > 10
         assert theirs & set(self.values) == {"loss", "logits"}
 
-    def test_keeps_every_field_however_it_is_given_and_taken(self):
+    def test_an_output_keeps_every_field_however_it_is_given_and_taken(self):
         output = MemoryModelOutput(**self.values)
         given_later = MemoryModelOutput()
         for name, value in self.values.items():
@@ -109,7 +109,7 @@ class TestTheOutput:
             assert all(getattr(same, name) is same[name] is not None for name in self.values)
 
     @pytest.mark.parametrize("converted", [convert_to_fp32, lambda output: tree_map(Tensor.float, output)])
-    def test_what_data_parallel_and_precision_do_to_it_leaves_its_names(self, converted):
+    def test_what_data_parallel_and_precision_do_to_an_output_leaves_its_names(self, converted):
         output = converted(MemoryModelOutput(**{name: value.half() for name, value in self.values.items()}))
         assert type(output) is MemoryModelOutput
         assert {name: value.dtype for name, value in output.items()} == dict.fromkeys(self.values, torch.float32)

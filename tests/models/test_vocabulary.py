@@ -87,7 +87,7 @@ def embedding_of(vocabulary: Vocabulary, token: int) -> Tensor:
 
 
 @both
-def test_embeddings_token_by_token(make):
+def test_embeddings_are_those_of_each_token(make):
     vocabulary = make()
     tokens = torch.randint(0, SIZE, (4, 3, 5))
     expected = torch.stack([embedding_of(vocabulary, int(token)) for token in tokens.flatten()]).view(4, 3, 5, HIDDEN)
@@ -97,7 +97,7 @@ def test_embeddings_token_by_token(make):
 
 
 @both
-def test_probabilities_of_every_token(make, hidden):
+def test_probabilities_are_those_of_the_formula(make, hidden):
     vocabulary = make()
     logits = vocabulary.logits(hidden.view(4, 5, HIDDEN))
     expected = torch.stack([cluster_formula(vocabulary, state) for state in hidden]).view(4, 5, SIZE)
@@ -108,7 +108,7 @@ def test_probabilities_of_every_token(make, hidden):
 
 
 @pytest.mark.parametrize("divisor", [1.0, 1.5, 2.0])
-def test_equals_the_adaptive_softmax_of_torch(divisor, hidden):
+def test_an_adaptive_vocabulary_equals_the_adaptive_softmax_of_torch(divisor, hidden):
     vocabulary = adaptive(divisor)
     torch.testing.assert_close(vocabulary.logits(hidden), vocabulary.softmax.log_prob(hidden))
     labels = torch.randint(0, SIZE, (20,))
@@ -118,7 +118,7 @@ def test_equals_the_adaptive_softmax_of_torch(divisor, hidden):
 
 @both
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 20, 1024])
-def test_token_losses_and_their_gradients(make, chunk_tokens, hidden, labels):
+def test_token_losses_and_their_gradients_are_those_of_the_formula(make, chunk_tokens, hidden, labels):
     vocabulary = make()
     losses = chunked_token_losses(hidden.view(4, 5, HIDDEN), vocabulary.token_losses, labels.view(4, 5), chunk_tokens)
     expected = torch.stack(
@@ -142,7 +142,7 @@ def test_token_losses_and_their_gradients(make, chunk_tokens, hidden, labels):
 
 
 @both
-def test_gradients_numerically(make, hidden):
+def test_gradients_are_numerically_right(make, hidden):
     vocabulary, tokens = make(), torch.randint(0, SIZE, (2, 9))
     parameters = list(vocabulary.parameters())
     assert torch.autograd.gradcheck(lambda *_: vocabulary.embed(tokens), parameters)
@@ -181,7 +181,7 @@ def test_the_tied_table_is_one_table():
 
 
 @both
-def test_under_autocast(make, hidden, labels):
+def test_autocast_is_near_float32(make, hidden, labels):
     vocabulary, states = make().float(), hidden.detach().float()
     tokens = torch.arange(SIZE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -202,7 +202,7 @@ def test_under_autocast(make, hidden, labels):
 
 @both
 @pytest.mark.parametrize("token", [-1, SIZE])
-def test_a_token_that_does_not_exist(make, hidden, token):
+def test_a_token_that_does_not_exist_is_refused(make, hidden, token):
     vocabulary = make()
     with pytest.raises(IndexError):
         vocabulary.embed(torch.tensor([0, token]))
@@ -213,7 +213,7 @@ def test_a_token_that_does_not_exist(make, hidden, token):
 @pytest.mark.parametrize(
     "vocabulary", [TiedVocabulary(500, 100), AdaptiveVocabulary(500, 100, [200, 300], 1.0)], ids=["tied", "adaptive"]
 )
-def test_initial_weights(vocabulary):
+def test_initial_weights_are_small_and_biases_zero(vocabulary):
     for name, parameter in vocabulary.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all()
@@ -224,7 +224,7 @@ def test_initial_weights(vocabulary):
 
 
 @pytest.mark.parametrize("cutoffs", [[], [5, 3], [3, 3], [0, 3], [-1], [3, SIZE], [SIZE + 1]])
-def test_cutoffs_that_cannot_be(cutoffs):
+def test_cutoffs_that_cannot_be_are_refused(cutoffs):
     message = (
         r"model.architecture.adaptive_cutoffs=\[.*\] cannot cut a vocabulary of 13 tokens: .* from 1 to 12, or none"
     )
@@ -233,6 +233,6 @@ def test_cutoffs_that_cannot_be(cutoffs):
 
 
 @pytest.mark.parametrize("divisor", [0.0, 0.5, 2.1])
-def test_divisors_that_cannot_be(divisor):
+def test_divisors_that_cannot_be_are_refused(divisor):
     with pytest.raises(ModelError, match=rf"adaptive_divisor={divisor}: band 3, the last, .* set it from 1 to 2, or"):
         AdaptiveVocabulary(SIZE, HIDDEN, CUTOFFS, divisor)

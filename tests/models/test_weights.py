@@ -73,7 +73,7 @@ def without(*names: str):
 @pytest.mark.usefixtures("arbitrary_memory")
 class TestWeightsThatAFolderLacks:
     @every_kind
-    def test_of_a_memory_are_new_ones_and_the_log_says_so(self, damage, saved, kind, caplog):
+    def test_missing_weights_of_a_memory_are_new_ones_and_the_log_says_so(self, damage, saved, kind, caplog):
         missing = A_MEMORYS[kind]
         with caplog.at_level(logging.WARNING, "infformer"):
             model = AutoModelForCausalLM.from_pretrained(damage(kind, without(missing)))
@@ -86,7 +86,7 @@ class TestWeightsThatAFolderLacks:
             else:
                 assert torch.equal(tensor, before[name]), name
 
-    def test_are_all_of_a_memory_beside_a_stock_model(self, model_folder, backbone):
+    def test_all_weights_of_a_memory_beside_a_stock_model_are_new_ones(self, model_folder, backbone):
         config = InfformerConfig(backbone.config, MEMORY, segment_length=SEGMENT)
         model = InfformerForCausalLM.from_pretrained(model_folder, config=config).eval()
         for name, parameter in model.named_parameters():
@@ -97,17 +97,17 @@ class TestWeightsThatAFolderLacks:
         assert memory.layers[0].coefficients.isfinite().all()
 
     @every_kind
-    def test_of_a_memory_are_no_model_to_be_measured(self, damage, kind):
+    def test_a_model_that_lacks_weights_of_its_memory_is_not_measured(self, damage, kind):
         with pytest.raises(ModelError, match=f"checkpoint=.*it lacks 1, such as {A_MEMORYS[kind]}"):
             load_trained(str(damage(kind, without(A_MEMORYS[kind]))))
 
     @every_kind
     @pytest.mark.parametrize("opened", [AutoModelForCausalLM.from_pretrained, load_trained])
-    def test_of_a_backbone_are_refused(self, damage, kind, opened):
+    def test_missing_weights_of_a_backbone_are_refused(self, damage, kind, opened):
         with pytest.raises(ModelError, match=f"lacks 1.*such as {A_BACKBONES[kind]}"):
             opened(str(damage(kind, without(A_BACKBONES[kind]))))
 
-    def test_of_a_stock_model_are_refused(self, backbone, tmp_path):
+    def test_missing_weights_of_a_stock_model_are_refused(self, backbone, tmp_path):
         backbone.save_pretrained(tmp_path)
         weights = load_file(tmp_path / "model.safetensors")
         weights["transformer.h.1.mlp.renamed"] = weights.pop("transformer.h.1.mlp.c_fc.weight")
@@ -153,17 +153,17 @@ class TestTypes:
             assert json.loads((tmp_path / kind / "config.json").read_text())["dtype"] == "float16"
         return {kind: tmp_path / kind for kind in KINDS}
 
-    def test_of_a_folder_of_ours(self, halves):
+    def test_a_folder_of_ours_in_float16_is_opened_in_float32(self, halves):
         for folder in halves.values():
             for opened in (AutoModelForCausalLM.from_pretrained, load_trained):
                 assert {parameter.dtype for parameter in opened(str(folder)).parameters()} == {torch.float32}
 
-    def test_as_asked_for(self, halves):
+    def test_a_folder_is_opened_in_the_type_that_is_asked_for(self, halves):
         for kind, dtype in (("decoder", torch.float16), ("decoder", "auto"), ("wrapped", torch.float16)):
             model = AutoModelForCausalLM.from_pretrained(halves[kind], dtype=dtype)
             assert model.get_parameter(A_BACKBONES[kind]).dtype == torch.float16
 
-    def test_of_a_stock_model(self, backbone, tmp_path):
+    def test_a_stock_model_in_float16_is_opened_in_float32(self, backbone, tmp_path):
         AutoModelForCausalLM.from_config(backbone.config).half().save_pretrained(tmp_path)
         assert InfformerForCausalLM.from_backbone(tmp_path).dtype == torch.float32
         assert InfformerForCausalLM.from_backbone(tmp_path, dtype=torch.float16).dtype == torch.float16
@@ -186,18 +186,18 @@ class TestTheFolderOfARun:
         (tmp_path / "run" / "checkpoints" / "step-00000012").mkdir()  # not yet whole
         return tmp_path / "run"
 
-    def test_stands_for_its_newest_checkpoint(self, run):
+    def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(self, run):
         newest = str(run / "checkpoints" / "step-00000010" / "model")
         assert model_folder(str(run)) == model_folder(str(run / "checkpoints")) == newest
 
-    def test_stands_for_its_best_checkpoint(self, run):
+    def test_the_folder_of_a_run_stands_for_its_best_checkpoint(self, run):
         best = run / "checkpoints" / "best"
         best.symlink_to("step-00000004")
         for given in (run, run / "checkpoints", best):
             assert model_folder(str(given)) == str(best / "model")
         assert model_folder(str(best / "model")) == str(best / "model")
 
-    def test_opens_wherever_a_model_is_named(self, backbone, run):
+    def test_the_folder_of_a_run_opens_wherever_a_model_is_named(self, backbone, run):
         InfformerForCausalLM.from_backbone(backbone).save_pretrained(run / "checkpoints" / "step-00000010" / "model")
         stock = backbone.state_dict()
         for model in (
@@ -207,7 +207,7 @@ class TestTheFolderOfARun:
             for name, tensor in model.backbone.state_dict().items():
                 assert torch.equal(tensor, stock[name])
 
-    def test_of_a_model_with_a_memory_is_no_backbone(self, saved, run):
+    def test_a_run_of_a_model_with_a_memory_is_no_backbone(self, saved, run):
         saved["wrapped"].save_pretrained(run / "checkpoints" / "step-00000010" / "model")
         with pytest.raises(ModelError, match=r"model\.pretrained=.*has a memory already.*export_backbone"):
             load_pretrained(str(run), MEMORY, segment_length=SEGMENT)

@@ -74,7 +74,7 @@ def test_depths_of_training_are_anywhere():
         (100, "task.keys=30: a text of 100 tokens has 46 pairs.* set task.keys=46 or more"),
     ],
 )
-def test_lengths_that_there_are_not(length, says):
+def test_lengths_that_there_are_not_are_refused(length, says):
     SOURCE.draw("test", [0], 0, 14, depths([0, 0, 0]))
     with pytest.raises(DataError, match=says):
         SOURCE.draw("test", [0], 0, length, depths([0, 0, 0]))
@@ -93,6 +93,6 @@ def test_lengths_that_there_are_not(length, says):
         ({"test_questions": 0}, "task.test_questions=0: must be at least 1"),
     ],
 )
-def test_bad_options(options, says):
+def test_options_that_cannot_be_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         AssociativeRecallConfig(**options)

@@ -139,7 +139,7 @@ def test_training_is_resumed_with_the_same_documents_only(texts_of, tokenizer):
     assert not source_of(PasskeyConfig(), {}, tokenizer).splits
 
 
-def test_a_length_that_holds_no_more_than_the_needle(passkey):
+def test_a_length_that_holds_less_than_the_needle_is_refused(passkey):
     with pytest.raises(
         DataError, match=r"a length of 60 .*: what is hidden and what is asked take (.*) tokens"
     ) as error:
@@ -148,7 +148,7 @@ def test_a_length_that_holds_no_more_than_the_needle(passkey):
     assert passkey.draw("test", [0], 5, least, np.zeros((1, 1))).tokens.shape == (1, least)
 
 
-def test_a_book_that_is_too_short(book, passkey, documents):
+def test_a_book_that_is_too_short_is_refused(book, passkey, documents):
     longest = int(documents["test"].token_counts.max()) - 1
     with pytest.raises(
         DataError, match=rf"a length of 5,000 .* the longest test document has {longest:,}; choose shorter lengths"
@@ -157,7 +157,7 @@ def test_a_book_that_is_too_short(book, passkey, documents):
     assert passkey.draw("test", [0], 5, 5000, np.zeros((1, 1))).tokens.shape == (1, 5000)
 
 
-def test_a_tokenizer_that_knows_no_such_words(documents):
+def test_a_tokenizer_that_knows_no_such_words_is_refused(documents):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "whale": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     poor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
@@ -173,6 +173,6 @@ def test_a_tokenizer_that_knows_no_such_words(documents):
         (NeedleConfig, {"depths": [-0.1]}, r"task.depths=\[-0.1\]"),
     ],
 )
-def test_bad_options(config, options, says):
+def test_options_that_cannot_be_are_refused(config, options, says):
     with pytest.raises(ValueError, match=says):
         config(**options)

@@ -203,7 +203,7 @@ def test_every_seed_learns_from_others():
     assert not torch.equal(one.input_ids, other.input_ids)
 
 
-def test_places_and_material_in_words():
+def test_a_stream_says_its_places_and_its_material_in_words():
     stream = stream_of(CONFIG, 4, 8, seed=2)
     stream.next_step()
     _, second, _ = stream.next_step()
