@@ -22,21 +22,12 @@ where_kernels_run = pytest.mark.skipif(not CAN_RUN, reason="run by test_the_kern
 @pytest.mark.skipif(CAN_RUN, reason="the kernels run here")
 def test_the_kernels_hold_in_the_interpreter():
     """In a process of its own: what Triton brings along is compiled or interpreted from its import on."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "--dist",
-        "no",
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-    ]
+    options = ["-q", "-n", "0", "--dist", "no", "-p", "no:cacheprovider", "--noconftest"]
     result = subprocess.run(
-        [*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout
 
@@ -80,13 +71,12 @@ def test_values_and_gradients_are_those_of_the_literal_form(kernels, batch, head
 
 
 @where_kernels_run
-@pytest.mark.parametrize("variance", [1e-4, 1e-2, 10.0])
-def test_tiles_without_density_are_left_out_and_nothing_is_missing(kernels, variance):
+@pytest.mark.parametrize(("variance", "start"), [(1e-4, 0.0), (1e-2, 0.7)])
+def test_tiles_without_density_are_left_out_and_nothing_is_missing(kernels, variance, start):
     """A block of queries in one place: most of 256 centres lie beyond the reach of the narrow ones."""
     basis = GaussianBasis.even_grid(512, [0.005, 0.01], dtype=torch.float32)
-    for start, end in ((0.0, 0.05), (0.7, 0.75)):
-        mean = torch.linspace(start, end, 9).view(1, 1, -1)
-        compare(kernels, mean, torch.full_like(mean, variance), basis, 2)
+    mean = torch.linspace(start, start + 0.05, 9).view(1, 1, -1)
+    compare(kernels, mean, torch.full_like(mean, variance), basis, 2)
 
 
 @where_kernels_run

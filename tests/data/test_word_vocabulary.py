@@ -152,15 +152,6 @@ def test_documents_become_words_and_line_ends(config):
     assert tokenize_documents(config, "train", tokenizer).token_counts.tolist() == [13, 6]
 
 
-def test_more_words_than_16_bits_can_tell_apart(config):
-    write(Path(config.train), {"a": " ".join(f"w{number}" for number in range(70_000))})
-    tokenizer = word_tokenizer(config)
-    assert len(tokenizer) == 70_002
-    documents = tokenize_documents(config, "train", tokenizer)
-    assert all_tokens(documents) == [[70_000, *range(70_000)]]
-    assert documents._chunks[0].dtype == np.int32
-
-
 def test_what_was_made_is_found(config, made):
     first = word_tokenizer(config)
     config.workers, config.shuffle, config.segments_per_visit, config.test = 2, False, 3, "elsewhere"
