@@ -216,7 +216,7 @@ class PasskeyConfig(RetrievalConfig):
     """The task of finding a number in the text of `data`, of several documents where one is too short."""
 
     digits: int = 5
-    """Of the number."""
+    """How many digits the number has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -245,7 +245,7 @@ class NeedleConfig(RetrievalConfig):
     """The task of finding sentences in one document of `data`, which has to be as long as the text."""
 
     needles: int = 1
-    """How many are hidden, each at a depth of its own, and asked for one after the other."""
+    """How many sentences are hidden, each at a depth of its own, and asked for one after the other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

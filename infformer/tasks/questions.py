@@ -19,7 +19,7 @@ from infformer.tasks.task import Material, cut_texts
 HELD_OUT_SEED = 0
 """All runs are measured on the same questions, whatever their own seed; no question of training is among them."""
 NOT_ASKED = -1
-"""The answer to which a token belongs that is read and not asked for."""
+"""In place of the number of an answer: the token is read, and not asked for."""
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]

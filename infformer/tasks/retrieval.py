@@ -27,7 +27,7 @@ class RetrievalConfig(TaskConfig):
     """What every retrieval task asks: something that stood at some depth of a long text."""
 
     lengths: list[int] = measuring(lambda: [1024, 4096])
-    """Tokens of the texts to measure by, question and answer included; during training, by the first of them."""
+    """How many tokens the texts to measure by have, questions and answers included; during training only the first."""
     depths: list[float] = measuring(lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Where to look for the answer, as a part of the text: 0 is its beginning, 1 its end, just before the question."""
     training_lengths: list[int] = field(default_factory=lambda: [1024])
@@ -93,15 +93,15 @@ class RetrievalSource:
     """The questions of one retrieval task."""
 
     name: str
-    """As it stands in results and above figures."""
+    """The name of the task in results and above figures."""
     answers: int
-    """How many each text ends with."""
+    """How many answers each text ends with."""
     chance: float
     """How often a whole answer is right by chance."""
     identity: Mapping[str, object]
     """What decides on the questions beside the lengths to learn from, by the options that say it."""
     splits: Collection[str]
-    """Of which there is anything to ask."""
+    """The splits of which there is anything to ask."""
     draw: DrawAtDepths
 
     def draw_training(self, numbers: Integers, seed: int, length: int) -> Questions:

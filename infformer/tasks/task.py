@@ -41,7 +41,7 @@ class Material:
     """By split: `train` to learn from, `validation` and `test` where there are any. None for a task of symbols."""
     data: DataConfig = field(default_factory=DataConfig)
     lanes: int = 1
-    """To learn from, in the global batch."""
+    """How many lanes of the global batch there are to learn from."""
     rank_rows: Sequence[int] = (0,)
     """The lanes of this process."""
     segment_length: int = 512
@@ -50,7 +50,7 @@ class Material:
     """Segments of each lane in one step of language modelling."""
     seed: int = 0
     before: bool = True
-    """This and what follows: as in `evaluation.*`."""
+    """Measure before training too; this and what follows are as in `evaluation.*`."""
     controls: bool = True
     inspected_segments: int = 0
     max_validation_tokens: int | None = None
@@ -61,7 +61,7 @@ class TaskConfig(ABC):
     """What a model is to learn. Each task adds its own options, and builds what learns and measures by them."""
 
     is_language_modelling = False
-    """Its texts are documents, each read from its beginning."""
+    """Whether its texts are documents, each read from its beginning."""
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -107,7 +107,7 @@ class Validation:
     """What was measured in the middle of a run; the same on every process."""
 
     loss: float
-    """Nats per scored token. The checkpoint of the lowest is the best."""
+    """Nats per scored token. The checkpoint with the lowest loss is the best."""
     metrics: dict[str, float]
     """As they are recorded: `validation/loss`, and what else the task knows, such as `validation/perplexity`."""
     text: str

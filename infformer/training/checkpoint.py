@@ -46,7 +46,7 @@ from infformer.training.shards import Shards
 logger = logging.getLogger(__name__)
 
 FORMAT = 5
-"""Raised when a checkpoint of before can no longer be read. 4: the manifest has checksums."""
+"""The format of a checkpoint, raised when older ones can no longer be read. 4: the manifest has checksums."""
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -65,7 +65,7 @@ class Progress:
     """Where the task's stream stood after the last step; the stream itself may be a step ahead."""
     step: int = 0
     tokens: int = 0
-    """Read so far, in all lanes."""
+    """How many tokens all lanes have read so far."""
     unreported: list[StepMetrics] = field(default_factory=list)
     """What was measured since the last line of metrics."""
     measured: bool = True
@@ -88,7 +88,7 @@ class TrainingState:
     """The model's weights and its optimiser's moments, as the engine keeps them."""
     schedule: LRScheduler
     memories: list[ModelState]
-    """Of the lanes of this process, microbatch by microbatch."""
+    """What the lanes of this process remember, microbatch by microbatch."""
     progress: Progress
 
 
@@ -104,7 +104,7 @@ class _Copy:
     is_best: bool
     process: int
     own: dict[str, Tensor]
-    """Its lanes and their memory."""
+    """The lanes of this process and their memory."""
     weights: dict[str, Tensor]
     """This and what follows: on the main process only."""
     moments: dict[str, Tensor]

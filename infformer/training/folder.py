@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
 RECORD = "evaluation.json"
-"""Which evaluation the results beside it are of."""
+"""The file that says which evaluation the results beside it are of."""
 _PROBE = 2**16
 """Bytes that must find room in a folder before any work is begun."""
 
@@ -175,7 +175,7 @@ def _resolved(checkpoint: str) -> str:
 
 
 def open_record(config: RunConfig, folder: Path, step: int, best_step: int | None, size: int) -> None:
-    """Write down what is run and by which versions, and remove the metrics after this step, as they will come again.
+    """Write down what is run and by which versions; remove metrics and samples after this step, which come again.
 
     Args:
         best_step: that of the best checkpoint so far.

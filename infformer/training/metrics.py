@@ -24,13 +24,13 @@ class StepResult:
     loss: float
     """Nats per token, mean over the scored tokens of the global batch, without auxiliary losses."""
     auxiliary_losses: dict[str, float]
-    """By name, already weighted."""
+    """Auxiliary losses by name, already weighted."""
     gradient_norm: float
-    """Before clipping."""
+    """The norm of the gradient before it is clipped."""
     scored_tokens: int
     """Tokens predicted by the global batch."""
     read_tokens: int
-    """Tokens read by the global batch; more, where a task scores only a part of what is read."""
+    """Tokens read by the global batch; they are more where a task scores only a part of what is read."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class StepMetrics(StepResult):
     """What one optimiser step measured, with what is recorded beside it."""
 
     seconds: float
-    """Of this process."""
+    """How long the step took on this process."""
     learning_rates: dict[str, float]
-    """By the names under which they are recorded."""
+    """Learning rates by the names under which they are recorded."""
 
 
 def summarise(steps: Sequence[StepMetrics]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from infformer.config import OptimizerConfig, ScheduleConfig
 from infformer.models.base import MemoryModel
 
 ENDING_SCHEDULES = ("cosine", "linear")
-"""Those whose learning rates depend on `training.max_steps`, at which they end."""
+"""The schedules whose learning rates depend on `training.max_steps`, at which they end."""
 
 
 def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:

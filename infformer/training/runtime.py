@@ -50,7 +50,7 @@ Told = TypeVar("Told")
 
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _PATIENCE = timedelta(days=7)
-"""Of the processes for each other: one may tokenise for hours. Who hangs in training is the watchdog's business."""
+"""How long processes wait for each other: one may tokenise for hours. In training the watchdog finds what hangs."""
 _DECIDED_ELSEWHERE = {
     "optimizer": "optimizer.*",
     "scheduler": "schedule.*",

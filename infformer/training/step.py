@@ -25,10 +25,10 @@ class Microbatch:
     """Lanes of this process that are read side by side in one step."""
 
     segments: Sequence[Segment]
-    """Their next ones, through which gradients flow together."""
+    """The next segments of these lanes, through which gradients flow together."""
     memory: ModelState
     noise: Sequence[Tensor | None]
-    """For each segment; None for deterministic sampling."""
+    """Random numbers for each segment; None for deterministic sampling."""
     dropout_seed: int
 
 

@@ -16,7 +16,7 @@ from typing import Self
 import torch.distributed
 
 INSISTENCE = 3
-"""So many times SIGINT has to come to interrupt at once: the second may have been sent along with the first."""
+"""How often SIGINT has to come to interrupt at once: the second may have been sent along with the first."""
 
 
 class StopRequested(Exception):  # noqa: N818, it is no error
@@ -94,7 +94,7 @@ class StopSignals:
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 70
-"""Of a process that was given up: EX_SOFTWARE, an internal error."""
+"""The exit code of a process that was given up: EX_SOFTWARE, an internal error."""
 
 
 class Watchdog:

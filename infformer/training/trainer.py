@@ -63,7 +63,7 @@ from infformer.training.tracking import NoTracker, Tracker, open_tracker
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 99
-"""Of a run that was asked to stop and can be gone on with: what batch systems take for "put me in the queue again"."""
+"""The exit code of a run that was asked to stop and can go on: for batch systems, "put me in the queue again"."""
 
 
 class TrainingStopped(Exception):  # noqa: N818, it is no error
