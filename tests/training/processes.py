@@ -1,51 +1,74 @@
-"""Runs one after the other, in processes that torchrun started: what takes longest, their start, is paid once.
+"""Runs on two processes each, one run after the other, and what came of them as JSON.
 
-Called with a JSON file: a list of [configuration (pickled), fault or null]. A fault is what happens to one process.
+Called with a file of pairs of a configuration and a fault (pickled), and a file to write to: for each run null where
+nothing went wrong, what went wrong as the run says it, or false if a process did not survive. A fault is what happens
+to one process: `{"process": 1, "step": 3, "how": "nan" | "sleep" | "kill" | "term"}`. What takes longest, imports and
+what the first model that is loaded makes, is paid once: both processes of every run are forked from this one.
 """
 
 import json
+import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import time
-import traceback
+from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 import torch.distributed
-from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM
 
 from infformer.errors import UserError
+from infformer.tasks import language_modelling
 from infformer.training import trainer
+
+with suppress(ImportError):
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (imported late, and imports the compiler)
+
+PATIENCE = 30
+"""Seconds that a process whose other is gone has to notice it."""
 
 
 def main() -> None:
-    for path, fault in json.loads(Path(sys.argv[1]).read_text()):
-        config = pickle.loads(Path(path).read_bytes())
-        trainer.plot_run = lambda folder: []
-        trainer.train_step = disturbed(train_step, fault)
-        error = None
-        try:
-            trainer.train(config)
-        except (UserError, trainer.TrainingStopped) as caught:
-            error = str(caught)
-        except BaseException:  # the other process would wait for this one
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        torch.distributed.barrier()  # the processes stay together from run to run
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own trace of the run before
-        if os.environ["RANK"] == "0":
-            Path(path).with_suffix(".outcome").write_text(json.dumps(error))
+    runs = pickle.loads(Path(sys.argv[1]).read_bytes())
+    AutoModelForCausalLM.from_pretrained(runs[0][0].model.pretrained)
+    processes, outcomes = multiprocessing.get_context("fork"), []
+    for config, fault in runs:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        receive, send = processes.Pipe(duplex=False)
+        both = [processes.Process(target=run, args=(rank, port, config, fault, send)) for rank in range(2)]
+        for process in both:
+            process.start()
+        wait([process.sentinel for process in both])
+        for process in both:
+            process.join(PATIENCE)
+            process.kill()
+        outcomes.append(receive.recv() if receive.poll() else False)
+    Path(sys.argv[2]).write_text(json.dumps(outcomes))
 
 
-train_step = trainer.train_step
+def run(rank, port, config, fault, outcome) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    trainer.plot_run = language_modelling.plot_results = lambda results: []
+    trainer.train_step = disturbed(trainer.train_step, fault)
+    error = None
+    try:
+        trainer.train(config)
+    except (UserError, trainer.TrainingStopped) as caught:
+        error = str(caught)
+    torch.distributed.barrier()  # neither takes its connections away from the other
+    if rank == 0:
+        outcome.send(error)
 
 
 def disturbed(step, fault):
-    """A step that goes wrong in one process: `{"process": 1, "step": 3, "how": "nan" | "sleep" | "kill" | "term"}`."""
+    """A step that goes wrong in one process."""
     made = 0
 
     def make(accelerator, model, optimizer, parts, *arguments):

@@ -6,18 +6,15 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from infformer.config import CHOICES, EngineConfig, RunConfig
 from infformer.training import trainer
@@ -26,9 +23,10 @@ from infformer.training.trainer import TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
+STOPPED_AFTER = {"zero3": 3, "fsdp2": 4, "zero2": 6, "ddp": 7}
+"""Steps after which a run moves on from each of these engines on two processes."""
 DEEPSPEED = find_spec("deepspeed") is not None
 """Whether it is installed: the engines that need it run, or are skipped, each by itself."""
-Launch = Callable[..., "Launched"]
 
 
 def cases(names: Iterable[str]) -> list[Any]:
@@ -42,49 +40,12 @@ def installed(names: Iterable[str]) -> list[str]:
     return [name for name in names if DEEPSPEED or not name.startswith("zero")]
 
 
-def engine(name: str) -> EngineConfig:
+def engine(name: str, patience: float = 60.0) -> EngineConfig:
     """As `engine=` chooses it, but that even the smallest weight is cut up."""
-    chosen = replace(deepcopy(CHOICES["engine"][name]), patience=60)
+    chosen = replace(deepcopy(CHOICES["engine"][name]), patience=patience)
     if name.startswith("zero3"):
         chosen.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return chosen
-
-
-@dataclass
-class Launched:
-    """What came of some runs on two processes."""
-
-    outcomes: list[str | None]
-    """What went wrong with each, None where nothing did; shorter than the runs if a process did not survive."""
-    errors: str
-    """All that was written to stderr."""
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Make these runs on two processes, one after the other; `faults` says by number what goes wrong (processes.py)."""
-
-    def start(runs: list[RunConfig], faults: dict[int, dict[str, Any]] | None = None) -> Launched:
-        folder = tmp_path_factory.mktemp("runs")
-        entries = []
-        for number, config in enumerate(runs):
-            path = folder / f"{number}.yaml"
-            path.write_bytes(pickle.dumps(config))
-            entries.append([str(path), (faults or {}).get(number)])
-        (folder / "runs.json").write_text(json.dumps(entries))
-        command = ["--standalone", "--nproc_per_node", "2", str(Path(__file__).with_name("processes.py"))]
-        with (folder / "errors").open("w") as errors:
-            subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", *command, str(folder / "runs.json")],
-                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                stdout=errors, stderr=errors, timeout=400, check=False,
-            )  # fmt: skip
-        outcomes = [Path(path).with_suffix(".outcome") for path, _ in entries]
-        return Launched(
-            [json.loads(path.read_text()) for path in outcomes if path.exists()], (folder / "errors").read_text()
-        )
-
-    return start
 
 
 def losses(folder: Path) -> list[float]:
@@ -100,117 +61,111 @@ def one(configure, train, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(configure, launch, tmp_path_factory) -> dict[str, Path]:
-    """The folders of the same run by every engine on two processes, each with one of the two parts of a step.
+def eight_lanes(without_dropout) -> dict[str, Any]:
+    """Changes to a run whose losses do not depend on how its lanes are split: no dropout."""
+    quiet = {"training.checkpoint_every": None, "data.validation": None, "data.test": None, "evaluation.before": False}
+    return {"training.max_steps": 12, "training.batch_size": 8, **quiet, **without_dropout}
 
-    And of one more, of which a process is killed: it ends what was launched.
-    """
-    root = tmp_path_factory.mktemp("engines")
-    names = installed(ENGINES)
-    runs = [configure(root / name, {"engine": engine(name), "training.gradient_accumulation": 1}) for name in names]
-    runs.append(configure(root / "killed", {"engine": engine("ddp"), "training.gradient_accumulation": 1}))
-    launched = launch(runs, {len(names): {"process": 1, "step": 5, "how": "kill"}})
-    assert launched.outcomes == [None] * len(names), launched.errors
-    return {name: root / name for name in [*names, "killed"]}
+
+@dataclass
+class Launched:
+    """What came of the runs on two processes, each with one of the two parts of a step."""
+
+    root: Path
+    """The folders of all of them, by name."""
+    outcomes: dict[str, str | bool | None]
+    """What went wrong with each by its name: nothing, what it said, or a process that did not survive."""
+    said: str
+    """All that was written to stderr."""
+
+
+@pytest.fixture(scope="module")
+def launched(configure, train, eight_lanes, tmp_path_factory) -> Launched:
+    """The same run by every engine; one that moves between them; and some with which something goes wrong."""
+    root = tmp_path_factory.mktemp("launched")
+    runs: dict[str, tuple[RunConfig, dict[str, Any] | None]] = {}
+
+    def add(name: str, changes: dict[str, Any], folder: str = "", step: int = 0, how: str = "") -> None:
+        config = configure(root / (folder or name), {"training.gradient_accumulation": 1, **changes})
+        runs[name] = config, {"process": 1, "step": step, "how": how} if how else None
+
+    for name in installed(ENGINES):
+        add(name, {"engine": engine(name)})
+    with interrupted(2), pytest.raises(TrainingStopped):
+        train(configure(root / "moving"))
+    made = 2
+    for name in installed(STOPPED_AFTER):
+        moves = {"resume": "auto", "engine": engine(name)}
+        add(f"moving by {name}", moves, "moving", step=STOPPED_AFTER[name] - made, how="term")
+        made = STOPPED_AFTER[name]
+    for parts in (1, 2):
+        add(f"two in {parts}", {"training.gradient_accumulation": parts, **eight_lanes})
+    add("killed", {}, step=5, how="kill")
+    add("not a number", {}, step=3, how="nan")
+    add("hanging", {"engine": engine("ddp", patience=10.0)}, step=3, how="sleep")
+    add("taken", {})
+    (root / "taken").mkdir()
+    (root / "taken" / "notes.txt").touch()
+
+    (root / "runs").write_bytes(pickle.dumps(list(runs.values())))
+    command = [sys.executable, Path(__file__).with_name("processes.py"), root / "runs", root / "outcomes"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    with (root / "said").open("w") as said:
+        subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, stdout=said, stderr=said, timeout=400, check=False
+        )
+    outcomes = json.loads((root / "outcomes").read_text())
+    return Launched(root, dict(zip(runs, outcomes, strict=True)), (root / "said").read_text())
 
 
 @pytest.mark.parametrize("name", cases(ENGINES))
-def test_learns_what_one_process_learns(finished: dict[str, Path], one: Path, name: str) -> None:
+def test_an_engine_learns_what_one_process_learns(launched: Launched, one: Path, name: str) -> None:
     """Dropout and stickiness included, and measured alike."""
-    assert losses(finished[name]) == pytest.approx(losses(one), rel=1e-6)
-    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (finished[name], one))
+    assert launched.outcomes[name] is None, launched.said
+    assert losses(launched.root / name) == pytest.approx(losses(one), rel=1e-6)
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (launched.root / name, one))
     assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert found["tokens"] == expected["tokens"]
 
 
-def test_a_process_that_is_killed_costs_nothing(configure, train, finished: dict[str, Path], one: Path) -> None:
-    assert len(losses(finished["killed"])) < 8
-    train(configure(finished["killed"], {"resume": "auto"}))
-    assert losses(finished["killed"]) == pytest.approx(losses(one), rel=1e-6)
+def test_a_process_that_is_killed_costs_nothing(configure, train, launched: Launched, one: Path) -> None:
+    assert launched.outcomes["killed"] is False
+    assert len(losses(launched.root / "killed")) < 8
+    train(configure(launched.root / "killed", {"resume": "auto"}))
+    assert losses(launched.root / "killed") == pytest.approx(losses(one), rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def without_dropout(tokenizer, tmp_path_factory) -> Path:
-    """A model folder."""
-    folder = tmp_path_factory.mktemp("without dropout")
-    torch.manual_seed(0)
-    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def test_a_run_moves_between_engines_and_from_one_process_to_two_and_back(configure, train, launched, one) -> None:
+    """In the middle of it, and it is the run that never moved."""
+    for name in installed(STOPPED_AFTER):
+        assert f"after step {STOPPED_AFTER[name]}" in str(launched.outcomes[f"moving by {name}"]), launched.said
+    train(configure(launched.root / "moving", {"resume": "auto"}))
+    assert losses(launched.root / "moving") == pytest.approx(losses(one), rel=1e-6)
+    lines = read_metrics(launched.root / "moving" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 9))
 
 
-STOPPED_AFTER = {"zero3": 3, "fsdp2": 4, "zero2": 6, "ddp": 7}
-"""Steps after which a run moves on from each of these engines on two processes."""
-
-
-def long_run(model: Path) -> dict[str, Any]:
-    """Fifty steps of eight lanes; dropout is off, as it belongs to lanes that are read side by side."""
-    steps = {"training.max_steps": 50, "training.batch_size": 8, "training.evaluate_every": 50}
-    quiet = {"training.checkpoint_every": None, "data.test": None, "evaluation.before": False}
-    return {**steps, **quiet, "model.pretrained": str(model)}
-
-
-@pytest.fixture(scope="module")
-def moved(configure, train, launch, without_dropout, tmp_path_factory) -> tuple[Path, str]:
-    """The folders of what was made on two processes, and of what began on one; what the two wrote to stderr.
-
-    In the last run a process hangs: it ends what was launched.
-    """
-    root = tmp_path_factory.mktemp("moved")
-    with interrupted(2), pytest.raises(TrainingStopped):
-        train(configure(root / "moving"))
-    two = {"training.gradient_accumulation": 1, "resume": "auto"}
-    stopped_after = {name: STOPPED_AFTER[name] for name in installed(STOPPED_AFTER)}
-    runs = [configure(root / "moving", {**two, "engine": engine(name)}) for name in stopped_after]
-    made = [after - before for before, after in pairwise([2, *stopped_after.values()])]
-    faults = {number: {"process": 1, "step": steps, "how": "term"} for number, steps in enumerate(made)}
+def test_eight_lanes_learn_the_same_however_they_are_split(configure, train, launched, eight_lanes, tmp_path) -> None:
+    train(configure(tmp_path, {**eight_lanes, "training.gradient_accumulation": 1}))
     for parts in (1, 2):
-        split = {"training.gradient_accumulation": parts, **long_run(without_dropout)}
-        runs.append(configure(root / f"two in {parts}", split))
-    runs.append(configure(root / "not a number", {"training.gradient_accumulation": 1}))
-    faults[len(runs) - 1] = {"process": 1, "step": 3, "how": "nan"}
-    (root / "taken").mkdir()
-    (root / "taken" / "notes.txt").touch()
-    runs.append(configure(root / "taken", {"training.gradient_accumulation": 1}))
-    hanging = {"training.gradient_accumulation": 1, "engine": replace(engine("ddp"), patience=10.0)}
-    faults[len(runs)] = {"process": 1, "step": 3, "how": "sleep"}
-    launched = launch([*runs, configure(root / "hanging", hanging)], faults)
-    assert len(launched.outcomes) == len(runs), launched.errors
-    for after, outcome in zip(stopped_after.values(), launched.outcomes, strict=False):
-        assert outcome is not None
-        assert f"after step {after}" in outcome
-    assert launched.outcomes[-4:-2] == [None, None], launched.errors
-    assert "the loss is nan" in str(launched.outcomes[-2])
-    assert "holds notes.txt" in str(launched.outcomes[-1])  # told by one process to the other, and both go on
-    train(configure(root / "moving", {"resume": "auto"}))
-    return root, launched.errors
+        assert launched.outcomes[f"two in {parts}"] is None, launched.said
+        assert losses(launched.root / f"two in {parts}") == pytest.approx(losses(tmp_path), rel=1e-6)
+    assert len(losses(tmp_path)) == 12
 
 
-class TestMoves:
-    """Between engines, between numbers of processes and between parts of a step, in the middle of a run."""
+def test_a_loss_that_is_no_number_in_one_process_stops_all(launched: Launched) -> None:
+    assert "the loss is nan" in str(launched.outcomes["not a number"])
+    assert len(losses(launched.root / "not a number")) == 2
 
-    def test_from_one_process_to_two_and_back(self, moved: tuple[Path, str], one: Path) -> None:
-        folder = moved[0] / "moving"
-        assert losses(folder) == pytest.approx(losses(one), rel=1e-6)
-        steps = [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "train/loss" in record]
-        assert steps == list(range(1, 9))
 
-    @pytest.mark.parametrize("parts", [1, 2])
-    def test_eight_lanes_however_they_are_split(self, configure, train, moved, without_dropout, parts: int) -> None:
-        folder = moved[0] / f"one before {parts}"
-        train(configure(folder, {**long_run(without_dropout), "training.gradient_accumulation": 1}))
-        assert losses(moved[0] / f"two in {parts}") == pytest.approx(losses(folder), rel=1e-6)
-        assert len(losses(folder)) == 50
+def test_what_one_process_refuses_all_refuse(launched: Launched) -> None:
+    assert "holds notes.txt" in str(launched.outcomes["taken"])
 
-    def test_a_loss_that_is_no_number_in_one_process_stops_all(self, moved: tuple[Path, str]) -> None:
-        assert len(losses(moved[0] / "not a number")) == 2
 
-    def test_a_process_that_hangs_is_named(self, moved: tuple[Path, str]) -> None:
-        errors = moved[1]
-        assert "process 1 computes (step 2)" in errors
-        assert "processes.py" in errors  # where it hangs: its stack
+def test_a_process_that_hangs_is_named(launched: Launched) -> None:
+    assert launched.outcomes["hanging"] is False
+    assert "process 1 computes (step 2)" in launched.said
+    assert "processes.py" in launched.said  # where it hangs: its stack
 
 
 @contextmanager
@@ -240,7 +195,9 @@ ACCELERATE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases(ACCELERATE))
-def test_what_accelerate_was_configured_for(configure, options_of, one: Path, tmp_path: Path, name: str) -> None:
+def test_auto_is_what_accelerate_was_configured_for(
+    configure, options_of, one: Path, tmp_path: Path, name: str
+) -> None:
     config = configure(tmp_path / "run", {"training.gradient_accumulation": 1})
     command = ["accelerate", "launch", "--num_processes", "2", "--main_process_port", "0", *ACCELERATE[name]]
     launched = subprocess.run(
@@ -253,7 +210,7 @@ def test_what_accelerate_was_configured_for(configure, options_of, one: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases(["one", "ddp", "fsdp2", "zero2", "zero3", "accelerate", "torchrun"]))
-def test_killed_at_random(tmp_path: Path, name: str) -> None:
+def test_a_run_that_is_killed_at_random_is_the_same(tmp_path: Path, name: str) -> None:
     """The soak script in short."""
     command = [sys.executable, "scripts/soak.py", "--engines", name, "--kills", "3", "--steps", "24"]
     found = subprocess.run(
@@ -265,7 +222,7 @@ def test_killed_at_random(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs("hydra-submitit-launcher")
-def test_a_sweep(configure, options_of, tmp_path: Path) -> None:
+def test_a_sweep_makes_every_run(configure, options_of, tmp_path: Path) -> None:
     """Through submitit, on this machine."""
     options = [option for option in options_of(configure(tmp_path)) if not option.startswith(("seed=", "output_dir="))]
     sweep = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={json.dumps(str(tmp_path / 'sweep'))}", "seed=0,1"]
