@@ -144,13 +144,13 @@ class TrainingConfig:
     max_steps: int = free(1000)
     """Optimiser steps."""
     batch_size: int = 8
-    """Lanes: streams of text read side by side, all processes and accumulated parts together."""
+    """Lanes: streams of text read side by side, all processes and microbatches together."""
     segment_length: int = 512
     """Tokens that each lane reads at a time; the memory's segment as well."""
     bptt_segments: int = 1
     """Segments of each lane in one step. With more than one, gradients flow through the memory between them."""
     gradient_accumulation: int = free(1)
-    """Parts into which each process's lanes are cut, one after the other in memory; the step is the same."""
+    """Microbatches into which each process's lanes are cut, one after the other in memory; the step is the same."""
     gradient_clipping: float | None = 1.0
     """Largest norm of the gradient. Null: no limit."""
     precision: str = "float32"

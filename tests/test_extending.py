@@ -24,6 +24,14 @@ def test_every_block_of_the_page_names_its_file():
     assert {Path(file).parts[0] for file, _ in BLOCKS} == {"tests", "infformer"}
 
 
+def test_every_name_on_the_page_is_one_of_the_code():
+    files = {ROOT / file for file in re.findall(r"`([\w/]+\.py)`", PAGE)}
+    code = "".join(file.read_text(encoding="utf-8") for file in files)
+    names = re.findall(r"`(_?[A-Za-z]\w*)`", PAGE)
+    assert len(names) > 10
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
 @pytest.mark.parametrize(("file", "code"), BLOCKS)
 def test_every_block_of_the_page_stands_in_its_file(file, code):
     assert stands_in(code, (ROOT / file).read_text(encoding="utf-8"))

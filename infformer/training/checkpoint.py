@@ -252,14 +252,14 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
         accelerator.scaler.load_state_dict(saved["scaler"])
     state.progress = Progress(**{each.name: saved[each.name] for each in fields(Progress)})
     state.progress.unreported = [StepMetrics(**entry) for entry in saved["unreported"]]
-    parts = len(memories) * accelerator.num_processes
-    if parts != saved["parts"] and accelerator.is_main_process:
+    microbatches = len(memories) * accelerator.num_processes
+    if microbatches != saved["parts"] and accelerator.is_main_process:
         logger.warning(
-            "the lanes are read in %d part(s) from here on, and were in %d (processes × "
-            "training.gradient_accumulation). Dropout is drawn by part, from the step and the part's first lane: where "
-            "the model has dropout, figures are equal to those of a run that did not stop only if every part holds the "
-            "same lanes. Without dropout they are equal but for rounding",
-            parts, saved["parts"],
+            "the lanes are read in %d microbatch(es) from here on, and were in %d (processes × "
+            "training.gradient_accumulation). Dropout is drawn by microbatch, from the step and its first lane: where "
+            "the model has dropout, figures are equal to those of a run that did not stop only if every microbatch "
+            "holds the same lanes. Without dropout they are equal except for rounding",
+            microbatches, saved["parts"],
         )  # fmt: skip
 
 
@@ -482,7 +482,7 @@ def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict
 def _load_memories(
     folder: Path, memories: list[ModelState], rank_rows: range, device: torch.device
 ) -> list[ModelState]:
-    """The memories of these lanes, whichever process had them, cut into parts like those given."""
+    """The memories of these lanes, whichever process had them, cut into microbatches like those given."""
     files = [load_file(path) for path in sorted(folder.glob("process-*.safetensors"))]
     lanes = torch.cat([file["lanes"] for file in files])
     rows = torch.stack([(lanes == lane).nonzero()[0, 0] for lane in rank_rows])

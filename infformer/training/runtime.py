@@ -98,8 +98,8 @@ def init_distributed(
     Args:
         engine: resolved, by `resolve_engine`.
         precision: of autocast.
-        gradient_accumulation: parts of a step.
-        gradient_clipping: largest norm of the gradient; DeepSpeed has to know it, and the parts, from the beginning.
+        gradient_accumulation: microbatches of a step on each process.
+        gradient_clipping: largest norm of the gradient; DeepSpeed has to know both from the beginning.
         option: where the precision was given, for the messages.
 
     Raises:

@@ -212,8 +212,8 @@ class TestTheSameLosses:
             cut = {"training.max_steps": steps, "training.gradient_accumulation": parts, "resume": "auto"}
             train(configure(tmp_path, {**steady, **cut}))
         assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-6)
-        assert "the lanes are read in 4 part(s) from here on, and were in 2" in caplog.text
-        assert "only if every part holds the same lanes" in caplog.text
+        assert "the lanes are read in 4 microbatch(es) from here on, and were in 2" in caplog.text
+        assert "only if every microbatch holds the same lanes" in caplog.text
 
     @pytest.mark.slow
     @pytest.mark.parametrize("bptt_segments", [1, 2])
