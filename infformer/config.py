@@ -6,7 +6,7 @@ An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType
@@ -15,7 +15,7 @@ from typing import Any, cast, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from infformer.data.options import DATA, DataConfig
+from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
@@ -26,7 +26,7 @@ from infformer.tasks.sorting import SortingConfig
 from infformer.tasks.task import LanguageModellingConfig, TaskConfig
 
 
-def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(option: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{option}={value}: choose one of {', '.join(choices)}")
 
@@ -137,6 +137,9 @@ class ModelConfig:
         return self.architecture.get("model_type") == "decoder"
 
 
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
 @dataclass
 class TrainingConfig:
     """The loop."""
@@ -176,7 +179,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_finite("training.", self)
-        _check_choice("training.precision", self.precision, ("float32", "bfloat16", "float16"))
+        _check_choice("training.precision", self.precision, _PRECISIONS)
         for name in ("max_steps", "batch_size", "bptt_segments", "gradient_accumulation", "log_every", "sample_tokens"):
             _check_at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "sample_every"):
@@ -186,6 +189,10 @@ class TrainingConfig:
             raise ValueError(
                 f"training.gradient_clipping={self.gradient_clipping}: must be positive, or null for no limit"
             )
+
+
+_WEIGHT_DECAYS = {"adamw": 0.01, "adam": 0.0}
+"""Of each optimiser, if nothing else is said."""
 
 
 @dataclass
@@ -198,14 +205,14 @@ class OptimizerConfig:
     """The backbone's."""
     memory_learning_rate: float = 2.5e-4
     """The memory's: its parameters start from nothing, the backbone's do not."""
-    weight_decay: float = 0.01
+    weight_decay: float = _WEIGHT_DECAYS["adamw"]
     """Not for norms, biases and gates."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
         check_finite("optimizer.", self)
-        _check_choice("optimizer.name", self.name, ("adamw", "adam"))
+        _check_choice("optimizer.name", self.name, _WEIGHT_DECAYS)
         for name in ("learning_rate", "memory_learning_rate", "weight_decay"):
             _check_at_least(f"optimizer.{name}", getattr(self, name), 0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -214,7 +221,10 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.epsilon={self.epsilon}: must be positive")
 
 
-OPTIMIZERS = {"adamw": OptimizerConfig("adamw"), "adam": OptimizerConfig("adam", weight_decay=0.0)}
+OPTIMIZERS = {name: OptimizerConfig(name, weight_decay=decay) for name, decay in _WEIGHT_DECAYS.items()}
+
+_WARMUP_STEPS = {"cosine": 0, "linear": 0, "constant": 0, "inverse_sqrt": 1000}
+"""Of each schedule, if nothing else is said."""
 
 
 @dataclass
@@ -231,16 +241,13 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_finite("schedule.", self)
-        _check_choice("schedule.name", self.name, ("cosine", "linear", "constant", "inverse_sqrt"))
+        _check_choice("schedule.name", self.name, _WARMUP_STEPS)
         _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if not 0 <= self.final_ratio <= 1:
             raise ValueError(f"schedule.final_ratio={self.final_ratio}: must lie between 0 and 1")
 
 
-SCHEDULES = {
-    **{name: ScheduleConfig(name) for name in ("cosine", "linear", "constant")},
-    "inverse_sqrt": ScheduleConfig("inverse_sqrt", warmup_steps=1000),
-}
+SCHEDULES = {name: ScheduleConfig(name, warmup_steps=steps) for name, steps in _WARMUP_STEPS.items()}
 
 
 @dataclass
@@ -265,6 +272,22 @@ class EvaluationConfig:
         _check_at_least("evaluation.max_validation_tokens", self.max_validation_tokens, 1)
 
 
+_ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 100_000}  # smaller parameters stay whole
+_DEEPSPEED: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "ddp": {},
+    "fsdp2": {},
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    "zero3": {"zero_optimization": _ZERO3},
+    "zero3_offload": {
+        "zero_force_ds_cpu_optimizer": False,  # Adam as everywhere else; DeepSpeed's own has to be compiled
+        "zero_optimization": {**_ZERO3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    },
+}
+"""What DeepSpeed is told by each engine; nothing by those that are not its own."""
+
+
 @dataclass
 class EngineConfig:
     """How several processes work together. None of it changes what is learned."""
@@ -283,7 +306,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_finite("engine.", self)
-        _check_choice("engine.name", self.name, ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"))
+        _check_choice("engine.name", self.name, _DEEPSPEED)
         if self.config is not None and not self.name.startswith("zero"):
             raise ValueError(
                 f"engine.config={self.config} with engine={self.name}: a DeepSpeed configuration belongs to "
@@ -293,24 +316,9 @@ class EngineConfig:
             raise ValueError(f"engine.patience={self.patience}: must be a positive number of seconds")
 
 
-_ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 100_000}  # smaller parameters stay whole
-ENGINES = {
-    **{name: EngineConfig(name) for name in ("auto", "ddp", "fsdp2")},
-    "zero1": EngineConfig("zero1", {"zero_optimization": {"stage": 1}}),
-    "zero2": EngineConfig("zero2", {"zero_optimization": {"stage": 2}}),
-    "zero3": EngineConfig("zero3", {"zero_optimization": _ZERO3}),
-    "zero3_offload": EngineConfig(
-        "zero3_offload",
-        {
-            "zero_force_ds_cpu_optimizer": False,  # Adam as everywhere else; DeepSpeed's own has to be compiled
-            "zero_optimization": {
-                **_ZERO3,
-                "offload_optimizer": {"device": "cpu"},
-                "offload_param": {"device": "cpu"},
-            },
-        },
-    ),
-}
+ENGINES = {name: EngineConfig(name, options) for name, options in _DEEPSPEED.items()}
+
+_TRACKERS = ("none", "wandb", "tensorboard")
 
 
 @dataclass
@@ -328,14 +336,14 @@ class TrackerConfig:
     """`online` or `offline`. Null leaves the choice to WANDB_MODE and wandb's own settings, which default to online."""
 
     def __post_init__(self) -> None:
-        _check_choice("tracker.name", self.name, ("none", "wandb", "tensorboard"))
+        _check_choice("tracker.name", self.name, _TRACKERS)
         if not self.project:
             raise ValueError("tracker.project=: give the project a name, such as tracker.project=infformer")
         if self.mode is not None:
             _check_choice("tracker.mode", self.mode, ("online", "offline"))
 
 
-TRACKERS = {name: TrackerConfig(name) for name in ("none", "wandb", "tensorboard")}
+TRACKERS = {name: TrackerConfig(name) for name in _TRACKERS}
 
 
 @dataclass(kw_only=True)
@@ -423,8 +431,8 @@ class EvaluationRunConfig:
         _check_place("output_dir", self.output_dir)
         if not self.checkpoint:
             raise ValueError("checkpoint=: name a checkpoint of a run, a model folder, or a model on the hub")
-        _check_choice("split", self.split, ("train", "validation", "test"))
-        _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        _check_choice("split", self.split, SPLITS)
+        _check_choice("precision", self.precision, _PRECISIONS)
         _check_at_least("segment_length", self.segment_length, 2)
         _check_at_least("stride", self.stride, 1)
         _check_at_least("warmup_documents", self.warmup_documents, 0)

@@ -6,7 +6,7 @@ A value is handed on as it is written, a mapping of known keys. In this order: `
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 MEMORY_OFF = "memory_off"
 MEMORY_OF_ANOTHER_DOCUMENT = "memory_of_another_document"
@@ -113,7 +113,7 @@ class Measurement(Protocol):
     """How text was read, which, and by which model."""
 
     documents: str
-    memory: Any
+    memory: dict[str, object] | None
     checkpoint: str
 
 
@@ -393,8 +393,24 @@ class BenchmarkOptions(TypedDict, total=False):
     segment: int
 
 
-class BenchmarkLine(TypedDict):
-    """What one contestant took, or a part of it; lines of the kind `ratio` are told by their table alone."""
+class BenchmarkFigures(TypedDict, total=False):
+    """What else was measured or counted of a contestant, where it makes sense."""
+
+    tokens_per_second: float
+    multiplications_per_token: float
+    bytes: float
+    memory_bytes: int
+    """Of what is remembered."""
+    peak_extra_bytes: int
+    peak_process_bytes: int
+    reach_tokens: int
+    """Of the document, when it reads."""
+    times_early_by_segment: list[tuple[int, float]]
+    """How many times as long as an early segment took one, up to this segment."""
+
+
+class BenchmarkLine(BenchmarkFigures):
+    """What one contestant took, or a part of it. Lines of the kind `ratio` are others, and nobody reads them."""
 
     comparison: str
     machine: BenchmarkMachine
@@ -406,14 +422,5 @@ class BenchmarkLine(TypedDict):
     median_seconds: float
     quartiles_seconds: list[float]
     flops: NotRequired[float]
-    """This and what follows: of the work by formula, where there is one."""
-    bytes: NotRequired[float]
+    """Of the work by formula, where there is one, as are the `bytes` then."""
     floor_seconds: NotRequired[float]
-    reach_tokens: NotRequired[int]
-    """This and what follows: of a stream."""
-    tokens_per_second: NotRequired[float]
-    memory_bytes: NotRequired[int]
-    peak_extra_bytes: NotRequired[int]
-    peak_process_bytes: NotRequired[int]
-    times_early_by_segment: NotRequired[list[tuple[int, float]]]
-    """How many times as long as an early segment took one, up to this segment."""

@@ -17,7 +17,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from infformer.durable import check_place
 from infformer.errors import UserError
@@ -25,6 +24,7 @@ from infformer.evaluation.comparison import compare
 from infformer.evaluation.report import format_comparison, write_results
 from infformer.evaluation.streaming import EvaluationError
 from infformer.plots.comparison import plot_comparison
+from infformer.results import Results
 
 
 def main() -> None:
@@ -47,12 +47,12 @@ def main() -> None:
         print(f"drawn: {figure}")
 
 
-def _results(path: Path) -> dict[str, Any]:
+def _results(path: Path) -> Results:
     file = path / "results.json" if path.is_dir() else path
     try:
         if file.is_fifo():
             raise OSError("it is a pipe")
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results: Results = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(results, dict):
             raise ValueError("it is no object with named parts")
     except (OSError, ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -16,7 +17,7 @@ from tqdm import tqdm
 TRAIN = Path(__file__).parents[1] / "train.py"
 
 
-def run_all(runs: dict[str, list[str]], folder: Path) -> dict[str, dict[str, Any]]:
+def run_all(runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
     """Make every run, or what is left of it; one that has its results, by the same options, is not made again.
 
     Args:
@@ -63,7 +64,7 @@ def _train(options: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def format_mean(values: list[float], decimals: int = 2) -> str:
+def format_mean(values: Sequence[float], decimals: int = 2) -> str:
     """The mean over seeds, and half of what lies between the lowest and the highest, if anything: `0.75 ± 0.02`."""
     if not values:
         return "–"

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
@@ -32,13 +31,12 @@ from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.report import write_results
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.plots.memory import plot_inspection
+from infformer.results import Inspection, Readings
 
 STYLE = """
 body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222 }
 figure { margin: 3rem 0 } img { max-width: 100% } p, figcaption { max-width: 48rem }
 """
-
-Inspection = dict[str, Any]
 
 
 def main() -> None:
@@ -173,7 +171,7 @@ def describe_figures(inspection: Inspection) -> dict[str, str]:
     return captions
 
 
-def _costs(reading: dict[str, Any], nats: Sequence[float]) -> float:
+def _costs(reading: Readings, nats: Sequence[float]) -> float:
     """By how much nats are above those with all memories, per token."""
     rows = zip(nats, reading["nats"], reading["tokens"], strict=True)
     return sum((off - on) * tokens for off, on, tokens in rows) / sum(reading["tokens"])

@@ -24,6 +24,8 @@ from grid import format_mean, run_all
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
+from infformer.results import Results
+
 EXPERIMENTS = tuple(f"wt103_{row}_small" for row in ("transformer_xl", "compressive", "infformer", "infformer_sticky"))
 COLUMNS = ("per_token", "per_word", "memory_off", "memory_of_another_document")
 
@@ -54,7 +56,7 @@ def main() -> None:
     print(table)
 
 
-def describe(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+def describe(folder: Path, results: Results) -> dict[str, Any]:
     """How large the model of a run is, how much it remembers, and its perplexities.
 
     Args:

@@ -19,11 +19,11 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from grid import format_mean, run_all
 
 from infformer.plots.sorting import plot_accuracy_by_length
+from infformer.results import Accuracies, SortingResults, SortingRun
 
 MEMORIES = ("short_term", "compressive", "long_term", "sticky")
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
 
-    runs, cells = {}, {}
+    runs, trained = {}, {}
     for seed in arguments.seeds:
         for length in arguments.lengths or [None]:
             for memory in arguments.memories:
@@ -48,9 +48,13 @@ def main() -> None:
                 if length is not None:
                     options += [f"task.length={length}", "task.training_lengths=[]", "task.evaluation_lengths=[]"]
                 runs[name] = options + arguments.options
-                cells[name] = {"memory": memory, "seed": seed}
-    results = run_all(runs, arguments.folder)
-    rows = [{**cells[name], **figures} for name, result in results.items() for figures in result["lengths"]]
+                trained[name] = (memory, seed)
+    results: dict[str, SortingResults] = run_all(runs, arguments.folder)
+    rows: list[SortingRun] = [
+        {"memory": memory, "seed": seed, **figures}
+        for name, (memory, seed) in trained.items()
+        for figures in results[name]["lengths"]
+    ]
 
     (arguments.folder / "accuracy.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     table = format_table(rows)
@@ -60,11 +64,11 @@ def main() -> None:
         print(f"drawn: {figure}")
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[SortingRun]) -> str:
     """Accuracy by memory and length, and below that of the ideal counters, as a table in Markdown."""
     lengths = sorted({row["length"] for row in rows})
-    models: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    counters: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    models: dict[str, dict[int, list[Accuracies]]] = defaultdict(lambda: defaultdict(list))
+    counters: dict[str, dict[int, list[Accuracies]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         models[row["memory"]][row["length"]].append(row)
         for counter, figures in row["ideal_counters"].items():
@@ -81,8 +85,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(figures: list[dict[str, Any]]) -> str:
-    return " / ".join(format_mean([each[key] for each in figures]) for key in ("accuracy", "accuracy_free_running"))
+def _cell(figures: list[Accuracies]) -> str:
+    forced, free = zip(*((each["accuracy"], each["accuracy_free_running"]) for each in figures), strict=True)
+    return f"{format_mean(forced)} / {format_mean(free)}"
 
 
 if __name__ == "__main__":

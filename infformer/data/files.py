@@ -34,7 +34,7 @@ class Row:
     name: str
     """What to call it when no field does: `<file>:<row>`, or `<file>` where a file is one record."""
 
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[Path]:
@@ -164,7 +164,7 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
         yield Row(place, f"{name}:{number}", fields)
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     try:
         with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=_ROWS_AT_A_TIME):
@@ -174,7 +174,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: not a whole Parquet file ({error}); get or write the file anew.") from error
 
 
-def _saved_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _saved_rows(path: Path) -> Iterator[dict[str, object]]:
     try:
         # The library cannot open what it saves of a dataset without rows.
         if json.loads((path / "state.json").read_text())["_data_files"]:
@@ -185,7 +185,7 @@ def _saved_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: not a whole saved dataset ({error}); save it anew with save_to_disk.") from error
 
 
-def valid_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+def valid_rows(dataset: Any) -> Iterator[dict[str, object]]:
     """The rows of a `datasets.Dataset`, each looked at first: a damaged one would end the process.
 
     Raises:

@@ -67,7 +67,9 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
-        yield Document(document.id, text, _digest(document.text))
+        # Without the white space around the text, in which formats differ.
+        digest = xxhash.xxh3_64_hexdigest(document.text.strip().encode(errors="surrogatepass"))
+        yield Document(document.id, text, digest)
 
 
 def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
@@ -186,11 +188,6 @@ def _no_field(place: str, option: str, field: str, fields: Iterable[str]) -> Dat
         f"{place}: data.{option}={field}, and there is no such field (or nothing in it); there are "
         f"{', '.join(fields) or 'none'}; set data.{option}= to one of them."
     )
-
-
-def _digest(text: str) -> str:
-    """A checksum of a text, without the white space around it, in which formats differ."""
-    return xxhash.xxh3_64_hexdigest(text.strip().encode(errors="surrogatepass"))
 
 
 def _beginning(text: str, limit: int | None) -> str:

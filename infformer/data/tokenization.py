@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import datasets
 import numpy as np
@@ -100,7 +100,7 @@ class TokenizedDocuments:
     def open(cls, folder: Path) -> Self:
         """The documents that were written into a folder of the cache."""
         table = datasets.load_from_disk(str(folder)).data
-        summary = json.loads((folder / _SUMMARY).read_text())
+        summary: _Summary = json.loads((folder / _SUMMARY).read_text())
         lists = [chunk for chunk in table.column("tokens").chunks if len(chunk)]
         offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in lists]
         return cls(
@@ -283,7 +283,9 @@ def _make(place: Path, fingerprint: str, config: DataConfig, split: str, tokeniz
         log.warning("%d of %d documents of %s have fewer than 2 tokens and are left out", skipped, found, split)
     whole = place / "whole"
     documents.save_to_disk(str(whole))
-    (whole / _SUMMARY).write_text(json.dumps(_summarize(_rows(documents))))
+    rows = documents.with_format("numpy", columns=["id", "tokens"])
+    summary = _summarize((str(row["id"]), row["tokens"]) for row in rows)
+    (whole / _SUMMARY).write_text(json.dumps(summary))
     return whole
 
 
@@ -308,11 +310,19 @@ def _write_texts(path: Path, documents: Any) -> int:
     return count
 
 
-def _tokenize(
-    batch: dict[str, list[str]], encode: Encoder, first: int | None, skip_short: bool
-) -> dict[str, list[Any]]:
+class _Columns(TypedDict):
+    """Tokenised documents, each list [documents]."""
+
+    id: list[str]
+    digest: list[str]
+    tokens: list[list[int]]
+    words: list[int]
+    bytes: list[int]
+
+
+def _tokenize(batch: dict[str, list[str]], encode: Encoder, first: int | None, skip_short: bool) -> _Columns:
     start = [] if first is None else [first]
-    result: dict[str, list[Any]] = {"id": [], "digest": [], "tokens": [], "words": [], "bytes": []}
+    result: _Columns = {"id": [], "digest": [], "tokens": [], "words": [], "bytes": []}
     encoded = encode(batch["id"], batch["text"])
     for name, text, digest, following in zip(batch["id"], batch["text"], batch["digest"], encoded, strict=True):
         tokens = start + following
@@ -331,8 +341,15 @@ def _tokenize(
     return result
 
 
-def _summarize(rows: Iterable[tuple[str, NDArray[Any]]]) -> dict[str, Any]:
-    """What is known of documents as a whole, from the name and the tokens of each."""
+class _Summary(TypedDict):
+    """What is known of documents as a whole."""
+
+    fingerprint: str
+    largest_token: int
+
+
+def _summarize(rows: Iterable[tuple[str, NDArray[Any]]]) -> _Summary:
+    """From the name and the tokens of each document."""
     content = hashlib.sha256()
     largest = 0
     for name, tokens in rows:
@@ -341,11 +358,6 @@ def _summarize(rows: Iterable[tuple[str, NDArray[Any]]]) -> dict[str, Any]:
         content.update(tokens.astype("<i4").tobytes())
         largest = max(largest, int(tokens.max()))
     return {"fingerprint": content.hexdigest(), "largest_token": largest}
-
-
-def _rows(documents: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    for row in documents.with_format("numpy", columns=["id", "tokens"]):
-        yield str(row["id"]), row["tokens"]
 
 
 _REMEDY = "choose a tokenizer that was made for such text, or give this one an unknown token"

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from infformer.durable import write_text
 from infformer.evaluation.comparison import tally, verdict
@@ -25,7 +24,7 @@ from infformer.results import (
 )
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
+def write_results(path: Path, results: Mapping[str, object]) -> None:
     """Write `results.json`, at once or not at all. As JSON has no infinity and no NaN, both are written as null."""
     write_text(path, json.dumps(_strict(results), indent=1, ensure_ascii=False, allow_nan=False))
 
@@ -99,7 +98,7 @@ def _from_here(checkpoint: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else checkpoint
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _strict(inner) for name, inner in value.items()}
     if isinstance(value, list):

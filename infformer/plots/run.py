@@ -64,7 +64,9 @@ def plot_run(run_directory: Path) -> list[Path]:
     Returns:
         The figures written; none if the run has no metrics yet.
     """
-    records = _read(Path(run_directory) / "metrics.jsonl")
+    lines = (Path(run_directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    # The run may still be writing: a line without its newline is not whole yet.
+    records: Records = [json.loads(line) for line in lines if line[-1] == "\n"]
     panels = [panel for panel in PANELS if any(_points(records, curve.key) for curve in panel.curves)]
     if not panels:
         return []
@@ -102,8 +104,3 @@ def _points(records: Records, key: str) -> list[tuple[float, float]]:
         for record in records
         if key in record
     ]
-
-
-def _read(path: Path) -> Records:
-    """The records of a run, which may still be writing: a line without its newline is not whole yet."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]

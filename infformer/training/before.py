@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from infformer.config import EvaluationRunConfig, RunConfig
 from infformer.data.options import SPLITS
@@ -53,7 +52,8 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
         model = try_architecture({**vocabulary, **chosen.architecture}, chosen.attention)
         shape = model.config
         trained = 1 if training.freeze_backbone else 4  # gradients and two moments beside them
-        weights = 4 * trained * _parameters(model, unknown)
+        known = (parameter for parameter in model.parameters() if unknown not in parameter.shape)
+        weights = 4 * trained * sum(parameter.numel() for parameter in known)
         if config.engine.name not in ("auto", "ddp"):
             weights //= processes
     memory = chosen.memory
@@ -178,8 +178,3 @@ def _of_task(config: RunConfig | EvaluationRunConfig) -> dict[str, tuple[int, in
 def _longest_text(config: RunConfig | EvaluationRunConfig) -> int:
     lengths = [value for name, (value, _) in _of_task(config).items() if "length" in name]
     return max(lengths, default=0)
-
-
-def _parameters(model: nn.Module, unknown: int) -> int:
-    """How many parameters a model has, without those of a vocabulary of unknown size."""
-    return sum(parameter.numel() for parameter in model.parameters() if unknown not in parameter.shape)

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -92,6 +92,32 @@ class TrainingState:
     progress: Progress
 
 
+class _File(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    crc32: int
+
+
+class _Manifest(TypedDict):
+    """`manifest.json`."""
+
+    format: int
+    files: dict[str, _File]
+    crc32: int
+    """Of the files' entries."""
+
+
+class _SavedState(TypedDict):
+    """What `state.json` holds beside the progress, whose fields stand beside these."""
+
+    parts: int
+    """Microbatches of a step: processes × `training.gradient_accumulation`."""
+    schedule: dict[str, Any]
+    """By the libraries, as is the scaler's."""
+    scaler: dict[str, Any] | None
+
+
 _WHOLE, _WRITING, _FAILED, _DIVERGED = range(4)
 """How the writing of a checkpoint goes, in one process; of all of them the highest counts."""
 
@@ -108,7 +134,7 @@ class _Copy:
     weights: dict[str, Tensor]
     """This and what follows: on the main process only."""
     moments: dict[str, Tensor]
-    shared: dict[str, Any]
+    shared: Mapping[str, object]
 
     @property
     def name(self) -> str:
@@ -136,7 +162,7 @@ class CheckpointWriter:
         self._copy: _Copy | None = None
         self._thread: threading.Thread
         self._error: Exception | None = None
-        self._files: dict[str, dict[str, int]] = {}
+        self._files: dict[str, _File] = {}
         """What this process has written: the manifest's entries."""
 
     def begin(self, state: TrainingState, rank_rows: range) -> None:
@@ -224,7 +250,10 @@ class CheckpointWriter:
                 synchronise(partial / "model")
             for path in written:  # here, where it was written: elsewhere a network's disk would not wait for it
                 synchronise(path)
-            self._files = {str(path.relative_to(partial)): _entry(path) for path in written}
+            self._files = {
+                str(path.relative_to(partial)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+                for path in written
+            }
         except Exception as error:  # whatever it is: what is not whole must not be taken for it
             self._error = error
 
@@ -239,19 +268,20 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
     """
     memories = state.memories
     try:
-        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         moments = load_file(folder / "optimizer.safetensors")
         state.memories = _load_memories(folder, memories, rank_rows, accelerator.device)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
+    saved: _SavedState = record
     state.shards.put_moments(moments)
     state.schedule.load_state_dict(saved["schedule"] | {"lr_lambdas": []})  # they are the configuration's
     for group, rate in zip(state.schedule.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
         group["lr"] = rate
     if accelerator.scaler is not None and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    state.progress = Progress(**{each.name: saved[each.name] for each in fields(Progress)})
-    state.progress.unreported = [StepMetrics(**entry) for entry in saved["unreported"]]
+    state.progress = Progress(**{each.name: record[each.name] for each in fields(Progress)})
+    state.progress.unreported = [StepMetrics(**entry) for entry in record["unreported"]]
     microbatches = len(memories) * accelerator.num_processes
     if microbatches != saved["parts"] and accelerator.is_main_process:
         logger.warning(
@@ -376,16 +406,15 @@ def _copy_of(state: TrainingState, accelerator: Accelerator, rank_rows: range) -
                 tensors[name] = _to_host(tensor)
     memory = ModelState.concatenate(state.memories).named_tensors()
     own = {"lanes": torch.tensor(rank_rows)} | {f"memory.{name}": _to_host(tensor) for name, tensor in memory.items()}
-    schedule = {name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"}
-    shared = {
-        **asdict(state.progress),
+    saved: _SavedState = {
         "parts": len(state.memories) * accelerator.num_processes,
-        "schedule": schedule,
+        "schedule": {name: value for name, value in state.schedule.state_dict().items() if name != "lr_lambdas"},
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
     }
+    shared = {**asdict(state.progress), **saved} if main else {}
     step = state.progress.step
     is_best = state.progress.best_step == step
-    return _Copy(step, is_best, accelerator.process_index, own, weights, moments, shared if main else {})
+    return _Copy(step, is_best, accelerator.process_index, own, weights, moments, shared)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -399,11 +428,6 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise DivergedError(f"{name} is not finite (NaN or infinite in {count:,} of {tensor.numel():,} numbers)")
 
 
-def _entry(path: Path) -> dict[str, int]:
-    """What the manifest says of a file: its size and its checksum."""
-    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-
-
 def _checksum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
@@ -412,12 +436,13 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _checksum_of(entries: Mapping[str, Any]) -> int:
+def _checksum_of(entries: dict[str, _File]) -> int:
     return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
 
 
-def _manifest(folder: Path) -> Any:
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+def _manifest(folder: Path) -> _Manifest:
+    manifest: _Manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
 
 
 def _what_is_missing(folder: Path) -> str | None:
@@ -444,7 +469,7 @@ def _what_is_missing(folder: Path) -> str | None:
     return None
 
 
-def _format_of(folder: Path, manifest: Mapping[str, Any]) -> Any:
+def _format_of(folder: Path, manifest: Mapping[str, object]) -> object:
     """The format of a checkpoint: in the manifest, which up to format 3 held nothing but sizes, or in the state."""
     if "format" in manifest:
         return manifest["format"]
@@ -458,7 +483,7 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
+def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, _File]]) -> None:
     """Give a checkpoint its name, if all is there that the processes say they have written."""
     found = sum((partial / f"process-{number:05d}.safetensors").is_file() for number in range(len(written)))
     if found != len(written):
@@ -466,7 +491,7 @@ def _rename_when_whole(partial: Path, folder: Path, written: list[dict[str, dict
             f"of {len(written)} processes only {found} have written to it; all machines must share this folder"
         )
     files = {name: entry for entries in written for name, entry in entries.items()}
-    manifest = {"format": FORMAT, "files": files, "crc32": _checksum_of(files)}
+    manifest: _Manifest = {"format": FORMAT, "files": files, "crc32": _checksum_of(files)}
     write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
     for path in partial.rglob("*.safetensors"):  # of a run on more processes that was killed here
         if str(path.relative_to(partial)) not in files:

@@ -21,12 +21,12 @@ def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:
     Groups are named `backbone`, `backbone_without_decay`, `memory`, `memory_without_decay`; empty ones are left out.
     """
     in_memory = {id(parameter) for parameter in model.memory_parameters()}
-    without_decay = _parameters_without_decay(model)
     groups: dict[str, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for place, parameter in model.named_parameters():
         if parameter.requires_grad:
             name = "memory" if id(parameter) in in_memory else "backbone"
-            name += "_without_decay" if id(parameter) in without_decay else ""
+            # Norms and biases, which are not matrices, and the memory's input gates, which decay would pull half open.
+            name += "_without_decay" if parameter.dim() < 2 or ".gate." in place else ""
             groups.setdefault(name, []).append(parameter)
     kind = AdamW if config.name == "adamw" else Adam
     return kind(
@@ -67,8 +67,3 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     rates = {group["name"].removesuffix("_without_decay"): group["lr"] for group in optimizer.param_groups}
     names = {"backbone": "train/learning_rate", "memory": "train/memory_learning_rate"}
     return {names[name]: rate for name, rate in rates.items()}
-
-
-def _parameters_without_decay(model: MemoryModel) -> set[int]:
-    """The `id`s of norms and biases, which are no matrices, and of input gates, which decay would pull half open."""
-    return {id(parameter) for name, parameter in model.named_parameters() if parameter.dim() < 2 or ".gate." in name}

@@ -100,7 +100,8 @@ def train_step(
                     raise NonFiniteError(f"the loss is {loss}")
             # Data parallel averages over processes, accelerate over microbatches; the loss is a sum over both.
             accelerator.backward(objective * accelerator.num_processes * accelerator.gradient_accumulation_steps)
-    norm = _gradient_norm(accelerator, model, gradient_clipping)
+    clipped = accelerator.clip_grad_norm_(model.parameters(), gradient_clipping or math.inf)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)  # before it was clipped
     # With float16 an infinite gradient is how the scaler finds its scale; the optimiser then skips the step itself.
     if not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
         optimizer.zero_grad()
@@ -114,12 +115,6 @@ def train_step(
         scored_tokens=scored_tokens,
         read_tokens=int(sums[1]),
     )
-
-
-def _gradient_norm(accelerator: Accelerator, model: nn.Module, largest: float | None) -> float:
-    """The gradient's norm over all processes, before it is clipped to the largest."""
-    norm = accelerator.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _read(model: nn.Module, segment: Segment, memory: ModelState, noise: Tensor | None) -> MemoryModelOutput:

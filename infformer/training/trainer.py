@@ -14,7 +14,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -252,12 +251,10 @@ class Trainer:
             segment.rows(slice(number * rows, (number + 1) * rows)).to(self.accelerator.device, non_blocking=True)
             for segment in segments
         ]
-        seed = dropout_seed(self.config.seed, self.progress.step, self.rank_rows[number * rows])
-        return Microbatch(own, self.state.memories[number], [self._noise(segment) for segment in own], seed)
-
-    def _noise(self, segment: Segment) -> Tensor | None:
-        samples = self.state.model.noise_size
-        return draw_noise(segment, samples, self.config.seed) if samples else None
+        seed, samples = self.config.seed, self.state.model.noise_size
+        noise = [draw_noise(segment, samples, seed) if samples else None for segment in own]
+        dropout = dropout_seed(seed, self.progress.step, self.rank_rows[number * rows])
+        return Microbatch(own, self.state.memories[number], noise, dropout)
 
     def _report(self, bar: tqdm[None]) -> None:
         steps, self.progress.unreported = self.progress.unreported, []

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import Clock, Contestant, take_turns
+from infformer.results import BenchmarkMachine
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,7 +47,7 @@ class Machine:
     bandwidth: float
     """Bytes per second, read and written, of a large copy."""
 
-    def describe(self) -> dict[str, str | int | float]:
+    def describe(self) -> BenchmarkMachine:
         """As it is recorded beside every figure."""
         return {
             "device": str(self.setting.device),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.arithmetic import Work
 from benchmarks.machine import Machine
 from benchmarks.measuring import summarize
+from infformer.results import BenchmarkFigures, BenchmarkLine, BenchmarkOptions
 
 
 @dataclass
@@ -24,8 +25,7 @@ class Result:
     """By formula."""
     part: bool = False
     """A part of what another contestant does as a whole."""
-    figures: dict[str, Any] = field(default_factory=dict)
-    """What else was measured or counted, by names with units: `peak_bytes`, `tokens_per_second`."""
+    figures: BenchmarkFigures = field(default_factory=BenchmarkFigures)
 
 
 @dataclass
@@ -52,12 +52,12 @@ class Comparison:
     def write(self, path: Path, machine: Machine) -> None:
         """As JSON lines: of each contestant and part, and of each ratio, one line with all that it takes to read it."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        lines: list[Mapping[str, object]] = [self._describe(result, machine) for result in self.results]
         shared = {"comparison": self.name, "machine": machine.describe(), "options": self.options}
-        lines = [shared | _describe(result, machine) for result in self.results]
-        lines += [
-            shared | {"kind": "ratio", "name": ratio.name, **_statistics("ratio", ratio.values)}
-            for ratio in self.ratios
-        ]
+        for ratio in self.ratios:
+            median, lower, upper = summarize(ratio.values)
+            statistics = {"ratio": ratio.values, "median_ratio": median, "quartiles_ratio": [lower, upper]}
+            lines.append({**shared, "kind": "ratio", "name": ratio.name, **statistics})
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def format(self, machine: Machine) -> str:
@@ -71,6 +71,24 @@ class Comparison:
             tables.append(format_table(["ratio", "median", "quartiles"], rows))
         profiles = [f"{name}\n{table}" for name, table in self.profiles.items()]
         return "\n\n".join([f"{self.name}: {options}\n{machine}", *tables, *profiles])
+
+    def _describe(self, result: Result, machine: Machine) -> BenchmarkLine:
+        median, lower, upper = summarize(result.seconds)
+        line: BenchmarkLine = {
+            "comparison": self.name,
+            "machine": machine.describe(),
+            "options": cast(BenchmarkOptions, self.options),
+            "kind": "part" if result.part else "contestant",
+            "name": result.name,
+            "seconds": result.seconds,
+            "median_seconds": median,
+            "quartiles_seconds": [lower, upper],
+            **result.figures,
+        }
+        if result.work is not None:
+            line["flops"], line["bytes"] = result.work.flops, result.work.bytes
+            line["floor_seconds"] = result.work.floor(machine)
+        return line
 
 
 def paired(name: str, above: Sequence[float], below: Sequence[float]) -> Ratio:
@@ -114,24 +132,6 @@ def _cells(result: Result, machine: Machine) -> dict[str, str]:
     return cells
 
 
-def _describe(result: Result, machine: Machine) -> dict[str, Any]:
-    """The same as it is recorded."""
-    line = {
-        "kind": "part" if result.part else "contestant",
-        "name": result.name,
-        **_statistics("seconds", result.seconds),
-        **result.figures,
-    }
-    if result.work is not None:
-        line |= {"flops": result.work.flops, "bytes": result.work.bytes, "floor_seconds": result.work.floor(machine)}
-    return line
-
-
 def _spread(values: list[float], form: Callable[[float], str]) -> tuple[str, str]:
     summary = summarize(values)
     return form(summary.median), f"{form(summary.lower)} – {form(summary.upper)}"
-
-
-def _statistics(unit: str, values: list[float]) -> dict[str, Any]:
-    summary = summarize(values)
-    return {unit: values, f"median_{unit}": summary.median, f"quartiles_{unit}": [summary.lower, summary.upper]}

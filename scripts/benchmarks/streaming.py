@@ -28,6 +28,7 @@ from benchmarks.models import (
 )
 from benchmarks.report import Comparison, Ratio, Result, paired
 from benchmarks.training_step import add_model_options
+from infformer.results import BenchmarkFigures
 
 EARLY_NAME, LATE_NAME = "with memory, early", "with memory, late"
 EARLY = range(5, 12)
@@ -138,7 +139,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     work = _work(sizes, options.windows)
     results = []
     for name, stream in streams.items():
-        figures = {
+        figures: BenchmarkFigures = {
             "reach_tokens": reach[name] * sizes.segment,
             "tokens_per_second": sizes.tokens / summarize(seconds[name]).median,
             "memory_bytes": stream.remembered_bytes,
