@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +29,14 @@ from infformer.training import trainer
 ROOT = Path(__file__).parents[1]
 CLOSED_PORT = "http://127.0.0.1:9"
 Refused = Callable[..., str]
+pytestmark = pytest.mark.usefixtures("composed_quickly", "without_figures")
+
+
+@pytest.fixture
+def without_figures(monkeypatch) -> None:
+    """Nobody looks at them."""
+    monkeypatch.setattr(trainer, "plot_run", lambda folder: [])
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
 
 
 @pytest.fixture
@@ -110,26 +119,26 @@ def test_training_refuses(train_refused, option, says):
 
 
 @pytest.mark.parametrize("memory", ["model.memory=null", "model.memory.ridge=0.5"])
-def test_a_segment_longer_than_the_positions_of_the_model(train_refused, memory):
+def test_a_segment_longer_than_the_positions_of_the_model_is_refused(train_refused, memory):
     message = train_refused("training.segment_length=17", memory)
     assert "segment_length=17" in message
     assert "16 positions" in message
 
 
-def test_a_folder_that_is_no_model(train_refused, tmp_path):
+def test_a_folder_that_is_no_model_is_refused(train_refused, tmp_path):
     (tmp_path / "empty").mkdir()
     message = train_refused(f"model.pretrained={tmp_path / 'empty'}")
     assert f"model.pretrained={tmp_path / 'empty'}: this folder is no model, it has no config.json" in message
 
 
-def test_a_broken_model(train_refused, model_folder, tmp_path):
+def test_a_broken_model_is_refused(train_refused, model_folder, tmp_path):
     (tmp_path / "broken").mkdir()
     for path in model_folder.iterdir():
         (tmp_path / "broken" / path.name).write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert f"model.pretrained={tmp_path / 'broken'}" in train_refused(f"model.pretrained={tmp_path / 'broken'}")
 
 
-def test_a_tokenizer_of_another_model(train_refused, tokenizer, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(train_refused, tokenizer, tmp_path):
     larger = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="<s>")
     larger.add_tokens([f"word{number}" for number in range(10)])
     larger.save_pretrained(tmp_path / "larger")
@@ -152,13 +161,16 @@ def test_evaluation_refuses(eval_refused, option, says):
     assert all(part in message for part in says), message
 
 
-def test_a_decoder_whose_vocabulary_is_too_small_for_its_tokenizer(start, model_folder, tmp_path):
+def test_a_vocabulary_too_small_for_its_tokenizer_is_refused(start, model_folder, tmp_path):
     options = ("model=decoder", "+model.architecture.vocab_size=100", f"model.tokenizer={model_folder}")
     code, text = start(train_command, *options, f"output_dir={tmp_path / 'run'}")
     assert code == 1
     assert "Traceback" not in text
     assert all(part in text for part in ("has 257 tokens", "knows 100", "model.tokenizer=")), text
     assert not (tmp_path / "run").exists()
+
+
+OTHER_MEMORIES = ("short_term", "compressive", "long_term")
 
 
 class TestSorting:
@@ -178,13 +190,13 @@ class TestSorting:
     )
 
     @pytest.fixture
-    def sort(self, start, monkeypatch, tmp_path) -> Callable[..., tuple[object, str]]:
-        monkeypatch.setattr(trainer, "plot_run", lambda folder: [])
-        monkeypatch.setattr("infformer.plots.sorting.plot_accuracy", lambda results: [])
+    def sort(self, start, tmp_path) -> Callable[..., tuple[object, str]]:
         return lambda *options: start(train_command, *self.OPTIONS, f"output_dir={tmp_path / 'run'}", *options)
 
-    @pytest.mark.parametrize("memory", ["none", "short_term", "compressive", "long_term", "sticky"])
-    def test_with_every_memory(self, sort, tmp_path, memory):
+    @pytest.mark.parametrize(
+        "memory", ["none", "sticky", *(pytest.param(memory, marks=pytest.mark.slow) for memory in OTHER_MEMORIES)]
+    )
+    def test_every_memory_sorts(self, sort, tmp_path, memory):
         code, text = sort(f"model/memory={memory}")
         assert code == 0, text
         results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -196,8 +208,8 @@ class TestSorting:
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "validation/accuracy" in line] == [2]
 
-    def test_with_a_larger_vocabulary(self, sort, tmp_path):
-        code, text = sort("+model.architecture.vocab_size=30")
+    def test_a_larger_vocabulary_is_kept(self, sort, tmp_path):
+        code, text = sort("+model.architecture.vocab_size=30", "training.max_steps=1")
         assert code == 0, text
         weights = load_file(tmp_path / "run" / "checkpoints" / "best" / "model" / "model.safetensors")
         assert weights["vocabulary.embedding.weight"].shape == (30, 12)
@@ -211,7 +223,7 @@ class TestSorting:
         ],
         ids=lambda value: " ".join(value),
     )
-    def test_refused(self, sort, tmp_path, options, says):
+    def test_what_cannot_be_asked_is_refused(self, sort, tmp_path, options, says):
         code, text = sort(*options)
         message = " ".join(text.split())
         assert code == 1
@@ -232,14 +244,9 @@ def books(tmp_path_factory) -> list[str]:
 class TestRetrieval:
     """Everything small: a text of a few segments, one question at two depths."""
 
-    ASKED = ("task.lengths=[300]", "task.depths=[0,1]", "task.test_questions=1", "task.validation_questions=1")
+    ASKED = ("task.lengths=[240]", "task.depths=[0,1]", "task.test_questions=1", "task.validation_questions=1")
     TRAINING = ("training.segment_length=16", "training.batch_size=2", "training.max_steps=2")
     MODEL = ("model.memory.basis_functions=8", "model.memory.past_samples=16")
-
-    @pytest.fixture(autouse=True)
-    def without_figures(self, monkeypatch) -> None:
-        monkeypatch.setattr(trainer, "plot_run", lambda folder: [])
-        monkeypatch.setattr("infformer.plots.retrieval.plot_retrieval", lambda results: [])
 
     def cells(self, folder: Path) -> list[tuple]:
         results = json.loads((folder / "results.json").read_text())
@@ -247,15 +254,14 @@ class TestRetrieval:
         return [(cell["length"], cell["depth"], cell["answers"], cell["nll"]) for cell in results["cells"]]
 
     @pytest.mark.parametrize("task", ["passkey", "needle"])
-    def test_a_model_is_trained_and_measured_again(self, start, model_folder, books, tmp_path, task):
+    def test_a_model_is_trained_and_measured_again(self, start, one_layer_folder, books, tmp_path, task):
         asked = [f"task={task}", *self.ASKED, *books]
-        options = [*asked, "task.training_lengths=[280]", *self.TRAINING, *self.MODEL]
-        code, text = start(
-            train_command, *options, f"model.pretrained={model_folder}", f"output_dir={tmp_path / 'run'}"
-        )
+        options = [*asked, "task.training_lengths=[230]", *self.TRAINING, *self.MODEL]
+        model = f"model.pretrained={one_layer_folder}"
+        code, text = start(train_command, *options, model, f"output_dir={tmp_path / 'run'}")
         assert code == 0, text
         found = self.cells(tmp_path / "run")
-        assert [cell[:3] for cell in found] == [(300, 0, 1), (300, 1, 1)]
+        assert [cell[:3] for cell in found] == [(240, 0, 1), (240, 1, 1)]
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "validation/exact_match" in line] == [2]
         best = tmp_path / "run" / "checkpoints" / "best"
@@ -265,7 +271,7 @@ class TestRetrieval:
         nats = [cell[3] for cell in found]
         assert [cell[3] for cell in self.cells(tmp_path / "found")] == pytest.approx(nats, rel=1e-5)
 
-    @pytest.mark.parametrize("memory", ["short_term", "sticky"])
+    @pytest.mark.parametrize("memory", [pytest.param("short_term", marks=pytest.mark.slow), "sticky"])
     def test_a_decoder_learns_to_recall(self, start, tmp_path, memory):
         """A model without a tokenizer, which `eval.py` needs none for either."""
         asked = ["task.lengths=[64]", "task.depths=[0,1]", "task.test_questions=1", "task.validation_questions=1"]
@@ -290,30 +296,19 @@ class TestRetrieval:
         ],
         ids=lambda value: " ".join(value),
     )
-    def test_refused(self, eval_refused, options, says):
+    def test_what_cannot_be_asked_is_refused(self, eval_refused, options, says):
         message = eval_refused(*options, "segment_length=16")
         assert all(part in message for part in says), message
 
 
-@pytest.fixture(scope="module")
-def decoder_checkpoint(configure, train, model_folder, tmp_path_factory) -> Path:
-    """Of a decoder with a short-term memory of 16 tokens."""
-    folder = tmp_path_factory.mktemp("decoder")
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
-    changes = {
-        "model.pretrained": None,
-        "model.architecture": {"model_type": "decoder", **sizes},
-        "model.tokenizer": str(model_folder),
-        "model.memory": MemoryConfig(16),
-    }
-    train(configure(folder, changes))
-    return folder / "checkpoints" / "best"
-
-
 class TestShortTermMemoryInEvaluation:
-    def test_longer_than_in_training(self, start, decoder_checkpoint, texts, tmp_path, monkeypatch):
-        monkeypatch.setattr("infformer.tasks.language_modelling.plot_results", lambda results: [])
-        options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={decoder_checkpoint}"]
+    def test_it_may_be_longer_than_in_training(self, start, tokenizer, texts, tmp_path):
+        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
+        sizes |= {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+        model = new_decoder(sizes, MemoryConfig(16), segment_length=16)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={tmp_path}/model", "controls=false"]
         losses = []
         for length in ("null", "48", "1000", "2000"):
             folder = tmp_path / length
@@ -325,7 +320,7 @@ class TestShortTermMemoryInEvaluation:
         # No document has so many tokens: what is not there changes nothing.
         assert beyond == pytest.approx(whole, rel=1e-6)
 
-    def test_not_of_whole_segments_beside_a_long_term_memory(self, eval_refused, tmp_path):
+    def test_it_is_of_whole_segments_beside_a_long_term_memory(self, eval_refused, tmp_path):
         sizes = {"vocab_size": 8, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
         memory = LongTermMemoryConfig(16, 8, [0.05, 0.1], 16)
         new_decoder(sizes, memory, segment_length=16).save_pretrained(tmp_path / "model")
@@ -334,7 +329,7 @@ class TestShortTermMemoryInEvaluation:
         assert "multiple of segment_length=16" in message
 
     @pytest.mark.parametrize("memory", [None, LongTermMemoryConfig(0, 8, [0.05, 0.1], 16)])
-    def test_of_a_model_that_has_none(self, eval_refused, backbone, tmp_path, memory):
+    def test_a_model_without_one_gets_none(self, eval_refused, backbone, tmp_path, memory):
         """With a long-term memory beside its attention, and without."""
         InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=16).save_pretrained(
             tmp_path / "model"
@@ -351,12 +346,12 @@ class TestAHubThatCannotBeReached:
         monkeypatch.setattr(constants, "ENDPOINT", CLOSED_PORT)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
-    def test_for_a_model(self, train_refused):
+    def test_it_is_named_for_a_model(self, train_refused):
         message = train_refused("model.pretrained=someone/something")
         assert f"model.pretrained=someone/something: {CLOSED_PORT} cannot be reached" in message
         assert all(way in message for way in ("local folder", "HF_HOME", "HF_HUB_OFFLINE=1", "HF_ENDPOINT="))
 
-    def test_for_documents(self, train_refused):
+    def test_it_is_named_for_documents(self, train_refused):
         message = train_refused("data.source=hub", "data.repository=someone/texts", "data.train=train")
         assert "data.repository=someone/texts" in message
         assert f"{CLOSED_PORT} cannot be reached" in message
@@ -365,7 +360,7 @@ class TestAHubThatCannotBeReached:
 
 class TestExitCodes:
     @pytest.mark.parametrize("number", [int(signal.SIGTERM), int(signal.SIGHUP)])
-    def test_a_run_that_was_stopped(self, start, configure, options_of, tmp_path, monkeypatch, number):
+    def test_a_run_that_was_stopped_exits_with_99(self, start, configure, options_of, tmp_path, monkeypatch, number):
         """As batch systems understand it: put this in the queue again."""
 
         def stop(config: object) -> None:
@@ -377,7 +372,7 @@ class TestExitCodes:
         assert f"stopped by signal {number} after step 7" in text
         assert "resume=auto" in text
 
-    def test_a_run_that_failed(self, start, configure, options_of, tmp_path, monkeypatch):
+    def test_a_run_that_failed_exits_with_1(self, start, configure, options_of, tmp_path, monkeypatch):
         def fail(config: object) -> None:
             raise trainer.TrainingFailedError("step 3: the loss is nan")
 
@@ -385,16 +380,16 @@ class TestExitCodes:
         code, text = start(train_command, *options_of(configure(tmp_path / "run")))
         assert (code, text.strip()) == (1, "error: step 3: the loss is nan")
 
-    def test_a_run_that_is_done(self, start, configure, options_of, tmp_path):
+    def test_a_run_that_is_done_exits_with_0(self, start, configure, options_of, tmp_path):
         changes = {"training.max_steps": 1, "data.test": None, "data.validation": None}
         code, _ = start(train_command, *options_of(configure(tmp_path / "run", changes)))
         assert code == 0
         assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
-def test_an_evaluation_of_a_checkpoint(start, configure, train, texts, tmp_path, monkeypatch):
+def test_an_evaluation_finds_what_the_run_found(start, configure, train, texts, tmp_path, monkeypatch):
     """What `train.py` found in the end, `eval.py` finds again."""
-    results = train(configure(tmp_path / "run", {"evaluation.controls": True}))
+    results = train(configure(tmp_path / "run", {"evaluation.controls": True, "training.max_steps": 3}))
     options = ["data=text", f"data.test={texts}/test.jsonl", f"checkpoint={tmp_path}/run/checkpoints/best"]
     code, text = start(eval_command, *options, f"output_dir={tmp_path}/found", "batch_size=3")
     assert code == 0, text
