@@ -97,16 +97,6 @@ def test_tiles_change_nothing(at_once, monkeypatch):
         torch.testing.assert_close(actual, wanted, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_gradients_are_numerically_right(widths):
-    grid = grid_of(4, widths)
-    mean, variance, values = inputs_of(grid, 2, 1, 3, size=2)
-    variance = (variance.detach() + 0.01).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda mean, variance, values: gaussian_read(mean, variance, *grid, values), (mean, variance, values)
-    )
-
-
 def test_any_layout_in_memory_gives_the_same():
     """As a layer hands them over: heads and tokens in another order, an upstream gradient that is one number."""
     grid = grid_of(9, 2)

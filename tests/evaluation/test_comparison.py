@@ -153,14 +153,6 @@ def test_documents_of_other_names_are_refused(with_results):
         compare(with_results, other)
 
 
-def test_the_table_says_the_protocol_beside_every_perplexity(comparison):
-    lines = format_comparison(comparison).splitlines()
-    perplexities = [line for line in lines if "perplexity" in line and line.startswith(("A:", "B:"))]
-    assert len(perplexities) == 2
-    assert all("disjoint segments of 16, float32" in line for line in perplexities)
-    assert lines[-1] == verdict(comparison)
-
-
 def test_a_checkpoint_below_the_working_directory_is_named_from_there(comparison, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     elsewhere = {**comparison["b"], "checkpoint": "/elsewhere/best"}

@@ -107,15 +107,6 @@ def test_probabilities_are_those_of_the_formula(make, hidden):
         torch.testing.assert_close(logits.exp().sum(-1), torch.ones(4, 5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("divisor", [1.0, 1.5, 2.0])
-def test_an_adaptive_vocabulary_equals_the_adaptive_softmax_of_torch(divisor, hidden):
-    vocabulary = adaptive(divisor)
-    torch.testing.assert_close(vocabulary.logits(hidden), vocabulary.softmax.log_prob(hidden))
-    labels = torch.randint(0, SIZE, (20,))
-    losses = vocabulary.token_losses(hidden, labels)
-    torch.testing.assert_close(losses.double(), -vocabulary.softmax(hidden, labels).output, rtol=1e-6, atol=1e-6)
-
-
 @both
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 20, 1024])
 def test_token_losses_and_their_gradients_are_those_of_the_formula(make, chunk_tokens, hidden, labels):
@@ -139,14 +130,6 @@ def test_token_losses_and_their_gradients_are_those_of_the_formula(make, chunk_t
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # the softmax is float32
-
-
-@both
-def test_gradients_are_numerically_right(make, hidden):
-    vocabulary, tokens = make(), torch.randint(0, SIZE, (2, 9))
-    parameters = list(vocabulary.parameters())
-    assert torch.autograd.gradcheck(lambda *_: vocabulary.embed(tokens), parameters)
-    assert torch.autograd.gradcheck(lambda states, *_: vocabulary.logits(states), (hidden[:3], *parameters))
 
 
 @both
