@@ -217,7 +217,7 @@ def test_who_always_says_the_same_is_right_once(stubborn):
 
 @pytest.mark.parametrize("length", [3, 16, 18, 23])
 def test_accuracy_is_that_of_a_literal_loop(model, length):
-    sequences = draw(4, length)
+    sequences = draw(3, length)
     answers = sequences[:, -SYMBOLS:]
     nll, forced, free = literally(model.eval(), sequences, length)
     assert forced != free
