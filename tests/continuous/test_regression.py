@@ -137,34 +137,6 @@ def test_contractions_at_once_are_each_on_its_own():
             assert_close(new[row, column], one_new)
 
 
-class TestLimits:
-    def test_no_penalty_gives_back_a_signal_of_the_basis(self):
-        positions, coefficients = torch.linspace(0, 1, 60, dtype=torch.float64), samples(8)
-        design = BASIS.evaluate(positions)
-        fitted = ridge_operator(design, 1e-10).T @ (design @ coefficients)
-        torch.testing.assert_close(fitted, coefficients, rtol=1e-6, atol=1e-6)
-
-    def test_a_great_penalty_leaves_the_correlation_with_the_basis(self):
-        design = BASIS.evaluate(torch.linspace(0, 1, 60, dtype=torch.float64))
-        torch.testing.assert_close(ridge_operator(design, 1e9) * 1e9, design, rtol=1e-5, atol=1e-5)
-
-    def test_the_penalty_shrinks(self):
-        design, values = BASIS.evaluate(torch.linspace(0, 1, 60, dtype=torch.float64)), samples(60)
-        norms = [float((ridge_operator(design, ridge).T @ values).norm()) for ridge in (0.01, 0.1, 1, 10, 100)]
-        assert norms == sorted(norms, reverse=True)
-
-    def test_a_past_that_keeps_everything_stays_where_it_was(self):
-        """τ → 1: the new segment stands all at the end, the past where it was."""
-        positions = even_steps(400)
-        past, _ = next_operators(BASIS, 12, positions, torch.tensor(1 - 1e-9, dtype=torch.float64), 1e-6)
-        signal = BASIS.evaluate(positions) @ samples(8)
-        signal = signal * torch.exp(-((positions - 0.5) ** 2) / 0.02).unsqueeze(1)  # nothing at the ends
-        middle = (positions > 0.2) & (positions < 0.8)
-        fitted = BASIS.evaluate(positions) @ (past.T @ signal)
-        direct = BASIS.evaluate(positions) @ least_squares(positions, signal, 1e-6)
-        assert (fitted - direct)[middle].norm() < 0.05 * direct[middle].norm()
-
-
 def test_steps_and_middles_are_even():
     assert even_steps(4).tolist() == [0.25, 0.5, 0.75, 1.0]
     assert even_middles(4).tolist() == [0.125, 0.375, 0.625, 0.875]

@@ -206,18 +206,6 @@ def test_what_was_made_is_found(config, tokenizer, made):
     assert kept(config) == [made[0].name]  # and nothing is left of the work
 
 
-def test_another_text_is_made_anew(config, tokenizer, made):
-    before = tokenize_documents(config, "train", tokenizer)
-    path = Path(config.train)
-    stamp = path.stat()
-    write(path, TEXTS | {"c": "and the other one"})  # of the same length
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    after = tokenize_documents(config, "train", tokenizer)
-    assert len(made) == 2
-    assert tokenizer.decode(whole(after)["c"][1:]) == "and the other one"
-    assert before.fingerprint != after.fingerprint
-
-
 def test_the_fingerprint_is_that_of_the_content(config, tokenizer, made):
     before = tokenize_documents(config, "train", tokenizer).fingerprint
     os.utime(config.train)

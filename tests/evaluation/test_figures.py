@@ -1,18 +1,15 @@
 """The figures of given nats, counted by literal loops; and those of a model."""
 
-import copy
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 from infformer.evaluation.figures import figures_of, interval_of_ratio, previous_occurrences
 from infformer.evaluation.perplexity import evaluate
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
-from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 16
 
@@ -164,15 +161,3 @@ class TestInterval:
             low, high = figures["perplexity_interval"][unit]
             assert low < figures["perplexity"][unit] < high
             assert (low, high) == pytest.approx(tuple(map(math.exp, interval_of_ratio(losses, counts))))
-
-
-def test_every_token_costs_the_same_to_a_model_that_knows_nothing(documents, evaluator, backbone):
-    """Each token costs the same, and every breakdown says so."""
-    ignorant = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
-    with torch.no_grad():
-        ignorant.backbone.lm_head.weight.zero_()
-    figures = evaluate(evaluator(ignorant), documents)
-    vocabulary = math.log(ignorant.vocabulary_size)
-    for breakdown in ("by_position", "by_recency", "per_document"):
-        for entry in figures[breakdown]:
-            assert entry["nll"] == pytest.approx(entry["tokens"] * vocabulary, rel=1e-6)

@@ -55,23 +55,6 @@ def test_losses_equal_plain_cross_entropy(head, hidden, labels, chunk_tokens):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # the softmax is float32
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 21])
-def test_positions_without_a_label_lose_nothing(head, hidden, labels, chunk_tokens):
-    losses = chunked_token_losses(hidden, cross_entropy(head), labels, chunk_tokens)
-    scored = labels != IGNORE_INDEX
-    assert (losses[~scored] == 0).all()
-    assert (losses[scored] > 0).all()
-    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-    assert torch.equal(gradient.abs().sum(-1) > 0, scored)
-
-
-def test_nothing_to_score_costs_nothing(head, hidden):
-    losses = chunked_token_losses(hidden, cross_entropy(head), torch.full((BATCH, LENGTH), IGNORE_INDEX), 4)
-    losses.sum().backward()
-    assert losses.sum() == 0
-    assert head.weight.grad.abs().max() == 0
-
-
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 20])
 def test_logits_are_made_one_chunk_at_a_time(head, hidden, labels, chunk_tokens):
     """Also in backward, which makes them a second time, and without keeping them in between."""
