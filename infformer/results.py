@@ -17,7 +17,7 @@ RECENCY = {"within_window": "within the window", "beyond_window": "before the wi
 sees (the window and the short-term memory), before these, or nowhere. A long-term memory has to show in the second."""
 
 Interval = list[float]
-"""Of 95 %: from, to."""
+"""An interval of 95 %: from, to."""
 
 
 class PerUnit(TypedDict):
@@ -28,7 +28,7 @@ class PerUnit(TypedDict):
 
 
 class IntervalPerUnit(TypedDict):
-    """The interval of each."""
+    """The intervals of both perplexities, None for a single document."""
 
     token: Interval | None
     word: Interval | None
@@ -65,26 +65,25 @@ class Figures(TypedDict):
     bytes: int
     documents: int
     nll: float
-    """Nats, total."""
+    """Negative log-likelihood, the sum over all tokens, in nats."""
     perplexity: PerUnit
     perplexity_interval: IntervalPerUnit
-    """None for a single document."""
     bits_per_byte: float
     by_position: list[Position]
-    """By distance from the document's beginning."""
+    """Classes of tokens by their distance from the document's beginning."""
     by_recency: list[Recency]
     per_document: list[Document]
 
 
 class Ratio(TypedDict):
-    """Nats per token of b less those of a; None where there are no tokens."""
+    """Nats per token of model b less those of model a; None where there are no tokens."""
 
     nats_per_token: float | None
     interval: Interval | None
 
 
 class Difference(TypedDict):
-    """Of all tokens, and on how many documents b is better and worse."""
+    """By how much model b differs from model a on all tokens, and on how many documents it is better and worse."""
 
     nats_per_token: float
     interval: Interval | None
@@ -94,7 +93,7 @@ class Difference(TypedDict):
 
 
 class Control(Figures):
-    """The figures where the memory cannot help, and what that makes worse."""
+    """The figures of a situation in which the memory cannot help, and by how much they are worse."""
 
     difference: Difference
 
@@ -110,7 +109,7 @@ class Protocol(TypedDict):
 
 
 class Measurement(Protocol):
-    """How text was read, which, and by which model."""
+    """How text was read, which text, and by which model."""
 
     documents: str
     memory: dict[str, object] | None
@@ -118,7 +117,7 @@ class Measurement(Protocol):
 
 
 class Results(Figures):
-    """`results.json` of language modelling."""
+    """What `results.json` of language modelling holds."""
 
     controls: dict[str, Control]
     protocol: Measurement
@@ -126,7 +125,7 @@ class Results(Figures):
 
 
 class Compared(TypedDict):
-    """One of two models."""
+    """One of the two models that are compared."""
 
     checkpoint: str
     perplexity: PerUnit
@@ -139,14 +138,14 @@ PositionRatio = TypedDict(
 
 
 class RecencyRatio(Ratio):
-    """Of tokens whose previous occurrence is of one class."""
+    """The difference on tokens whose previous occurrence is of one class."""
 
     previous_occurrence: str
     tokens: int
 
 
 class DocumentDifference(TypedDict):
-    """Of one document."""
+    """The difference on one document."""
 
     id: str
     tokens: int
@@ -154,7 +153,7 @@ class DocumentDifference(TypedDict):
 
 
 class Comparison(TypedDict):
-    """`comparison.json`: differences are those of b less a."""
+    """What `comparison.json` holds; all differences are those of model b less model a."""
 
     protocol: str
     documents: int
@@ -168,21 +167,24 @@ class Comparison(TypedDict):
 
 
 class RetrievalCell(TypedDict):
-    """Answers at one depth of texts of one length."""
+    """How well answers at one depth of texts of one length were found."""
 
     length: int
+    """How many tokens the texts have."""
     depth: float
+    """Where the answer stood, as a part of the text: 0 is its beginning, 1 its end."""
     answers: int
-    """How many were asked for, and of how many tokens they are."""
+    """How many answers were asked for."""
     tokens: int
+    """How many tokens the answers have together."""
     exact_match: float
-    """Answers that are right to the last token, free running."""
+    """The share of the answers that are right to the last token, free running."""
     accuracy_free_running: float
-    """Tokens."""
+    """The share of the tokens that are right, free running."""
     accuracy: float
-    """Tokens, teacher forced."""
+    """The share of the tokens that are right, teacher forced."""
     nll: float
-    """Nats per token of the answers."""
+    """Nats per token of the answers, teacher forced."""
 
 
 class RetrievalProtocol(TypedDict):
@@ -191,18 +193,19 @@ class RetrievalProtocol(TypedDict):
     task: str
     segment: int
     window: int
-    """Tokens that a model without long-term memory sees."""
+    """How many tokens a model without long-term memory would see."""
     reset: str
     dtype: str
     checkpoint: str
 
 
 class RetrievalResults(TypedDict):
-    """`results.json` of a retrieval task."""
+    """What `results.json` of a retrieval task holds."""
 
     cells: list[RetrievalCell]
-    """Of all lengths and depths."""
+    """A cell for each length and depth."""
     controls: dict[str, list[RetrievalCell]]
+    """The same cells in situations in which the memory cannot help, by their names."""
     chance: float
     """How often a whole answer is right by chance."""
     protocol: RetrievalProtocol
@@ -210,7 +213,7 @@ class RetrievalResults(TypedDict):
 
 
 class TeacherForced(TypedDict):
-    """Sorting where each place of the answer is predicted from the true places before it."""
+    """Figures of sorting where each place of the answer is predicted from the true places before it."""
 
     nll: float
     """Nats per symbol of the answer."""
@@ -219,7 +222,7 @@ class TeacherForced(TypedDict):
 
 
 class Accuracies(TypedDict):
-    """Sorting teacher forced, and from the own answers; each also at every place of the answer."""
+    """Accuracies of sorting, teacher forced and from the own answers before, also at every place of the answer."""
 
     accuracy: float
     accuracy_by_position: list[float]
@@ -228,13 +231,14 @@ class Accuracies(TypedDict):
 
 
 class SortingFigures(Accuracies):
-    """Of a model, on sequences of one length."""
+    """What is measured of a model on sequences of one length."""
 
     length: int
     sequences: int
     nll: float
     """Nats per symbol of the answer, teacher forced."""
     ideal_counters: dict[str, Accuracies]
+    """What ideal counters reach on the same sequences, by their names: marks beside the model's figures."""
 
 
 class SortingProtocol(TypedDict):
@@ -247,7 +251,7 @@ class SortingProtocol(TypedDict):
 
 
 class SortingResults(TypedDict):
-    """`results.json` of sorting."""
+    """What `results.json` of sorting holds."""
 
     lengths: list[SortingFigures]
     protocol: SortingProtocol
@@ -255,24 +259,24 @@ class SortingResults(TypedDict):
 
 
 class SortingRun(SortingFigures):
-    """A row of `accuracy.json`: one model of a grid of runs, on sequences of one length."""
+    """A row of `accuracy.json`, of one model of a grid of runs on sequences of one length."""
 
     memory: str
     seed: int
 
 
 class InspectedDocument(TypedDict):
-    """What was read of a document."""
+    """How much of a document was read, and what it cost."""
 
     tokens: int
-    """That were predicted."""
+    """How many tokens were predicted."""
     segments: int
     nats: float
-    """Per token."""
+    """Nats per token."""
 
 
 class InspectedOptions(TypedDict):
-    """Of a long-term memory's options, which are all in the file, those that are shown."""
+    """The options of a long-term memory that are shown; the file has all the others beside them."""
 
     basis_functions: int
     contraction: str
@@ -282,7 +286,7 @@ class InspectedOptions(TypedDict):
 
 
 class InspectedMemory(InspectedOptions):
-    """The memories, and the numbers of their layers."""
+    """What the memories are that were looked into, and the numbers of their layers."""
 
     segment_length: int
     short_term_length: int
@@ -290,89 +294,100 @@ class InspectedMemory(InspectedOptions):
 
 
 DensityFigure = Literal["centre", "centre_spread", "width", "width_spread", "tokens_back"]
-"""What is said of a head's densities, in parts of the memory, of which 1 is the newest end: the mean over the segment's
-tokens of their means, and these means' standard deviation; the mean of their standard deviations, and the standard
-deviation of these; how many tokens before the segment's first lies what is at the centre."""
+"""A figure of the densities by which one head read a segment, in parts of the memory, of which 1 is the newest end.
+
+`centre` is the mean of the densities' means over the segment's tokens, `centre_spread` their standard deviation;
+`width` is the mean of the densities' standard deviations, `width_spread` the standard deviation of these; `tokens_back`
+is how many tokens before the segment's first lies what is at the centre."""
 
 
 class LossesWithoutLayers(TypedDict):
     """What a segment costs if long-term memories are empty when it is read, in nats per token."""
 
     nats: float
-    """With all memories."""
+    """Nats per token with all memories."""
     nats_without_layer: list[float]
-    """Without each of these."""
+    """Nats per token without each of the memories."""
     nats_without_memory: float
-    """Without any."""
+    """Nats per token without any memory."""
 
 
 class Readings(TypedDict):
-    """Of every segment that found something in memory; lists run over segments, then over layers, then over heads."""
+    """What is measured when a segment is read that finds something in memory.
+
+    Lists run over these segments, then over layers, then over heads.
+    """
 
     segment: list[int]
-    """Its number, from 0."""
+    """The number of the segment, from 0."""
     tokens: list[int]
+    """How many tokens the segment has."""
     centre: list[list[list[float]]]
-    """This and what follows: see `DensityFigure`."""
+    """The first of five figures that `DensityFigure` explains."""
     centre_spread: list[list[list[float]]]
     width: list[list[list[float]]]
     width_spread: list[list[list[float]]]
     tokens_back: list[list[list[float]]]
     contribution: list[list[float]]
-    """‖memory's context‖ / ‖self-attention's output‖."""
+    """‖memory's context‖ / ‖self-attention's output‖, the mean over the segment's tokens."""
     nats: list[float]
-    """This and what follows: see `LossesWithoutLayers`."""
+    """The first of three figures that `LossesWithoutLayers` explains."""
     nats_without_layer: list[list[float]]
     nats_without_memory: list[float]
 
 
 class Writings(TypedDict, total=False):
-    """Of every write to a sticky memory that held something; nothing where there was none."""
+    """What is measured when a sticky memory is written that holds something; an empty mapping where none was.
+
+    Lists run over these writes, then over layers.
+    """
 
     segment: list[int]
-    """The number of the one that was read then."""
+    """The number of the segment that was read then."""
     sampled_places: list[list[list[float]]]
-    """Of each layer the share of the samples in each of equal parts of [0, 1]."""
+    """The share of the samples in each of equal parts of [0, 1]."""
 
 
 class Explained(TypedDict):
     """How much of the past one layer's signal still tells, as R²; None where nothing differs from the mean."""
 
     total: float | None
-    """Over all tokens."""
+    """R² over all tokens."""
     by_age: list[float | None]
-    """Of each segment, the newest first."""
+    """R² of each segment, the newest first."""
 
 
 class Reconstruction(TypedDict):
-    """The same of each layer, after some writes."""
+    """How much of the past the signals of all layers still tell after some writes."""
 
     segments: int
-    """How many had been written."""
+    """How many segments had been written."""
     tokens_back: list[float]
-    """How far the middle of each lies from the next token to be read, the newest first."""
+    """How many tokens the middle of each segment lies before the next one to be read, the newest first."""
     limit: float
     """min(1, N / tokens written): N coefficients hold no more than N independent vectors."""
     total: list[float | None]
+    """For each layer what `Explained` says; so `by_age`."""
     by_age: list[list[float | None]]
 
 
 class Inspection(TypedDict):
-    """`inspection.json`: what long-term memories held and did along one document."""
+    """What `inspection.json` holds: what long-term memories held and did along one document."""
 
     document: InspectedDocument
     memory: InspectedMemory
     reading: Readings
     writing: Writings
     reconstruction: list[Reconstruction]
-    """After 1, 2, 4, … and all writes."""
+    """What is left after 1, 2, 4, … and after all writes."""
     checkpoint: NotRequired[str]
-    """Of which model, and in which document, where `scripts/inspect_memory.py` looked."""
+    """The model that `scripts/inspect_memory.py` looked into."""
     name: NotRequired[str]
+    """The document that it read."""
 
 
 class BenchmarkMachine(TypedDict):
-    """Where something was measured, and how fast that is."""
+    """On which machine something was measured, and how fast that is."""
 
     device: str
     name: str
@@ -382,35 +397,35 @@ class BenchmarkMachine(TypedDict):
     precision: str
     clock: str
     matmul_flops: float
-    """Operations per second of a large product."""
+    """Floating-point operations per second of a large product of matrices."""
     bandwidth: float
-    """Bytes per second of a large copy."""
+    """Bytes per second, read and written, of a large copy."""
 
 
 class BenchmarkOptions(TypedDict, total=False):
-    """Sizes and choices, of which every comparison has its own: the one that is drawn."""
+    """The only one that is drawn of a comparison's sizes and choices, of which each has its own."""
 
     segment: int
 
 
 class BenchmarkFigures(TypedDict, total=False):
-    """What else was measured or counted of a contestant, where it makes sense."""
+    """What else was measured or counted of a contestant, each figure where it makes sense."""
 
     tokens_per_second: float
     multiplications_per_token: float
     bytes: float
     memory_bytes: int
-    """Of what is remembered."""
+    """How large is what is remembered."""
     peak_extra_bytes: int
     peak_process_bytes: int
     reach_tokens: int
-    """Of the document, when it reads."""
+    """How many tokens of the document are in reach when the contestant reads."""
     times_early_by_segment: list[tuple[int, float]]
-    """How many times as long as an early segment took one, up to this segment."""
+    """Numbers of segments, each with how many times as long as an early one it took."""
 
 
 class BenchmarkLine(BenchmarkFigures):
-    """What one contestant took, or a part of it. Lines of the kind `ratio` are others, and nobody reads them."""
+    """What one contestant took, or a part of it; lines of the kind `ratio` have other names, and nobody reads them."""
 
     comparison: str
     machine: BenchmarkMachine
@@ -418,9 +433,9 @@ class BenchmarkLine(BenchmarkFigures):
     kind: Literal["contestant", "part", "ratio"]
     name: str
     seconds: list[float]
-    """Of every round."""
+    """How long each round took."""
     median_seconds: float
     quartiles_seconds: list[float]
     flops: NotRequired[float]
-    """Of the work by formula, where there is one, as are the `bytes` then."""
+    """Floating-point operations by formula, where there is one, as then are the `bytes`."""
     floor_seconds: NotRequired[float]

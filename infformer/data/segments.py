@@ -112,7 +112,7 @@ class LanesState(TypedDict):
     epoch: int
     queue_position: int
     lanes: dict[str, list[int]]
-    """Of each lane."""
+    """Where each lane stands."""
 
 
 class Lanes(Iterator[Segment]):

@@ -349,7 +349,7 @@ class _Summary(TypedDict):
 
 
 def _summarize(rows: Iterable[tuple[str, NDArray[Any]]]) -> _Summary:
-    """From the name and the tokens of each document."""
+    """What is known of documents as a whole, from the name and the tokens of each."""
     content = hashlib.sha256()
     largest = 0
     for name, tokens in rows:

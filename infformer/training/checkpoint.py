@@ -100,12 +100,12 @@ class _File(TypedDict):
 
 
 class _Manifest(TypedDict):
-    """`manifest.json`."""
+    """What `manifest.json` holds."""
 
     format: int
     files: dict[str, _File]
     crc32: int
-    """Of the files' entries."""
+    """The checksum of the files' entries."""
 
 
 class _SavedState(TypedDict):
@@ -114,7 +114,7 @@ class _SavedState(TypedDict):
     parts: int
     """Microbatches of a step: processes × `training.gradient_accumulation`."""
     schedule: dict[str, Any]
-    """By the libraries, as is the scaler's."""
+    """The state that torch gives, as of the scaler."""
     scaler: dict[str, Any] | None
 
 
