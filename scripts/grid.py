@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -64,7 +63,7 @@ def _train(options: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def format_mean(values: Sequence[float], decimals: int = 2) -> str:
+def format_mean(values: list[float], decimals: int = 2) -> str:
     """The mean over seeds, and half of what lies between the lowest and the highest, if anything: `0.75 ± 0.02`."""
     if not values:
         return "–"

@@ -86,8 +86,9 @@ def format_table(rows: list[SortingRun]) -> str:
 
 
 def _cell(figures: list[Accuracies]) -> str:
-    forced, free = zip(*((each["accuracy"], each["accuracy_free_running"]) for each in figures), strict=True)
-    return f"{format_mean(forced)} / {format_mean(free)}"
+    forced = format_mean([each["accuracy"] for each in figures])
+    free = format_mean([each["accuracy_free_running"] for each in figures])
+    return f"{forced} / {free}"
 
 
 if __name__ == "__main__":
