@@ -314,6 +314,7 @@ class TestWandb:
             before.check_run(config, 1, True)
 
 
+@pytest.mark.slow
 def test_a_command_ends_in_a_sentence_from_any_folder(tmp_path):
     """As a user sees it, in a process of its own, without a network."""
     command = [sys.executable, str(ROOT / "eval.py"), "checkpoint=someone/something"]

@@ -20,7 +20,6 @@ command.begin()
 
 import os, sys, time
 from pathlib import Path
-from infformer.training.supervision import StopSignals
 
 def main():
     match sys.argv[1]:
@@ -30,6 +29,7 @@ def main():
         case "refuse":
             sys.exit(f"error: {sys.argv[2]}")
         case "train":
+            from infformer.training.supervision import StopSignals
             with StopSignals(lambda number: number) as signals:
                 print("begun", flush=True)
                 while not signals.agreed():
@@ -42,7 +42,7 @@ def main():
 
 command.run(main)
 """
-"""In place of train.py: begins and ends as it does, and has nothing to import."""
+"""In place of train.py: begins and ends as it does, and has next to nothing to import."""
 
 
 @pytest.fixture

@@ -342,15 +342,15 @@ def longer(configure, train, tmp_path_factory) -> Path:
 
 
 class TestInAProcessOfItsOwn:
-    """The same from outside: the command, real signals, exit codes."""
+    """The same from outside: the command, from another folder; real signals, exit codes."""
 
     @pytest.fixture
     def start(self, configure, options_of, tmp_path) -> Callable[..., subprocess.Popen]:
         def start() -> subprocess.Popen:
             options = options_of(configure(tmp_path / "run", {**LONGER, "resume": "auto"}))
             return subprocess.Popen(
-                [sys.executable, "train.py", *options],
-                cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [sys.executable, ROOT / "train.py", *options],
+                cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
 
         return start
