@@ -21,29 +21,8 @@ def accuracies(level: float, symbols: int) -> dict:
     }
 
 
-def results(lengths: list[int]) -> dict:
-    return {
-        "lengths": [
-            {
-                "length": length,
-                **accuracies(0.7, 20),
-                "ideal_counters": {name: accuracies(0.15 * n, 20) for n, name in enumerate(COUNTERS, start=1)},
-            }
-            for length in lengths
-        ],
-        "before": None,
-    }
-
-
-def test_accuracy_is_drawn_beside_the_results(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results([4000])))
-    (path,) = plot_accuracy(tmp_path / "results.json")
-    assert path == tmp_path / "plots" / "accuracy_by_position.png"
-    assert imread(path).std() > 0.05
-
-
 def test_nothing_measured_is_no_figure(drawn):
-    assert drawn(plot_accuracy, results([])) == drawn(plot_accuracy_by_length, []) == {}
+    assert drawn(plot_accuracy, {"lengths": []}) == drawn(plot_accuracy_by_length, []) == {}
 
 
 def row(memory: str, seed: int, length: int, level: float) -> dict:

@@ -5,6 +5,10 @@ Files hold few numbers, all different, so that none can stand for another.
 
 import json
 import math
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
-from infformer.plots import plot_results, plot_run
+from infformer.plots import memory, plot_results, plot_run
 from infformer.plots.benchmark import plot_context, plot_parts
 from infformer.plots.comparison import plot_comparison
 from infformer.plots.memory import plot_inspection
@@ -49,35 +54,235 @@ def ticks(axes: Axes, which: str) -> list[str]:
     return [text.get_text() for text in getattr(axes, f"get_{which}ticklabels")()]
 
 
+def plot_run_of(metrics: Path) -> list[Path]:
+    return plot_run(metrics.parent)
+
+
+def as_lines(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+
+INSPECTED = {
+    "reconstruction",
+    "losses",
+    "contribution",
+    "density_centres",
+    "density_tokens_back",
+    "density_widths",
+    "sticky_samples",
+}
+RUN = (
+    {
+        "step": 1,
+        "tokens": 100,
+        "train/loss": 4.5,
+        "train/learning_rate": 0.01,
+        "train/memory_learning_rate": 0.05,
+        "train/gradient_norm": 2.0,
+        "train/divergence": 0.125,
+        "train/tokens_per_second": 700.0,
+    },
+    {"step": 1, "tokens": 100, "validation/loss": 4.25, "validation/perplexity": 70.0, "validation/accuracy": 0.3},
+    {
+        "step": 2,
+        "tokens": 300,
+        "train/loss": None,
+        "train/learning_rate": 0.02,
+        "train/memory_learning_rate": 0.06,
+        "train/gradient_norm": 3.0,
+        "train/divergence": 0.25,
+        "train/tokens_per_second": 800.0,
+    },
+    {"step": 2, "tokens": 300, "validation/loss": 3.75, "validation/perplexity": 42.0, "validation/accuracy": 0.4},
+)
+"""Of which one loss was not finite."""
+
+
+def situation(nats: list[float], recency: list[float], positions: list[float]) -> dict[str, Any]:
+    """Figures of three documents, of which one has no tokens: nats of the documents, by recency and by position."""
+    return {
+        "per_document": [
+            {"id": name, "tokens": tokens, "nll": nll}
+            for name, tokens, nll in zip(("one", "two", "none"), (10, 20, 0), nats, strict=True)
+        ],
+        "by_recency": [
+            {"previous_occurrence": name, "tokens": tokens, "nll": nll}
+            for name, tokens, nll in zip(
+                ("within_window", "beyond_window", "never"), (5, 1500, 0), recency, strict=True
+            )
+        ],
+        "by_position": [
+            {"from": first, "to": last, "tokens": tokens, "nll": nll}
+            for (first, last), tokens, nll in zip(
+                ((0, 64), (64, 128), (128, 256)), (128, 32, 0), positions, strict=True
+            )
+        ],
+    }
+
+
+EVALUATION: dict[str, Any] = {
+    **situation([30.0, 50.0, 0.0], [10.0, 3000.0, 0.0], [256.0, 96.0, 0.0]),
+    "controls": {
+        "memory_off": situation([31.0, 48.0, 0.0], [11.0, 3600.0, 0.0], [320.0, 128.0, 0.0]),
+        "memory_of_another_document": situation([33.0, 54.0, 0.0], [12.0, 4200.0, 0.0], [384.0, 160.0, 0.0]),
+        "memory_shuffled_in_time": situation([30.5, 51.0, 0.0], [9.0, 3150.0, 0.0], [288.0, 112.0, 0.0]),
+    },
+}
+
+
+def evaluation_of(count: int) -> dict[str, Any]:
+    """The same of so many documents."""
+
+    def of(figures: dict[str, Any]) -> dict[str, Any]:
+        documents = [{**figures["per_document"][n % 2], "id": f"document {n}"} for n in range(count)]
+        return {**figures, "per_document": documents}
+
+    return {**of(EVALUATION), "controls": {name: of(control) for name, control in EVALUATION["controls"].items()}}
+
+
+def row(value: float | None, low: float = 0.0, high: float = 0.0) -> dict[str, Any]:
+    return {"tokens": 10, "nats_per_token": value, "interval": None if value is None else [low, high]}
+
+
+COMPARISON: dict[str, Any] = {
+    "a": {"checkpoint": "control"},
+    "b": {"checkpoint": "sticky"},
+    "protocol": "disjoint segments of 64, float32",
+    "difference": row(-0.5, -0.75, -0.25),
+    "by_position": [
+        {"from": 0, "to": 64, **row(0.25, -0.125, 0.5)},
+        {"from": 64, "to": 2048, **row(None)},
+        {"from": 2048, "to": 4096, **row(-1.5, -2.0, -1.0)},
+    ],
+    "by_recency": [
+        {"previous_occurrence": "within_window", **row(0.375, 0.3, 0.4)},
+        {"previous_occurrence": "beyond_window", **row(-0.875, -0.9, -0.8)},
+        {"previous_occurrence": "never", **row(0.0625, 0.0, 0.1)},
+    ],
+    "per_document": [
+        {"id": name, "nats_per_token": value} for name, value in zip("abc", (0.25, -0.75, -0.5), strict=True)
+    ],
+}
+
+
+def heads(start: float, step: float) -> list[list[list[float]]]:
+    """[segments][layers][heads], all different."""
+    return [[[start + step * (4 * s + 2 * layer + h) for h in range(2)] for layer in range(2)] for s in range(2)]
+
+
+INSPECTION: dict[str, Any] = {
+    "memory": {"segment_length": 8, "basis_functions": 16, "layers": [1, 4]},
+    "reading": {
+        "segment": [1, 2],
+        "tokens": [8, 2],
+        "centre": heads(0.1, 0.1),
+        "centre_spread": heads(0.01, 0.01),
+        "width": heads(0.3, 0.05),
+        "width_spread": heads(0.02, 0.5),
+        "tokens_back": heads(3, 1),
+        "contribution": [[0.25, 0.5], [0.75, 1.0]],
+        "nats": [3.0, 2.0],
+        "nats_without_layer": [[3.5, 2.75], [2.25, 3.0]],
+        "nats_without_memory": [4.0, 2.5],
+    },
+    "writing": {
+        "segment": [1, 2],
+        "sampled_places": [
+            [[0.5, 0.25, 0.25, 0.0], [0.125, 0.125, 0.5, 0.25]],
+            [[0.0, 0.0, 0.25, 0.75], [1, 0, 0, 0]],
+        ],
+    },
+    "reconstruction": [
+        {"segments": 1, "tokens_back": [4.5], "limit": 1.0, "total": [0.5, 0.75], "by_age": [[0.4], [0.6]]},
+        {
+            "segments": 3,
+            "tokens_back": [4.5, 12.5, 20.5],
+            "limit": 0.625,
+            "total": [0.25, None],
+            "by_age": [[0.9, 0.7, None], [0.8, 0.3, -0.2]],
+        },
+    ],
+}
+
+
+def curves(start: float) -> dict[str, list[float]]:
+    return {
+        "accuracy_by_position": [start, start + 0.01],
+        "accuracy_free_running_by_position": [start + 0.02, start + 0.03],
+    }
+
+
+COUNTERS = ("last_2048", "last_half", "noise_3_percent", "noise_1_percent", "chance")
+SORTING = {
+    "lengths": [
+        {
+            "length": length,
+            **curves(base),
+            "ideal_counters": {name: curves(base + 0.04 * n) for n, name in enumerate(COUNTERS, start=1)},
+        }
+        for length, base in ((1000, 0.1), (20000, 0.5))
+    ]
+}
+
+
+PICTURES = {
+    "a run that was cut off": (
+        plot_run_of,
+        "metrics.jsonl",
+        as_lines(RUN) + '{"step": 3, "tok',
+        ["plots/training.png"],
+    ),
+    **{
+        f"an evaluation of {count} documents": (
+            plot_results,
+            "results.json",
+            evaluation_of(count),
+            [f"plots/{name}.png" for name in ("loss_by_position", "gain_by_recency", "gain_by_document")],
+        )
+        for count in (1, 200)
+    },
+    "a comparison": (plot_comparison, "comparison.json", COMPARISON, ["comparison.png"]),
+    "an inspection": (plot_inspection, "inspection.json", INSPECTION, [f"{name}.png" for name in INSPECTED]),
+    "sorting": (plot_accuracy, "results.json", SORTING, ["plots/accuracy_by_position.png"]),
+}
+
+
+@pytest.mark.parametrize(("plot", "name", "content", "expected"), PICTURES.values(), ids=PICTURES)
+def test_every_figure_becomes_a_picture_beside_its_file(tmp_path, plot, name, content, expected):
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    figures = plot(tmp_path / name)
+    assert sorted(figure.relative_to(tmp_path).as_posix() for figure in figures) == sorted(expected)
+    for figure in figures:
+        picture = imread(figure)[..., :3]
+        assert picture.std() > 0.05
+        assert min(picture.shape[:2]) > 300
+
+
+def test_no_global_state_of_matplotlib_is_touched():
+    program = "import sys, infformer.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 class TestARun:
-    LINES = (
-        {
-            "step": 1,
-            "tokens": 100,
-            "train/loss": 4.5,
-            "train/learning_rate": 0.01,
-            "train/memory_learning_rate": 0.05,
-            "train/gradient_norm": 2.0,
-            "train/divergence": 0.125,
-            "train/tokens_per_second": 700.0,
-        },
-        {"step": 1, "tokens": 100, "validation/loss": 4.25, "validation/perplexity": 70.0, "validation/accuracy": 0.3},
-        {
-            "step": 2,
-            "tokens": 300,
-            "train/loss": None,
-            "train/learning_rate": 0.02,
-            "train/memory_learning_rate": 0.06,
-            "train/gradient_norm": 3.0,
-            "train/divergence": 0.25,
-            "train/tokens_per_second": 800.0,
-        },
-        {"step": 2, "tokens": 300, "validation/loss": 3.75, "validation/perplexity": 42.0, "validation/accuracy": 0.4},
+    def test_a_run_without_metrics_has_no_figure(self, drawn):
+        assert drawn(plot_run_of, "", "metrics.jsonl") == {}
+
+    @pytest.mark.parametrize(
+        ("metric", "title"), [("perplexity", "Validation perplexity"), ("accuracy", "Validation accuracy")]
     )
+    def test_what_a_task_validates_by_has_a_panel_and_what_is_not_there_has_none(self, drawn, metric, title):
+        lines = [
+            {"step": 1, "tokens": 512, "train/loss": 3.0},
+            *({"step": step, "tokens": 512 * step, f"validation/{metric}": 0.2 * step} for step in (2, 4)),
+        ]
+        figure = drawn(plot_run_of, as_lines(lines), "metrics.jsonl")["training"]
+        panels = {words(axes)[0]: axes for axes in figure.axes}
+        assert panels.keys() == {"Loss", title}
+        (curve,) = panels[title].lines
+        assert curve.get_xydata() == pytest.approx(np.array([[1024, 0.4], [2048, 0.8]]))
 
     def test_every_metric_is_against_the_tokens_read(self, drawn):
-        content = "".join(f"{json.dumps(line)}\n" for line in self.LINES)
-        figure = drawn(lambda path: plot_run(path.parent), content, "metrics.jsonl")["training"]
+        figure = drawn(plot_run_of, as_lines(RUN), "metrics.jsonl")["training"]
         panels = {words(axes)[0]: axes for axes in figure.axes}
         expected: dict[str, tuple[str, Points]] = {
             "Loss": (
@@ -105,46 +310,19 @@ class TestARun:
         assert colours == {"backbone": BLUE, "memory": GREEN}
 
 
-def situation(nats: list[float], recency: list[float], positions: list[float]) -> dict[str, Any]:
-    """Figures of three documents, of which one has no tokens: nats of the documents, by recency and by position."""
-    return {
-        "per_document": [
-            {"id": name, "tokens": tokens, "nll": nll}
-            for name, tokens, nll in zip(("one", "two", "none"), (10, 20, 0), nats, strict=True)
-        ],
-        "by_recency": [
-            {"previous_occurrence": name, "tokens": tokens, "nll": nll}
-            for name, tokens, nll in zip(
-                ("within_window", "beyond_window", "never"), (5, 1500, 0), recency, strict=True
-            )
-        ],
-        "by_position": [
-            {"from": first, "to": last, "tokens": tokens, "nll": nll}
-            for (first, last), tokens, nll in zip(
-                ((0, 64), (64, 128), (128, 256)), (128, 32, 0), positions, strict=True
-            )
-        ],
-    }
-
-
 class TestAnEvaluation:
-    CONTENT: dict[str, Any] = {  # noqa: RUF012, no test changes it
-        **situation([30.0, 50.0, 0.0], [10.0, 3000.0, 0.0], [256.0, 96.0, 0.0]),
-        "controls": {
-            "memory_off": situation([31.0, 48.0, 0.0], [11.0, 3600.0, 0.0], [320.0, 128.0, 0.0]),
-            "memory_of_another_document": situation([33.0, 54.0, 0.0], [12.0, 4200.0, 0.0], [384.0, 160.0, 0.0]),
-            "memory_shuffled_in_time": situation([30.5, 51.0, 0.0], [9.0, 3150.0, 0.0], [288.0, 112.0, 0.0]),
-        },
-    }
     NAMES = ("memory off", "memory of another document", "memory shuffled in time")
     COLOURS = (GREY, ORANGE, GREEN)
 
     @pytest.fixture(scope="class")
     @classmethod
     def figures(cls, drawn) -> dict[str, Figure]:
-        figures = drawn(plot_results, cls.CONTENT)
+        figures = drawn(plot_results, EVALUATION)
         assert list(figures) == ["loss_by_position", "gain_by_recency", "gain_by_document"]
         return figures
+
+    def test_an_evaluation_without_controls_has_the_positions_alone(self, drawn):
+        assert list(drawn(plot_results, {**EVALUATION, "controls": {}})) == ["loss_by_position"]
 
     def test_loss_is_per_token_in_the_middle_of_each_stretch(self, figures):
         (axes,) = figures["loss_by_position"].axes
@@ -197,33 +375,10 @@ class TestAnEvaluation:
 
 
 class TestAComparison:
-    @staticmethod
-    def row(value: float | None, low: float = 0.0, high: float = 0.0) -> dict[str, Any]:
-        return {"tokens": 10, "nats_per_token": value, "interval": None if value is None else [low, high]}
-
     @pytest.fixture(scope="class")
     @classmethod
     def panels(cls, drawn) -> list[Axes]:
-        content = {
-            "a": {"checkpoint": "control"},
-            "b": {"checkpoint": "sticky"},
-            "protocol": "disjoint segments of 64, float32",
-            "difference": cls.row(-0.5, -0.75, -0.25),
-            "by_position": [
-                {"from": 0, "to": 64, **cls.row(0.25, -0.125, 0.5)},
-                {"from": 64, "to": 2048, **cls.row(None)},
-                {"from": 2048, "to": 4096, **cls.row(-1.5, -2.0, -1.0)},
-            ],
-            "by_recency": [
-                {"previous_occurrence": "within_window", **cls.row(0.375, 0.3, 0.4)},
-                {"previous_occurrence": "beyond_window", **cls.row(-0.875, -0.9, -0.8)},
-                {"previous_occurrence": "never", **cls.row(0.0625, 0.0, 0.1)},
-            ],
-            "per_document": [
-                {"id": name, "nats_per_token": value} for name, value in zip("abc", (0.25, -0.75, -0.5), strict=True)
-            ],
-        }
-        figure = drawn(plot_comparison, content)["comparison"]
+        figure = drawn(plot_comparison, COMPARISON)["comparison"]
         assert figure.get_suptitle() == "A: control    B: sticky\ndisjoint segments of 64, float32"
         return figure.axes
 
@@ -269,48 +424,17 @@ class TestAComparison:
 class TestAnInspection:
     """Two layers, numbered 1 and 4, two heads, three segments of which two found something in memory."""
 
-    @staticmethod
-    def heads(start: float, step: float) -> list[list[list[float]]]:
-        """[segments][layers][heads], all different."""
-        return [[[start + step * (4 * s + 2 * layer + h) for h in range(2)] for layer in range(2)] for s in range(2)]
+    def test_a_memory_that_is_not_sticky_has_no_samples_and_layers_fill_rows(self, drawn, monkeypatch):
+        monkeypatch.setattr(memory, "COLUMNS", 1)  # two layers are two rows
+        figures = drawn(plot_inspection, {**INSPECTION, "writing": {}}, "inspection.json")
+        assert figures.keys() == INSPECTED - {"sticky_samples"}
+        rows = [axes.get_subplotspec().rowspan.start for axes in figures["density_widths"].axes]
+        assert rows == [0, 1]
 
     @pytest.fixture(scope="class")
     @classmethod
     def figures(cls, drawn) -> dict[str, Figure]:
-        content = {
-            "memory": {"segment_length": 8, "basis_functions": 16, "layers": [1, 4]},
-            "reading": {
-                "segment": [1, 2],
-                "tokens": [8, 2],
-                "centre": cls.heads(0.1, 0.1),
-                "centre_spread": cls.heads(0.01, 0.01),
-                "width": cls.heads(0.3, 0.05),
-                "width_spread": cls.heads(0.02, 0.5),
-                "tokens_back": cls.heads(3, 1),
-                "contribution": [[0.25, 0.5], [0.75, 1.0]],
-                "nats": [3.0, 2.0],
-                "nats_without_layer": [[3.5, 2.75], [2.25, 3.0]],
-                "nats_without_memory": [4.0, 2.5],
-            },
-            "writing": {
-                "segment": [1, 2],
-                "sampled_places": [
-                    [[0.5, 0.25, 0.25, 0.0], [0.125, 0.125, 0.5, 0.25]],
-                    [[0.0, 0.0, 0.25, 0.75], [1, 0, 0, 0]],
-                ],
-            },
-            "reconstruction": [
-                {"segments": 1, "tokens_back": [4.5], "limit": 1.0, "total": [0.5, 0.75], "by_age": [[0.4], [0.6]]},
-                {
-                    "segments": 3,
-                    "tokens_back": [4.5, 12.5, 20.5],
-                    "limit": 0.625,
-                    "total": [0.25, None],
-                    "by_age": [[0.9, 0.7, None], [0.8, 0.3, -0.2]],
-                },
-            ],
-        }
-        return drawn(plot_inspection, content, "inspection.json")
+        return drawn(plot_inspection, INSPECTION, "inspection.json")
 
     def test_reconstruction_by_age_is_that_after_the_last_write(self, figures):
         axes, _ = figures["reconstruction"].axes
@@ -416,22 +540,7 @@ class TestAnInspection:
 
 class TestSorting:
     def test_every_length_has_a_row_and_every_measure_a_column(self, drawn):
-        def curves(start: float) -> dict[str, list[float]]:
-            return {
-                "accuracy_by_position": [start, start + 0.01],
-                "accuracy_free_running_by_position": [start + 0.02, start + 0.03],
-            }
-
-        counters = ("last_2048", "last_half", "noise_3_percent", "noise_1_percent", "chance")
-        lengths = [
-            {
-                "length": length,
-                **curves(base),
-                "ideal_counters": {name: curves(base + 0.04 * n) for n, name in enumerate(counters, start=1)},
-            }
-            for length, base in ((1000, 0.1), (20000, 0.5))
-        ]
-        axes = drawn(plot_accuracy, {"lengths": lengths})["accuracy_by_position"].axes
+        axes = drawn(plot_accuracy, SORTING)["accuracy_by_position"].axes
         for panel, (length, name, start) in zip(
             axes,
             [
@@ -445,7 +554,7 @@ class TestSorting:
             assert words(panel) == (f"{length} symbols, {name}", "place in the answer", "accuracy")
             expected = {
                 counter.replace("_", " "): [[1, 2], [start + 0.04 * n, start + 0.04 * n + 0.01]]
-                for n, counter in enumerate(counters, start=1)
+                for n, counter in enumerate(COUNTERS, start=1)
             }
             assert_lines(panel, {**expected, "this model": [[1, 2], [start, start + 0.01]]})
             assert panel.get_ylim() == (-0.02, 1.02)
