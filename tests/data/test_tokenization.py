@@ -249,7 +249,6 @@ def test_another_tokenizer_makes_them_anew(config, make_tokenizer, made):
 
 
 def test_a_failure_leaves_nothing_behind(config, tokenizer, monkeypatch):
-
     def full(_: Any) -> None:
         raise OSError("no space left on device")
 

@@ -168,15 +168,6 @@ class TestTypes:
         assert InfformerForCausalLM.from_backbone(tmp_path).dtype == torch.float32
         assert InfformerForCausalLM.from_backbone(tmp_path, dtype=torch.float16).dtype == torch.float16
 
-    @every_kind
-    def test_a_model_that_is_made_shorter_still_reads(self, saved, kind):
-        model = AutoModelForCausalLM.from_pretrained(saved[kind].name_or_path).to(torch.bfloat16)
-        text = torch.arange(2 * SEGMENT).view(1, -1)
-        memory = model(text[:, :SEGMENT]).state
-        output = model(text[:, SEGMENT:], state=memory)
-        assert output.logits.dtype == torch.bfloat16
-        assert output.logits.isfinite().all()
-
 
 class TestTheFolderOfARun:
     @pytest.fixture
