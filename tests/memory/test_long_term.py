@@ -15,7 +15,6 @@ from infformer.memory.long_term import (
     LongTermMemory,
     LongTermMemoryConfig,
     LongTermState,
-    Reading,
     WriteOperators,
 )
 from infformer.memory.memory import MemoryOutput, SegmentContext
@@ -228,37 +227,6 @@ class TestAgainstTheLiteralEquations:
             assert gradient.abs().max() > 1e-6, name
 
     @every_read
-    def test_gradients_of_a_read_are_numerically_right(self, build_memory, read):
-        memory = build_memory(**read, segment_length=3, basis_functions=4, hidden_size=4, heads=2)
-        names = list(dict(memory.named_parameters()))
-        written = torch.tensor([1, 2])
-
-        def read_with(hidden: Tensor, coefficients: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-            reading = torch.func.functional_call(
-                _Read(memory),
-                {f"memory.{name}": weight for name, weight in zip(names, weights, strict=True)},
-                (hidden, LongTermState(coefficients, written)),
-            )
-            return reading.context, memory.divergence(reading.attention)
-
-        inputs = [random(2, 3, 4), random(2, 4, 4, seed=1), *(p.detach().clone() for p in memory.parameters())]
-        assert torch.autograd.gradcheck(read_with, [tensor.requires_grad_() for tensor in inputs])
-
-    @pytest.mark.parametrize("write", [{}, {"contraction": "uniform"}, {"input_gate": True}])
-    def test_gradients_of_a_write_are_numerically_right(self, build_memory, write):
-        memory = build_memory(**write, segment_length=4, basis_functions=4, past_samples=5, hidden_size=3, heads=1)
-        written = torch.tensor([0, 2])
-        state = LongTermState(memory.initial_state(2).coefficients, written)
-        attention = memory.read(random(2, 4, 3), state).attention
-
-        def write_with(hidden: Tensor, coefficients: Tensor) -> Tensor:
-            state = LongTermState(coefficients, written)
-            return memory.write(hidden, state, memory.signal.operators(written), attention).coefficients
-
-        inputs = [random(2, 4, 3).requires_grad_(), random(2, 4, 3, seed=1).requires_grad_()]
-        assert torch.autograd.gradcheck(write_with, inputs)
-
-    @every_read
     def test_random_offsets_reach_the_resampling(self, build_memory, read):
         memory = build_memory(**read, sticky=True)
         hidden, state = random(1, 12, 6), used_state(memory, [2])
@@ -270,17 +238,6 @@ class TestAgainstTheLiteralEquations:
         expected = naive.write(state.coefficients, hidden, operator, basis, positions)
         assert_close(after.coefficients, expected)
         assert not torch.equal(after.coefficients, step(memory, hidden, state)[1].coefficients)
-
-
-class _Read(torch.nn.Module):
-    """A memory's read as a module's call."""
-
-    def __init__(self, memory: LongTermMemory) -> None:
-        super().__init__()
-        self.memory = memory
-
-    def forward(self, hidden: Tensor, state: LongTermState) -> Reading:
-        return self.memory.read(hidden, state)
 
 
 class TestPrecision:

@@ -61,7 +61,7 @@ def assert_all_cases_equal(compiled: MemoryModel, model: MemoryModel) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_layers_with_sticky_memories_share_one_graph_forward_and_one_backward(kind):
     torch.manual_seed(0)
     model = sticky(AutoModelForCausalLM.from_config(LAYERS[kind]))
