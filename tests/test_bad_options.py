@@ -141,12 +141,7 @@ REFUSED = [
     ("train", "model.memory.basis_functions=9", "", "the 2 widths"),
     ("train", "model.pretrained=null", "give one of model.pretrained=", "model.architecture="),
     ("train", "model=gpt2 model/memory=short_term", "model.memory.short_term_length=null", "only model=decoder"),
-    (
-        "train",
-        "model=gpt2_ltm model/memory=compressive",
-        "model.memory.short_term_length=null",
-        "only model=decoder",
-    ),
+    ("train", "model=gpt2_ltm model/memory=compressive", "model.memory.short_term_length=null", "only model=decoder"),
     ("train", "model=sorting", "model.tokenizer=null", "needs a tokenizer"),
     ("train", "model=sorting_small", "model.tokenizer=null", "needs a tokenizer"),
     ("train", "model=decoder model/memory=compressive model.memory.rate=3", "", "128"),
@@ -291,11 +286,7 @@ def test_numbers_are_found_in_the_typed_tree():
 
 class TestWandb:
     @pytest.mark.parametrize(
-        ("options", "named"),
-        [
-            ({"project": "a/b"}, "tracker.project="),
-            ({"project": "x" * 200}, "tracker.project="),
-        ],
+        ("options", "named"), [({"project": "a/b"}, "tracker.project="), ({"project": "x" * 200}, "tracker.project=")]
     )
     def test_what_wandb_refuses_is_said_before_the_work(self, monkeypatch, options, named):
         pytest.importorskip("wandb")

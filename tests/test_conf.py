@@ -11,14 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from infformer.config import CHOICES as TYPED
-from infformer.config import (
-    PUBLISHED_MEMORY,
-    TASKS,
-    EngineConfig,
-    EvaluationRunConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from infformer.config import PUBLISHED_MEMORY, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
@@ -314,10 +307,7 @@ class TestPublishedFromScratch:
 
     def test_rows_differ_in_their_memory_and_in_nothing_else(self):
         options = differing(self.configs(""))
-        assert {option for option in options if not option.startswith("model.memory")} == {
-            "name",
-            "output_dir",
-        }
+        assert {option for option in options if not option.startswith("model.memory")} == {"name", "output_dir"}
 
     def test_small_rows_differ_in_their_memory_and_in_what_makes_them_equally_large(self):
         options = differing(self.configs("_small"))

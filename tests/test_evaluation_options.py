@@ -92,13 +92,7 @@ def by_hand(checkpoint, data, tokenizer) -> Callable[..., float]:
         model = InfformerForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
         documents = tokenize_documents(data, "test", tokenizer)
         protocol = ReadingProtocol(**{"segment_length": 16, **options})
-        return evaluate(
-            Evaluator(
-                model=model,
-                protocol=protocol,
-            ),
-            documents,
-        )["nll"]
+        return evaluate(Evaluator(model=model, protocol=protocol), documents)["nll"]
 
     return read
 
@@ -143,11 +137,7 @@ def test_only_so_many_of_them(evaluate_with, data):
 def test_controls_are_measured_as_asked(evaluate_with):
     assert evaluate_with(controls=False).results["controls"] == {}
     found = evaluate_with(controls=True)
-    assert found.results["controls"].keys() == {
-        "memory_off",
-        "memory_of_another_document",
-        "memory_shuffled_in_time",
-    }
+    assert found.results["controls"].keys() == {"memory_off", "memory_of_another_document", "memory_shuffled_in_time"}
     assert "memory off" in found.printed
 
 

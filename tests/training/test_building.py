@@ -250,11 +250,7 @@ class TestHowItIsMeasured:
             ({"data.test": None}, lambda exam: exam.measure("here"), None),
             ({"data.validation": None}, lambda exam: exam.validate(), None),
             ({}, lambda exam: exam.measure("here")["controls"], {}),
-            (
-                {"training.precision": "bfloat16"},
-                lambda exam: exam.measure("here")["protocol"]["dtype"],
-                "bfloat16",
-            ),
+            ({"training.precision": "bfloat16"}, lambda exam: exam.measure("here")["protocol"]["dtype"], "bfloat16"),
             (
                 {"training.segment_length": 8, "model.memory": None},
                 lambda exam: exam.measure("here")["protocol"]["segment"],

@@ -90,11 +90,7 @@ class TestTheFolder:
     def test_results(self, finished, texts):
         results = json.loads((finished / "results.json").read_text())
         assert results.keys() == FIGURES | {"controls", "protocol", "before"}
-        assert results["controls"].keys() == {
-            "memory_off",
-            "memory_of_another_document",
-            "memory_shuffled_in_time",
-        }
+        assert results["controls"].keys() == {"memory_off", "memory_of_another_document", "memory_shuffled_in_time"}
         for figures in (results, results["before"], *results["controls"].values()):
             assert figures.keys() >= FIGURES
             assert figures["perplexity"].keys() == {"token", "word"}

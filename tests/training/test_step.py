@@ -19,14 +19,7 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.training.step import (
-    Microbatch,
-    NonFiniteError,
-    StepResult,
-    draw_noise,
-    dropout_seed,
-    train_step,
-)
+from infformer.training.step import Microbatch, NonFiniteError, StepResult, draw_noise, dropout_seed, train_step
 
 SEGMENT, LANES = 16, 4
 Gradients = dict[str, Tensor]
@@ -146,9 +139,10 @@ def assert_close(one: Gradients, other: Gradients) -> None:
 
 
 class TestHowTheLanesAreCutDoesNotMatter:
-    @pytest.mark.parametrize("microbatches", [2, 4])
-    @pytest.mark.parametrize("together", [1, 3])
-    def test_loss_gradients_and_memory(self, accelerator, model, segments, microbatches, together):
+    """What a step is, with its clipping and its gradients through memory: test_literal_loop.py."""
+
+    @pytest.mark.parametrize(("together", "microbatches"), [(1, 4), (3, 2)])
+    def test_loss_gradients_and_memory_are_the_same(self, accelerator, model, segments, microbatches, together):
         whole, cut = (step(accelerator, model(), segments[:together], count) for count in (1, microbatches))
         tokens = sum(segment.global_tokens for segment in segments[:together])
         assert cut.result.scored_tokens == whole.result.scored_tokens == tokens
@@ -160,7 +154,7 @@ class TestHowTheLanesAreCutDoesNotMatter:
             torch.testing.assert_close(cut.memory.named_tensors()[name], tensor, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("microbatches", [2, 4])
-    def test_auxiliary_losses(self, accelerator, model, segments, microbatches):
+    def test_auxiliary_losses_are_the_same(self, accelerator, model, segments, microbatches):
         """Rows that have no memory yet are not the same number in every microbatch."""
         some = model(divergence_weight=1.0)
         whole, cut = (step(accelerator, some, segments, count) for count in (1, microbatches))
@@ -169,63 +163,6 @@ class TestHowTheLanesAreCutDoesNotMatter:
             whole.result.auxiliary_losses["divergence"], rel=1e-5
         )
         assert_close(cut.gradients, whole.gradients)
-
-    def test_the_loss_is_the_mean_over_tokens(self, accelerator, model, segments):
-        """Not the mean of the lanes' or the segments' means, which these ragged lengths would tell apart."""
-        some, segment = model(), segments[0]
-        nats = []
-        for lane, length in enumerate(segment.lengths.tolist()):
-            logits = some.backbone(segment.input_ids[lane : lane + 1, :length]).logits[0]
-            nats.append(F.cross_entropy(logits, segment.targets[lane, :length], reduction="sum"))
-        mean = sum(nats) / segment.lengths.sum()
-        made = step(accelerator, some, [segment], 2)
-        assert made.result.loss == pytest.approx(mean.item(), rel=1e-6)
-        mean.backward()
-        expected = {name: parameter.grad for name, parameter in some.backbone.named_parameters()}
-        assert_close({name: made.gradients[f"backbone.{name}"] for name in expected}, expected)
-
-    def test_clipping_is_of_the_whole_gradient(self, accelerator, model, segments):
-        free, clipped = (step(accelerator, model(), segments, 2, gradient_clipping=limit) for limit in (None, 0.1))
-        assert clipped.result.gradient_norm == pytest.approx(free.result.gradient_norm, rel=1e-6)
-        assert free.result.gradient_norm > 0.2
-        norm = math.sqrt(sum((gradient**2).sum().item() for gradient in clipped.gradients.values()))
-        assert norm == pytest.approx(0.1, rel=1e-3)
-
-
-class TestGradientsThroughTheMemory:
-    def test_they_flow_from_segment_to_segment_within_a_step(self, accelerator, model, segments):
-        """As one literal computation of both segments gives them."""
-        some = model(divergence_weight=0.0)
-        memory, total, tokens = None, 0.0, 0
-        for segment in segments[:2]:
-            output = some(segment.input_ids, state=memory, reset=segment.reset, lengths=segment.lengths)
-            memory = output.state
-            real = segment.targets >= 0
-            total = total + F.cross_entropy(output.logits[real], segment.targets[real], reduction="sum")
-            tokens += int(real.sum())
-        (total / tokens).backward()
-        expected = {name: parameter.grad for name, parameter in some.named_parameters()}
-        made = step(accelerator, model(divergence_weight=0.0), segments[:2], 2)
-        assert made.result.loss == pytest.approx(total.item() / tokens, rel=1e-6)
-        assert_close(made.gradients, expected)
-
-    def test_they_stop_between_steps(self, accelerator, model, segments):
-        """The second segment moves the backbone that wrote the first one only if both are of one step."""
-        some = model(divergence_weight=0.0)
-        first = step(accelerator, some, segments[:1])
-        second = step(accelerator, some, segments[1:2], memory=first.memory)
-        together = step(accelerator, some, segments[:2])
-        weights = [segment.global_tokens for segment in segments[:2]]
-        detached = {
-            name: (weights[0] * first.gradients[name] + weights[1] * second.gradients[name]) / sum(weights)
-            for name in first.gradients
-        }
-        # Keys and values read what was written before, in either case; the last layer's output is nothing's past.
-        last = "backbone.transformer.ln_f.weight"
-        torch.testing.assert_close(together.gradients[last], detached[last], rtol=1e-4, atol=1e-7)
-        written = "backbone.transformer.wte.weight"
-        difference = (together.gradients[written] - detached[written]).abs().max()
-        assert difference > 1e-3 * together.gradients[written].abs().max()
 
 
 def score_the_end(segment: Segment, tokens: int, lanes: Sequence[int] = range(LANES)) -> Segment:
@@ -239,7 +176,7 @@ def score_the_end(segment: Segment, tokens: int, lanes: Sequence[int] = range(LA
 
 class TestSegmentsInWhichNothingIsScored:
     @pytest.mark.parametrize("scored", [(0, 0, 2), (0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
-    def test_are_as_if_their_memory_were_detached(self, accelerator, model, segments, scored):
+    def test_what_is_not_scored_is_read_as_if_its_memory_were_detached(self, accelerator, model, segments, scored):
         """Loss, gradients and memory of the literal computation, in which every segment has a graph."""
         some = model(divergence_weight=1.0)
         segments = [score_the_end(segment, tokens) for segment, tokens in zip(segments, scored, strict=True)]
@@ -264,7 +201,7 @@ class TestSegmentsInWhichNothingIsScored:
             torch.testing.assert_close(tensor, memory.named_tensors()[name].detach(), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("microbatches", [2, 4])
-    def test_however_the_lanes_are_cut(self, accelerator, model, microbatches):
+    def test_what_is_not_scored_is_read_alike_however_the_lanes_are_cut(self, accelerator, model, microbatches):
         lanes = Lanes(ragged_documents(70, 60, 80, 50), LANES, SEGMENT, seed=0, shuffle=False)
         segments = [score_the_end(next(lanes), tokens) for tokens in (0, 0, 3)]
         some = model(divergence_weight=1.0)
@@ -275,14 +212,14 @@ class TestSegmentsInWhichNothingIsScored:
         assert_close(cut.gradients, whole.gradients)
 
     @pytest.mark.parametrize("microbatches", [2, 4])
-    def test_have_a_graph_where_other_lanes_are_scored(self, accelerator, model, segments, microbatches):
+    def test_a_segment_has_a_graph_where_other_lanes_are_scored(self, accelerator, model, segments, microbatches):
         """Lane 3 is scored in its second segment alone, but what it wrote in the first learns from that."""
         segments = [score_the_end(segments[0], 2, lanes=[0]), score_the_end(segments[1], 2, lanes=[3])]
         some = model(divergence_weight=0.0)
         whole, cut = (step(accelerator, some, segments, count) for count in (1, microbatches))
         assert_close(cut.gradients, whole.gradients)
 
-    def test_keep_nothing_for_backward(self, accelerator, model, segments):
+    def test_what_is_not_scored_keeps_nothing_for_backward(self, accelerator, model, segments):
         def saved(*scored: int) -> int:
             """Numbers kept in a step of so many segments, of which so many tokens of each lane are scored."""
             kept = 0
@@ -309,7 +246,7 @@ def microbatch(
 
 class TestALossThatIsNotFinite:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_stops_before_the_weights_change(self, accelerator, model, segments, value):
+    def test_a_loss_that_is_not_finite_stops_before_the_weights_change(self, accelerator, model, segments, value):
         some = model()
         memory = some.initial_state(LANES).map_tensors(
             lambda tensor: torch.full_like(tensor, value) if tensor.is_floating_point() else tensor + 1
@@ -324,7 +261,7 @@ class TestALossThatIsNotFinite:
         assert optimizer.state_dict()["state"] == {}
         assert all(parameter.grad is None for parameter in some.parameters())
 
-    def test_so_does_a_gradient(self, accelerator, model, segments):
+    def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(self, accelerator, model, segments):
         some = model()
         some.backbone.transformer.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
         before = copy.deepcopy(some.state_dict())
@@ -334,7 +271,7 @@ class TestALossThatIsNotFinite:
         assert all(parameter.grad is None for parameter in some.parameters())
 
     @pytest.mark.parametrize("bad", [0, 1])
-    def test_of_one_part_of_several(self, accelerator, model, segments, bad):
+    def test_a_loss_of_one_part_of_several_stops_before_the_weights_change(self, accelerator, model, segments, bad):
         """Whichever it is: the gradients of those before it are forgotten too, and the last made none."""
         some = model()
         before = copy.deepcopy(some.state_dict())
@@ -362,12 +299,12 @@ class TestDropout:
 
     RATE = 0.2
 
-    def test_is_there(self, accelerator, model, segments):
+    def test_dropout_is_there(self, accelerator, model, segments):
         """So that the other tests mean something."""
         dropped, kept = (step(accelerator, model(rate), segments) for rate in (self.RATE, 0.0))
         assert dropped.result.loss != kept.result.loss
 
-    def test_is_drawn_from_the_seed_alone(self, accelerator, model, segments):
+    def test_dropout_is_drawn_from_the_seed_alone(self, accelerator, model, segments):
         some = model(self.RATE)
         torch.manual_seed(5)
         one = step(accelerator, some, segments, dropout_seeds=[7])
@@ -377,7 +314,7 @@ class TestDropout:
         assert all(torch.equal(gradient, one.gradients[name]) for name, gradient in same.gradients.items())
         assert other.result.loss != one.result.loss
 
-    def test_is_the_same_wherever_its_part_stands(self, accelerator, model, segments):
+    def test_dropout_is_the_same_wherever_its_part_stands(self, accelerator, model, segments):
         """Two of lanes that read the same: which comes first does not matter, only what each draws from."""
         some = model(self.RATE)
         twice = [segment.rows(torch.tensor([0, 1, 0, 1])) for segment in segments]
@@ -433,7 +370,7 @@ class TestDropout:
 class TestStickyOffsets:
     SAMPLES = 500
 
-    def test_are_spread_over_0_to_1(self, segments):
+    def test_offsets_are_spread_over_0_to_1(self, segments):
         offsets = draw_noise(segments[0], self.SAMPLES, seed=0)
         assert offsets.shape == (LANES, self.SAMPLES)
         assert offsets.dtype == torch.float32
@@ -442,13 +379,13 @@ class TestStickyOffsets:
         assert abs(offsets.mean() - 0.5) < 0.03
         assert offsets.std() == pytest.approx(1 / math.sqrt(12), rel=0.05)
 
-    def test_belong_to_the_lane_wherever_it_is_read(self, segments):
+    def test_offsets_belong_to_the_lane_wherever_it_is_read(self, segments):
         whole = draw_noise(segments[2], self.SAMPLES, seed=3)
         for lane in range(LANES):
             alone = draw_noise(segments[2].rows(slice(lane, lane + 1)), self.SAMPLES, seed=3)
             assert torch.equal(alone[0], whole[lane])
 
-    def test_differ_between_lanes_reads_and_seeds(self, segments):
+    def test_offsets_differ_between_lanes_reads_and_seeds(self, segments):
         draws = [
             row for seed in (0, 1, 2**40) for segment in segments for row in draw_noise(segment, self.SAMPLES, seed)
         ]
@@ -456,7 +393,7 @@ class TestStickyOffsets:
         correlations = np.corrcoef(torch.stack(draws).numpy()) - np.eye(len(draws))
         assert np.abs(correlations).max() < 0.25
 
-    def test_make_a_step_that_does_not_depend_on_how_lanes_are_cut(self, accelerator, model, segments):
+    def test_a_sticky_step_does_not_depend_on_how_lanes_are_cut(self, accelerator, model, segments):
         def offsets(segment: Segment) -> Tensor:
             return draw_noise(segment, 16, seed=0)
 
