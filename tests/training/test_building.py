@@ -27,20 +27,13 @@ Ask = Callable[..., tuple[TrainingStream, Evaluation]]
 SHARE = range(4)
 GPT2 = {"model_type": "gpt2", "n_positions": 64, "n_embd": 8, "n_layer": 3, "n_head": 2}
 LLAMA = {
-    "model_type": "llama",
-    "max_position_embeddings": 32,
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+    "model_type": "llama", "max_position_embeddings": 32, "hidden_size": 12, "intermediate_size": 20,
+    "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
 DECODER = {
-    "model_type": "decoder",
-    "hidden_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 3,
+    "model_type": "decoder", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3,
     "feed_forward_size": 20,
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -100,26 +93,16 @@ class TestThePretrainedModel:
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in backbone.state_dict().items())
 
     @pytest.mark.parametrize("layers", [None, [1]])
-    def test_which_layers_have_a_memory(self, build, layers):
+    def test_the_layers_that_are_named_have_a_memory(self, build, layers):
         assert list(build({"model.memory_layers": layers}).layer_memories()) == (layers or [0, 1])
 
-    def test_every_option_of_the_memory(self, build):
+    def test_every_option_of_the_memory_reaches_it(self, build):
         """Two memories, as not every value goes with every other; in one of them, each is another than by default."""
         common = LongTermMemoryConfig(
-            short_term_length=0,
-            basis_functions=12,
-            widths=[0.03, 0.07, 0.2],
-            past_samples=24,
-            contraction_rate=0.6,
-            ridge=0.7,
-            read="moments",
-            density="truncated_parabola",
-            sticky=True,
-            sticky_bins=9,
-            input_gate=True,
-            divergence_weight=0.3,
-            prior_standard_deviation=0.2,
-        )
+            short_term_length=0, basis_functions=12, widths=[0.03, 0.07, 0.2], past_samples=24, contraction_rate=0.6,
+            ridge=0.7, read="moments", density="truncated_parabola", sticky=True, sticky_bins=9, input_gate=True,
+            divergence_weight=0.3, prior_standard_deviation=0.2,
+        )  # fmt: skip
         memories = [replace(common, contraction="uniform"), replace(common, sticky_placement="published")]
         defaults = asdict(LongTermMemoryConfig(basis_functions=8))
         for name, default in defaults.items():
@@ -129,17 +112,17 @@ class TestThePretrainedModel:
             assert [each.config for each in model.layer_memories().values()] == [memory, memory]
 
     @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-    def test_attention(self, build, kernel):
+    def test_attention_is_by_the_kernel_that_is_named(self, build, kernel):
         assert build({"model.attention": kernel}).backbone.config._attn_implementation == kernel
 
     @pytest.mark.parametrize("frozen", [False, True])
-    def test_what_is_trained(self, build, frozen):
+    def test_a_frozen_backbone_is_not_trained(self, build, frozen):
         model = build({"training.freeze_backbone": frozen})
         assert {parameter.requires_grad for parameter in model.backbone.parameters()} == {not frozen}
         assert all(parameter.requires_grad for parameter in model.memory_parameters())
 
     @pytest.mark.parametrize("again", [False, True])
-    def test_what_is_computed_again(self, build, again, monkeypatch):
+    def test_activations_are_computed_again_if_asked(self, build, again, monkeypatch):
         asked: list[None] = []
         monkeypatch.setattr(MemoryModel, "checkpoint_activations", lambda model: asked.append(None))
         build({"training.gradient_checkpointing": again})
@@ -164,7 +147,7 @@ class TestAModelFromScratch:
         assert config._attn_implementation == "eager"
         assert list(model.layer_memories()) == [1]
 
-    def test_a_larger_vocabulary(self, scratch):
+    def test_a_vocabulary_may_be_larger_than_the_tokenizer_s(self, scratch):
         assert scratch({**GPT2, "vocab_size": 300}).vocabulary_size == 300
 
     @pytest.mark.parametrize(
@@ -183,7 +166,7 @@ class TestAModelFromScratch:
         ],
         ids=["none", "short_term", "compressive", "long_term"],
     )
-    def test_the_memories_of_a_decoder(self, scratch, changes, memory):
+    def test_a_decoder_has_the_memory_that_is_chosen(self, scratch, changes, memory):
         model = scratch(DECODER, changes)
         assert {name: getattr(model.config, name) for name in DECODER} == DECODER
         assert model.config.memory_config == memory
@@ -200,10 +183,7 @@ def read(task: tuple[TrainingStream, Evaluation], steps: int) -> list[Segment]:
 
 
 class TestWhatIsRead:
-    def test_sizes(self, ask):
-        changes = {"training.batch_size": 3, "training.bptt_segments": 4, "training.segment_length": 12}
-        segments = ask({**changes, "model.memory": None}, range(3))[0].next_step()
-        assert [segment.input_ids.shape for segment in segments] == [(3, 12)] * 4
+    """Sizes, visits and the order of the documents: test_literal_loop.py."""
 
     def test_a_share_is_those_lanes_of_all(self, ask):
         whole, own = read(ask(), 2), read(ask(rank_rows=range(1, 3)), 2)
@@ -212,17 +192,7 @@ class TestWhatIsRead:
             assert torch.equal(part.input_ids, segment.input_ids[1:3])
             assert part.global_tokens == segment.global_tokens
 
-    @pytest.mark.parametrize("visit", [2, 5, None])
-    def test_lanes_leave_a_document_after_so_many_segments(self, ask, visit):
-        segments = read(ask({"data.segments_per_visit": visit, "data.shuffle": False}), 6)
-        resets = torch.stack([segment.reset for segment in segments])[:, 0].nonzero().flatten().tolist()
-        assert resets == list(range(0, 12, visit or 12))
-
-    def test_in_the_order_of_the_documents(self, ask):
-        first = ask({"data.shuffle": False, "data.segments_per_visit": None})[0].next_step()[0]
-        assert first.documents.tolist() == [0, 1, 2, 3]
-
-    def test_in_an_order_that_is_the_seed_s(self, ask):
+    def test_documents_are_read_in_an_order_that_is_the_seed_s(self, ask):
         orders = [[segment.documents.tolist() for segment in read(ask({"seed": seed}), 3)] for seed in (0, 0, 1)]
         assert orders[0] == orders[1] != orders[2]
 
@@ -233,7 +203,7 @@ class TestWhatIsRead:
 
 
 class TestHowItIsMeasured:
-    def test_by_default_all_of_it(self, ask, shapes):
+    def test_all_of_it_is_measured_by_default(self, ask, shapes):
         _, evaluation = ask({"evaluation.controls": EvaluationConfig().controls})
         assert evaluation.measure_before()["documents"] == 4
         results = evaluation.measure("here")
@@ -260,26 +230,19 @@ class TestHowItIsMeasured:
             ({"evaluation.inspected_segments": 0}, lambda exam: exam.inspect(), None),
         ],
         ids=[
-            "not before",
-            "no test",
-            "no test at the end",
-            "no validation",
-            "no controls",
-            "bfloat16",
-            "segments of 8",
-            "inspected",
-            "not inspected",
+            "not before", "no test", "no test at the end", "no validation", "no controls", "bfloat16", "segments of 8",
+            "inspected", "not inspected",
         ],
-    )
-    def test_as_asked(self, ask, changes, call, expected):
+    )  # fmt: skip
+    def test_what_is_measured_is_as_asked(self, ask, changes, call, expected):
         assert call(ask(changes)[1]) == expected
 
     @pytest.mark.parametrize(("rows", "read"), [(1, {1}), (3, {3})])
-    def test_so_many_documents_side_by_side(self, ask, shapes, rows, read):
+    def test_so_many_documents_are_read_side_by_side(self, ask, shapes, rows, read):
         ask({"evaluation.batch_size": rows})[1].measure_before()
         assert {rows for rows, _ in shapes} == read
 
-    def test_so_much_of_the_validation_documents(self, ask, shapes):
+    def test_so_much_of_the_validation_documents_is_read(self, ask, shapes):
         """Of these 20 are the beginnings, 10 of each."""
         ask({"evaluation.max_validation_tokens": 20, "evaluation.batch_size": 2})[1].validate()
         assert shapes == [(2, 16)]

@@ -101,79 +101,60 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def without_a_key(path: Path) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(dict(list(content.items())[1:])))
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Another content, in a file of the same kind."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        content = load_file(path)
+        change(content)
+        save_file(content, path)
 
 
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "emptied": lambda path: path.write_bytes(b""),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-10]),
-    "a bit flipped": flip,
-    "no object": lambda path: path.write_text("[" + " " * (path.stat().st_size - 2) + "]"),
-    "missing": lambda path: path.unlink(),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-}
+def swap(tensors: dict[str, Any]) -> None:
+    """Two of the same size, in a file of the same size."""
+    one, other = (f"backbone.transformer.h.0.{norm}.weight.exp_avg" for norm in ("ln_1", "ln_2"))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
 JSON = ("state.json", "manifest.json", "model/config.json", "model/tokenizer.json")
 TENSORS = ("model/model.safetensors", "optimizer.safetensors", "process-00000.safetensors")
+DAMAGES: dict[str, tuple[tuple[str, ...], Callable[[Path], Any]]] = {
+    "emptied": (JSON + TENSORS, lambda path: path.write_bytes(b"")),
+    "cut": (JSON + TENSORS, lambda path: path.write_bytes(path.read_bytes()[:-10])),
+    "a bit flipped": (JSON + TENSORS, flip),
+    "no object": (JSON + TENSORS, lambda path: path.write_text("[" + " " * (path.stat().st_size - 2) + "]")),
+    "missing": (JSON + TENSORS, lambda path: path.unlink()),
+    "a folder": (JSON + TENSORS, lambda path: (path.unlink(), path.mkdir())),
+    "of another checkpoint": (
+        TENSORS,
+        lambda path: shutil.copy(str(path).replace("step-00000008", "step-00000006"), path),
+    ),
+    "a key less": (JSON, lambda path: edit(path, lambda content: content.pop(next(iter(content))))),
+    "a file less": (("manifest.json",), lambda path: edit(path, lambda content: content["files"].pop(TENSORS[2]))),
+    "a moment less": (("optimizer.safetensors",), lambda path: edit(path, lambda moments: moments.popitem())),
+    "two moments swapped": (("optimizer.safetensors",), lambda path: edit(path, swap)),
+    "twice": ((TENSORS[2],), lambda path: shutil.copy(path, path.with_name("process-00001.safetensors"))),
+}
+"""Of which files it is tried, and how it is done; also where names and sizes remain."""
 
 
 class TestDamage:
-    def assert_passed_over(self, root: Path, caplog: Any) -> None:
+    @pytest.mark.parametrize(("damage", "name"), [(damage, name) for damage in DAMAGES for name in DAMAGES[damage][0]])
+    def test_a_damaged_checkpoint_is_passed_over(self, root: Path, caplog, damage: str, name: str) -> None:
+        DAMAGES[damage][1](root / "step-00000008" / name)
         assert newest_checkpoint(root) == root / "step-00000006"
         assert f"{root / 'step-00000008'} is passed over: " in caplog.text
 
-    @pytest.mark.parametrize("name", [*JSON, *TENSORS])
-    @pytest.mark.parametrize("damage", DAMAGES)
-    def test_is_found_in_every_file(self, root: Path, caplog, damage: str, name: str) -> None:
-        DAMAGES[damage](root / "step-00000008" / name)
-        self.assert_passed_over(root, caplog)
-
-    @pytest.mark.parametrize("name", JSON)
-    def test_a_key_less(self, root: Path, caplog, name: str) -> None:
-        without_a_key(root / "step-00000008" / name)
-        self.assert_passed_over(root, caplog)
-
-    def test_a_file_less_in_the_manifest(self, root: Path, caplog) -> None:
-        manifest = root / "step-00000008" / "manifest.json"
-        content = json.loads(manifest.read_text())
-        del content["files"]["process-00000.safetensors"]
-        manifest.write_text(json.dumps(content))
-        self.assert_passed_over(root, caplog)
-
-    def test_a_moment_less(self, root: Path, caplog) -> None:
-        path = root / "step-00000008" / "optimizer.safetensors"
-        moments = load_file(path)
-        moments.popitem()
-        save_file(moments, path)
-        self.assert_passed_over(root, caplog)
-
-    def test_two_tensors_swapped(self, root: Path, caplog) -> None:
-        """Of the same size, in a file of the same size."""
-        path = root / "step-00000008" / "optimizer.safetensors"
-        moments = load_file(path)
-        one, other = (f"backbone.transformer.h.0.{norm}.weight.exp_avg" for norm in ("ln_1", "ln_2"))
-        moments[one], moments[other] = moments[other], moments[one]
-        save_file(moments, path)
-        self.assert_passed_over(root, caplog)
-
-    @pytest.mark.parametrize("name", TENSORS)
-    def test_a_file_of_another_checkpoint(self, root: Path, caplog, name: str) -> None:
-        """Of the same names and sizes: weights of one run, memory of another."""
-        shutil.copy(root / "step-00000006" / name, root / "step-00000008" / name)
-        self.assert_passed_over(root, caplog)
-
-    def test_a_file_too_many(self, root: Path, caplog) -> None:
-        shutil.copy(root / "step-00000008" / TENSORS[2], root / "step-00000008" / "process-00001.safetensors")
-        self.assert_passed_over(root, caplog)
-
-    def test_is_refused_where_it_was_asked_for(self, root: Path, configure, tmp_path: Path) -> None:
+    def test_a_damaged_checkpoint_that_was_asked_for_is_refused(self, root: Path, configure, tmp_path: Path) -> None:
         flip(root / "step-00000008" / TENSORS[1])
         config = configure(tmp_path / "new", {"resume": str(root / "step-00000008")})
         with pytest.raises(RunError, match=r"cannot be gone on from: optimizer\.safetensors is damaged"):
             find_checkpoint(config, tmp_path / "new")
 
-    def test_of_an_earlier_format_names_who_reads_it(self, root: Path, configure, tmp_path: Path) -> None:
+    def test_a_checkpoint_of_an_earlier_format_names_who_reads_it(self, root: Path, configure, tmp_path: Path) -> None:
         """Up to format 3 a manifest held nothing but sizes; nothing is begun anew over such checkpoints."""
         for folder in root.iterdir():
             (folder / "manifest.json").write_text('{"state.json": 1}')

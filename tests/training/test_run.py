@@ -53,7 +53,7 @@ def finished(configure, train, tmp_path_factory) -> Path:
 
 
 class TestTheFolder:
-    def test_holds_what_the_run_was(self, finished, configure):
+    def test_the_folder_says_what_the_run_was(self, finished, configure):
         config = OmegaConf.load(finished / "config.yaml")
         assert config.training.segment_length == 2 * config.model.memory.basis_functions == 16
         assert config.output_dir == str(finished)
@@ -63,21 +63,14 @@ class TestTheFolder:
         assert versions["torch"] == torch.__version__
         assert versions.keys() >= {"python", "git_revision", "infformer", "transformers", "accelerate", "datasets"}
 
-    def test_metrics(self, finished):
+    def test_metrics_are_of_every_step_and_validation(self, finished):
         lines = read_metrics(finished / "metrics.jsonl")
         training = [line for line in lines if "train/loss" in line]
         assert [line["step"] for line in training] == list(range(1, 9))
         assert training[0].keys() == {
-            "step",
-            "tokens",
-            "train/loss",
-            "train/perplexity",
-            "train/divergence",
-            "train/gradient_norm",
-            "train/tokens_per_second",
-            "train/learning_rate",
-            "train/memory_learning_rate",
-        }
+            "step", "tokens", "train/loss", "train/perplexity", "train/divergence", "train/gradient_norm",
+            "train/tokens_per_second", "train/learning_rate", "train/memory_learning_rate",
+        }  # fmt: skip
         assert all(line["train/perplexity"] == pytest.approx(math.exp(line["train/loss"])) for line in training)
         assert training[-1]["train/loss"] < training[0]["train/loss"]
         validation = [line for line in lines if "validation/loss" in line]
@@ -87,7 +80,7 @@ class TestTheFolder:
             line["validation/perplexity"] == pytest.approx(math.exp(line["validation/loss"])) for line in validation
         )
 
-    def test_results(self, finished, texts):
+    def test_results_hold_the_figures_with_their_controls(self, finished, texts):
         results = json.loads((finished / "results.json").read_text())
         assert results.keys() == FIGURES | {"controls", "protocol", "before"}
         assert results["controls"].keys() == {"memory_off", "memory_of_another_document", "memory_shuffled_in_time"}
@@ -103,7 +96,7 @@ class TestTheFolder:
         }  # fmt: skip
         assert results["protocol"]["checkpoint"] == str((finished / "checkpoints" / "best").resolve())
 
-    def test_checkpoints_and_plots(self, finished):
+    def test_checkpoints_and_plots_are_there(self, finished):
         assert {path.name for path in (finished / "checkpoints").iterdir()} == {
             "step-00000006",
             "step-00000008",
@@ -116,12 +109,12 @@ class TestTheFolder:
             "gain_by_document.png",
         }
 
-    def test_what_the_memory_holds(self, finished):
+    def test_what_the_memory_holds_is_there(self, finished):
         inspection = json.loads((finished / "inspection" / "inspection.json").read_text())
         assert inspection["document"]["segments"] == 4
         assert (finished / "inspection" / "reconstruction.png").exists()
 
-    def test_samples(self, finished):
+    def test_samples_are_there(self, finished):
         samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
         assert [sample["step"] for sample in samples] == [4, 8]
         assert all("⟶" in sample["text"] for sample in samples)
@@ -153,7 +146,7 @@ class TestTheFinalFigures:
             train(configure(folder, changes))
         return folder
 
-    def test_are_those_of_the_best_checkpoint(self, spoilt):
+    def test_the_final_figures_are_those_of_the_best_checkpoint(self, spoilt):
         """The weights before training, to the last bit; so its figures are those from before training."""
         lines = read_metrics(spoilt / "metrics.jsonl")
         first, *others = [line["validation/loss"] for line in lines if "validation/loss" in line]
@@ -164,7 +157,7 @@ class TestTheFinalFigures:
         assert results["protocol"]["checkpoint"] == str((spoilt / "checkpoints" / "best").resolve())
         assert Path(results["protocol"]["checkpoint"]).name == "step-00000001"
 
-    def test_and_so_is_what_the_memory_holds(self, spoilt, texts):
+    def test_what_the_memory_holds_is_that_of_the_best_checkpoint(self, spoilt, texts):
         """A memory that was never trained adds nothing."""
         inspection = json.loads((spoilt / "inspection" / "inspection.json").read_text())
         assert np.array(inspection["reading"]["contribution"]).max() == 0
@@ -255,17 +248,6 @@ class TestOptions:
         assert results["nll"] < results["before"]["nll"]
         line = read_metrics(tmp_path / "metrics.jsonl")[0]
         assert line.keys().isdisjoint({"train/divergence", "train/memory_learning_rate"})
-
-    def test_a_model_from_scratch_has_the_sizes_and_the_tokens_that_were_chosen(
-        self, configure, train, tmp_path, one_layer_folder
-    ):
-        sizes = {"model_type": "gpt2", "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 1}
-        changes = {"model.pretrained": None, "model.architecture": sizes, "model.tokenizer": str(one_layer_folder)}
-        train(configure(tmp_path, {**changes, "training.segment_length": 32, "training.max_steps": 1}))
-        best = tmp_path / "checkpoints" / "best"
-        assert weights(best)["backbone.transformer.wte.weight"].shape == (257, 8)
-        config = json.loads((best / "model" / "config.json").read_text())
-        assert config["backbone"]["bos_token_id"] == config["backbone"]["eos_token_id"] == 0
 
     def test_a_checkpoint_holds_the_memory_of_the_layers_that_have_one(self, configure, train, tmp_path, model_folder):
         changes = {"model.pretrained": str(model_folder), "model.memory_layers": [1], "training.max_steps": 1}
