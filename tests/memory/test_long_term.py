@@ -1,4 +1,3 @@
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -346,27 +345,6 @@ class TestContraction:
         room = signal.sum(0) / 400
         expected = torch.tensor([rate**4] + [(1 - rate) * rate ** (4 - k) for k in range(1, 5)])
         assert (room - expected).abs().max() < 0.01
-
-    @pytest.mark.parametrize(
-        ("contraction", "ends"), [("constant", [0, 1 / 8, 1 / 4, 1 / 2, 1]), ("uniform", [0, 1 / 4, 1 / 2, 3 / 4, 1])]
-    )
-    def test_no_more_vectors_than_coefficients(self, build_memory, contraction, ends):
-        """R² of white noise, summed over all tokens of the past, is at most N, and not far below it.
-
-        A token is reconstructed as R x, row by row, from all tokens x: for white noise R² is 1 − ‖R_i − e_i‖² in
-        expectation, and the sum 2·tr R − ‖R‖² ≤ rank R ≤ N. Tokens that are the unit vectors give R itself.
-        """
-        T, N, segments = 64, 32, 4
-        sizes = {"segment_length": T, "basis_functions": N, "past_samples": 128, "hidden_size": T * segments}
-        memory = build_memory(**sizes, heads=1, widths=[0.01, 0.03], ridge=0.1, contraction=contraction)
-        tokens = torch.eye(T * segments, dtype=torch.float64)
-        state = memory.initial_state(1)
-        for hidden in tokens.split(T):
-            _, state = step(memory, hidden.unsqueeze(0), state)
-        places = [a + (b - a) * i / T for a, b in itertools.pairwise(ends) for i in range(1, T + 1)]
-        reconstruction = memory.signal.basis.evaluate(torch.tensor(places, dtype=torch.float64)) @ state.coefficients[0]
-        r_squared = 1 - (reconstruction - tokens).square().sum(1)
-        assert 0.5 * N < r_squared.sum() <= N
 
 
 class TestManySegments:

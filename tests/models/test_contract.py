@@ -123,16 +123,10 @@ MEMORIES: dict[str, MemoryConfig | None] = {
 }
 """Every kind; of the long-term memory's options each, but not each with each."""
 IN = {
-    "relative": ("none", "short-term", "compressive", "long-term", "short-term and sticky moments"),
-    "rotary": (
-        "most used",
-        "uniform sticky",
-        "short-term and uniform slots",
-        "running mean",
-        "short-term and running mean",
-    ),
-    "gpt2": ("none", "long-term", "sticky moments", "running mean"),
-    "llama": ("uniform sticky", "uniform slots"),
+    "relative": ("short-term", "compressive", "long-term", "short-term and sticky moments"),
+    "rotary": ("none", "most used", "uniform sticky", "short-term and uniform slots", "short-term and running mean"),
+    "gpt2": ("none", "long-term", "running mean"),
+    "llama": ("sticky moments", "uniform slots"),
 }
 MODELS = {f"{kind}, {name}": (kind, MEMORIES[name]) for kind, names in IN.items() for name in names}
 REMEMBERING = {name: model for name, model in MODELS.items() if model[1] is not None}
