@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class ModelError(UserError, ValueError):
+    """A model or tokenizer that cannot be loaded, or does not fit."""
+
+
 class DataError(UserError, ValueError):
     """Documents that cannot be read, or cannot be read as asked.
 

@@ -57,6 +57,12 @@ class CompressiveMemoryConfig(MemoryConfig):
                 "rate that does"
             )
 
+    def check_pretrained(self) -> None:
+        raise ValueError(
+            "model/memory=compressive: only model=decoder has a compressed memory, whose attention sees hidden states; "
+            "beside a Hugging Face model choose model/memory=none, short_term, long_term, sticky or published"
+        )
+
     @property
     def adds_to_attention(self) -> bool:
         return False

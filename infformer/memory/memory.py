@@ -14,6 +14,15 @@ ContentAttention = Callable[[Tensor], tuple[Tensor, Tensor]]
 reach nothing but the entries: what is read [batch, queries, width], and the weights [batch, heads, queries, length]."""
 
 
+class KeyValues(NamedTuple):
+    """Keys, before any rotation by places, and values."""
+
+    keys: Tensor
+    """[batch, heads, length, head]."""
+    values: Tensor
+    """[batch, heads, length, head]."""
+
+
 class SegmentContext(NamedTuple):
     """What the memories of all layers are told about the segment that is read."""
 
@@ -23,6 +32,8 @@ class SegmentContext(NamedTuple):
     """Random numbers in [0, 1), [batch, noise_size]; None: the memory is deterministic."""
     attend: ContentAttention | None = None
     """The layer's attention by content alone; None where the memory stands beside somebody else's attention."""
+    key_values: KeyValues | None = None
+    """Those of the segment in this layer; None in the own decoder, which sees hidden states."""
     leaving: Tensor | None = None
     """What leaves the short-term memory and is written instead of the segment, [batch, length, hidden]; None without
     one."""
@@ -81,6 +92,10 @@ class Memory(nn.Module):
 
     def entries(self, state: Any) -> Entries | None:
         """What attention sees before the segment; None for a memory that only adds to what attention returns."""
+        return None
+
+    def key_values(self, state: Any) -> tuple[KeyValues, Tensor] | None:
+        """What somebody else's attention sees before the segment, and which is real, bool [batch, length]."""
         return None
 
     def forward(self, hidden: Tensor, state: Any, context: SegmentContext, shared: Any) -> MemoryOutput:

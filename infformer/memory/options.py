@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from infformer.memory.memory import Memory
-from infformer.memory.short_term import ShortTermMemory
+from infformer.memory.short_term import KeyValueMemory, ShortTermMemory
 
 
 @dataclass
@@ -37,6 +38,10 @@ class MemoryConfig:
         """The same with so long a short-term memory, if it is not said how long it is."""
         return self if self.short_term_length is not None else replace(self, short_term_length=default)
 
+    def beside_pretrained(self, segment_length: int) -> Self:
+        """The same beside a pretrained model: without a short-term memory, unless it is asked for or all there is."""
+        return self.with_short_term_length(0 if self.adds_to_attention else segment_length)
+
     def check_segment_length(self, segment_length: int) -> None:
         """Make sure that segments of this length can be written.
 
@@ -50,17 +55,11 @@ class MemoryConfig:
             )
 
     def check_pretrained(self) -> None:
-        """Make sure that this can stand beside the attention of a pretrained model, which looks at the segment alone.
+        """Make sure that this can stand beside the attention of a pretrained model.
 
         Raises:
             ValueError: it cannot.
         """
-        if self.short_term_length or not self.adds_to_attention:
-            raise ValueError(
-                f"model.memory.short_term_length={'null' if self.short_term_length is None else self.short_term_length}"
-                ": only model=decoder has a short-term or a compressed memory; beside a Hugging Face model choose "
-                "model/memory=none, long_term, sticky or published"
-            )
 
     def check_training(self, bptt_segments: int) -> None:
         """Make sure that all of it learns.
@@ -88,6 +87,35 @@ class MemoryConfig:
             ShortTermMemory(self.short_term_length, hidden_size, behind[layer] if behind else None)
             for layer in range(layers)
         ]
+
+    def build_beside(
+        self,
+        layers: Sequence[int],
+        segment_length: int,
+        *,
+        hidden_size: int,
+        heads: int,
+        key_values: tuple[int, int],
+        depth: int,
+    ) -> dict[int, Memory]:
+        """A new memory beside each attention of a pretrained model, by the number of its layer.
+
+        Args:
+            layers: that have a memory; a short-term one stands in all, as all attend to the same tokens.
+            segment_length: tokens of a segment; only complete ones are written.
+            hidden_size: width of the model.
+            heads: attention heads.
+            key_values: heads of keys and values, and numbers of each head.
+            depth: how many layers there are.
+        """
+        memories = self.build_behind(hidden_size, heads, len(layers), segment_length)
+        behind = dict(zip(layers, memories, strict=False))  # none where the short-term memory is all
+        if not self.short_term_length:
+            return behind
+        return {
+            layer: KeyValueMemory(self.short_term_length, key_values, hidden_size, behind.get(layer))
+            for layer in range(depth)
+        }
 
     def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
         """For each layer what stands behind its short-term memory; here nothing."""

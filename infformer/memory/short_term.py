@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from infformer.memory.memory import Entries, Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import Entries, KeyValues, Memory, MemoryOutput, SegmentContext
 from infformer.memory.state import MemoryState
 from infformer.memory.time_shuffle import shuffled_entries
 
@@ -87,28 +87,33 @@ class ShortTermMemory(Memory):
     def __init__(self, length: int, hidden_size: int, behind: Memory | None = None) -> None:
         super().__init__()
         self.length = length
-        self.hidden_size = hidden_size
+        self.numbers = hidden_size
         self.behind = behind
         if behind is not None:
             self.noise_size, self.loss_weights = behind.noise_size, behind.loss_weights
 
     def initial_state(self, batch: int) -> ShortTermState:
-        queue = Queue.empty(batch, self.length, self.hidden_size)
+        queue = Queue.empty(batch, self.length, self.numbers)
         return ShortTermState(queue, None if self.behind is None else self.behind.initial_state(batch))
 
     def prepare(self, state: ShortTermState, context: SegmentContext) -> Any:
         return None if self.behind is None else self.behind.prepare(state.behind, context)
 
-    def entries(self, state: ShortTermState) -> Entries:
+    def entries(self, state: ShortTermState) -> Entries | None:
         """Those of the memory behind it, and then its own."""
         older = None if self.behind is None else self.behind.entries(state.behind)
         own = Entries(state.short_term.entries, state.short_term.real)
         return own if older is None else Entries(*(torch.cat(pair, dim=1) for pair in zip(older, own, strict=True)))
 
+    def kept(self, hidden: Tensor, context: SegmentContext) -> Tensor:
+        """What is kept of each token, [batch, length, numbers]; its hidden state first, if there is a memory behind."""
+        return hidden
+
     def forward(self, hidden: Tensor, state: ShortTermState, context: SegmentContext, shared: Any) -> MemoryOutput:
         queue, complete, leaving = state.short_term, context.complete, None
         if complete is not None:
-            queue, leaving = queue.push(hidden, complete)
+            queue, leaving = queue.push(self.kept(hidden, context), complete)
+            leaving = leaving[..., : hidden.shape[-1]]
             # All of a segment leaves, or nothing: the length is a multiple of the segment's.
             complete = complete & (state.short_term.filled == self.length)
         if self.behind is None:
@@ -123,3 +128,35 @@ class ShortTermMemory(Memory):
         """That of each memory apart."""
         behind = None if self.behind is None else self.behind.shuffle_time(state.behind, shuffle)
         return ShortTermState(state.short_term.shuffle_time(), behind)
+
+
+class KeyValueMemory(ShortTermMemory):
+    """Keys and values of the last tokens, which the attention of a pretrained model sees before its segment.
+
+    They are kept without their rotation by places, so that they do not say how long ago they were read.
+
+    Args:
+        length: how many tokens; with a memory behind them a multiple of the segment's.
+        shape: heads of keys and values, and numbers of each head.
+        hidden_size: width of the model.
+        behind: what leaves the short-term memory is written to it. None: what leaves is forgotten.
+    """
+
+    def __init__(self, length: int, shape: tuple[int, int], hidden_size: int, behind: Memory | None = None) -> None:
+        super().__init__(length, hidden_size, behind)
+        self.shape = shape
+        self.numbers = 2 * shape[0] * shape[1] + (0 if behind is None else hidden_size)
+
+    def kept(self, hidden: Tensor, context: SegmentContext) -> Tensor:
+        assert context.key_values is not None
+        pair = [part.transpose(1, 2).flatten(2) for part in context.key_values]
+        return torch.cat(pair if self.behind is None else [hidden.to(pair[0].dtype), *pair], dim=-1)
+
+    def entries(self, state: ShortTermState) -> None:
+        """None: attention sees keys and values, not hidden states."""
+
+    def key_values(self, state: ShortTermState) -> tuple[KeyValues, Tensor]:
+        width = self.shape[0] * self.shape[1]
+        keys, values = state.short_term.entries[..., -2 * width :].split(width, dim=-1)
+        pair = (part.unflatten(-1, self.shape).transpose(1, 2) for part in (keys, values))
+        return KeyValues(*pair), state.short_term.real

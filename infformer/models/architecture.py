@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from infformer.models.base import ModelError
+from infformer.errors import ModelError
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import new_decoder
 

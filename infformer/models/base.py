@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from infformer.errors import UserError
+from infformer.errors import ModelError
 from infformer.memory.memory import DerivedBuffers, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
@@ -23,10 +23,6 @@ from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.second_backward import refuse_second_backward
 
 logger = logging.getLogger(__name__)
-
-
-class ModelError(UserError, ValueError):
-    """A model or tokenizer that cannot be loaded, or does not fit."""
 
 
 class LayerRead(NamedTuple):
@@ -123,7 +119,8 @@ class MemoryModel(PreTrainedModel):
         memories = list(self.layer_memories().values())
         cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
         context = SegmentContext(self._complete_rows(input_ids, cached, lengths), noise)
-        shared = memories[0].prepare(state.layers[0], context) if memories else None
+        prepared = (memory.prepare(layer, context) for memory, layer in zip(memories, state.layers, strict=True))
+        shared = next((found for found in prepared if found is not None), None)
         read = self.read_segment(input_ids, state, context, shared, return_intermediates, segment_cache, use_cache)
         after = ModelState(tuple(layer.memory.state for layer in read.layers))
         auxiliary = self._auxiliary_losses(memories, read.layers, lengths)
@@ -216,8 +213,8 @@ class MemoryModel(PreTrainedModel):
 
     def time_shuffle(self) -> Any:
         """What `shuffle_time` needs, for whoever shuffles many states."""
-        memories = list(self.layer_memories().values())
-        return memories[0].time_shuffle() if memories else None
+        shuffles = (memory.time_shuffle() for memory in self.layer_memories().values())
+        return next((shuffle for shuffle in shuffles if shuffle is not None), None)
 
     def shuffle_time(self, state: ModelState, shuffle: Any = None) -> ModelState:
         """The same state with its past in another order, a control: does the order of what is remembered matter?
@@ -353,7 +350,7 @@ class MemoryModel(PreTrainedModel):
     ) -> dict[str, Tensor]:
         """Means over tokens, sums over layers, by name."""
         losses = {}
-        for name, weight in memories[0].loss_weights.items() if memories else ():
+        for name, weight in {n: w for memory in memories for n, w in memory.loss_weights.items()}.items():
             found = [layer.memory.losses[name] for layer in layers if name in layer.memory.losses]
             mean = (
                 mean_over_tokens(torch.stack(found).sum(0), lengths) if found else torch.zeros((), device=self.device)

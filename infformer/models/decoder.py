@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, ini
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from infformer.errors import ModelError
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
-from infformer.models.base import LayerRead, MemoryModel, ModelError, SegmentRead, stored_memory
+from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, encode_positions
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 

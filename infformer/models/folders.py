@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from infformer.errors import ModelError
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
-from infformer.models.base import MemoryModel, ModelError
+from infformer.models.base import MemoryModel
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = "infformer/checkpoints/"

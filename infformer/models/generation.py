@@ -8,7 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from infformer.models.base import MemoryModel, ModelError
+from infformer.errors import ModelError
+from infformer.models.base import MemoryModel
 from infformer.models.streaming import TextSegment, remember
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from infformer.errors import ModelError
 from infformer.memory.options import MemoryConfig
-from infformer.models.base import MemoryModel, ModelError
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import load, load_config, load_weights, model_folder
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM

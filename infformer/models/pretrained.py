@@ -8,7 +8,6 @@ told again what it was told the first time.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,19 +24,26 @@ from transformers import (
     PreTrainedModel,
 )
 
-from infformer.memory.memory import Memory, SegmentContext
+from infformer.errors import ModelError
+from infformer.memory.memory import KeyValues, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState, ModelState
-from infformer.models.base import LayerRead, MemoryModel, ModelError, SegmentRead, stored_memory
+from infformer.models.backbone import (
+    CACHE_ARGUMENTS,
+    Rotation,
+    cache_argument,
+    find_attentions,
+    find_layers,
+    find_rotations,
+    head,
+    is_causal,
+    is_head_known,
+    key_value_shape,
+)
+from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.folders import load_config, load_weights, model_folder
-
-ATTENTION_PATHS = {
-    "gpt2": ("transformer.h", "attn"),
-    "llama": ("model.layers", "self_attn"),
-}
-"""Where a backbone keeps its layers, and its attention in a layer. A new kind of backbone is a line here, if its
-logits are its output embeddings times its last hidden states."""
+from infformer.models.past import Past, PastLayer
 
 
 class InfformerConfig(PreTrainedConfig):
@@ -47,6 +54,8 @@ class InfformerConfig(PreTrainedConfig):
         memory: what a layer remembers; None for a model without memory.
         memory_layers: indices of the layers that have one, from 0; None for all.
         segment_length: tokens of a segment; memories are written by complete ones.
+        rotated_layers: layers of the backbone whose keys are rotated by their places; None where nobody has to know.
+        head_is_known: the backbone's scores are those of `models.backbone.head`.
     """
 
     model_type = "infformer"
@@ -58,17 +67,20 @@ class InfformerConfig(PreTrainedConfig):
         memory: MemoryConfig | dict[str, Any] | None = None,
         memory_layers: list[int] | None = None,
         segment_length: int = 512,
+        rotated_layers: list[int] | None = None,
+        head_is_known: bool = True,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone, dict):
             backbone = AutoConfig.for_model(**backbone)
         self.backbone = backbone if backbone is not None else AutoConfig.for_model("gpt2")
         if isinstance(memory, MemoryConfig):
-            # What cannot stand beside attention without a short-term memory is refused in words by the model.
-            memory = (memory.with_short_term_length(0) if memory.adds_to_attention else memory).to_json()
+            memory = memory.beside_pretrained(segment_length).to_json()
         self.memory = memory
         self.segment_length = segment_length
         self.memory_layers = memory_layers
+        self.rotated_layers = rotated_layers
+        self.head_is_known = head_is_known
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(token, getattr(self.backbone, token, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
@@ -90,16 +102,27 @@ class _LayerCall:
     context: SegmentContext
     shared: Any
     return_intermediates: bool
+    past: Past | None
+    """What attention sees before the segment; None without a short-term memory."""
     read: LayerRead | None = None
     over: bool = False
     """The pass is over: a recomputed layer has nobody to tell what it made."""
 
 
 class _Attachment:
-    """A memory beside an attention module, with what it is told for the time of a forward pass."""
+    """A memory beside an attention module, with what it is told for the time of a forward pass.
 
-    def __init__(self, memory: Memory, attention: nn.Module) -> None:
+    Args:
+        memory: of the layer.
+        attention: of the layer.
+        layer: its number.
+        rotation: of its keys; None where they are not rotated, or nobody has to know.
+    """
+
+    def __init__(self, memory: Memory, attention: nn.Module, layer: int, rotation: Rotation | None) -> None:
         self.memory = memory
+        self.layer = layer
+        self.rotation = rotation
         self.call: _LayerCall | None = None
         attention.register_forward_hook(self._add_memory, with_kwargs=True)
 
@@ -110,7 +133,10 @@ class _Attachment:
             return output
         hidden = args[0] if args else kwargs["hidden_states"]
         attended, *others = output
-        read = self.memory(hidden, call.state, call.context, call.shared)
+        context = call.context
+        if call.past is not None and context.complete is not None:
+            context = context._replace(key_values=call.past.key_values(self.layer))
+        read = self.memory(hidden, call.state, context, call.shared)
         if not call.over:
             call.read = LayerRead(read, hidden, attended) if call.return_intermediates else LayerRead(read)
         if read.context is None:
@@ -148,7 +174,7 @@ class InfformerForCausalLM(MemoryModel):
     def __init__(self, config: InfformerConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone) if backbone is None else backbone
-        self._cache_argument = cache_argument(self.backbone)
+        self._cache_argument = str(cache_argument(self.backbone))
         memory = config.memory_config
         self.memories = nn.ModuleList()
         self._attachments: list[_Attachment] = []
@@ -160,16 +186,27 @@ class InfformerForCausalLM(MemoryModel):
                 raise ModelError(str(error)) from error
             self.check_segment_length(config.segment_length)
             self.segment_length = config.segment_length
-            attentions = _attention_modules(self.backbone)
+            self._check_places(memory.short_term_length or 0, config.segment_length)
+            attentions = find_attentions(self.backbone)
             layers = list(range(len(attentions))) if config.memory_layers is None else config.memory_layers
             if len(set(layers)) < len(layers) or not set(layers) <= set(range(len(attentions))):
                 raise ModelError(
                     f"model.memory_layers={layers}: name each layer at most once; this backbone has layers 0 to "
                     f"{len(attentions) - 1}"
                 )
-            width, heads = config.backbone.hidden_size, config.backbone.num_attention_heads
-            self.memories.extend(memory.build(width, heads, len(layers), config.segment_length))
-            self._attachments = [_Attachment(own, attentions[layer]) for layer, own in self.layer_memories().items()]
+            memories = memory.build_beside(
+                layers,
+                config.segment_length,
+                hidden_size=config.backbone.hidden_size,
+                heads=config.backbone.num_attention_heads,
+                key_values=key_value_shape(config.backbone),
+                depth=len(attentions),
+            )
+            self.memories.extend(memories.values())
+            for layer, own in memories.items():
+                is_rotated = layer in (config.rotated_layers or ())
+                rotation = Rotation(self.backbone, attentions[layer], layer) if is_rotated else None
+                self._attachments.append(_Attachment(own, attentions[layer], layer, rotation))
         self.post_init()
 
     @classmethod
@@ -200,8 +237,16 @@ class InfformerForCausalLM(MemoryModel):
         # What is loaded must not be initialised again by the composite model.
         for module in backbone.modules():
             setattr(module, "_is_hf_initialized", True)  # noqa: B010, transformers' own mark
-        attention = backbone.config._attn_implementation
-        config = InfformerConfig(backbone.config, memory, memory_layers, segment_length, attn_implementation=attention)
+        config = InfformerConfig(
+            backbone.config,
+            memory,
+            memory_layers,
+            segment_length,
+            head_is_known=is_head_known(backbone),
+            attn_implementation=backbone.config._attn_implementation,
+        )
+        if config.memory_config is not None and config.memory_config.short_term_length:
+            config.rotated_layers = find_rotations(backbone)
         model = cls(config, backbone)
         model.memories.to(backbone.device)
         return model
@@ -218,28 +263,52 @@ class InfformerForCausalLM(MemoryModel):
     ) -> SegmentRead:
         if any(attachment.call is not None for attachment in self._attachments):
             raise ModelError("this model is reading a segment already, perhaps in another thread: let it end first")
-        calls = [_LayerCall(layer, context, shared, return_intermediates) for layer in state.layers]
-        cache = {self._cache_argument: segment_cache, "use_cache": use_cache}
+        past, options = None, {self._cache_argument: segment_cache, "use_cache": use_cache}
+        if self.short_term_length:
+            past = self._past(state) if segment_cache is None else segment_cache
+            options |= {self._cache_argument: past, "attention_mask": self._real(state, past, input_ids.shape[1])}
+        calls = [_LayerCall(layer, context, shared, return_intermediates, past) for layer in state.layers]
         with _told(self._attachments, calls):
-            if self._has_known_head:
-                read = self.backbone.base_model(input_ids, **cache)
+            if self.config.head_is_known:
+                read = self.backbone.base_model(input_ids, **options)
                 hidden = read.last_hidden_state
             else:
-                read = self.backbone(input_ids, **cache)
+                read = self.backbone(input_ids, **options)
                 hidden = read.logits
         reads = tuple(cast(LayerRead, call.read) for call in calls)
         for call in calls:
             call.read, call.over = None, True
+        if past is not None and use_cache:
+            past.keep()
         return SegmentRead(hidden, reads, read[self._cache_argument] if use_cache else None)
+
+    def _past(self, state: ModelState) -> Past:
+        """What the short-term memories let attention see before a segment.
+
+        Their tokens have the places 0 … M − 1, however long ago the document began, and those of the segment M … M + T
+        − 1.
+        """
+        places = self.short_term_length + self.config.segment_length
+        layers = []
+        for attachment, layer in zip(self._attachments, state.layers, strict=True):
+            table = None if attachment.rotation is None else attachment.rotation.table(places, self.device)
+            key_values, _ = cast(tuple[KeyValues, Tensor], attachment.memory.key_values(layer))
+            layers.append(PastLayer(key_values, attachment.rotation, table))
+        return Past(layers)
+
+    def _real(self, state: ModelState, past: Past, length: int) -> Tensor:
+        """Which tokens attention may see, [batch, past + length]: all layers remember the same ones."""
+        _, real = cast(tuple[KeyValues, Tensor], self._attachments[0].memory.key_values(state.layers[0]))
+        return F.pad(real.long(), (0, past.get_seq_length() + length - self.short_term_length), value=1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits)(hidden, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.backbone.get_output_embeddings()(hidden) if self._has_known_head else hidden
+        return head(self.backbone, hidden) if self.config.head_is_known else hidden
 
     def cached_tokens(self, segment_cache: Any) -> int:
-        return int(segment_cache.get_seq_length())
+        return int(segment_cache.get_seq_length()) - self.short_term_length
 
     @property
     def positions(self) -> int | None:
@@ -247,29 +316,35 @@ class InfformerForCausalLM(MemoryModel):
         return getattr(self.config.backbone, "max_position_embeddings", None)
 
     def layer_memories(self) -> dict[int, Memory]:
-        layers = range(len(self.memories)) if self.config.memory_layers is None else self.config.memory_layers
-        # A model that was wrapped without memory may name layers all the same.
-        return dict(zip(layers, cast(Iterator[Memory], iter(self.memories)), strict=False))
+        return {attachment.layer: attachment.memory for attachment in self._attachments}
 
     def sharding_units(self) -> list[nn.Module]:
-        known = ATTENTION_PATHS.get(self.config.backbone.model_type)
-        layers = [] if known is None else list(self.backbone.get_submodule(known[0]).children())
+        try:
+            layers = find_layers(self.backbone)
+        except ModelError:  # of a stock model without such layers, which no memory stands beside
+            layers = []
         return [*layers, *self.memories]
 
-    @property
-    def _has_known_head(self) -> bool:
-        """Whether logits are the output embeddings times the last hidden states, and nothing comes between."""
-        return self.config.backbone.model_type in ATTENTION_PATHS
+    def _check_places(self, short_term_length: int, segment_length: int) -> None:
+        if short_term_length and self.positions is not None and short_term_length + segment_length > self.positions:
+            raise ModelError(
+                f"model.memory.short_term_length={short_term_length}: with a segment of {segment_length} tokens these "
+                f"are more than the {self.positions} positions of the backbone; set it to "
+                f"{max(0, self.positions - segment_length)} at most"
+            )
 
     def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A layer that is computed anew is told what it was told the first time."""
 
         def checkpoint_told(layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
             calls = [attachment.call for attachment in self._attachments]
+            past = None if not calls or calls[0] is None else calls[0].past
+            # transformers takes a cache away from a layer that is computed twice; this one may be asked twice.
+            names = [name for name in CACHE_ARGUMENTS if past and name in getattr(layer, "keywords", {})]
 
             def told(*inputs: Any) -> Any:
                 with _told(self._attachments, calls):
-                    return layer(*inputs)
+                    return layer(*inputs, **dict.fromkeys(names, past))
 
             return function(told, *args, **options)
 
@@ -293,11 +368,6 @@ class InfformerForCausalLM(MemoryModel):
         return self.backbone.get_output_embeddings()
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """What a stock model calls its key-value cache, as an argument and in its output: transformers 5.24 renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def _checked(backbone: Any) -> PreTrainedModel:
     """A model, if a memory can be put beside it, and the two can be saved and loaded again.
 
@@ -312,25 +382,16 @@ def _checked(backbone: Any) -> PreTrainedModel:
         )
     if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is None:
         raise ModelError(f"backbone={kind}: give a causal language model of transformers, its folder or its name")
+    if backbone.config.is_encoder_decoder or not is_causal(backbone):
+        raise ModelError(
+            f"backbone={kind}: its tokens see those after them, or an encoder does; give a causal language model"
+        )
     if getattr(backbone, "hf_quantizer", None) is not None or hasattr(backbone.config, "quantization_config"):
         raise ModelError(
             f"backbone={kind} is quantised, and what is saved of it beside a memory could not be loaded again; load it "
             "without quantization_config, or call backbone.dequantize() first"
         )
     return backbone
-
-
-def _attention_modules(backbone: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention of each layer, from the first."""
-    kind = backbone.config.model_type
-    if kind not in ATTENTION_PATHS:
-        raise ModelError(
-            f"no memory can be put beside the attention of a {kind!r} yet, only of "
-            f"{', '.join(sorted(ATTENTION_PATHS))}: add where it keeps its attention to ATTENTION_PATHS in "
-            "infformer/models/pretrained.py"
-        )
-    layers, attention = ATTENTION_PATHS[kind]
-    return [layer.get_submodule(attention) for layer in backbone.get_submodule(layers).children()]
 
 
 AutoConfig.register(InfformerConfig.model_type, InfformerConfig)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.models.base import ModelError
+from infformer.errors import ModelError
 from infformer.models.chunked_loss import cross_entropy
 
 

@@ -58,7 +58,8 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
             weights //= processes
     memory = chosen.memory
     if memory is not None:
-        memory = memory.with_short_term_length(training.segment_length if chosen.is_decoder else 0)
+        length = training.segment_length
+        memory = memory.with_short_term_length(length) if chosen.is_decoder else memory.beside_pretrained(length)
     lanes = training.batch_size // processes
     check_size(
         shape,

@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from infformer.models.base import ModelError
+from infformer.errors import ModelError
 from infformer.models.loading import check_vocabulary, new_decoder, vocabulary_of
 
 

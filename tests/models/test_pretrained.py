@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.base import MemoryModelOutput
@@ -158,14 +158,6 @@ class TestErrors:
         memory = LongTermMemoryConfig(basis_functions=8)
         with pytest.raises(ValueError, match="segment_length=17 is longer than the 16 positions"):
             InfformerForCausalLM.from_backbone(stock, memory, segment_length=17)
-
-    def test_an_unknown_kind_of_backbone_is_refused(self):
-        config = GPTNeoXConfig(
-            vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
-        )
-        backbone = AutoModelForCausalLM.from_config(config)
-        with pytest.raises(ValueError, match="'gpt_neox' yet, only of gpt2, llama"):
-            InfformerForCausalLM.from_backbone(backbone, LongTermMemoryConfig(), segment_length=SEGMENT)
 
 
 class TestSomeLayers:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
 
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.memory.compressive import CompressiveMemoryConfig
@@ -157,7 +157,6 @@ def test_every_layer_and_every_memory_is_in_a_unit(model):
 
 def test_a_backbone_of_another_kind_is_one_unit_with_its_model():
     """No memory can be beside it, and nobody knows where it keeps its layers."""
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2}
-    config = GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=20, **sizes)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
     stock = InfformerForCausalLM.from_backbone(AutoModelForCausalLM.from_config(config)).eval()
     assert stock.sharding_units() == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infformer.models.base import ModelError
+from infformer.errors import ModelError
 from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 

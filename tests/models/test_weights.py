@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from infformer.errors import ModelError
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.base import MemoryModel, ModelError
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import model_folder
 from infformer.models.loading import load_pretrained, load_trained

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from infformer.models.base import ModelError
+from infformer.errors import ModelError
 from infformer.models.loading import load_trained
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.task import Validation

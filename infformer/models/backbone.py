@@ -1,0 +1,199 @@
+"""Where a stock language model keeps its layers, their attention, its head and its positions: found, not listed."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from infformer.errors import ModelError
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")
+"""What models and their parts call a key-value cache; only attention, and what it is part of, is handed one."""
+
+
+def arguments(module: nn.Module) -> set[str]:
+    """The names of what a module's `forward` takes."""
+    return set(inspect.signature(module.forward).parameters)
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """What a module calls its key-value cache: transformers 5.24 renamed that of models. None: it takes none."""
+    return next((name for name in CACHE_ARGUMENTS if name in arguments(module)), None)
+
+
+def find_layers(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model, from the first: the one list of as many modules as its configuration has layers.
+
+    Raises:
+        ModelError: it has no such list, or several.
+    """
+    count = getattr(backbone.config, "num_hidden_layers", None)
+    lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    found = [modules for modules in lists if all(cache_argument(layer) for layer in modules)]
+    if len(found) != 1:
+        raise ModelError(
+            f"backbone={type(backbone).__name__}: a memory stands beside the self-attention of every layer, so a list "
+            f"of {count} layers that take a key-value cache was looked for, and {len(found)} found; give a decoder "
+            "such as GPT-2 or Llama, not an encoder, an encoder with a decoder or a state-space model"
+        )
+    return list(found[0])
+
+
+def find_attention(layer: nn.Module) -> nn.Module:
+    """The self-attention of a layer: the one outermost module in it that takes hidden states and a key-value cache.
+
+    Raises:
+        ModelError: there is none, or there are several.
+    """
+
+    def outermost(module: nn.Module) -> list[nn.Module]:
+        if cache_argument(module) and "hidden_states" in arguments(module):
+            return [module]
+        return [found for child in module.children() for found in outermost(child)]
+
+    found = [attention for child in layer.children() for attention in outermost(child)]
+    if len(found) != 1:
+        raise ModelError(
+            f"a memory stands beside a layer's self-attention, and a {type(layer).__name__} has {len(found)} modules "
+            "that take hidden states and a key-value cache: give a model with one self-attention in each layer"
+        )
+    return found[0]
+
+
+def find_attentions(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The self-attention of each layer, from the first."""
+    return [find_attention(layer) for layer in find_layers(backbone)]
+
+
+def key_value_shape(config: Any) -> tuple[int, int]:
+    """Heads of the keys and values of a token, and numbers of each head."""
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        shared = 1  # Falcon's older architecture says it so
+    return shared, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def head(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The scores of the next token: output embeddings times hidden states, scaled and capped as configured."""
+    config, logits = backbone.config, backbone.get_output_embeddings()(hidden)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone, in their own precision."""
+    return float((one - other).abs().max()) <= torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max())
+
+
+@torch.no_grad()
+def is_causal(backbone: PreTrainedModel) -> bool:
+    """Whether no token sees those after it; found out by a look at the scores after the first of two."""
+    was_training = backbone.training
+    tokens = torch.arange(2, device=backbone.device).unsqueeze(0)
+    backbone.eval()
+    alone, first = backbone(tokens[:, :1]).logits, backbone(tokens).logits[:, :1]
+    backbone.train(was_training)
+    return _alike(alone, first)
+
+
+@torch.no_grad()
+def is_head_known(backbone: PreTrainedModel) -> bool:
+    """Whether `head` gives the model's own scores; found out by a look at them."""
+    was_training = backbone.training
+    tokens = torch.arange(2, device=backbone.device).unsqueeze(0)
+    backbone.eval()
+    own = backbone(tokens, use_cache=False).logits
+    known = head(backbone, backbone.base_model(tokens, use_cache=False).last_hidden_state)
+    backbone.train(was_training)
+    return _alike(own, known)
+
+
+class Rotation:
+    """The rotation of keys by their places, as a backbone's attention makes it: rotary positions (arXiv 2104.09864).
+
+    Args:
+        backbone: that hands cosines and sines to its attention.
+        attention: of one of its layers.
+        layer: its number, by which some backbones choose among several tables.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, attention: nn.Module, layer: int) -> None:
+        self.encoder: Any = getattr(backbone.base_model, "rotary_emb", None)
+        self.rotate: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.known = self.encoder is not None and self.rotate is not None
+        self.choice: dict[str, str] = {}
+        if self.encoder is not None and "layer_type" in arguments(self.encoder):
+            self.choice = {"layer_type": backbone.config.layer_types[layer]}
+
+    def table(self, places: int, device: torch.device) -> Tensor:
+        """Cosines and sines of the places 0 … places − 1, float32 [2, 1, places, width]; without the keys' scale."""
+        numbers = torch.arange(places, device=device).unsqueeze(0)
+        table = torch.stack(self.encoder(torch.zeros(1, 1, 1, device=device), numbers, **self.choice))
+        return table / table.norm(dim=0)
+
+    def turn(self, keys: Tensor, table: Tensor) -> Tensor:
+        """Turn keys by a table [2, 1, length, width]; the table's sines negated turn them back.
+
+        Args:
+            keys: [batch, heads, length, head]; what is wider than the table stays as it is.
+        """
+        width = table.shape[-1]
+        cosines, sines = table
+        turned = self.rotate(keys[..., :width].float(), keys[..., :width].float(), cosines, sines)[1].to(keys.dtype)
+        return turned if width == keys.shape[-1] else torch.cat([turned, keys[..., width:]], dim=-1)
+
+
+BACK = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+"""Times a table: the rotation back."""
+
+
+@torch.no_grad()
+def find_rotations(backbone: PreTrainedModel) -> list[int]:
+    """The layers whose keys are rotated by their places; in all others they do not depend on these.
+
+    Found out by a look at the keys of some tokens at two distances from the beginning.
+
+    Raises:
+        ModelError: in some layer they depend on places in another way, so what was read cannot be moved back.
+    """
+    was_training, device, attentions = backbone.training, backbone.device, find_attentions(backbone)
+    backbone.eval()
+    count, shift = 4, 3
+    tokens = torch.arange(count, device=device).unsqueeze(0)
+    keys: list[list[Any]] = []
+    takes_places = "position_ids" in arguments(backbone.base_model)
+    for first in (0, shift) if takes_places else (0, 0):
+        cache = DynamicCache()
+        places = {"position_ids": torch.arange(first, first + count, device=device)[None]} if takes_places else {}
+        argument = str(cache_argument(backbone.base_model))
+        backbone.base_model(tokens, **{argument: cache}, use_cache=True, **places)
+        keys.append([layer.keys for layer in cast(list[DynamicLayer], cache.layers)])
+    backbone.train(was_training)
+    rotated = []
+    for layer, (near, far) in enumerate(zip(*keys, strict=True)):
+        if _alike(near, far):
+            continue
+        rotation = Rotation(backbone, attentions[layer], layer)
+        if rotation.known:
+            table = rotation.table(shift + count, device) * BACK.to(device)
+            near, far = rotation.turn(near, table[:, :, :count]), rotation.turn(far, table[:, :, shift:])
+        if not (rotation.known and _alike(near, far)):
+            raise ModelError(
+                f"model.memory.short_term_length: what a {backbone.config.model_type!r} has read cannot be moved back: "
+                f"its layer {layer} knows places neither by rotary positions nor by distances alone; choose a backbone "
+                "such as Llama, or no short-term memory (model.memory.short_term_length=0)"
+            )
+        rotated.append(layer)
+    return rotated

@@ -1,0 +1,72 @@
+"""A key-value cache that a memory has filled: what the attention of a stock model sees before a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from infformer.memory.memory import KeyValues
+from infformer.models.backbone import BACK, Rotation
+
+
+class PastLayer(DynamicLayer):
+    """What the attention of one layer sees before the tokens that are read.
+
+    It may be asked for twice, as where a layer is computed anew in the backward pass: only `keep` adds to it.
+
+    Args:
+        past: keys and values before the segment, without their rotation.
+        rotation: of the layer's keys; None where they are not rotated.
+        table: of the places of the past, and then of the segment; see `Rotation.table`.
+    """
+
+    def __init__(self, past: KeyValues, rotation: Rotation | None, table: Tensor | None) -> None:
+        super().__init__()
+        self.lazy_initialization(past.keys, past.values)
+        self.rotation, self.table, self.places = rotation, table, past.keys.shape[2]
+        self.keys: Tensor
+        self.values: Tensor
+        self.keys, self.values = past
+        if rotation is not None and table is not None:
+            self.keys = rotation.turn(past.keys, table[:, :, : self.places])
+        self.segment: KeyValues | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What attention sees in all; `keys` and `values` stay."""
+        self.segment = KeyValues(key_states, value_states)
+        keys = torch.cat([self.keys.to(key_states.dtype), key_states], dim=2)
+        return keys, torch.cat([self.values.to(value_states.dtype), value_states], dim=2)
+
+    def key_values(self) -> KeyValues:
+        """Those of the tokens that were read, a whole segment, without their rotation."""
+        assert self.segment is not None
+        keys, values = self.segment
+        if self.rotation is None or self.table is None:
+            return self.segment
+        table = self.table[:, :, self.places : self.places + keys.shape[2]]
+        return KeyValues(self.rotation.turn(keys, table * BACK.to(table.device)), values)
+
+    def keep(self) -> None:
+        """Let what was read be seen by what is read next."""
+        assert self.segment is not None
+        self.keys, self.values = self.update(*self.segment)
+
+
+class Past(Cache):
+    """What the attention of every layer sees before the tokens that are read."""
+
+    def __init__(self, layers: Sequence[PastLayer]) -> None:
+        super().__init__(layers=list(layers))
+
+    def key_values(self, layer: int) -> KeyValues:
+        """Those of the tokens that a layer has read, without their rotation."""
+        return cast(PastLayer, self.layers[layer]).key_values()
+
+    def keep(self) -> None:
+        """Let what was read be seen by what is read next."""
+        for layer in cast(list[PastLayer], self.layers):
+            layer.keep()
