@@ -417,7 +417,8 @@ class EvaluationRunConfig:
     controls: bool = True
     """Measure again without the memory, with the memory of another document, and with a memory shuffled in time."""
     short_term_length: int | None = None
-    """Tokens of a decoder's short-term memory, which may be longer than in training. Null: as in training."""
+    """Tokens of the short-term memory, which may be longer than in training; a model without memory gets one, if its
+    positions are rotary or distances. Null: as in training."""
     tokenizer: str | None = None
     """A folder or a hub name. Null: the model's."""
     output_dir: str | None = free(None)

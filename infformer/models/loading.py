@@ -62,7 +62,7 @@ def load_trained(
     Args:
         name: a run's folder or a checkpoint of it, a model's folder, or the name of a model on the hub.
         segment_length: tokens of a segment, for a memory other than those it was trained with. None: the same.
-        short_term_length: the same for the length of a decoder's short-term memory.
+        short_term_length: the same for the length of a short-term memory; a model without any memory gets one.
 
     Raises:
         ModelError: no model there, the hub cannot be reached, or the model cannot have such a memory.
@@ -71,10 +71,14 @@ def load_trained(
     config = load_config(folder, "checkpoint")
     ours = isinstance(config, DecoderConfig | InfformerConfig)
     memory: MemoryConfig | None = config.memory_config if ours else None
+    if memory is None and not isinstance(config, DecoderConfig):
+        loaded = load_weights(InfformerForCausalLM if ours else AutoModelForCausalLM, config, folder, "checkpoint")
+        short_term = None if short_term_length is None else MemoryConfig(short_term_length)
+        return InfformerForCausalLM.from_backbone(
+            loaded.backbone if ours else loaded, short_term, segment_length=segment_length or 512
+        )
     if short_term_length is not None and (memory is None or not memory.short_term_length):
         raise ModelError(f"short_term_length={short_term_length}: {name} has no short-term memory; set it to null")
-    if not ours:
-        return InfformerForCausalLM.from_backbone(load_weights(AutoModelForCausalLM, config, folder, "checkpoint"))
     if memory is not None:
         length = segment_length or config.segment_length
         try:
