@@ -21,8 +21,8 @@ from infformer.training.command_line import choices_of, compose
 
 CONF = Path(__file__).parents[1] / "conf"
 pytestmark = pytest.mark.usefixtures("composed_quickly")
-FOLLOWING = {"training", *(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
-"""Groups that nobody chooses: what is in them comes with the model, or with a model and a memory."""
+FOLLOWING = {*(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
+"""Groups that nobody chooses: what is in them comes with a model and a memory."""
 GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {"."} - FOLLOWING | {*TYPED})
 CHOICES = [(group, choice) for group in GROUPS for choice in choices_of(group, CONF)]
 MODELS, MEMORIES, EXPERIMENTS = (
@@ -31,6 +31,8 @@ MODELS, MEMORIES, EXPERIMENTS = (
 EXPERIMENTS_WITHOUT_TEXT = {"sorting": "sorting_4k", "sorting_small": "sorting_small"}
 """By their model, which is one without text: alone it has nothing to learn."""
 TEXT = [model for model in MODELS if model not in EXPERIMENTS_WITHOUT_TEXT]
+NEEDED = {"hf": ["model.pretrained=owner/model"]}
+"""What a choice leaves to whoever makes it."""
 PAIRS = [
     (model, memory)
     for row, model in enumerate(MODELS)
@@ -70,7 +72,7 @@ def test_the_groups_that_are_documented_are_there():
     [(group, choice) for group, choice in CHOICES if group == "experiment" or (group == "model" and choice in TEXT)],
 )
 def test_every_choice_composes(group, choice):
-    config = run_config(f"{group}={choice}")
+    config = run_config(f"{group}={choice}", *NEEDED.get(choice, []))
     assert config.output_dir == f"outputs/{config.name}"
     assert config.name == choice
 
@@ -103,10 +105,11 @@ def choosing(model: str) -> str:
 @pytest.mark.parametrize(("model", "memory"), PAIRS)
 def test_every_kind_of_model_can_have_every_memory_that_goes_with_it(model, memory):
     """A decoder can have them all, a Hugging Face model none for which its attention would have to be another."""
-    options = [choosing(model), f"model/memory={memory}", "training.segment_length=64"]
-    is_decoder = run_config(choosing(model)).model.is_decoder
-    if memory in ("short_term", "compressive") and not is_decoder:
-        with pytest.raises(ValueError, match=r"model\.memory\.short_term_length=null: only model=decoder"):
+    chosen = [choosing(model), *NEEDED.get(model, [])]
+    options = [*chosen, f"model/memory={memory}", "training.segment_length=64"]
+    is_decoder = run_config(*chosen).model.is_decoder
+    if memory == "compressive" and not is_decoder:
+        with pytest.raises(ValueError, match="model/memory=compressive: only model=decoder"):
             run_config(*options)
         return
     config = run_config(*options).model

@@ -22,9 +22,9 @@ class MemoryConfig:
     """By which a stored configuration is known; each subclass has its own."""
 
     short_term_length: int | None = None
-    """Transformer-XL: the last tokens that attention sees before the segment, as hidden states in a decoder, as keys and
-    values beside a pretrained model. It may be longer when a model is measured than it was in training. 0: none. Null:
-    as many as a segment has; beside a pretrained model that has another memory none."""
+    """Transformer-XL: the last tokens that attention sees before the segment, as hidden states in a decoder, as keys
+    and values beside a pretrained model. It may be longer when a model is measured than it was in training. 0: none.
+    Null: as many as a segment has; beside a pretrained model that has another memory none."""
 
     def __post_init__(self) -> None:
         if self.short_term_length is not None and self.short_term_length < 0:
