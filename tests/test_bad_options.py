@@ -141,7 +141,7 @@ REFUSED = [
     ("train", "model.memory.basis_functions=9", "", "the 2 widths"),
     ("train", "model.pretrained=null", "give one of model.pretrained=", "model.architecture="),
     ("train", "model=gpt2_ltm model/memory=compressive", "model/memory=compressive", "only model=decoder"),
-    ("train", "model=hf", "model.pretrained=", "give one of"),
+    ("train", "model=hf", "give one of model.pretrained=", "a folder or a hub name"),
     ("train", "model=sorting", "model.tokenizer=null", "needs a tokenizer"),
     ("train", "model=sorting_small", "model.tokenizer=null", "needs a tokenizer"),
     ("train", "model=decoder model/memory=compressive model.memory.rate=3", "", "128"),
