@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,39 +68,33 @@ def start(monkeypatch, capsys) -> Iterator[Callable[..., tuple[object, str]]]:
 
 
 @pytest.fixture
-def train_refused(start, configure, options_of, tmp_path) -> Refused:
-    """The message with which a small run is refused for some options."""
+def refused(start, tmp_path) -> Refused:
+    """The message with which a command is refused that would write to `refused`, and does not."""
 
-    def message(*options: str) -> str:
-        typed = options_of(configure(tmp_path / "run"))
-        code, text = start(train_command, *typed, *options)
+    def message(command, *options: str) -> str:
+        code, text = start(command, *options)
         assert code == 1
         assert "Traceback" not in text
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "refused").exists()
         return " ".join(text.split())
 
     return message
 
 
 @pytest.fixture
-def eval_refused(start, texts, model_folder, token_cache, tmp_path) -> Refused:
-    """The same of an evaluation."""
+def train_refused(refused, configure, options_of, tmp_path) -> Refused:
+    """Of a small run, for some options."""
+    return partial(refused, train_command, *options_of(configure(tmp_path / "refused")))
 
-    def message(*options: str) -> str:
-        typed = [
-            "data=text",
-            f"data.test={texts}/test.jsonl",
-            f"data.cache_dir={token_cache}",
-            f"checkpoint={model_folder}",
-            f"output_dir={tmp_path / 'found'}",
-        ]
-        code, text = start(eval_command, *typed, *options)
-        assert code == 1
-        assert "Traceback" not in text
-        assert not (tmp_path / "found").exists()
-        return " ".join(text.split())
 
-    return message
+@pytest.fixture
+def eval_refused(refused, texts, model_folder, token_cache, tmp_path) -> Refused:
+    """Of an evaluation."""
+    places = {
+        "data.test": texts / "test.jsonl", "data.cache_dir": token_cache, "checkpoint": model_folder,
+        "output_dir": tmp_path / "refused",
+    }  # fmt: skip
+    return partial(refused, eval_command, "data=text", *(f"{option}={place}" for option, place in places.items()))
 
 
 @pytest.mark.parametrize(
@@ -161,13 +156,10 @@ def test_evaluation_refuses(eval_refused, option, says):
     assert all(part in message for part in says), message
 
 
-def test_a_vocabulary_too_small_for_its_tokenizer_is_refused(start, model_folder, tmp_path):
+def test_a_vocabulary_too_small_for_its_tokenizer_is_refused(refused, model_folder, tmp_path):
     options = ("model=decoder", "+model.architecture.vocab_size=100", f"model.tokenizer={model_folder}")
-    code, text = start(train_command, *options, f"output_dir={tmp_path / 'run'}")
-    assert code == 1
-    assert "Traceback" not in text
-    assert all(part in text for part in ("has 257 tokens", "knows 100", "model.tokenizer=")), text
-    assert not (tmp_path / "run").exists()
+    message = refused(train_command, *options, f"output_dir={tmp_path / 'refused'}")
+    assert all(part in message for part in ("has 257 tokens", "knows 100", "model.tokenizer=")), message
 
 
 OTHER_MEMORIES = ("short_term", "compressive", "long_term")
@@ -223,13 +215,9 @@ class TestSorting:
         ],
         ids=lambda value: " ".join(value),
     )
-    def test_what_cannot_be_asked_is_refused(self, sort, tmp_path, options, says):
-        code, text = sort(*options)
-        message = " ".join(text.split())
-        assert code == 1
-        assert "Traceback" not in message
+    def test_what_cannot_be_asked_is_refused(self, refused, tmp_path, options, says):
+        message = refused(train_command, *self.OPTIONS, f"output_dir={tmp_path / 'refused'}", *options)
         assert all(part in message for part in says), message
-        assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
