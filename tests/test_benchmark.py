@@ -90,7 +90,7 @@ class TestArithmetic:
         state = memory_layer.LongTermState(torch.randn(3, 16, 24), torch.full((3,), 2))
         return ours, literal, state, torch.randn(3, 10, 24)
 
-    def test_read(self, sizes, layer):
+    def test_a_read_takes_the_products_that_the_formula_says(self, sizes, layer):
         """r·V may be an operator of its own, which the counter does not look into."""
         ours, _, state, hidden = layer
         expected = module("arithmetic").read(sizes, backward=False).flops
@@ -109,7 +109,7 @@ class TestArithmetic:
         assert read(sizes, backward=True).flops == 3 * read(sizes, backward=False).flops
 
     @pytest.mark.parametrize("backward", [False, True])
-    def test_write(self, sizes, layer, backward):
+    def test_a_write_takes_the_products_that_the_formula_says(self, sizes, layer, backward):
         ours, literal, state, hidden = layer
         attention = ours.read(hidden, state).attention
         operators = ours.signal.operators(state.segments)
@@ -128,7 +128,7 @@ class TestArithmetic:
 
     @pytest.mark.parametrize("kind", ["gpt2", "rotary"])
     @pytest.mark.parametrize("backward", [False, True])
-    def test_backbone(self, sizes, kind, backward):
+    def test_the_backbone_takes_the_products_that_the_formula_says(self, sizes, kind, backward):
         """This attention computes what it then masks: every token sees the whole segment."""
         sizes = module("models").model_sizes(Namespace(**options_of(sizes)), kind)
         model = module("models").new_model(sizes, kind, memory=False)
@@ -150,7 +150,7 @@ class TestArithmetic:
         everything = backbone(sizes, backward=False, window=sizes.segment).flops
         assert everything - causal == 4 * sizes.hidden * sizes.batch * sizes.layers * (sizes.segment**2 - pairs)
 
-    def test_head(self, sizes):
+    def test_the_head_takes_the_products_that_the_formula_says(self, sizes):
         hidden, head = torch.randn(30, 24, requires_grad=True), nn.Linear(24, 70, bias=False)
         for backward in (False, True):
             counted = count(lambda backward=backward: head(hidden).sum().backward() if backward else head(hidden))
@@ -206,7 +206,7 @@ class TestMeasuring:
     @pytest.mark.parametrize(
         ("values", "summary"), [([3.0], (3, 3, 3)), ([4.0, 1, 3, 2, 5], (3, 2, 4)), ([1.0, 2], (1.5, 1.25, 1.75))]
     )
-    def test_summary(self, values, summary):
+    def test_a_summary_is_the_median_and_the_quartiles(self, values, summary):
         assert module("measuring").summarize(values) == summary
 
     def test_peak_memory_is_that_of_one_moment(self):
@@ -269,7 +269,7 @@ class TestReport:
         assert (part["kind"], part["floor_seconds"]) == ("part", 0.5)
         assert "floor_seconds" not in theirs
 
-    def test_table(self, comparison):
+    def test_the_table_says_it_in_units_that_can_be_read(self, comparison):
         lines = comparison.format(new_machine()).splitlines()
         assert lines[0] == "trial: size 3"
         assert "abacus, 1 thread, torch" in lines[1]
@@ -320,12 +320,12 @@ class TestLayer:
         assert lines["ours / naive, peak extra memory"]["ratio"] == [memory]
         assert ours["options"]["functions"] == 8
 
-    def test_in_bfloat16(self, run, capsys):
+    def test_a_layer_is_measured_in_bfloat16(self, run, capsys):
         """Autocast, in which the memory is float32 all the same."""
         assert run(capsys, f"layer {LAYER} --precision bfloat16")[1]["ours"]["machine"]["name"] == "abacus"
 
     @pytest.mark.slow
-    def test_compiled(self, run, capsys):
+    def test_a_layer_is_measured_compiled(self, run, capsys):
         assert run(capsys, f"layer {LAYER} --compile")[1]["ours"]["options"]["compile"] is True
 
 
@@ -338,7 +338,7 @@ class TestDensity:
                 assert other.any()
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
 
-    def test_arithmetic(self):
+    def test_a_density_takes_the_products_that_the_formula_says(self):
         """Counted where autograd differentiates product by product."""
         arithmetic = module("arithmetic")
         sizes = arithmetic.Sizes(batch=2, segment=9, hidden=16, heads=4, basis_functions=8, past_samples=9)
@@ -347,7 +347,7 @@ class TestDensity:
         parts = arithmetic.read(sizes, backward=False).flops
         assert parts > arithmetic.density_read(sizes, backward=False).flops > 0
 
-    def test_command(self, run, capsys):
+    def test_a_density_is_measured_beside_eager_pytorch(self, run, capsys):
         _, lines = run(capsys, "density --segment 9 --functions 8 --hidden 16 --heads 4 --rounds 2")
         ours, eager = lines["ours"]["seconds"], lines["eager"]["seconds"]
         assert lines["eager / ours, time"]["ratio"] == [one / other for one, other in zip(eager, ours, strict=True)]
@@ -402,7 +402,7 @@ class TestModels:
 
 
 class TestCommands:
-    def test_step(self, run, capsys, tmp_path):
+    def test_a_step_is_measured_with_its_parts(self, run, capsys, tmp_path):
         printed, lines = run(capsys, f"step {MODEL} --backbone rotary --windows 2 --parts --rounds 2 --profile")
         assert [name for name, line in lines.items() if line["kind"] == "contestant"] == [
             "with memory", "without", "window of 2 segments",
@@ -418,7 +418,7 @@ class TestCommands:
         assert "aten::addmm" in printed or "aten::mm" in printed
         assert imread(tmp_path / "step.png").std() > 0.05
 
-    def test_stream(self, run, capsys, tmp_path):
+    def test_a_stream_is_measured_early_and_late(self, run, capsys, tmp_path):
         _, lines = run(capsys, f"stream {MODEL} --windows 2 3 --segments 70 --rounds 10")
         early, late = lines["with memory, early"], lines["with memory, late"]
         assert (early["reach_tokens"], late["reach_tokens"]) == (8 * 8, 70 * 8)
@@ -446,14 +446,14 @@ class TestCommands:
             assert stream._memory.layers[0].segments.tolist() == [stream.segments]
         assert timed == [5, 6, 7, 8, 9, 10, 11] * 2 + [5, 6]
 
-    def test_generate(self, run, capsys):
+    def test_generation_is_measured_in_tokens_per_second(self, run, capsys):
         _, lines = run(capsys, f"generate {MODEL} --windows 2 --prompt 3 --rounds 2")
         for name in ("with memory", "without", "window of 2 segments"):
             median = lines[name]["median_seconds"]
             assert lines[name]["tokens_per_second"] == pytest.approx(8 / median)
         assert len(lines["window of 2 segments / with memory, tokens per second"]["ratio"]) == 2
 
-    def test_decoder(self, run, capsys):
+    def test_a_decoder_is_measured_by_its_multiplications(self, run, capsys):
         _, lines = run(capsys, "decoder --layers 1 --hidden 16 --vocabulary 50 --segment 8 --memory 8 --rounds 2")
         # d = 16, M + T = 16: layer 12·d² + 2·d²·(M + T)/T − 2·d² … and the vocabulary.
         with_memory = 10 * 16**2 + 2 * 16**2 * 2 + 3 * 16 * 16 + 50 * 16
@@ -462,12 +462,12 @@ class TestCommands:
         assert lines["by the multiplications"]["ratio"] == [without / with_memory]
         assert lines["by the attention lengths alone"]["ratio"] == [0.5]
 
-    def test_evaluation(self, run, capsys):
+    def test_an_evaluation_is_measured_in_tokens_per_second(self, run, capsys):
         options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --documents 1 --segments 2"
         _, lines = run(capsys, f"evaluation {options} --rounds 1 --warmup 0")
         assert lines["evaluation"]["tokens_per_second"] == pytest.approx(32 / lines["evaluation"]["median_seconds"])
 
-    def test_loop(self, run, capsys):
+    def test_the_loop_is_measured_beside_a_bare_step(self, run, capsys):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --functions 8 --samples 8"
@@ -494,12 +494,12 @@ class TestOptions:
             ("stream --segments 60", "--segments 60 with --rounds 100: the late segments would begin at the 10th,"),
         ],
     )
-    def test_bad_ones(self, run, capsys, command, message):
+    def test_options_that_cannot_be_are_refused(self, run, capsys, command, message):
         with pytest.raises(SystemExit) as stopped:
             run(capsys, command)
         assert message in capsys.readouterr().err + str(stopped.value)
 
-    def test_without_the_libraries_of_train(self, run, capsys, monkeypatch):
+    def test_the_loop_is_refused_without_the_libraries_of_train(self, run, capsys, monkeypatch):
         monkeypatch.delattr(infformer.training, "trainer", raising=False)
         monkeypatch.setitem(sys.modules, "infformer.training.trainer", None)
         with pytest.raises(SystemExit, match=r"train.py cannot be measured here: infformer.training.trainer is not"):

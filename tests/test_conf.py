@@ -134,7 +134,7 @@ class TestTasks:
         for task in (run_config(*asked).task, evaluation_config(*asked).task):
             assert (task.lengths, task.depths, task.digits) == ([1024, 262144], [0.0, 0.5], 7)
 
-    def test_recall_in_small(self):
+    def test_recall_in_small_can_be_asked_at_every_length(self):
         """Every length that is learned or measured can be asked, with the keys and the segments that there are."""
         config = run_config("experiment=associative_recall_small")
         source = config.task.build_source(None)
@@ -197,17 +197,17 @@ class TestPublished:
     }
 
     @pytest.mark.parametrize("chosen", [["model=gpt2_ltm", "model/memory=published"], ["experiment=pg19_gpt2_sticky"]])
-    def test_memory(self, chosen):
+    def test_memory_has_the_published_constants(self, chosen):
         memory = asdict(run_config(*chosen).model.memory)
         assert {name: memory[name] for name in self.CONSTANTS} == self.CONSTANTS
 
-    def test_every_option_is_said(self):
+    def test_every_option_of_the_published_memory_is_said(self):
         """So that no default that changes later changes what was published."""
         said = PUBLISHED_MEMORY
         assert {field.name for field in fields(LongTermMemoryConfig)} == set(said)
 
     @pytest.mark.parametrize("data", PUBLISHED_DATA)
-    def test_rows(self, data):
+    def test_published_rows_differ_in_their_memory_and_in_nothing_else(self, data):
         """Three rows that differ in their memory and in nothing else."""
         alone, plain, sticky = (run_config(f"experiment={data}_gpt2{row}") for row in ("", "_long_term", "_sticky"))
         assert alone.model.memory is None
@@ -232,7 +232,7 @@ def differing(configs: list[RunConfig]) -> set[str]:
 class TestPublishedSorting:
     """3 layers, 6 heads, width 300, segments of 1,024, 512 basis functions, τ 0.75, ridge 1, Adam at 2e-4."""
 
-    def test_sizes(self):
+    def test_sorting_has_the_published_sizes(self):
         config = run_config("experiment=sorting_4k")
         sizes = {"hidden_size": 300, "num_hidden_layers": 3, "num_attention_heads": 6, "feed_forward_size": 300}
         assert config.model.architecture.items() >= sizes.items()
@@ -247,13 +247,13 @@ class TestPublishedSorting:
         )
 
     @pytest.mark.parametrize("memory", ["long_term", "sticky"])
-    def test_memory(self, memory):
+    def test_sorting_has_the_published_memory(self, memory):
         constants = {"basis_functions": 512, "contraction": "constant", "contraction_rate": 0.75, "ridge": 1.0}
         chosen = asdict(run_config("experiment=sorting_4k", f"model/memory={memory}").model.memory)
         assert chosen.items() >= {**constants, "widths": [0.01, 0.05], "sticky": memory == "sticky"}.items()
 
     @pytest.mark.parametrize("memory", ["none", "short_term", "compressive"])
-    def test_no_other_has_a_long_term_memory(self, memory):
+    def test_no_other_row_has_a_long_term_memory(self, memory):
         model = run_config("experiment=sorting_4k", f"model/memory={memory}").model
         assert not isinstance(model.memory, LongTermMemoryConfig)
 
@@ -290,7 +290,7 @@ class TestPublishedFromScratch:
                 for config in self.configs(size)
             ]
 
-    def test_sizes(self):
+    def test_models_from_scratch_have_the_published_sizes(self):
         sizes = {
             "hidden_size": 410,
             "num_hidden_layers": 16,
@@ -304,7 +304,7 @@ class TestPublishedFromScratch:
             assert config.training.segment_length == 150
             assert (config.data.subset, config.model.tokenizer) == ("wikitext-103-v1", "words")
 
-    def test_parameters(self):
+    def test_transformer_xl_has_its_published_number_of_parameters(self):
         model = self.models("")[0]
         assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(151e6, rel=0.03)
 

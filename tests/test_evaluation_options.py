@@ -106,7 +106,7 @@ def by_hand(checkpoint, data, tokenizer) -> Callable[..., float]:
         ("precision", "bfloat16", {"dtype": "bfloat16"}),
     ],
 )
-def test_how_documents_are_read(evaluate_with, by_hand, option, value, said):
+def test_documents_are_read_as_asked(evaluate_with, by_hand, option, value, said):
     found = evaluate_with(**{option: value}).results
     expected = by_hand(**{option: torch.bfloat16 if value == "bfloat16" else value})
     assert found["nll"] == pytest.approx(expected, rel=1e-7)
@@ -116,7 +116,7 @@ def test_how_documents_are_read(evaluate_with, by_hand, option, value, said):
 
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(1, 1), (8, 4)])
-def test_how_many_are_read_side_by_side(evaluate_with, by_hand, batch_size, rows):
+def test_so_many_documents_are_read_side_by_side(evaluate_with, by_hand, batch_size, rows):
     """Of four documents four at most."""
     found = evaluate_with(batch_size=batch_size)
     assert found.shapes == {(rows, 16)}
@@ -124,12 +124,12 @@ def test_how_many_are_read_side_by_side(evaluate_with, by_hand, batch_size, rows
 
 
 @pytest.mark.parametrize(("split", "documents"), [("train", 6), ("validation", 2), ("test", 4)])
-def test_which_documents_are_read(evaluate_with, split, documents):
+def test_the_documents_of_the_split_are_read(evaluate_with, split, documents):
     found = evaluate_with(split=split).results
     assert [document["id"] for document in found["per_document"]] == [f"{split} {n}" for n in range(documents)]
 
 
-def test_only_so_many_of_them(evaluate_with, data):
+def test_only_so_many_documents_are_read(evaluate_with, data):
     some = DataConfig(source="files", test=data.test, max_documents=3, cache_dir=data.cache_dir)
     assert evaluate_with(data=some).results["documents"] == 3
 
@@ -141,7 +141,7 @@ def test_controls_are_measured_as_asked(evaluate_with):
     assert "memory off" in found.printed
 
 
-def test_a_tokenizer_from_elsewhere(evaluate_with, by_hand, checkpoint, model_folder, tmp_path):
+def test_a_tokenizer_may_come_from_elsewhere(evaluate_with, by_hand, checkpoint, model_folder, tmp_path):
     """The model's own folder has none."""
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "bare").mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ def books(tmp_path_factory) -> DataConfig:
 class TestATask:
     """Each of its options, and those of `eval.py` that a task has too."""
 
-    def test_its_own_options(self, evaluate_with):
+    def test_a_task_is_asked_as_its_options_say(self, evaluate_with):
         task = AssociativeRecallConfig(**ASKED, keys=40, values=8, queries=2)
         found = evaluate_with(task=task)
         cells = found.results["cells"]
@@ -179,7 +179,7 @@ class TestATask:
         assert found.results["controls"] == {}
         assert "40" in found.printed
 
-    def test_how_texts_are_read(self, evaluate_with):
+    def test_texts_of_a_task_are_read_as_asked(self, evaluate_with):
         task = AssociativeRecallConfig(**ASKED, keys=40, values=8, queries=2)
         found = evaluate_with(task=task, segment_length=8, precision="bfloat16", batch_size=2, controls=True)
         assert found.results["protocol"].items() >= {"segment": 8, "window": 8, "dtype": "bfloat16"}.items()
@@ -188,7 +188,7 @@ class TestATask:
         assert found.results["controls"].keys() == {"memory_off"}
 
     @pytest.mark.parametrize("split", ["validation", "test"])
-    def test_in_which_documents_something_is_hidden(self, evaluate_with, books, split, monkeypatch):
+    def test_something_is_hidden_in_the_documents_of_the_split(self, evaluate_with, books, split, monkeypatch):
         asked = []
         original = eval_command.tokenize_documents
         monkeypatch.setattr(

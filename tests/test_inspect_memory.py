@@ -39,7 +39,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -
     script.main()
 
 
-def test_a_page_that_needs_no_other_file(script, checkpoint, monkeypatch, tmp_path, capsys):
+def test_the_page_needs_no_other_file(script, checkpoint, monkeypatch, tmp_path, capsys):
     (tmp_path / "whale.txt").write_text("the white whale under the deep sea " * 4)
     run(script, monkeypatch, checkpoint, "whale.txt", "--segments", 4, "--layers", 1, "--folder", tmp_path / "page")
     page = (tmp_path / "page" / "index.html").read_text()
@@ -67,7 +67,7 @@ def test_a_page_that_needs_no_other_file(script, checkpoint, monkeypatch, tmp_pa
         ("the sea " * 9, ("--layers", 2), r"layers=\[2\]: choose among"),
     ],
 )
-def test_errors(script, checkpoint, monkeypatch, tmp_path, text, options, message):
+def test_what_cannot_be_inspected_is_refused(script, checkpoint, monkeypatch, tmp_path, text, options, message):
     if text is not None:
         (tmp_path / "whale.txt").write_text(text)
     with pytest.raises(SystemExit, match=message):
@@ -75,6 +75,6 @@ def test_errors(script, checkpoint, monkeypatch, tmp_path, text, options, messag
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_model_without_memory(script, model_folder, monkeypatch):
+def test_a_model_without_memory_is_refused(script, model_folder, monkeypatch):
     with pytest.raises(SystemExit, match="this model has no long-term memory"):
         run(script, monkeypatch, model_folder, "sample")

@@ -137,7 +137,7 @@ class TestGrid:
             ([1, 1], "1.00"),
         ],
     )
-    def test_means(self, grid, values, text):
+    def test_a_mean_is_with_its_deviation(self, grid, values, text):
         assert grid.format_mean(values) == text
 
 
@@ -145,7 +145,7 @@ def accuracies(level: float) -> dict[str, float]:
     return {"accuracy": level, "accuracy_free_running": level / 2}
 
 
-def test_the_table_of_accuracies(sorting):
+def test_the_table_of_accuracies_has_a_line_for_each_memory(sorting):
     counters = {"last_half": accuracies(0.2), "chance": accuracies(0.1)}
     rows = [
         {"memory": memory, "seed": seed, "length": length, "sequences": 9, "ideal_counters": counters}
@@ -170,7 +170,7 @@ def test_the_table_of_accuracies(sorting):
     assert "seeds 0, 1" in lines[-1]
 
 
-def test_the_table_of_perplexities(from_scratch):
+def test_the_table_of_perplexities_has_a_line_for_each_experiment(from_scratch):
     rows = [
         {
             "experiment": "with",
@@ -213,7 +213,7 @@ def call(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_sorting_from_the_command_line(tmp_path):
+def test_sorting_is_reproduced_from_the_command_line(tmp_path):
     """Two memories; called again, it draws the same table and figure, and makes no run."""
     options = ["--folder", str(tmp_path), "--memories", "short_term", "long_term", "--seeds", "3", "--"]
     options += ["task.length=20", "task.training_lengths=[]", "task.evaluation_lengths=[40]", "task.test_sequences=3"]
@@ -247,7 +247,7 @@ def test_sorting_from_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_language_models_from_scratch_from_the_command_line(tmp_path, texts, token_cache):
+def test_language_models_are_reproduced_from_the_command_line(tmp_path, texts, token_cache):
     experiments = ["wt103_compressive_small", "wt103_infformer_sticky_small"]
     options = ["--folder", str(tmp_path), "--experiments", *experiments, "--seeds", "0", "--", "data.source=files"]
     options += [f"data.{split}={texts}/{split}.jsonl" for split in ("train", "validation", "test")]

@@ -88,7 +88,7 @@ def shapes(monkeypatch) -> list[tuple[int, int]]:
 
 
 class TestThePretrainedModel:
-    def test_its_weights_are_those_of_the_folder(self, build, backbone):
+    def test_a_pretrained_model_has_the_weights_of_its_folder(self, build, backbone):
         loaded = build().backbone.state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in backbone.state_dict().items())
 
@@ -139,7 +139,7 @@ class TestAModelFromScratch:
         return make
 
     @pytest.mark.parametrize("architecture", [GPT2, LLAMA], ids=lambda fields: fields["model_type"])
-    def test_its_fields_its_vocabulary_its_memory_and_its_attention(self, scratch, tokenizer, architecture):
+    def test_a_model_from_scratch_is_as_its_options_say(self, scratch, tokenizer, architecture):
         model = scratch(architecture, {"model.memory_layers": [1], "model.attention": "eager"})
         config = model.backbone.config
         assert {name: getattr(config, name) for name in architecture} == architecture
@@ -275,7 +275,7 @@ class TestAnotherTask:
         "training.precision": "bfloat16",
     }
 
-    def test_sorting(self, ask):
+    def test_sorting_is_asked_as_its_options_say(self, ask):
         stream, evaluation = ask(self.CHANGES, rank_rows=range(2, 4), change=self.chosen)
         first, last = stream.next_step()
         assert first.lanes.tolist() == [2, 3]
@@ -295,7 +295,7 @@ class TestAnotherTask:
         assert not torch.equal(drawn[0], drawn[2])
 
     @pytest.mark.parametrize("controls", [True, False])
-    def test_passkey(self, ask, tmp_path, controls):
+    def test_a_passkey_is_asked_as_its_options_say(self, ask, tmp_path, controls):
         for split, sentences in (("train", 40), ("validation", 20), ("test", 30)):
             (tmp_path / f"{split}.txt").write_text("The white whale rose, and nobody saw it. " * sentences)
 

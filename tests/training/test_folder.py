@@ -261,7 +261,7 @@ class TestAnEvaluation:
         return tmp_path
 
     @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"stride": 8, "overwrite": True}])
-    def test_writes_over_itself(self, measured, options):
+    def test_an_evaluation_writes_over_itself(self, measured, options):
         check_that_it_may_be_written(evaluation(measured, **options), measured)
 
     @pytest.mark.parametrize(
@@ -272,14 +272,14 @@ class TestAnEvaluation:
             ({"data": DataConfig(max_documents=3)}, "data.max_documents was None, is 3"),
         ],
     )
-    def test_writes_over_no_other(self, measured, options, says):
+    def test_an_evaluation_writes_over_no_other(self, measured, options, says):
         with pytest.raises(RunError) as refused:
             check_that_it_may_be_written(evaluation(measured, **options), measured)
         assert f"output_dir={measured} holds the results of another evaluation ({says})" in str(refused.value)
         assert "overwrite=true" in str(refused.value)
 
     @pytest.mark.parametrize("record", [None, "", "[1]"])
-    def test_writes_over_no_results_of_nobody_knows_what(self, measured, record):
+    def test_an_evaluation_writes_over_no_results_of_nobody_knows_what(self, measured, record):
         (measured / "evaluation.json").unlink()
         if record is not None:
             (measured / "evaluation.json").write_text(record)
@@ -287,12 +287,12 @@ class TestAnEvaluation:
             check_that_it_may_be_written(evaluation(measured), measured)
 
     @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
-    def test_writes_over_no_training_run(self, tmp_path, name):
+    def test_an_evaluation_writes_over_no_training_run(self, tmp_path, name):
         (tmp_path / name).touch()
         with pytest.raises(RunError, match=r"holds a training run.*overwrite=true"):
             check_that_it_may_be_written(evaluation(tmp_path), tmp_path)
 
-    def test_knows_the_checkpoint_that_best_was(self, tmp_path):
+    def test_an_evaluation_knows_the_checkpoint_that_best_was(self, tmp_path):
         for step in (1, 2):
             (tmp_path / f"step-{step}").mkdir()
         (tmp_path / "best").symlink_to("step-1")
@@ -304,7 +304,7 @@ class TestAnEvaluation:
         with pytest.raises(RunError, match=r"checkpoint was .*step-1, is .*step-2"):
             check_that_it_may_be_written(config, tmp_path)
 
-    def test_has_a_place_of_its_own_by_default(self, tmp_path, monkeypatch):
+    def test_an_evaluation_has_a_place_of_its_own_by_default(self, tmp_path, monkeypatch):
         """So that the README's commands can be typed one after the other."""
         monkeypatch.chdir(tmp_path)
         checkpoints = tmp_path / "outputs" / "tiny" / "checkpoints"

@@ -221,7 +221,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 class TestEveryStepIsThatOfTheLiteralLoop:
-    def test_what_it_measures(self, literal, folder):
+    def test_every_step_measures_what_the_literal_loop_does(self, literal, folder):
         lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
         assert len(lines) == STEPS
         for line, made in zip(lines, literal, strict=True):
@@ -229,7 +229,7 @@ class TestEveryStepIsThatOfTheLiteralLoop:
             assert line == pytest.approx(made.metrics, rel=1e-6), made.metrics["step"]
 
     @pytest.mark.parametrize("step", range(1, STEPS + 1))
-    def test_what_it_leaves(self, literal, folder, step):
+    def test_every_step_leaves_what_the_literal_loop_does(self, literal, folder, step):
         checkpoint, made = folder / "checkpoints" / f"step-{step:08d}", literal[step - 1]
         assert_close(load_file(checkpoint / "model" / "model.safetensors"), made.weights)
         assert_close(load_file(checkpoint / "optimizer.safetensors"), made.moments)

@@ -48,7 +48,7 @@ class TestGroups:
         assert any(".gate.weight" in name for name in found["memory_without_decay"])
         assert "backbone.transformer.wte.weight" in found["backbone"]
 
-    def test_rates_and_decay(self, model):
+    def test_each_group_has_its_rate_and_its_decay(self, model):
         some = model()
         for group in make_optimizer(some, OptimizerConfig(**RATES)).param_groups:
             assert group["lr"] == (2.0 if group["name"].startswith("memory") else 0.5)
@@ -62,14 +62,14 @@ class TestGroups:
         assert all(group.startswith("memory") for group in groups(some, optimizer))
         assert learning_rates(optimizer) == {"train/memory_learning_rate": 2.0}
 
-    def test_without_memory(self, backbone):
+    def test_without_memory_there_are_the_backbone_s_groups(self, backbone):
         some = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
         optimizer = make_optimizer(some, OptimizerConfig(**RATES))
         assert groups(some, optimizer).keys() == {"backbone", "backbone_without_decay"}
         assert learning_rates(optimizer) == {"train/learning_rate": 0.5}
 
     @pytest.mark.parametrize(("name", "kind"), [("adamw", AdamW), ("adam", Adam)])
-    def test_kinds(self, model, name, kind):
+    def test_the_optimizer_is_of_the_kind_that_is_named(self, model, name, kind):
         config = OptimizerConfig(name=name, betas=[0.8, 0.9], epsilon=1e-4)
         optimizer = make_optimizer(model(), config)
         assert type(optimizer) is kind
@@ -114,7 +114,7 @@ class TestSchedules:
             ("inverse_sqrt", lambda part, step, warmup: 1 / math.sqrt(step / warmup if warmup else 1 + step / 10_000)),
         ],
     )
-    def test_factor_of_every_step(self, name, after, warmup):
+    def test_the_factor_of_every_step_is_the_formula_s(self, name, after, warmup):
         expected = [
             step / warmup if step < warmup else after((step - warmup) / (self.STEPS - warmup), step, warmup)
             for step in range(self.STEPS)
@@ -122,7 +122,7 @@ class TestSchedules:
         config = ScheduleConfig(name=name, warmup_steps=warmup, final_ratio=0.1)
         assert factors(config, self.STEPS) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
-    def test_cosine_to_zero(self):
+    def test_a_cosine_falls_to_zero(self):
         found = factors(ScheduleConfig(name="cosine"), 100)
         assert found[0] == 1.0
         assert found == sorted(found, reverse=True)

@@ -545,7 +545,9 @@ class TestACheckpointThatCannotBeWritten:
         monkeypatch.setattr(CheckpointWriter, "finish", finish_without_space)
 
     @pytest.mark.parametrize("fault", FAULTS)
-    def test_the_run_goes_on_without_it(self, configure, train, whole, folder, monkeypatch, caplog, fault):
+    def test_the_run_goes_on_without_a_checkpoint_that_cannot_be_written(
+        self, configure, train, whole, folder, monkeypatch, caplog, fault
+    ):
         """What is not whole is not called a checkpoint, and not in the way of the next."""
         self.at(7, FAULTS[fault], monkeypatch)
         train(configure(folder, {"resume": "auto", "training.checkpoint_every": 1}))
@@ -555,7 +557,7 @@ class TestACheckpointThatCannotBeWritten:
         assert checkpoints(folder) == [LAST_CHECKPOINT, STEPS]
         assert_same_run(folder, whole)
 
-    def test_the_last_one_ends_the_run(self, configure, train, whole, folder, monkeypatch):
+    def test_a_last_checkpoint_that_cannot_be_written_ends_the_run(self, configure, train, whole, folder, monkeypatch):
         with monkeypatch.context() as patched:
             self.at(STEPS, no_space_at_all, patched)
             with pytest.raises(TrainingFailedError, match=r"the checkpoint of step 8 could not be written.*make room"):

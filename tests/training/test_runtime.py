@@ -54,40 +54,40 @@ def write(path: Path, options: Any) -> str:
 
 
 class TestTheEngineThatIsMeant:
-    def test_without_a_configuration_of_accelerate(self, launched):
+    def test_without_a_configuration_of_accelerate_the_engine_is_ddp(self, launched):
         assert resolve_engine(EngineConfig()) == EngineConfig("ddp")
         launched("--multi_gpu")
         assert resolve_engine(EngineConfig()) == EngineConfig("ddp")
 
     @pytest.mark.parametrize("name", [name for name in ENGINES if name != "auto"])
-    def test_is_the_one_that_is_named(self, name):
+    def test_the_engine_is_the_one_that_is_named(self, name):
         assert resolve_engine(EngineConfig(name)) == EngineConfig(name)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    def test_deepspeed(self, launched, stage):
+    def test_accelerate_s_deepspeed_is_the_engine_of_its_stage(self, launched, stage):
         launched("--use_deepspeed", f"--zero_stage={stage}")
         meant = resolve_engine(EngineConfig())
         assert (meant.name, meant.config) == (f"zero{stage}", None)
         assert meant.deepspeed["zero_optimization"]["stage"] == stage
 
     @pytest.mark.parametrize(("optimizer", "parameters"), [("cpu", "none"), ("none", "cpu"), ("cpu", "cpu")])
-    def test_deepspeed_that_keeps_things_elsewhere(self, launched, optimizer, parameters):
+    def test_what_accelerate_s_deepspeed_keeps_elsewhere_is_kept_there(self, launched, optimizer, parameters):
         where = f"--offload_optimizer_device={optimizer}", f"--offload_param_device={parameters}"
         launched("--use_deepspeed", "--zero_stage=3", *where)
         zero = resolve_engine(EngineConfig()).deepspeed["zero_optimization"]
         assert zero["offload_optimizer"]["device"] == optimizer
         assert zero["offload_param"]["device"] == parameters
 
-    def test_deepspeed_by_a_file(self, launched, tmp_path):
+    def test_accelerate_s_file_for_deepspeed_is_the_engine_s(self, launched, tmp_path):
         path = write(tmp_path / "Mine.json", ZERO[2])
         launched("--use_deepspeed", f"--deepspeed_config_file={path}")
         assert resolve_engine(EngineConfig()) == EngineConfig("zero2", config=path)
 
-    def test_fsdp(self, launched):
+    def test_accelerate_s_fsdp_is_fsdp2(self, launched):
         launched("--use_fsdp", "--fsdp_version=2")
         assert resolve_engine(EngineConfig()) == EngineConfig("fsdp2")
 
-    def test_not_the_old_fsdp(self, launched):
+    def test_the_old_fsdp_is_refused(self, launched):
         launched("--use_fsdp", "--fsdp_version=1")
         with pytest.raises(EngineError, match="FSDP version 1: choose version 2, or engine=fsdp2"):
             resolve_engine(EngineConfig())
@@ -124,13 +124,13 @@ class TestTheEngineThatIsMeant:
         assert resolve_engine(EngineConfig("zero3_offload")).name == "zero3_offload"
 
     @pytest.mark.parametrize("options", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": 0}}])
-    def test_a_file_without_a_stage(self, launched, tmp_path, options):
+    def test_a_file_for_deepspeed_without_a_stage_is_refused(self, launched, tmp_path, options):
         path = write(tmp_path / "mine.json", options)
         launched("--use_deepspeed", f"--deepspeed_config_file={path}")
         with pytest.raises(EngineError, match=rf"{path}.*stage"):
             resolve_engine(EngineConfig())
 
-    def test_no_stage_at_all(self, launched):
+    def test_deepspeed_of_stage_0_is_refused(self, launched):
         launched("--use_deepspeed", "--zero_stage=0")
         with pytest.raises(EngineError, match="stage"):
             resolve_engine(EngineConfig())
@@ -157,7 +157,7 @@ class TestDeepSpeedsConfiguration:
     """What is wrong with it is said before any process is waited for."""
 
     @pytest.mark.parametrize("name", ["auto", "zero2"])
-    def test_that_is_not_there(self, launched, tmp_path, name):
+    def test_a_configuration_that_is_not_there_is_refused(self, launched, tmp_path, name):
         """Whether it was given to this project or to accelerate."""
         path = tmp_path / "nowhere.json"
         if name == "auto":
@@ -170,31 +170,31 @@ class TestDeepSpeedsConfiguration:
             )
 
     @pytest.mark.parametrize("text", ["", "stage: 2", '{"zero_optimization": {"stage": 2}'])
-    def test_that_is_not_json(self, tmp_path, text):
+    def test_a_configuration_that_is_not_json_is_refused(self, tmp_path, text):
         (tmp_path / "mine.json").write_text(text)
         with pytest.raises(EngineError, match=r"engine\.config=.*mine\.json: not a DeepSpeed configuration in JSON"):
             init_distributed(EngineConfig("zero2", config=str(tmp_path / "mine.json")), "float32")
 
     @pytest.mark.parametrize("options", [[], "zero2", 2, None])
-    def test_that_is_no_object(self, tmp_path, options):
+    def test_a_configuration_that_is_no_object_is_refused(self, tmp_path, options):
         path = write(tmp_path / "mine.json", options)
         with pytest.raises(EngineError, match="a DeepSpeed configuration is an object with named parts"):
             init_distributed(EngineConfig("zero2", config=path), "float32")
 
     @pytest.mark.parametrize("options", [[], "auto", {"stage": "2"}, None])
-    def test_whose_zero_is_no_stage(self, tmp_path, options):
+    def test_a_configuration_whose_zero_is_no_stage_is_refused(self, tmp_path, options):
         path = write(tmp_path / "mine.json", {"zero_optimization": options})
         with pytest.raises(EngineError, match=r"mine\.json"):
             init_distributed(EngineConfig("zero3", config=path), "float32")
 
     @pytest.mark.parametrize(("name", "stage"), [("zero1", 2), ("zero2", 3), ("zero3_offload", 2)])
-    def test_of_another_stage(self, tmp_path, name, stage):
+    def test_a_configuration_of_another_stage_is_refused(self, tmp_path, name, stage):
         path = write(tmp_path / "mine.json", ZERO[stage])
         message = rf"engine={name}, but zero_optimization\.stage is {stage} in {path}: choose engine=zero{stage}"
         with pytest.raises(EngineError, match=message):
             init_distributed(EngineConfig(name, config=path), "float32")
 
-    def test_of_no_stage(self, tmp_path):
+    def test_a_configuration_of_no_stage_is_refused(self, tmp_path):
         path = write(tmp_path / "mine.json", {"wall_clock_breakdown": True})
         with pytest.raises(EngineError, match=r"engine=zero2, but zero_optimization\.stage is None in"):
             init_distributed(EngineConfig("zero2", config=path), "float32")
@@ -213,14 +213,14 @@ class TestDeepSpeedsConfiguration:
         ],
         ids=lambda value: value if isinstance(value, str) else next(iter(value)),
     )
-    def test_that_decides_what_options_decide(self, tmp_path, part, option):
+    def test_a_configuration_that_decides_what_options_decide_is_refused(self, tmp_path, part, option):
         path = write(tmp_path / "mine.json", {**ZERO[2], **part})
         with pytest.raises(EngineError) as refused:
             init_distributed(EngineConfig("zero2", config=path), "float32")
         assert str(refused.value).startswith(f"{path}: {next(iter(part))} is decided by {option}; remove it there")
 
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-    def test_that_leaves_to_options_what_they_decide(self, tmp_path, precision):
+    def test_a_configuration_may_leave_to_options_what_they_decide(self, tmp_path, precision):
         """As Hugging Face's examples do, by `auto`."""
         automatic = {"enabled": "auto"}
         options = {
@@ -241,7 +241,7 @@ class TestDeepSpeedsConfiguration:
         assert ("torch_autocast" in made) == (precision == "bfloat16")
         assert not {"fp16", "bf16", "train_batch_size"} & made.keys()
 
-    def test_is_not_changed(self):
+    def test_a_configuration_is_not_changed(self):
         engine = EngineConfig("zero1", {**ZERO[1], "gradient_clipping": "auto"})
         runtime._deepspeed_plugin(engine, "float32", 1, None)
         assert engine == EngineConfig("zero1", {**ZERO[1], "gradient_clipping": "auto"})
@@ -258,7 +258,7 @@ class TestProcessesThatDoNotWorkTogether:
 
         return find
 
-    def test_lone_ones(self, accelerate, monkeypatch):
+    def test_processes_that_do_not_find_each_other_are_refused(self, accelerate, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "4")
         accelerate(1, DistributedType.NO)
         with pytest.raises(EngineError, match=r"started 4 processes, but only 1 of them found each other.*torchrun"):
@@ -266,7 +266,7 @@ class TestProcessesThatDoNotWorkTogether:
 
     @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-    def test_in_another_way(self, accelerate, name, kind):
+    def test_processes_that_work_in_another_way_are_refused(self, accelerate, name, kind):
         accelerate(1, kind)
         with pytest.raises(EngineError, match=rf"engine\.name={name}, but these processes work as {kind.value}"):
             init_distributed(EngineConfig(name), "float32")

@@ -161,7 +161,9 @@ class TestWandbThatCannotBeReached:
         assert list((folder / "wandb").glob("offline-run-*/files/media/images/plots/training_*.png"))
 
     @pytest.mark.parametrize("call", ["login", "init"])
-    def test_in_either_call(self, tmp_path, figure, wandb, monkeypatch, caplog, call):
+    def test_wandb_that_cannot_be_reached_in_either_call_records_offline(
+        self, tmp_path, figure, wandb, monkeypatch, caplog, call
+    ):
         """To log in asks the server, too."""
         original = {name: getattr(wandb, name) for name in ("login", "init")}
 
@@ -181,7 +183,7 @@ class TestWandbThatCannotBeReached:
         self.assert_records_offline(tmp_path / "run", figure, caplog)
 
     @pytest.mark.slow
-    def test_at_a_closed_port(self, tmp_path, figure, wandb, monkeypatch, caplog):
+    def test_wandb_at_a_closed_port_records_offline(self, tmp_path, figure, wandb, monkeypatch, caplog):
         """wandb waits for a while before it gives up."""
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
