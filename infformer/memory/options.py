@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from infformer.memory.memory import Memory
@@ -26,9 +26,16 @@ class MemoryConfig:
     and values beside a pretrained model. It may be longer when a model is measured than it was in training. 0: none.
     Null: as many as a segment has; beside a pretrained model that has another memory none."""
 
+    sink_tokens: int | None = field(default=None, kw_only=True)
+    """Beside a pretrained model: so many first tokens of a document stay in sight when they have left the short-term
+    memory. Without any, most read worse than without a memory (attention sinks, arXiv 2309.17453). Null: 4; a decoder,
+    which learned without them, has none."""
+
     def __post_init__(self) -> None:
-        if self.short_term_length is not None and self.short_term_length < 0:
-            raise ValueError(f"model.memory.short_term_length={self.short_term_length}: must not be negative")
+        for name in ("short_term_length", "sink_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"model.memory.{name}={value}: must not be negative")
         if type(self) is MemoryConfig and self.short_term_length == 0:
             raise ValueError(
                 "model.memory.short_term_length=0: this would be no memory at all; choose model/memory=none, or set it "
@@ -41,7 +48,8 @@ class MemoryConfig:
 
     def beside_pretrained(self, segment_length: int) -> Self:
         """The same beside a pretrained model: without a short-term memory, unless it is asked for or all there is."""
-        return self.with_short_term_length(0 if self.adds_to_attention else segment_length)
+        sinks = min(4, segment_length) if self.sink_tokens is None else self.sink_tokens
+        return replace(self.with_short_term_length(0 if self.adds_to_attention else segment_length), sink_tokens=sinks)
 
     def check_segment_length(self, segment_length: int) -> None:
         """Make sure that segments of this length can be written.
@@ -49,6 +57,11 @@ class MemoryConfig:
         Raises:
             ValueError: they cannot.
         """
+        if (self.sink_tokens or 0) > segment_length:
+            raise ValueError(
+                f"model.memory.sink_tokens={self.sink_tokens}: they are of a document's first segment, which has "
+                f"training.segment_length={segment_length} tokens; take 4"
+            )
         if type(self) is not MemoryConfig and (self.short_term_length or 0) % segment_length:
             raise ValueError(
                 f"model.memory.short_term_length={self.short_term_length}: what leaves it is written segment by "
@@ -114,7 +127,9 @@ class MemoryConfig:
         if not self.short_term_length:
             return behind
         return {
-            layer: KeyValueMemory(self.short_term_length, key_values, hidden_size, behind.get(layer))
+            layer: KeyValueMemory(
+                self.short_term_length, self.sink_tokens or 0, key_values, hidden_size, behind.get(layer)
+            )
             for layer in range(depth)
         }
 
@@ -126,6 +141,11 @@ class MemoryConfig:
     def adds_to_attention(self) -> bool:
         """Whether something is added to what attention returns; otherwise attention looks at the memory itself."""
         return type(self) is not MemoryConfig
+
+    @property
+    def key_values(self) -> int:
+        """How many keys and values a pretrained model's attention sees before the segment."""
+        return self.short_term_length + (self.sink_tokens or 0) if self.short_term_length else 0
 
     @property
     def entries(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -130,22 +130,43 @@ class ShortTermMemory(Memory):
         return ShortTermState(state.short_term.shuffle_time(), behind)
 
 
+@dataclass(frozen=True)
+class KeyValueState(ShortTermState):
+    """What a layer of a pretrained model with a short-term memory holds between two segments."""
+
+    sinks: Tensor
+    """The first tokens of the document, [batch, sinks, numbers]."""
+    written: Tensor
+    """How many tokens have been written, int64 [batch]."""
+
+
 class KeyValueMemory(ShortTermMemory):
     """Keys and values of the last tokens, which the attention of a pretrained model sees before its segment.
 
-    They are kept without their rotation by places, so that they do not say how long ago they were read.
+    They are kept without their rotation by places, so that they do not say how long ago they were read. The first
+    tokens of a document stay in sight when they have left (attention sinks, Xiao et al., arXiv 2309.17453): pretrained
+    attention puts there what it does not need elsewhere.
 
     Args:
         length: how many tokens; with a memory behind them a multiple of the segment's.
+        sinks: how many first tokens stay; at most a segment's.
         shape: heads of keys and values, and numbers of each head.
         hidden_size: width of the model.
         behind: what leaves the short-term memory is written to it. None: what leaves is forgotten.
     """
 
-    def __init__(self, length: int, shape: tuple[int, int], hidden_size: int, behind: Memory | None = None) -> None:
+    def __init__(
+        self, length: int, sinks: int, shape: tuple[int, int], hidden_size: int, behind: Memory | None = None
+    ) -> None:
         super().__init__(length, hidden_size, behind)
+        self.sinks = sinks
         self.shape = shape
         self.numbers = 2 * shape[0] * shape[1] + (0 if behind is None else hidden_size)
+
+    def initial_state(self, batch: int) -> KeyValueState:
+        empty = super().initial_state(batch)
+        sinks, written = torch.zeros(batch, self.sinks, self.numbers), torch.zeros(batch, dtype=torch.int64)
+        return KeyValueState(empty.short_term, empty.behind, sinks, written)
 
     def kept(self, hidden: Tensor, context: SegmentContext) -> Tensor:
         assert context.key_values is not None
@@ -155,8 +176,27 @@ class KeyValueMemory(ShortTermMemory):
     def entries(self, state: ShortTermState) -> None:
         """None: attention sees keys and values, not hidden states."""
 
-    def key_values(self, state: ShortTermState) -> tuple[KeyValues, Tensor]:
+    def key_values(self, state: Any) -> tuple[KeyValues, Tensor]:
         width = self.shape[0] * self.shape[1]
-        keys, values = state.short_term.entries[..., -2 * width :].split(width, dim=-1)
+        entries = torch.cat([state.sinks, state.short_term.entries], dim=1)
+        keys, values = entries[..., -2 * width :].split(width, dim=-1)
         pair = (part.unflatten(-1, self.shape).transpose(1, 2) for part in (keys, values))
-        return KeyValues(*pair), state.short_term.real
+        places = torch.arange(self.sinks, device=entries.device)
+        left = places < (state.written - self.length).unsqueeze(-1)  # the others are still in the queue
+        return KeyValues(*pair), torch.cat([left, state.short_term.real], dim=1)
+
+    def forward(self, hidden: Tensor, state: Any, context: SegmentContext, shared: Any) -> MemoryOutput:
+        output = super().forward(hidden, state, context, shared)
+        after = cast(ShortTermState, output.state)
+        sinks, written = state.sinks, state.written
+        if context.complete is not None:
+            first = self.kept(hidden, context)[:, : self.sinks].detach().to(sinks.dtype)
+            begins = (context.complete & (written == 0)).view(-1, 1, 1)
+            sinks = torch.where(begins, first, sinks)
+            written = written + hidden.shape[1] * context.complete
+        return output._replace(state=KeyValueState(after.short_term, after.behind, sinks, written))
+
+    def shuffle_time(self, state: Any, shuffle: Any) -> KeyValueState:
+        """That of each memory apart; the first tokens stay the first."""
+        shuffled = super().shuffle_time(state, shuffle)
+        return KeyValueState(shuffled.short_term, shuffled.behind, state.sinks, state.written)

@@ -98,6 +98,10 @@ class DecoderConfig(PreTrainedConfig):
         self.adaptive_divisor = adaptive_divisor
         self.segment_length = segment_length
         if isinstance(memory, MemoryConfig):
+            if memory.sink_tokens:
+                raise ValueError(
+                    f"model.memory.sink_tokens={memory.sink_tokens}: a decoder learns without them; set it to null"
+                )
             memory = memory.with_short_term_length(segment_length).to_json()
         self.memory = memory
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):

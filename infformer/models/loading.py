@@ -73,7 +73,7 @@ def load_trained(
     memory: MemoryConfig | None = config.memory_config if ours else None
     if memory is None and not isinstance(config, DecoderConfig):
         loaded = load_weights(InfformerForCausalLM if ours else AutoModelForCausalLM, config, folder, "checkpoint")
-        short_term = None if short_term_length is None else MemoryConfig(short_term_length)
+        short_term = None if short_term_length is None else MemoryConfig(short_term_length=short_term_length)
         return InfformerForCausalLM.from_backbone(
             loaded.backbone if ours else loaded, short_term, segment_length=segment_length or 512
         )

@@ -178,6 +178,7 @@ class InfformerForCausalLM(MemoryModel):
         memory = config.memory_config
         self.memories = nn.ModuleList()
         self._attachments: list[_Attachment] = []
+        self._seen = 0  # keys and values before a segment
         self.segment_length: int | None = None
         if memory is not None:
             try:
@@ -186,7 +187,8 @@ class InfformerForCausalLM(MemoryModel):
                 raise ModelError(str(error)) from error
             self.check_segment_length(config.segment_length)
             self.segment_length = config.segment_length
-            self._check_places(memory.short_term_length or 0, config.segment_length)
+            self._seen = memory.key_values
+            self._check_places(memory, config.segment_length)
             attentions = find_attentions(self.backbone)
             layers = list(range(len(attentions))) if config.memory_layers is None else config.memory_layers
             if len(set(layers)) < len(layers) or not set(layers) <= set(range(len(attentions))):
@@ -264,7 +266,7 @@ class InfformerForCausalLM(MemoryModel):
         if any(attachment.call is not None for attachment in self._attachments):
             raise ModelError("this model is reading a segment already, perhaps in another thread: let it end first")
         past, options = None, {self._cache_argument: segment_cache, "use_cache": use_cache}
-        if self.short_term_length:
+        if self._seen:
             past = self._past(state) if segment_cache is None else segment_cache
             options |= {self._cache_argument: past, "attention_mask": self._real(state, past, input_ids.shape[1])}
         calls = [_LayerCall(layer, context, shared, return_intermediates, past) for layer in state.layers]
@@ -285,10 +287,10 @@ class InfformerForCausalLM(MemoryModel):
     def _past(self, state: ModelState) -> Past:
         """What the short-term memories let attention see before a segment.
 
-        Their tokens have the places 0 … M − 1, however long ago the document began, and those of the segment M … M + T
-        − 1.
+        Their M tokens have the places 0 … M − 1, however long ago the document began, and those of the segment the
+        places M … M + T − 1.
         """
-        places = self.short_term_length + self.config.segment_length
+        places = self._seen + self.config.segment_length
         layers = []
         for attachment, layer in zip(self._attachments, state.layers, strict=True):
             table = None if attachment.rotation is None else attachment.rotation.table(places, self.device)
@@ -299,7 +301,7 @@ class InfformerForCausalLM(MemoryModel):
     def _real(self, state: ModelState, past: Past, length: int) -> Tensor:
         """Which tokens attention may see, [batch, past + length]: all layers remember the same ones."""
         _, real = cast(tuple[KeyValues, Tensor], self._attachments[0].memory.key_values(state.layers[0]))
-        return F.pad(real.long(), (0, past.get_seq_length() + length - self.short_term_length), value=1)
+        return F.pad(real.long(), (0, past.get_seq_length() + length - self._seen), value=1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits)(hidden, targets)
@@ -308,7 +310,7 @@ class InfformerForCausalLM(MemoryModel):
         return head(self.backbone, hidden) if self.config.head_is_known else hidden
 
     def cached_tokens(self, segment_cache: Any) -> int:
-        return int(segment_cache.get_seq_length()) - self.short_term_length
+        return int(segment_cache.get_seq_length()) - self._seen
 
     @property
     def positions(self) -> int | None:
@@ -325,12 +327,13 @@ class InfformerForCausalLM(MemoryModel):
             layers = []
         return [*layers, *self.memories]
 
-    def _check_places(self, short_term_length: int, segment_length: int) -> None:
-        if short_term_length and self.positions is not None and short_term_length + segment_length > self.positions:
+    def _check_places(self, memory: MemoryConfig, segment_length: int) -> None:
+        if memory.key_values and self.positions is not None and memory.key_values + segment_length > self.positions:
+            most = self.positions - segment_length - (memory.sink_tokens or 0)
             raise ModelError(
-                f"model.memory.short_term_length={short_term_length}: with a segment of {segment_length} tokens these "
-                f"are more than the {self.positions} positions of the backbone; set it to "
-                f"{max(0, self.positions - segment_length)} at most"
+                f"model.memory.short_term_length={memory.short_term_length}: with a segment of {segment_length} tokens "
+                f"and {memory.sink_tokens} first ones these are more than the {self.positions} positions of the "
+                f"backbone; set it to {max(0, most)} at most"
             )
 
     def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -82,15 +82,32 @@ def test_scaled_rotary_positions_are_moved_back_as_they_were_scaled(kind):
 
 
 @torch.no_grad()
-def test_a_layer_sees_the_tokens_of_its_memory_however_long_ago_the_document_began():
-    """With one layer, what is seen are keys and values of the tokens themselves: a window of the stock model."""
-    model = new_model(MemoryConfig(SHORT_TERM), num_hidden_layers=1)
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+def test_a_layer_sees_the_first_tokens_and_the_last_ones_however_long_ago_the_document_began(sinks):
+    """With one layer, what is seen are keys and values of the tokens themselves: those of a stock model's text."""
+    model = new_model(MemoryConfig(SHORT_TERM, sink_tokens=sinks), num_hidden_layers=1)
     logits, states = read(model)
-    window = model.backbone(TEXT[:, -SHORT_TERM - SEGMENT :]).logits[:, -SEGMENT:]
-    torch.testing.assert_close(logits[-1], window, rtol=1e-4, atol=1e-5)
+    seen = torch.cat([TEXT[:, :sinks], TEXT[:, -SHORT_TERM - SEGMENT :]], dim=1)
+    torch.testing.assert_close(logits[-1], model.backbone(seen).logits[:, -SEGMENT:], rtol=1e-4, atol=1e-5)
     assert [state.layers[0].short_term.filled.tolist() for state in states] == [[6, 6], *[[12, 12]] * 4]
-    elsewhere = torch.cat([TEXT[:, -6:], TEXT[:, 6:]], dim=1)  # another beginning, which has left the memory
+    elsewhere = torch.cat([TEXT[:, :sinks], TEXT[:, -SEGMENT:], TEXT[:, SEGMENT + sinks :]], dim=1)  # what has left
     assert torch.equal(read(model, elsewhere.split(SEGMENT, dim=1))[0][-1], logits[-1])
+
+
+@torch.no_grad()
+def test_a_new_document_in_a_row_has_first_tokens_of_its_own():
+    model = new_model(MemoryConfig(SHORT_TERM))
+    state = read(model)[1][-1]
+    begun = model(SEGMENTS[2], state=state, reset=torch.tensor([True, False])).state.layers[0]
+    new = model(SEGMENTS[2]).state.layers[0]
+    assert torch.equal(begun.sinks[0], new.sinks[0])
+    assert torch.equal(begun.sinks[1], state.layers[0].sinks[1])
+    assert begun.written.tolist() == [6, 36]
+
+
+def test_more_first_tokens_than_a_segment_has_are_refused():
+    with pytest.raises(ModelError, match=r"sink_tokens=7: they are of a document's first segment, .*=6 tokens; take 4"):
+        new_model(MemoryConfig(SHORT_TERM, sink_tokens=7))
 
 
 @torch.no_grad()
@@ -168,7 +185,7 @@ def test_keys_of_half_precision_are_kept_and_seen():
 
 def test_more_tokens_than_the_backbone_has_positions_are_refused():
     with pytest.raises(
-        ModelError, match=r"short_term_length=30: with a segment of 6 .* 32 positions.* set it to 26 at"
+        ModelError, match=r"short_term_length=30: with a segment of 6 .* 32 positions.* set it to 22 at"
     ):
         new_model(MemoryConfig(30))
 
