@@ -64,6 +64,7 @@ _AS_A_SEGMENT = "${training.segment_length}"
 _SIZES = {"basis_functions": _AS_A_SEGMENT, "past_samples": _AS_A_SEGMENT}
 PUBLISHED_MEMORY = {
     "short_term_length": None,  # with a decoder's short-term memory before it, alone beside a pretrained model
+    "sink_tokens": None,
     "basis_functions": 512,
     "widths": [0.005, 0.01],
     "past_samples": 512,
@@ -446,6 +447,56 @@ class EvaluationRunConfig:
             )
 
 
+@dataclass
+class GenerationRunConfig:
+    """What is read, and how to go on from there, by `generate.py`."""
+
+    checkpoint: str
+    """A checkpoint of a run, a model folder, or the name of a causal language model on the hub."""
+    document: str | None = None
+    """A file of UTF-8 text to read first, as long as it may be."""
+    prompt: str | None = None
+    """Text to read after it, which the model goes on from."""
+    state: str | None = None
+    """What the same model read before, a file of `save_state`. Document and prompt come after it."""
+    save_state: str | None = None
+    """Where to keep what was read, the prompt not included."""
+    tokens: int = 200
+    """How many to write, at most; a token that ends a text ends this one. 0: read only."""
+    temperature: float = 1.0
+    """Below 1 prefers what is likely, above 1 what is not; 0 takes the most likely token every time."""
+    top_k: int = 0
+    """Sample among so many most likely tokens. 0: among all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    seed: int = 0
+    segment_length: int | None = None
+    """Tokens of a segment. Null: the memory's, or for a model without one all its positions."""
+    short_term_length: int | None = None
+    """Tokens of the short-term memory; a model without memory gets one, if its positions are rotary or distances.
+    Null: as in training."""
+    precision: str = "float32"
+    tokenizer: str | None = None
+    """A folder or a hub name. Null: the model's."""
+
+    def __post_init__(self) -> None:
+        check_finite("", self)
+        for name in ("checkpoint", "document", "prompt", "state", "save_state"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}=: give one, or leave {name}= out")
+        if self.document is None and self.prompt is None and self.state is None:
+            raise ValueError("document=null prompt=null state=null: give a text to go on from, one of these three")
+        if self.save_state is not None and self.document is None and self.state is None:
+            raise ValueError(f"save_state={self.save_state}: there is nothing to keep; give document=, a file to read")
+        _check_choice("precision", self.precision, _PRECISIONS)
+        for name in ("tokens", "temperature", "top_k", "seed"):
+            _check_at_least(name, getattr(self, name), 0)
+        _check_at_least("segment_length", self.segment_length, 2)
+        _check_at_least("short_term_length", self.short_term_length, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: a probability, more than 0 and at most 1")
+
+
 CHOICES: dict[str, Mapping[str, Any]] = {
     "task": TASKS,
     "data": DATA,
@@ -482,16 +533,18 @@ def without_none(declared: Any) -> Any:
 def schema_of(kind: type[Any]) -> DictConfig:
     """A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone."""
     schema: DictConfig = OmegaConf.structured(kind)
-    schema.task = MISSING
+    if "task" in schema:
+        schema.task = MISSING
     return schema
 
 
 @cache
 def register_schemas() -> None:
-    """Tell Hydra the types by which it checks `conf/train.yaml` and `conf/eval.yaml`, and what stands in `CHOICES`."""
+    """Tell Hydra the types by which it checks the commands' files in `conf/`, and what stands in `CHOICES`."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=schema_of(RunConfig))
     store.store(name="evaluation_schema", node=schema_of(EvaluationRunConfig))
+    store.store(name="generation_schema", node=schema_of(GenerationRunConfig))
     for group, choices in CHOICES.items():
         for name, options in choices.items():
             package = group.replace("/", ".")

@@ -316,15 +316,22 @@ class TestShortTermMemoryInEvaluation:
         assert "short_term_length=17" in message
         assert "multiple of segment_length=16" in message
 
-    @pytest.mark.parametrize("memory", [None, LongTermMemoryConfig(0, 8, [0.05, 0.1], 16)])
-    def test_a_model_without_one_gets_none(self, eval_refused, backbone, tmp_path, memory):
-        """With a long-term memory beside its attention, and without."""
+    @pytest.mark.parametrize(
+        ("memory", "said"),
+        [
+            (None, "what a 'gpt2' has read cannot be moved back"),
+            (LongTermMemoryConfig(0, 8, [0.05, 0.1], 16), "has no short-term memory; set it to null"),
+        ],
+    )
+    def test_a_model_with_absolute_places_or_another_memory_gets_none(
+        self, eval_refused, backbone, tmp_path, memory, said
+    ):
         InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=16).save_pretrained(
             tmp_path / "model"
         )
         message = eval_refused(f"checkpoint={tmp_path / 'model'}", "short_term_length=32")
-        assert "short_term_length=32" in message
-        assert "has no short-term memory; set it to null" in message
+        assert "short_term_length" in message
+        assert said in message
 
 
 class TestAHubThatCannotBeReached:

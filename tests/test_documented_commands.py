@@ -15,7 +15,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from infformer.config import EvaluationRunConfig, RunConfig
+from infformer.config import EvaluationRunConfig, GenerationRunConfig, RunConfig
 from infformer.training.command_line import compose
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ RUNS, SCRIPTS = (
         for command in COMMANDS
         if re.search(pattern, command)
     ]
-    for pattern in (r"\b(train|eval)\.py\b", r"\bscripts/\w+\.py\b")
+    for pattern in (r"\b(train|eval|generate)\.py\b", r"\bscripts/\w+\.py\b")
 )
 
 
@@ -84,7 +84,7 @@ def test_the_options_of_a_run_are_known(command):
         for one in typed
     ]
     number = ["hydra.job.num=0"] if "hydra:job.num" in command else []
-    kind = RunConfig if program.stem == "train" else EvaluationRunConfig
+    kind = {"train": RunConfig, "eval": EvaluationRunConfig, "generate": GenerationRunConfig}[program.stem]
     compose(program.stem, kind, ROOT / "conf", [*first_of_a_sweep, *number])
 
 

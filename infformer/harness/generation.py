@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.errors import UserError
 from infformer.evaluation.streaming import Evaluator
-from infformer.models.generation import sample_tokens
+from infformer.models.generation import read_text, sample_tokens
 from infformer.models.streaming import reading
 
 MOST_TOKENS = 256
@@ -90,7 +90,8 @@ def write_text(
     tokens: list[int] = []
     text = ""
     with reading(model, protocol.precision):
-        sampled = sample_tokens(model, torch.tensor(prompt), protocol.segment_length, options.temperature)
+        read = read_text(model, torch.tensor(prompt), protocol.segment_length)
+        sampled = sample_tokens(model, read, protocol.segment_length, options.temperature)
         for token in islice(sampled, options.max_tokens):
             if token in ends:
                 break

@@ -48,8 +48,10 @@ class MemoryConfig:
 
     def beside_pretrained(self, segment_length: int) -> Self:
         """The same beside a pretrained model: without a short-term memory, unless it is asked for or all there is."""
-        sinks = min(4, segment_length) if self.sink_tokens is None else self.sink_tokens
-        return replace(self.with_short_term_length(0 if self.adds_to_attention else segment_length), sink_tokens=sinks)
+        memory = self.with_short_term_length(0 if self.adds_to_attention else segment_length)
+        if memory.short_term_length and memory.sink_tokens is None:
+            return replace(memory, sink_tokens=min(4, segment_length))
+        return memory
 
     def check_segment_length(self, segment_length: int) -> None:
         """Make sure that segments of this length can be written.

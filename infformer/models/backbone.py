@@ -46,22 +46,23 @@ def find_layers(backbone: PreTrainedModel) -> list[nn.Module]:
 
 
 def find_attention(layer: nn.Module) -> nn.Module:
-    """The self-attention of a layer: the one outermost module in it that takes hidden states and a key-value cache.
+    """The self-attention of a layer: the one outermost attention in it that takes hidden states and a key-value cache.
 
     Raises:
         ModelError: there is none, or there are several.
     """
 
     def outermost(module: nn.Module) -> list[nn.Module]:
-        if cache_argument(module) and "hidden_states" in arguments(module):
+        is_attention = "Attention" in type(module).__name__  # state-space layers take the same arguments
+        if is_attention and cache_argument(module) and "hidden_states" in arguments(module):
             return [module]
         return [found for child in module.children() for found in outermost(child)]
 
     found = [attention for child in layer.children() for attention in outermost(child)]
     if len(found) != 1:
         raise ModelError(
-            f"a memory stands beside a layer's self-attention, and a {type(layer).__name__} has {len(found)} modules "
-            "that take hidden states and a key-value cache: give a model with one self-attention in each layer"
+            f"a memory stands beside a layer's self-attention, and a {type(layer).__name__} has {len(found)} "
+            "attentions that take hidden states and a key-value cache: give a model with one in each layer"
         )
     return found[0]
 
@@ -132,7 +133,8 @@ class Rotation:
     def __init__(self, backbone: PreTrainedModel, attention: nn.Module, layer: int) -> None:
         self.encoder: Any = getattr(backbone.base_model, "rotary_emb", None)
         self.rotate: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        self.known = self.encoder is not None and self.rotate is not None
+        taken = [] if self.rotate is None else list(inspect.signature(self.rotate).parameters)
+        self.known = self.encoder is not None and taken[:4] == ["q", "k", "cos", "sin"]
         self.choice: dict[str, str] = {}
         if self.encoder is not None and "layer_type" in arguments(self.encoder):
             self.choice = {"layer_type": backbone.config.layer_types[layer]}

@@ -20,7 +20,7 @@ from benchmarks.report import Comparison, Result, paired
 from benchmarks.streaming import SMALL
 from benchmarks.training_step import add_model_options
 from infformer.models.base import MemoryModel
-from infformer.models.generation import sample_tokens
+from infformer.models.generation import read_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 
 
@@ -77,7 +77,7 @@ def _writer(
     model.to(setting.device).eval()
     if compiled:
         model.compile()
-    tokens = sample_tokens(model, prompt, segment_length)
+    tokens = sample_tokens(model, read_text(model, prompt, segment_length), segment_length)
 
     def write(count: int) -> list[int]:
         with setting.autocast():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.models.generation import continue_text, sample_tokens
+from infformer.models.generation import continue_text, read_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 8
@@ -76,8 +76,9 @@ def test_nothing_is_computed_ahead_of_what_is_asked_for(model):
     """Not even the writing of a segment that has just become whole."""
     lengths: list[int] = []
     with model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1])):
-        sampled = sample_tokens(model, prompt(2 * SEGMENT), SEGMENT)
-        assert lengths == []
+        read = read_text(model, prompt(2 * SEGMENT), SEGMENT)
+        assert lengths == [SEGMENT]
+        sampled = sample_tokens(model, read, SEGMENT)
         next(sampled)
         assert lengths == [SEGMENT, SEGMENT]
         next(sampled)

@@ -99,9 +99,9 @@ class TestThePretrainedModel:
     def test_every_option_of_the_memory_reaches_it(self, build):
         """Two memories, as not every value goes with every other; in one of them, each is another than by default."""
         common = LongTermMemoryConfig(
-            short_term_length=0, basis_functions=12, widths=[0.03, 0.07, 0.2], past_samples=24, contraction_rate=0.6,
-            ridge=0.7, read="moments", density="truncated_parabola", sticky=True, sticky_bins=9, input_gate=True,
-            divergence_weight=0.3, prior_standard_deviation=0.2,
+            short_term_length=0, sink_tokens=2, basis_functions=12, widths=[0.03, 0.07, 0.2], past_samples=24,
+            contraction_rate=0.6, ridge=0.7, read="moments", density="truncated_parabola", sticky=True, sticky_bins=9,
+            input_gate=True, divergence_weight=0.3, prior_standard_deviation=0.2,
         )  # fmt: skip
         memories = [replace(common, contraction="uniform"), replace(common, sticky_placement="published")]
         defaults = asdict(LongTermMemoryConfig(basis_functions=8))

@@ -1,0 +1,130 @@
+"""A text is read once, kept in a file, and gone on from as often as anybody asks."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from infformer.config import GenerationRunConfig
+from infformer.errors import UserError
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.generation import read_text, sample_tokens
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.read_files import load_read_text, save_read_text
+from infformer.training.command_line import compose
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+SEGMENT, TEXT = 16, "The white whale rose, and nobody on board had ever seen it before. " * 5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(backbone, tokenizer, tmp_path_factory) -> str:
+    """A small model whose memory decides on what it writes, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16)
+    model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.6)
+    for parameter in model.memory_parameters():
+        nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def generate(checkpoint, capsys):
+    """What the command prints with these options."""
+    from generate import run
+
+    def print_text(**options: object) -> str:
+        run(GenerationRunConfig(checkpoint=checkpoint, **{"tokens": 12, **options}))
+        return capsys.readouterr().out
+
+    return print_text
+
+
+def test_a_document_and_a_prompt_are_one_text(generate, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    both = generate(document=f"{tmp_path}/book.txt", prompt="Then")
+    assert both == generate(prompt=f"{TEXT}Then")
+    assert both != generate(prompt="Then")
+    assert both != generate(prompt=f"{TEXT}Then", seed=1)
+
+
+def test_what_was_read_is_asked_again_without_reading_it(generate, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    file = f"{tmp_path}/read.safetensors"
+    first = generate(document=f"{tmp_path}/book.txt", save_state=file, prompt="Then")
+    (tmp_path / "book.txt").unlink()
+    assert generate(state=file, prompt="Then") == first
+    assert generate(state=file, prompt="Now") != first
+    assert generate(state=file, prompt="Then", tokens=0) == ""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [(1, 40), (16, 32), (5, 17, 33, 34)])
+def test_it_does_not_matter_in_how_many_pieces_a_text_comes(checkpoint, cuts):
+    model = InfformerForCausalLM.from_pretrained(checkpoint).eval()
+    tokens = torch.randint(200, (50,), generator=torch.Generator().manual_seed(0))
+    whole, read = read_text(model, tokens, SEGMENT), None
+    for piece in tokens.tensor_split(cuts):
+        read = read_text(model, piece, SEGMENT, read)
+    assert torch.equal(read.unfinished, whole.unfinished)
+    for name, tensor in whole.state.named_tensors().items():
+        assert torch.equal(tensor, read.state.named_tensors()[name])
+
+
+@torch.no_grad()
+def test_the_likeliest_tokens_alone_are_sampled_where_asked_for(checkpoint):
+    model = InfformerForCausalLM.from_pretrained(checkpoint).eval()
+    read = read_text(model, torch.arange(1, 40), SEGMENT)
+    greedy = next(sample_tokens(model, read, SEGMENT, temperature=0))
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert {next(sample_tokens(model, read, SEGMENT, **options)) for _ in range(5)} == {greedy}
+    assert len({next(sample_tokens(model, read, SEGMENT, temperature=10.0)) for _ in range(20)}) > 1
+
+
+def test_a_state_of_another_model_or_memory_is_refused(checkpoint, tmp_path):
+    model = InfformerForCausalLM.from_pretrained(checkpoint).eval()
+    read = read_text(model, torch.arange(1, 40), SEGMENT)
+    save_read_text(read, model, tmp_path / "read.safetensors")
+    with torch.no_grad():
+        next(model.memory_parameters()).add_(1e-3)
+    with pytest.raises(UserError, match=r"state=.*: another model, or one with another memory, read this"):
+        load_read_text(model, tmp_path / "read.safetensors")
+    (tmp_path / "read.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"state=.*: no state can be read there"):
+        load_read_text(model, tmp_path / "read.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give a text to go on from"),
+        (["prompt="], "prompt=: give one"),
+        (["prompt=a", "save_state=x"], "save_state=x: there is nothing to keep; give document="),
+        (["prompt=a", "top_p=0"], "top_p=0.0: a probability"),
+        (["prompt=a", "temperature=-1"], "temperature=-1.0: must be at least 0"),
+        (["prompt=a", "tokens=many"], "must be a whole number"),
+        (["prompt=a", "temprature=1"], "did you mean temperature"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_loaded(options, said):
+    with pytest.raises(UserError, match=said):
+        compose("generate", GenerationRunConfig, ROOT / "conf", ["checkpoint=nowhere", *options])
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), (b"\xff\xfe", "UTF-8"), (b"", "no text in it")])
+def test_a_document_without_text_is_refused(generate, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "book.txt").write_bytes(text)
+    with pytest.raises(UserError, match=f"document=.*{said}"):
+        generate(document=f"{tmp_path}/book.txt")
