@@ -35,12 +35,12 @@ def find_layers(backbone: PreTrainedModel) -> list[nn.Module]:
     """
     count = getattr(backbone.config, "num_hidden_layers", None)
     lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    found = [modules for modules in lists if all(cache_argument(layer) for layer in modules)]
+    found = [modules for modules in lists if all(cache_argument(layer) and _attentions(layer) for layer in modules)]
     if len(found) != 1:
         raise ModelError(
             f"backbone={type(backbone).__name__}: a memory stands beside the self-attention of every layer, so a list "
-            f"of {count} layers that take a key-value cache was looked for, and {len(found)} found; give a decoder "
-            "such as GPT-2 or Llama, not an encoder, an encoder with a decoder or a state-space model"
+            f"of {count} layers with an attention that takes a key-value cache was looked for, and {len(found)} found; "
+            "give a decoder such as GPT-2 or Llama, not an encoder, an encoder with a decoder or a state-space model"
         )
     return list(found[0])
 
@@ -49,8 +49,19 @@ def find_attention(layer: nn.Module) -> nn.Module:
     """The self-attention of a layer: the one outermost attention in it that takes hidden states and a key-value cache.
 
     Raises:
-        ModelError: there is none, or there are several.
+        ModelError: there are several.
     """
+    found = _attentions(layer)
+    if len(found) != 1:
+        raise ModelError(
+            f"a memory stands beside a layer's self-attention, and a {type(layer).__name__} has {len(found)} "
+            "attentions that take hidden states and a key-value cache: give a model with one in each layer"
+        )
+    return found[0]
+
+
+def _attentions(layer: nn.Module) -> list[nn.Module]:
+    """The outermost attentions in a layer."""
 
     def outermost(module: nn.Module) -> list[nn.Module]:
         is_attention = "Attention" in type(module).__name__  # state-space layers take the same arguments
@@ -58,13 +69,7 @@ def find_attention(layer: nn.Module) -> nn.Module:
             return [module]
         return [found for child in module.children() for found in outermost(child)]
 
-    found = [attention for child in layer.children() for attention in outermost(child)]
-    if len(found) != 1:
-        raise ModelError(
-            f"a memory stands beside a layer's self-attention, and a {type(layer).__name__} has {len(found)} "
-            "attentions that take hidden states and a key-value cache: give a model with one in each layer"
-        )
-    return found[0]
+    return [attention for child in layer.children() for attention in outermost(child)]
 
 
 def find_attentions(backbone: PreTrainedModel) -> list[nn.Module]:
