@@ -19,6 +19,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from infformer.config import GenerationRunConfig
+from infformer.data.tokenization import Encoder
+from infformer.durable import check_place
 from infformer.errors import DataError
 from infformer.models.base import MemoryModel
 from infformer.models.generation import ReadText, read_text, sample_tokens
@@ -38,6 +40,8 @@ def main() -> None:
 def run(config: GenerationRunConfig) -> None:
     """Read what is to be read; stream what the model writes after it to the standard output."""
     tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, "tokenizer" if config.tokenizer else "checkpoint")
+    if config.save_state is not None:
+        check_place("save_state", Path(config.save_state).parent)
     document = None if config.document is None else _encode(tokenizer, "document", _text(Path(config.document)))
     prompt = None if config.prompt is None else _encode(tokenizer, "prompt", config.prompt)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
@@ -91,7 +95,7 @@ def _text(path: Path) -> str:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, option: str, text: str) -> torch.Tensor:
     """Token ids, [length]."""
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    (tokens,) = Encoder(tokenizer)([option], [text])
     if not tokens:
         raise DataError(f"{option}=: there is no text in it; give at least one word, or leave {option}= out")
     return torch.tensor(tokens)

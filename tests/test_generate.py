@@ -69,6 +69,15 @@ def test_what_was_read_is_asked_again_without_reading_it(generate, tmp_path):
     assert generate(state=file, prompt="Then", tokens=0) == ""
 
 
+def test_a_place_where_nothing_can_be_kept_is_refused_before_a_document_is_read(generate, tmp_path, monkeypatch):
+    import generate as command
+
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.setattr(command, "read_text", None)
+    with pytest.raises(UserError, match=r"save_state=.*book.txt: nothing can be written there"):
+        generate(document=f"{tmp_path}/book.txt", save_state=f"{tmp_path}/book.txt/read.safetensors")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(1, 40), (16, 32), (5, 17, 33, 34)])
 def test_it_does_not_matter_in_how_many_pieces_a_text_comes(checkpoint, cuts):

@@ -190,7 +190,9 @@ class KeyValueMemory(ShortTermMemory):
         after = cast(ShortTermState, output.state)
         sinks, written = state.sinks, state.written
         if context.complete is not None:
-            first = self.kept(hidden, context)[:, : self.sinks].detach().to(sinks.dtype)
+            assert context.key_values is not None
+            pair = KeyValues(*(part[:, :, : self.sinks] for part in context.key_values))
+            first = self.kept(hidden[:, : self.sinks], context._replace(key_values=pair)).detach().to(sinks.dtype)
             begins = (context.complete & (written == 0)).view(-1, 1, 1)
             sinks = torch.where(begins, first, sinks)
             written = written + hidden.shape[1] * context.complete

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -103,27 +105,31 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max())
 
 
-@torch.no_grad()
+@contextmanager
+def _looked_at(backbone: PreTrainedModel) -> Iterator[None]:
+    """Within it a model computes without dropout and gradients; then it is as it was."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        backbone.train(was_training)
+
+
 def is_causal(backbone: PreTrainedModel) -> bool:
     """Whether no token sees those after it; found out by a look at the scores after the first of two."""
-    was_training = backbone.training
     tokens = torch.arange(2, device=backbone.device).unsqueeze(0)
-    backbone.eval()
-    alone, first = backbone(tokens[:, :1]).logits, backbone(tokens).logits[:, :1]
-    backbone.train(was_training)
-    return _alike(alone, first)
+    with _looked_at(backbone):
+        return _alike(backbone(tokens[:, :1]).logits, backbone(tokens).logits[:, :1])
 
 
-@torch.no_grad()
 def is_head_known(backbone: PreTrainedModel) -> bool:
-    """Whether `head` gives the model's own scores; found out by a look at them."""
-    was_training = backbone.training
-    tokens = torch.arange(2, device=backbone.device).unsqueeze(0)
-    backbone.eval()
-    own = backbone(tokens, use_cache=False).logits
-    known = head(backbone, backbone.base_model(tokens, use_cache=False).last_hidden_state)
-    backbone.train(was_training)
-    return _alike(own, known)
+    """Whether `head` gives the model's own scores; found out by a look at those after one token."""
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=backbone.device)
+    with _looked_at(backbone):
+        hidden = backbone.base_model(tokens, use_cache=False).last_hidden_state
+        return _alike(backbone(tokens, use_cache=False).logits, head(backbone, hidden))
 
 
 class Rotation:
@@ -140,33 +146,34 @@ class Rotation:
         self.rotate: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         taken = [] if self.rotate is None else list(inspect.signature(self.rotate).parameters)
         self.known = self.encoder is not None and taken[:4] == ["q", "k", "cos", "sin"]
-        self.choice: dict[str, str] = {}
+        self.kind = ""  # of the layer's table, where there are several
         if self.encoder is not None and "layer_type" in arguments(self.encoder):
-            self.choice = {"layer_type": backbone.config.layer_types[layer]}
+            self.kind = backbone.config.layer_types[layer]
 
     def table(self, places: int, device: torch.device) -> Tensor:
         """Cosines and sines of the places 0 … places − 1, float32 [2, 1, places, width]; without the keys' scale."""
         numbers = torch.arange(places, device=device).unsqueeze(0)
-        table = torch.stack(self.encoder(torch.zeros(1, 1, 1, device=device), numbers, **self.choice))
+        kind = {"layer_type": self.kind} if self.kind else {}
+        table = torch.stack(self.encoder(torch.zeros(1, 1, 1, device=device), numbers, **kind))
         return table / table.norm(dim=0)
 
     def turn(self, keys: Tensor, table: Tensor) -> Tensor:
-        """Turn keys by a table [2, 1, length, width]; the table's sines negated turn them back.
+        """Turn keys by a table [2, 1, length, width].
 
         Args:
             keys: [batch, heads, length, head]; what is wider than the table stays as it is.
         """
         width = table.shape[-1]
-        cosines, sines = table
-        turned = self.rotate(keys[..., :width].float(), keys[..., :width].float(), cosines, sines)[1].to(keys.dtype)
+        wide = keys[..., :width].float()
+        turned = self.rotate(wide[:, :0], wide, *table)[1].to(keys.dtype)  # it wants queries: there are none
         return turned if width == keys.shape[-1] else torch.cat([turned, keys[..., width:]], dim=-1)
 
+    def turn_back(self, keys: Tensor, table: Tensor) -> Tensor:
+        """Undo `turn`."""
+        cosines, sines = table
+        return self.turn(keys, torch.stack([cosines, -sines]))
 
-BACK = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-"""Times a table: the rotation back."""
 
-
-@torch.no_grad()
 def find_rotations(backbone: PreTrainedModel) -> list[int]:
     """The layers whose keys are rotated by their places; in all others they do not depend on these.
 
@@ -175,8 +182,7 @@ def find_rotations(backbone: PreTrainedModel) -> list[int]:
     Raises:
         ModelError: in some layer they depend on places in another way, so what was read cannot be moved back.
     """
-    was_training, device, attentions = backbone.training, backbone.device, find_attentions(backbone)
-    backbone.eval()
+    device, attentions = backbone.device, find_attentions(backbone)
     count, shift = 4, 3
     tokens = torch.arange(count, device=device).unsqueeze(0)
     keys: list[list[Any]] = []
@@ -185,17 +191,17 @@ def find_rotations(backbone: PreTrainedModel) -> list[int]:
         cache = DynamicCache()
         places = {"position_ids": torch.arange(first, first + count, device=device)[None]} if takes_places else {}
         argument = str(cache_argument(backbone.base_model))
-        backbone.base_model(tokens, **{argument: cache}, use_cache=True, **places)
+        with _looked_at(backbone):
+            backbone.base_model(tokens, **{argument: cache}, use_cache=True, **places)
         keys.append([layer.keys for layer in cast(list[DynamicLayer], cache.layers)])
-    backbone.train(was_training)
     rotated = []
     for layer, (near, far) in enumerate(zip(*keys, strict=True)):
         if _alike(near, far):
             continue
         rotation = Rotation(backbone, attentions[layer], layer)
         if rotation.known:
-            table = rotation.table(shift + count, device) * BACK.to(device)
-            near, far = rotation.turn(near, table[:, :, :count]), rotation.turn(far, table[:, :, shift:])
+            table = rotation.table(shift + count, device)
+            near, far = rotation.turn_back(near, table[:, :, :count]), rotation.turn_back(far, table[:, :, shift:])
         if not (rotation.known and _alike(near, far)):
             raise ModelError(
                 f"model.memory.short_term_length: what a {backbone.config.model_type!r} has read cannot be moved back: "

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from infformer.memory.memory import KeyValues
-from infformer.models.backbone import BACK, Rotation
+from infformer.models.backbone import Rotation
 
 
 class PastLayer(DynamicLayer):
@@ -48,7 +49,7 @@ class PastLayer(DynamicLayer):
         if self.rotation is None or self.table is None:
             return self.segment
         table = self.table[:, :, self.places : self.places + keys.shape[2]]
-        return KeyValues(self.rotation.turn(keys, table * BACK.to(table.device)), values)
+        return KeyValues(self.rotation.turn_back(keys, table), values)
 
     def keep(self) -> None:
         """Let what was read be seen by what is read next."""
@@ -57,10 +58,21 @@ class PastLayer(DynamicLayer):
 
 
 class Past(Cache):
-    """What the attention of every layer sees before the tokens that are read."""
+    """What the attention of every layer sees before the tokens that are read.
 
-    def __init__(self, layers: Sequence[PastLayer]) -> None:
+    Args:
+        layers: of the model.
+        real: which tokens before the segment are real, the same in all layers, bool [batch, length].
+    """
+
+    def __init__(self, layers: Sequence[PastLayer], real: Tensor) -> None:
         super().__init__(layers=list(layers))
+        self.real = real
+
+    def visible(self, length: int) -> Tensor:
+        """Which tokens attention may see, so many new ones among them; int64 [batch, past + length]."""
+        seen = self.get_seq_length() + length
+        return F.pad(self.real.long(), (0, seen - self.real.shape[1]), value=1)
 
     def key_values(self, layer: int) -> KeyValues:
         """Those of the tokens that a layer has read, without their rotation."""

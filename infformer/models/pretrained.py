@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -268,7 +267,7 @@ class InfformerForCausalLM(MemoryModel):
         past, options = None, {self._cache_argument: segment_cache, "use_cache": use_cache}
         if self._seen:
             past = self._past(state) if segment_cache is None else segment_cache
-            options |= {self._cache_argument: past, "attention_mask": self._real(state, past, input_ids.shape[1])}
+            options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
         calls = [_LayerCall(layer, context, shared, return_intermediates, past) for layer in state.layers]
         with _told(self._attachments, calls):
             if self.config.head_is_known:
@@ -291,17 +290,15 @@ class InfformerForCausalLM(MemoryModel):
         places M … M + T − 1.
         """
         places = self._seen + self.config.segment_length
+        tables: dict[str, Tensor] = {}
         layers = []
         for attachment, layer in zip(self._attachments, state.layers, strict=True):
-            table = None if attachment.rotation is None else attachment.rotation.table(places, self.device)
-            key_values, _ = cast(tuple[KeyValues, Tensor], attachment.memory.key_values(layer))
-            layers.append(PastLayer(key_values, attachment.rotation, table))
-        return Past(layers)
-
-    def _real(self, state: ModelState, past: Past, length: int) -> Tensor:
-        """Which tokens attention may see, [batch, past + length]: all layers remember the same ones."""
-        _, real = cast(tuple[KeyValues, Tensor], self._attachments[0].memory.key_values(state.layers[0]))
-        return F.pad(real.long(), (0, past.get_seq_length() + length - self._seen), value=1)
+            rotation = attachment.rotation
+            if rotation is not None and rotation.kind not in tables:
+                tables[rotation.kind] = rotation.table(places, self.device)
+            key_values, real = cast(tuple[KeyValues, Tensor], attachment.memory.key_values(layer))
+            layers.append(PastLayer(key_values, rotation, None if rotation is None else tables[rotation.kind]))
+        return Past(layers, real)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits)(hidden, targets)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infformer.durable import check_place, rename
+from infformer.durable import check_place, rename, synchronise
 from infformer.errors import ModelError
 from infformer.models.base import MemoryModel
 from infformer.models.generation import ReadText
@@ -27,6 +27,7 @@ def save_read_text(read: ReadText, model: MemoryModel, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(path.name + ".partial")
     save_file({**tensors, "unfinished": read.unfinished.cpu()}, temporary, metadata={"model": fingerprint(model)})
+    synchronise(temporary)
     rename(temporary, path)
 
 
