@@ -100,7 +100,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--folder", type=Path, default=Path("outputs/benchmark"), help="where results go")
-    everywhere.add_argument("--device", default=str(torch.accelerator.current_accelerator() or "cpu"))
+    everywhere.add_argument(
+        "--device", default=str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    )
     measured = argparse.ArgumentParser(add_help=False, parents=[everywhere])
     measured.add_argument("--precision", choices=PRECISIONS, default="float32", help="of autocast")
     measured.add_argument(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -51,6 +51,8 @@ Told = TypeVar("Told")
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _PATIENCE = timedelta(days=7)
 """How long processes wait for each other: one may tokenise for hours. In training the watchdog finds what hangs."""
+_SAME_BUFFERS = DistributedDataParallelKwargs(broadcast_buffers=False)
+"""Buffers follow from options, the same everywhere; to send them at every step writes into what a graph needs."""
 _DECIDED_ELSEWHERE = {
     "optimizer": "optimizer.*",
     "scheduler": "schedule.*",
@@ -128,7 +130,7 @@ def init_distributed(
         cpu=not has_device and not zero,
         gradient_accumulation_steps=gradient_accumulation,
         deepspeed_plugin=plugin,
-        kwargs_handlers=[communication] if launched > 1 or zero else [],
+        kwargs_handlers=[communication, _SAME_BUFFERS] if launched > 1 or zero else [],
     )
     if zero:
         # Every process makes the whole model, which is cut up afterwards. Otherwise transformers would cut it up while
