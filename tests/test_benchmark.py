@@ -34,7 +34,7 @@ def scripts() -> Iterator[None]:
 
 
 @pytest.fixture
-def benchmark() -> ModuleType:
+def script() -> ModuleType:
     return import_module("benchmark")
 
 
@@ -50,13 +50,13 @@ def new_machine(**changes):
 
 
 @pytest.fixture
-def run(benchmark, monkeypatch, tmp_path):
+def run(script, monkeypatch, tmp_path):
     """What a command printed, and the lines that it wrote, by name; the machine is not measured."""
-    monkeypatch.setattr(benchmark, "measure_machine", lambda setting: new_machine())
+    monkeypatch.setattr(script, "measure_machine", lambda setting: new_machine())
 
     def start(capsys, command: str) -> tuple[str, dict[str, dict]]:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *command.split(), "--folder", str(tmp_path)])
-        benchmark.main()
+        script.main()
         lines = (tmp_path / f"{command.split()[0]}.jsonl").read_text().splitlines()
         return capsys.readouterr().out, {line["name"]: line for line in map(json.loads, lines)}
 
@@ -515,28 +515,28 @@ class TestOptions:
 
 
 class TestAllRows:
-    def test_their_options_are_known(self, benchmark):
-        for rows in (benchmark.ROWS_ON_CPU, benchmark.ROWS_ON_GPU):
+    def test_their_options_are_known(self, script):
+        for rows in (script.ROWS_ON_CPU, script.ROWS_ON_GPU):
             for row in rows.values():
-                options = benchmark.parse_options([*row.split(), "--device", "cpu"])
+                options = script.parse_options([*row.split(), "--device", "cpu"])
                 assert options.command == row.split()[0]
 
-    def test_each_in_a_process_of_its_own_and_a_failure_stops_none(self, benchmark, monkeypatch, capfd, tmp_path):
+    def test_each_in_a_process_of_its_own_and_a_failure_stops_none(self, script, monkeypatch, capfd, tmp_path):
         rows = {"one": f"read {LAYER}", "two": f"write {LAYER}", "three": "layer"}
-        monkeypatch.setattr(benchmark, "ROWS_ON_CPU", rows)
+        monkeypatch.setattr(script, "ROWS_ON_CPU", rows)
         commands = []
 
         def start(command, check):
             commands.append(command)
             return Namespace(returncode=int("write" in command))
 
-        monkeypatch.setattr(benchmark.subprocess, "run", start)
-        assert benchmark.run_all(torch.device("cpu"), tmp_path, None, []) == 1
+        monkeypatch.setattr(script.subprocess, "run", start)
+        assert script.run_all(torch.device("cpu"), tmp_path, None, []) == 1
         assert [command[2] for command in commands] == ["read", "write", "layer"]
         assert all(command[:2] == [sys.executable, str(SCRIPTS / "benchmark.py")] for command in commands)
         assert [command[-1] for command in commands] == [str(tmp_path / f"{name}.jsonl") for name in rows]
         assert "not measured: two" in capfd.readouterr().err
         commands.clear()
-        assert benchmark.run_all(torch.device("cpu"), tmp_path, ["one", "three"], ["--threads", "1"]) == 0
+        assert script.run_all(torch.device("cpu"), tmp_path, ["one", "three"], ["--threads", "1"]) == 0
         assert [command[2] for command in commands] == ["read", "layer"]
         assert all(command[-2:] == ["--threads", "1"] for command in commands)
