@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType
 from typing import Any, cast, get_args, get_type_hints
 
@@ -24,6 +25,9 @@ from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
 from infformer.tasks.sorting import SortingConfig
 from infformer.tasks.task import LanguageModellingConfig, TaskConfig
+
+CONF = Path(__file__).parent / "conf"
+"""The folder of the groups that the commands compose."""
 
 
 def _check_choice(option: str, value: object, choices: Collection[str]) -> None:

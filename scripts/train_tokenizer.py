@@ -21,13 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from infformer import durable
-from infformer.config import RunConfig
+from infformer.config import CONF, RunConfig
 from infformer.data.options import DataConfig
 from infformer.data.sources import check_sources, read_documents
 from infformer.errors import DataError, UserError
 from infformer.training.command_line import compose
 
-CONF = Path(__file__).parents[1] / "conf"
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 256 + 1  # each byte, and the end of a text
 LARGEST = 2**20  # room is made for all of them before the text is read

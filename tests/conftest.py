@@ -29,12 +29,11 @@ from omegaconf._utils import get_yaml_loader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from infformer.config import CHOICES, RunConfig, register_schemas, schema_of
+from infformer.config import CHOICES, CONF, RunConfig, register_schemas, schema_of
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.tasks import language_modelling
 from infformer.training import command_line, trainer
 
-CONF = Path(__file__).parents[1] / "conf"
 WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "harpoon", "of", "to", "a", "in", "under")
 MEMORY = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16, sticky=True, sticky_bins=16)
 Train = Callable[..., dict[str, Any]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from infformer.config import TASKS, EvaluationRunConfig, RunConfig
+from infformer.config import CONF, TASKS, EvaluationRunConfig, RunConfig
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -22,7 +22,6 @@ from infformer.training.command_line import compose
 from infformer.training.runtime import _read_deepspeed_file
 
 ROOT = Path(__file__).parents[1]
-CONF = ROOT / "conf"
 pytestmark = pytest.mark.usefixtures("composed_quickly")
 BASES = {
     "SMALL": "model=decoder data=sample model.architecture.hidden_size=24 model.architecture.num_hidden_layers=1 "

@@ -79,7 +79,8 @@ def test_an_interrupt_ends_a_command_in_a_word_and_no_traceback(start):
     assert process.returncode == 130
 
 
-COMMANDS = ["train.py", "eval.py", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py")))]
+SCRIPTS = sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))
+COMMANDS = ["train.py", "eval.py", "generate.py", *SCRIPTS]
 
 
 @pytest.mark.parametrize("command", [path for path in COMMANDS if path != "scripts/grid.py"])

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-import eval as eval_command
-import train as train_command
 from infformer.command import Ended
+from infformer.commands import eval as eval_command
+from infformer.commands import train as train_command
 from infformer.hub import problem_with_the_hub
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, fields
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from infformer.config import CHOICES as TYPED
-from infformer.config import PUBLISHED_MEMORY, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
+from infformer.config import CONF, PUBLISHED_MEMORY, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
@@ -19,7 +18,6 @@ from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder
 from infformer.training.command_line import choices_of, compose
 
-CONF = Path(__file__).parents[1] / "conf"
 pytestmark = pytest.mark.usefixtures("composed_quickly")
 FOLLOWING = {*(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory"))}
 """Groups that nobody chooses: what is in them comes with a model and a memory."""

@@ -15,7 +15,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from infformer.config import EvaluationRunConfig, GenerationRunConfig, RunConfig
+from infformer.config import CONF, EvaluationRunConfig, GenerationRunConfig, RunConfig
 from infformer.training.command_line import compose
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_the_options_of_a_run_are_known(command):
     ]
     number = ["hydra.job.num=0"] if "hydra:job.num" in command else []
     kind = {"train": RunConfig, "eval": EvaluationRunConfig, "generate": GenerationRunConfig}[program.stem]
-    compose(program.stem, kind, ROOT / "conf", [*first_of_a_sweep, *number])
+    compose(program.stem, kind, CONF, [*first_of_a_sweep, *number])
 
 
 @pytest.mark.parametrize("command", SCRIPTS)

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from matplotlib.figure import Figure
 from torch import nn
 
-import eval as eval_command
+from infformer.commands import eval as eval_command
 from infformer.config import EvaluationRunConfig
 from infformer.data import DataConfig, tokenize_documents
 from infformer.evaluation.perplexity import evaluate

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from infformer.config import GenerationRunConfig
+from infformer.config import CONF, GenerationRunConfig
 from infformer.errors import UserError
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.generation import read_text, sample_tokens
@@ -18,8 +16,6 @@ from infformer.models.pretrained import InfformerForCausalLM
 from infformer.models.read_files import load_read_text, save_read_text
 from infformer.training.command_line import compose
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 SEGMENT, TEXT = 16, "The white whale rose, and nobody on board had ever seen it before. " * 5
 
 
@@ -42,7 +38,7 @@ def checkpoint(backbone, tokenizer, tmp_path_factory) -> str:
 @pytest.fixture
 def generate(checkpoint, capsys):
     """What the command prints with these options."""
-    from generate import run
+    from infformer.commands.generate import run
 
     def print_text(**options: object) -> str:
         run(GenerationRunConfig(checkpoint=checkpoint, **{"tokens": 12, **options}))
@@ -70,7 +66,7 @@ def test_what_was_read_is_asked_again_without_reading_it(generate, tmp_path):
 
 
 def test_a_place_where_nothing_can_be_kept_is_refused_before_a_document_is_read(generate, tmp_path, monkeypatch):
-    import generate as command
+    from infformer.commands import generate as command
 
     (tmp_path / "book.txt").write_text(TEXT)
     monkeypatch.setattr(command, "read_text", None)
@@ -128,7 +124,7 @@ def test_a_state_of_another_model_or_memory_is_refused(checkpoint, tmp_path):
 )
 def test_what_cannot_be_written_is_said_before_anything_is_loaded(options, said):
     with pytest.raises(UserError, match=said):
-        compose("generate", GenerationRunConfig, ROOT / "conf", ["checkpoint=nowhere", *options])
+        compose("generate", GenerationRunConfig, CONF, ["checkpoint=nowhere", *options])
 
 
 @pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), (b"\xff\xfe", "UTF-8"), (b"", "no text in it")])

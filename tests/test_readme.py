@@ -92,7 +92,7 @@ def test_the_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder from which commands run as they are typed, and in which they may write."""
-    for name in ("train.py", "eval.py", "conf", "infformer", "scripts"):
+    for name in ("train.py", "eval.py", "generate.py", "infformer", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 

@@ -2,14 +2,13 @@
 
 import shutil
 import textwrap
-from pathlib import Path
 
-from infformer.config import EvaluationRunConfig, RunConfig
+from infformer.config import CONF, EvaluationRunConfig, RunConfig
 from infformer.data import read_documents
 from infformer.training.command_line import compose
 
 PLAYS = """
-    # conf/data/plays.yaml
+    # infformer/conf/data/plays.yaml
     source: files
     train: plays/*.txt
     validation: held_out.jsonl
@@ -19,7 +18,7 @@ PLAYS = """
 
 
 def test_a_data_set_of_ones_own_is_chosen_by_one_word_and_read(tmp_path, monkeypatch):
-    conf = shutil.copytree(Path(__file__).parents[2] / "conf", tmp_path / "conf")
+    conf = shutil.copytree(CONF, tmp_path / "conf")
     (conf / "data").mkdir(exist_ok=True)
     (conf / "data" / "plays.yaml").write_text(textwrap.dedent(PLAYS))
     (tmp_path / "plays").mkdir()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from infformer.config import RunConfig
+from infformer.config import CONF, RunConfig
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -693,7 +693,7 @@ def test_a_memory_is_the_same_beside_a_pretrained_model_and_in_the_decoder(monke
 @pytest.mark.parametrize("model", ["tiny", "decoder"])
 def test_a_memory_of_ones_own_is_chosen_by_one_word(add_choice, model):
     add_choice("model/memory", "running_mean", OmegaConf.structured(RunningMeanConfig))
-    config = compose("train", RunConfig, ROOT / "conf", [f"model={model}", "model/memory=running_mean"])
+    config = compose("train", RunConfig, CONF, [f"model={model}", "model/memory=running_mean"])
     assert config.model.memory == RunningMeanConfig()
 
 
