@@ -16,6 +16,14 @@ RECENCY = {"within_window": "within the window", "beyond_window": "before the wi
 """Where the token to be predicted occurred last in its document, and the same in words: among the tokens that attention
 sees (the window and the short-term memory), before these, or nowhere. A long-term memory has to show in the second."""
 
+Part = Literal["specific", "presence", "without_memory"]
+PARTS: dict[Part, str] = {
+    "specific": "specific to the document",
+    "presence": "presence of a memory",
+    "without_memory": "with memories off",
+}
+"""The parts of what one model gains over another, in words."""
+
 Interval = list[float]
 """An interval of 95 %: from, to."""
 
@@ -116,12 +124,39 @@ class Measurement(Protocol):
     checkpoint: str
 
 
+class Cost(TypedDict):
+    """What a token cost when a model read with its memory."""
+
+    seconds_per_token: float
+    """Of one process that reads alone; of several, their seconds together."""
+    state_bytes: int
+    """What one text hands on from segment to segment."""
+    window_bytes: int
+    """The keys and values (or what else attention keeps) of one text's window."""
+    batch_size: int
+    processes: int
+    device: str
+
+
 class Results(Figures):
     """What `results.json` of language modelling holds."""
 
     controls: dict[str, Control]
     protocol: Measurement
+    cost: NotRequired[Cost]
+    """Not in the results of earlier versions."""
     before: NotRequired[Figures | None]
+
+
+class GainParts(TypedDict):
+    """Of what a difference is made; its three parts add up to it."""
+
+    specific: Difference
+    """By what is specific to the document: its own memory less another document's."""
+    presence: Difference
+    """By the mere presence of a memory: another document's less none."""
+    without_memory: Difference
+    """By all else: with memories off."""
 
 
 class Compared(TypedDict):
@@ -129,6 +164,10 @@ class Compared(TypedDict):
 
     checkpoint: str
     perplexity: PerUnit
+    protocol: str
+    cost: Cost | None
+    parts_unknown: str | None
+    """Why it is not known what its memory gains by its document; None if it is, or there is no memory."""
 
 
 PositionRatio = TypedDict(
@@ -161,8 +200,11 @@ class Comparison(TypedDict):
     a: Compared
     b: Compared
     difference: Difference
+    parts: GainParts | None
+    """Of the difference; None where it is not known, and where neither has a memory."""
     by_position: list[PositionRatio]
     by_recency: list[RecencyRatio]
+    """Without the classes that hold other tokens in one than in the other, as windows of other lengths make them."""
     per_document: list[DocumentDifference]
 
 

@@ -2,6 +2,7 @@
 
 python scripts/compare.py outputs/control outputs/tiny
 python scripts/compare.py A/results.json B/results.json --folder outputs/comparison
+python scripts/compare.py outputs/window_of_2048 outputs/memory_behind_512 --across-protocols
 
 Prints a table and a verdict; writes comparison.json and comparison.png.
 """
@@ -34,11 +35,14 @@ def main() -> None:
         "a", type=Path, metavar="RUN_A", help="the folder of a run or of an evaluation, or results.json"
     )
     parser.add_argument("b", type=Path, metavar="RUN_B")
+    parser.add_argument(
+        "--across-protocols", action="store_true", help="their segments and windows may differ; the verdict names costs"
+    )
     parser.add_argument("--folder", type=Path, default=Path("outputs/comparison"))
     arguments = parser.parse_args()
     try:
         check_place("--folder", arguments.folder)
-        comparison = compare(_results(arguments.a), _results(arguments.b))
+        comparison = compare(_results(arguments.a), _results(arguments.b), arguments.across_protocols)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(format_comparison(comparison))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.comparison import paired_difference
 from infformer.evaluation.figures import figures_of
@@ -14,10 +20,12 @@ from infformer.evaluation.streaming import (
     with_shuffled_memory,
     without_memory,
 )
+from infformer.models.streaming import reading
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
     MEMORY_OFF,
     MEMORY_SHUFFLED_IN_TIME,
+    Cost,
     Figures,
     Results,
 )
@@ -29,7 +37,10 @@ def measure(evaluator: Evaluator, documents: TokenizedDocuments, controls: bool,
     Args:
         checkpoint: where the model comes from, for the record.
     """
-    figures = evaluate(evaluator, documents, "test")
+    start = time.perf_counter()
+    nats = read_documents(evaluator, documents, with_memory(evaluator), "test")
+    seconds = time.perf_counter() - start
+    figures = figures_of(evaluator, documents, nats)
     found = evaluate_controls(evaluator, documents) if controls else {}
     return {
         **figures,
@@ -43,6 +54,7 @@ def measure(evaluator: Evaluator, documents: TokenizedDocuments, controls: bool,
             "memory": getattr(evaluator.model.config, "memory", None),
             "checkpoint": checkpoint,
         },
+        "cost": _cost(evaluator, seconds, figures["tokens"]),
     }
 
 
@@ -69,3 +81,29 @@ def evaluate_controls(evaluator: Evaluator, documents: TokenizedDocuments) -> di
         name: figures_of(evaluator, documents, read_documents(evaluator, documents, read, name.replace("_", " ")))
         for name, read in situations.items()
     }
+
+
+def _cost(evaluator: Evaluator, seconds: float, tokens: int) -> Cost:
+    model, processes = evaluator.model, evaluator.processes
+    with reading(model, evaluator.protocol.precision):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        read = model(token, use_cache=True, return_logits=False)
+    on_gpu = model.device.type == "cuda"
+    return {
+        "seconds_per_token": seconds * processes.world_size / tokens,
+        "state_bytes": sum(tensor.nbytes for tensor in read.state.named_tensors().values()),
+        "window_bytes": evaluator.protocol.segment_length * _bytes_of_a_token(read.segment_cache),
+        "batch_size": evaluator.batch_size,
+        "processes": processes.world_size,
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def _bytes_of_a_token(cache: Any) -> int:
+    """What attention keeps of each token. In all tensors of a cache the places are the last axis but one."""
+    kept = (
+        cache
+        if isinstance(cache, tuple)
+        else [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    )
+    return sum(tensor.nbytes // tensor.shape[-2] for tensor in kept if isinstance(tensor, Tensor))

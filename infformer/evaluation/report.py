@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from infformer.durable import write_text
-from infformer.evaluation.comparison import tally, verdict
+from infformer.evaluation.comparison import tally, verdict, verdict_on_memory
 from infformer.evaluation.streaming import describe_protocol
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
     MEMORY_OFF,
     MEMORY_SHUFFLED_IN_TIME,
+    PARTS,
     RECENCY,
     Comparison,
     Difference,
@@ -57,6 +58,9 @@ def format_table(results: Results) -> str:
             f"{name.replace('_', ' ')}: {difference['nats_per_token']:+.4f} nats per token{spread}, "
             f"{tally(difference, 'worse')}"
         )
+    judged = verdict_on_memory(results)
+    if judged is not None:
+        lines.append(judged)
     recency = [
         f"{place['nll'] / place['tokens']:.3f} {RECENCY[place['previous_occurrence']]} ({place['tokens']:,})"
         for place in results["by_recency"]
@@ -76,11 +80,14 @@ def format_comparison(comparison: Comparison) -> str:
     for name, run in (("A", comparison["a"]), ("B", comparison["b"])):
         lines.append(
             f"{name}: perplexity {run['perplexity']['token']:.3f} per token, "
-            f"{run['perplexity']['word']:.2f} per word ({comparison['protocol']})  {_from_here(run['checkpoint'])}"
+            f"{run['perplexity']['word']:.2f} per word ({run['protocol']})  {_from_here(run['checkpoint'])}"
         )
     lines.append(f"{'B less A':<34} {'nats per token':>15} {'95 % interval':>24} {'tokens':>12}")
     rows: list[tuple[str, int, Difference | PositionRatio | RecencyRatio]]
     rows = [("all tokens", comparison["tokens"], comparison["difference"])]
+    parts = comparison["parts"]
+    if parts is not None:
+        rows += [(f"  {name}", comparison["tokens"], parts[part]) for part, name in PARTS.items()]
     rows += [(f"  tokens {row['from']:,} to {row['to']:,}", row["tokens"], row) for row in comparison["by_position"]]
     rows += [(f"  last {RECENCY[row['previous_occurrence']]}", row["tokens"], row) for row in comparison["by_recency"]]
     for name, tokens, row in rows:

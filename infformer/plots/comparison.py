@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
-from infformer.results import RECENCY, Comparison, Difference, PositionRatio, RecencyRatio
+from infformer.results import PARTS, RECENCY, Comparison, Difference, PositionRatio, RecencyRatio
 
 OCCURRED = dict(
     zip(RECENCY, ("occurred within the window", "occurred before the window", "did not occur before"), strict=True)
@@ -39,6 +39,9 @@ def plot_comparison(path: Path) -> list[Path]:
 def _draw_classes(axes: Axes, comparison: Comparison) -> None:
     """The difference and its interval: of all tokens, by position, by where the token occurred last."""
     rows: list[tuple[str, Difference | PositionRatio | RecencyRatio]] = [("all tokens", comparison["difference"])]
+    parts = comparison["parts"]
+    if parts is not None:
+        rows += [(name, parts[part]) for part, name in PARTS.items()]
     rows += [(f"tokens {place['from']:,} – {place['to']:,}", place) for place in comparison["by_position"]]
     rows += [(OCCURRED[place["previous_occurrence"]], place) for place in comparison["by_recency"]]
     values = [(name, row["nats_per_token"], row["interval"]) for name, row in rows]

@@ -6,8 +6,9 @@ from infformer.evaluation.report import format_comparison, format_table
 
 
 def figures(number: int) -> dict[str, Any]:
-    """Of one situation; the number is seen in each."""
+    """Of one situation; the number is seen in each, and in the nats of six documents of ten tokens."""
     return {
+        "per_document": [{"tokens": 10, "nll": 2.5 * number}] * 6,
         "perplexity": {"token": 10.0 * number + 0.125, "word": 100.0 * number + 0.25},
         "perplexity_interval": {
             "token": [10.0 * number - 2.5, 10.0 * number + 3.5],
@@ -30,6 +31,7 @@ PROTOCOL = {
     "warmup_documents": 0,
     "reset": "each document begins with an empty memory",
     "dtype": "bfloat16",
+    "memory": {"kind": "long_term"},
 }
 RESULTS: dict[str, Any] = {
     **figures(2),
@@ -69,6 +71,8 @@ def test_the_table_of_a_run():
         "memory of another document: -0.7500 nats per token (95 %: -1.5000 to +0.0625), worse on 2 of 6 documents",
         "memory shuffled in time: +0.0625 nats per token (95 %: +0.0312 to +0.0938), worse on 3 of 6 documents, "
         "equal on 1",
+        "the memory changes -0.5000 (95 %: -0.5000 to -0.5000) nats per token by what is specific to the document, "
+        "+0.2500 (95 %: +0.2500 to +0.2500) by its mere presence: it gains by its document",
         "nats per token that occurred last: 2.500 within the window (1,000), 4.000 before the window (2,000)",
         "6 documents, 75,050 tokens, 42,095 words, 239,990 bytes; each document begins with an empty memory; "
         "intervals over documents",
@@ -77,7 +81,12 @@ def test_the_table_of_a_run():
 
 def test_the_table_of_an_evaluation_without_controls():
     lines = format_table({**RESULTS, "before": None, "controls": {}}).splitlines()
-    assert [line[:14] for line in lines] == ["perplexity    ", "this model    ", "nats per token", "6 documents, 7"]
+    assert [line[:14] for line in lines] == [
+        "perplexity    ", "this model    ", "what of its me", "nats per token", "6 documents, 7"
+    ]  # fmt: skip
+    assert lines[2] == (
+        "what of its memory's gain is specific to the document is not known: measured without controls (controls=false)"
+    )
     assert lines[1].split()[2:8] == ["20.125", "17.500", "–", "23.500", "200.25", "0.2500"]
 
 
@@ -97,13 +106,19 @@ def row(tokens: int, nats: float | None, low: float = 0.0, high: float = 0.0) ->
     return {"tokens": tokens, "nats_per_token": nats, "interval": None if nats is None else [low, high]}
 
 
+ALIKE = {"protocol": "disjoint segments of 64, float32", "cost": None, "parts_unknown": None}
 COMPARISON: dict[str, Any] = {
     "protocol": "disjoint segments of 64, float32",
     "documents": 6,
     "tokens": 75050,
-    "a": {"checkpoint": "outputs/control", "perplexity": {"token": 62.125, "word": 1575.5}},
-    "b": {"checkpoint": "outputs/tiny", "perplexity": {"token": 60.625, "word": 1507.25}},
+    "a": {"checkpoint": "outputs/control", "perplexity": {"token": 62.125, "word": 1575.5}, **ALIKE},
+    "b": {"checkpoint": "outputs/tiny", "perplexity": {"token": 60.625, "word": 1507.25}, **ALIKE},
     "difference": {"nats_per_token": -0.5, "interval": [-0.75, -0.25], "documents": 6, "better": 4, "worse": 2},
+    "parts": {
+        "specific": {"nats_per_token": -0.375, "interval": [-0.5, -0.25]},
+        "presence": {"nats_per_token": -0.25, "interval": [-0.375, 0.25]},
+        "without_memory": {"nats_per_token": 0.125, "interval": [0.0625, 0.1875]},
+    },
     "by_position": [
         {"from": 0, "to": 64, **row(256, 0.25, -0.125, 0.375)},
         {"from": 1024, "to": 2048, **row(5120, -1.25, -2.0, -0.5)},
@@ -124,6 +139,9 @@ def test_the_table_of_a_comparison():
         "B: perplexity 60.625 per token, 1507.25 per word (disjoint segments of 64, float32)  outputs/tiny",
         "B less A                            nats per token            95 % interval       tokens",
         "all tokens                                 -0.5000       -0.7500 to -0.2500       75,050",
+        "  specific to the document                 -0.3750       -0.5000 to -0.2500       75,050",
+        "  presence of a memory                     -0.2500       -0.3750 to +0.2500       75,050",
+        "  with memories off                        +0.1250       +0.0625 to +0.1875       75,050",
         "  tokens 0 to 64                           +0.2500       -0.1250 to +0.3750          256",
         "  tokens 1,024 to 2,048                    -1.2500       -2.0000 to -0.5000        5,120",
         "  last within the window                   +0.0625       +0.0312 to +0.1250        1,000",
@@ -131,14 +149,17 @@ def test_the_table_of_a_comparison():
         "  last nowhere                             +0.1875       -0.2500 to +0.4375        3,000",
     ]
     assert verdict == (
-        "B reads better than A: -0.5000 nats per token (perplexity -39.35 %), 95 % interval over 6 documents -0.7500 "
-        "to -0.2500; better on 4 of 6 documents."
+        "B reads better than A, in part by what is specific to the document: -0.5000 nats per token (perplexity -39.35 "
+        "%), 95 % interval over 6 documents -0.7500 to -0.2500; better on 4 of 6 documents. Of that, -0.3750 (95 %: "
+        "-0.5000 to -0.2500) is specific to the document, -0.2500 (95 %: -0.3750 to +0.2500) the mere presence of a "
+        "memory, and +0.1250 (95 %: +0.0625 to +0.1875) is there with memories off."
     )
 
 
 def test_the_verdict_turns_with_the_sign():
     worse = {"nats_per_token": 0.5, "interval": [0.25, 0.75], "documents": 6, "better": 1, "worse": 3}
-    verdict = format_comparison({**COMPARISON, "difference": worse}).splitlines()[-1]
+    without_parts = {**COMPARISON, "parts": None}
+    verdict = format_comparison({**without_parts, "difference": worse}).splitlines()[-1]
     assert verdict == (
         "B reads worse than A: +0.5000 nats per token (perplexity +64.87 %), 95 % interval over 6 documents +0.2500 to "
         "+0.7500; better on 1 of 6 documents, equal on 2."

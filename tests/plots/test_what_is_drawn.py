@@ -149,6 +149,11 @@ COMPARISON: dict[str, Any] = {
     "b": {"checkpoint": "sticky"},
     "protocol": "disjoint segments of 64, float32",
     "difference": row(-0.5, -0.75, -0.25),
+    "parts": {
+        "specific": row(-0.625, -0.65, -0.6),
+        "presence": row(0.03125, -0.01, 0.04),
+        "without_memory": row(0.09375, 0.08, 0.1),
+    },
     "by_position": [
         {"from": 0, "to": 64, **row(0.25, -0.125, 0.5)},
         {"from": 64, "to": 2048, **row(None)},
@@ -397,16 +402,19 @@ class TestAComparison:
                 intervals[y[0]] = x
         assert ticks(axes, "y") == [
             "all tokens",
+            "specific to the document",
+            "presence of a memory",
+            "with memories off",
             "tokens 0 – 64",
             "tokens 2,048 – 4,096",
             "occurred within the window",
             "occurred before the window",
             "did not occur before",
         ]
-        assert values == dict(enumerate([-0.5, 0.25, -1.5, 0.375, -0.875, 0.0625]))
-        assert intervals == dict(
-            enumerate([[-0.75, -0.25], [-0.125, 0.5], [-2.0, -1.0], [0.3, 0.4], [-0.9, -0.8], [0.0, 0.1]])
-        )
+        assert values == dict(enumerate([-0.5, -0.625, 0.03125, 0.09375, 0.25, -1.5, 0.375, -0.875, 0.0625]))
+        bounds = [(-0.75, -0.25), (-0.65, -0.6), (-0.01, 0.04), (0.08, 0.1), (-0.125, 0.5), (-2.0, -1.0)]
+        bounds += [(0.3, 0.4), (-0.9, -0.8), (0.0, 0.1)]
+        assert intervals == dict(enumerate(map(list, bounds)))
         assert axes.yaxis_inverted()
         assert axes.get_xlabel() == "nats per token, B less A (below 0: B is better)"
 
