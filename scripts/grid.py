@@ -11,7 +11,7 @@ from statistics import mean
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
+from infformer.progress import follow
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -29,7 +29,7 @@ def run_all(runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
     Raises:
         SystemExit: a run failed or was stopped.
     """
-    for name, options in tqdm(runs.items(), unit="run", disable=None):
+    for name, options in follow(runs.items(), "training", "runs", len(runs)):
         done, asked = folder / name / "options.json", json.dumps(options, indent=1)
         if done.exists() and done.read_text(encoding="utf-8") == asked:
             continue

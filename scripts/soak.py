@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
+from infformer.progress import follow
 from infformer.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def soak(name: str, options: list[str], kills: int, steps: int, seed: int, folde
         _expect_success(process, peace)
     starting = again = 0
     longest = 0.0
-    for killed in tqdm(range(kills), desc=name, unit="kill", disable=None):
+    for killed in follow(range(kills), name, "kills", kills):
         before = last_step(war)
         # So far that the kills are spread over the run; one of five while the processes start.
         farther = 0 if draw.random() < 0.2 else draw.randint(1, max(1, 2 * (steps - before) // (kills - killed + 2)))

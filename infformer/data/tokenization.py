@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers.models import BPE
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.cache import find_or_make
 from infformer.data.options import DataConfig
 from infformer.data.sources import Document, describe_source, read_documents
 from infformer.errors import DataError
+from infformer.progress import follow
 
 _LAYOUT = 2  # of a folder of tokenised documents; raised when an older one can no longer be read
 _SUMMARY = "summary.json"
@@ -253,7 +253,7 @@ def _make(place: Path, fingerprint: str, config: DataConfig, split: str, tokeniz
     """Tokenise a split; returns the folder in `place` in which the tokens are."""
     first = _first_token(tokenizer) if config.beginning_of_document else None
     texts = place / "texts.arrow"
-    found = _write_texts(texts, tqdm(read_documents(config, split), f"reading {split}", unit=" documents"))
+    found = _write_texts(texts, follow(read_documents(config, split), f"reading {split}", "documents"))
     if not found:
         raise DataError(f"data.{split}={', '.join(config.places(split))}: there is no document in it; name another.")
     tokens = np.dtype(np.uint16) if vocabulary_size(tokenizer) <= 2**16 else np.dtype(np.int32)

@@ -10,13 +10,13 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Split
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from infformer.data.cache import find_or_make
 from infformer.data.options import DataConfig
 from infformer.data.sources import describe_source, read_documents
 from infformer.errors import DataError
+from infformer.progress import follow
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -74,7 +74,7 @@ def _make(place: Path, config: DataConfig) -> Path:
 
 def _words_by_frequency(config: DataConfig) -> list[str]:
     counts: Counter[str] = Counter()
-    for document in tqdm(read_documents(config, "train"), "counting the words of train", unit=" documents"):
+    for document in follow(read_documents(config, "train"), "counting the words of train", "documents"):
         counts.update(document.text.replace("\n", _LINE_END).split())
     if counts.keys() <= {END_OF_LINE}:
         raise DataError(

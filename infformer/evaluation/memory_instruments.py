@@ -15,7 +15,6 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Density, Gaussian, TruncatedParabola, match_moments
@@ -26,6 +25,7 @@ from infformer.memory.short_term import ShortTermMemory, ShortTermState
 from infformer.memory.state import MemoryState, ModelState
 from infformer.models.base import LayerRead, MemoryModel
 from infformer.models.streaming import TextSegment, stream
+from infformer.progress import follow
 from infformer.results import (
     DensityFigure,
     Explained,
@@ -79,7 +79,7 @@ def inspect_document(
         tokens: of the document, int64 [tokens].
         segments: read so many of its segments at most.
         layers: numbers of the layers that are looked at, from 0; all that have a long-term memory if not given.
-        progress: show a progress bar.
+        progress: say how far it is.
 
     Raises:
         EvaluationError: there is no such memory or layer, or nothing would be read from memory.
@@ -104,8 +104,7 @@ def inspect_document(
     reconstruction: list[Reconstruction] = []
     nats = 0.0
     model.eval()
-    bar = tqdm(read_segments(model, tokens, count), "reading", count, unit="seg", disable=None if progress else True)
-    for segment in bar:
+    for segment in follow(read_segments(model, tokens, count), "inspecting", "segments", count, progress):
         intermediates = [segment.intermediates[index] for index in chosen]
         readings = [_reading(trace) for trace in intermediates]
         written = _segments_written(segment.before)
@@ -121,7 +120,7 @@ def inspect_document(
             reading["nats"].append(losses["nats"])
             reading["nats_without_layer"].append(losses["nats_without_layer"])
             reading["nats_without_memory"].append(losses["nats_without_memory"])
-        leaving.append([trace.hidden for trace in intermediates])
+        leaving.append([cast(Tensor, trace.hidden) for trace in intermediates])
         if _segments_written(segment.after) == written:
             continue
         if written and config.sticky:

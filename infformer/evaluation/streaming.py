@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from infformer.data.segments import IGNORE_INDEX, Segment, read_once
 from infformer.data.tokenization import TokenizedDocuments
@@ -23,6 +22,7 @@ from infformer.errors import UserError
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel
 from infformer.models.streaming import TextSegment, reading, stream
+from infformer.progress import Pace
 from infformer.results import Protocol
 
 TokenLosses = NDArray[np.float32]
@@ -87,7 +87,7 @@ class Processes:
         rank: number of this process,
         world_size: of how many that divide the texts among them.
         reduce: adds up a tensor over processes.
-        progress: show a progress bar.
+        progress: say how far they are.
         after_segment: called whenever a segment has been read, on all processes equally often: to cut a reading short.
     """
 
@@ -288,8 +288,7 @@ def _read_beside(
 def _with_progress(evaluator: Evaluator, documents: TokenizedDocuments, title: str) -> Iterator[Segment]:
     total = int((documents.token_counts - 1).sum())
     protocol, processes = evaluator.protocol, evaluator.processes
-    disable = None if processes.progress else True
-    with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=disable) as bar:
+    with Pace(title, total, "tokens", processes.progress) as pace:
         # An idle lane costs as much as a busy one, so there are no more lanes than documents, but equally many for each
         # process.
         each = -(-min(evaluator.batch_size, len(documents)) // processes.world_size)
@@ -302,4 +301,4 @@ def _with_progress(evaluator: Evaluator, documents: TokenizedDocuments, title: s
             warmup_documents=protocol.warmup_documents,
         ):
             yield segment
-            bar.update(segment.global_tokens)
+            pace.advance(segment.global_tokens)

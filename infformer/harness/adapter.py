@@ -11,7 +11,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from infformer.data.sources import Document
 from infformer.data.tokenization import TokenizedDocuments
@@ -20,6 +19,7 @@ from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.harness.continuations import Continuation, score_continuations
 from infformer.harness.generation import GenerationOptions, write_text
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
+from infformer.progress import follow
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -148,7 +148,9 @@ class InfformerLM(TemplateLM):
         """Texts that continue contexts of any length, one after the other."""
         options = [GenerationOptions.from_request(request.args[1]) for request in requests]
         texts: list[str] = []
-        for request, option in zip(tqdm(requests, "writing", disable=disable_tqdm or None), options, strict=True):
+        for request, option in zip(
+            follow(requests, "writing", "texts", len(requests), not disable_tqdm), options, strict=True
+        ):
             prompt = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             texts.append(write_text(self.evaluator, self.tokenizer, prompt, option))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from infformer.evaluation.streaming import Evaluator
 from infformer.memory.state import ModelState
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.streaming import TextSegment, reading, remember, stream
+from infformer.progress import Pace
 
 
 class Continuation(NamedTuple):
@@ -59,7 +59,7 @@ def score_continuations(evaluator: Evaluator, requests: Sequence[Continuation], 
     scores: dict[int, Score] = {}
     with (
         reading(model, evaluator.protocol.precision),
-        tqdm(total=len(requests), desc=title, disable=None if evaluator.processes.progress else True) as bar,
+        Pace(title, len(requests), "requests", evaluator.processes.progress) as pace,
     ):
         for first in range(0, len(beginnings), evaluator.batch_size):
             side_by_side = beginnings[first : first + evaluator.batch_size]
@@ -71,7 +71,7 @@ def score_continuations(evaluator: Evaluator, requests: Sequence[Continuation], 
                 rows, numbers = zip(*following[start : start + evaluator.batch_size], strict=True)
                 own = memory.select_rows(torch.tensor(rows, device=model.device))
                 scores.update(zip(numbers, _score(evaluator, [unread[number] for number in numbers], own), strict=True))
-                bar.update(len(numbers))
+                pace.advance(len(numbers))
     return [scores[number] for number in range(len(requests))]
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -20,6 +19,7 @@ from infformer.errors import ModelError
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel
 from infformer.models.streaming import TextSegment, remember
+from infformer.progress import follow
 
 
 class ReadText(NamedTuple):
@@ -41,7 +41,7 @@ def read_text(
         tokens: token ids, [length], at least one.
         segment_length: the memory's, or for a model without one the context.
         before: what was read before it.
-        progress: show a progress bar.
+        progress: say how far it is.
 
     Raises:
         ModelError: the memory's segments have another length, or there is no text.
@@ -54,8 +54,8 @@ def read_text(
     tokens = tokens.to(model.device)
     unread = tokens if before is None else torch.cat([before.unfinished.to(model.device), tokens])
     *whole, unfinished = unread.split(segment_length)
-    bar = tqdm(whole, "reading", unit="segment", disable=None if progress else True)
-    state = remember(model, (TextSegment(segment.unsqueeze(0)) for segment in bar), before and before.state)
+    followed = follow(whole, "reading", "segments", len(whole), progress)
+    state = remember(model, (TextSegment(segment.unsqueeze(0)) for segment in followed), before and before.state)
     return ReadText(state, unfinished)
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from infformer.memory.state import ModelState
 from infformer.models.streaming import TextSegment, reading, remember, stream
+from infformer.progress import Pace
 from infformer.tasks.questions import Integers, Questions
 
 if TYPE_CHECKING:
@@ -156,15 +156,14 @@ def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator
     own = np.arange(processes.rank, len(questions.tokens), processes.world_size)
     side_by_side = -(-evaluator.batch_size // processes.world_size)
     total = len(own) * questions.tokens.shape[1]
-    silent = None if processes.progress else True
-    with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent) as bar:
+    with Pace(title, total, "tokens", processes.progress) as pace:
         for first in range(0, -(-len(questions.tokens) // processes.world_size), side_by_side):
             rows = own[first : first + side_by_side]
             read = rows if len(rows) else np.zeros(1, dtype=np.int64)
             tokens = torch.from_numpy(questions.tokens[read]).to(evaluator.model.device)
             yield read, len(rows), tokens
             processes.after_segment()
-            bar.update(len(rows) * tokens.shape[1])
+            pace.advance(len(rows) * tokens.shape[1])
 
 
 def _of_all_processes(evaluator: Evaluator, outcome: NDArray[np.float64]) -> NDArray[np.float32]:

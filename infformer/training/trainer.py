@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import EngineConfig, RunConfig
@@ -24,6 +22,7 @@ from infformer.evaluation.report import write_results
 from infformer.memory.state import ModelState
 from infformer.plots.memory import plot_inspection
 from infformer.plots.run import plot_run
+from infformer.progress import Pace
 from infformer.training.before import check_run
 from infformer.training.building import build_material, build_model, build_tokenizer
 from infformer.training.checkpoint import (
@@ -188,11 +187,11 @@ class Trainer:
     def train(self) -> None:
         """Train until `training.max_steps`; the last step is always measured and saved."""
         training, progress = self.config.training, self.progress
-        with self._progress_bar() as bar:
+        with Pace("training", training.max_steps, "steps", self.accelerator.is_main_process, progress.step) as bar:
             while progress.step < training.max_steps or not progress.measured:
                 if progress.measured:
                     progress.unreported.append(self._timed_step())
-                    bar.update()
+                    bar.advance()
                     if progress.step == training.max_steps or _due(progress.step, training.log_every):
                         self._report(bar)
                 last, progress.measured = progress.step == training.max_steps, False
@@ -256,15 +255,15 @@ class Trainer:
         dropout = dropout_seed(seed, self.progress.step, self.rank_rows[number * rows])
         return Microbatch(own, self.state.memories[number], noise, dropout)
 
-    def _report(self, bar: tqdm[None]) -> None:
+    def _report(self, bar: Pace) -> None:
         steps, self.progress.unreported = self.progress.unreported, []
         if not self.accelerator.is_main_process:
             return
         metrics = summarise(steps)
         self._record(metrics)
         line = f"loss {metrics['train/loss']:.4f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
-        bar.set_postfix_str(line)
-        if bar.disable:
+        bar.remark(line)
+        if not bar.on_terminal:
             logger.info("step %d/%d  %s", self.progress.step, self.config.training.max_steps, line)
 
     def _validate(self) -> None:
@@ -322,17 +321,29 @@ class Trainer:
     def _finish_run(self) -> Mapping[str, object] | None:
         """Measure the best weights, and draw; the figures, None if the task measures none."""
         results = self._measure_best()
-        inspection = self.evaluation.inspect()
-        if self.accelerator.is_main_process:
-            figures = plot_run(self.folder)
+        figures: list[Path] = []
+        if self.accelerator.is_main_process:  # before the inspection: whatever becomes of that, the results are there
             if results is not None:
                 figures += self.evaluation.report(results, self.folder)
+            figures += plot_run(self.folder)
+        self._tell("inspects")
+        inspection = self.evaluation.inspect()
+        if self.accelerator.is_main_process:
             if inspection is not None:
                 write_results(self.folder / "inspection" / "inspection.json", inspection)
                 figures += plot_inspection(self.folder / "inspection" / "inspection.json")
             for figure in figures:
                 self.tracker.log_figure(figure.stem, figure, self.progress.step)
+            print(self._where_everything_lies(), flush=True)
         return results
+
+    def _where_everything_lies(self) -> str:
+        lies = {
+            "results.json": "the figures", "plots": "what they look like", "inspection": "what the memory holds",
+            "checkpoints/best": "the best weights", "metrics.jsonl": "all that was measured on the way",
+        }  # fmt: skip
+        there = [f"  {name}: {what}" for name, what in lies.items() if (self.folder / name).exists()]
+        return "\n".join([f"everything lies in {self.folder}", *there])
 
     def _measure_best(self) -> Mapping[str, object] | None:
         """The final figures, of the checkpoint with the lowest validation loss."""
@@ -354,15 +365,6 @@ class Trainer:
     def _after_segment(self) -> None:
         self.watchdog.tell("measures")
         self.signals.raise_if_agreed()
-
-    def _progress_bar(self) -> tqdm[None]:
-        return tqdm(
-            total=self.config.training.max_steps,
-            initial=self.progress.step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
-        )
 
 
 def _due(step: int, every: int | None) -> bool:

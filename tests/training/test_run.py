@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from infformer.tasks.language_modelling import LanguageModelling
 from infformer.training import trainer
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
@@ -82,7 +83,7 @@ class TestTheFolder:
 
     def test_results_hold_the_figures_with_their_controls(self, finished, texts):
         results = json.loads((finished / "results.json").read_text())
-        assert results.keys() == FIGURES | {"controls", "protocol", "before"}
+        assert results.keys() == FIGURES | {"controls", "protocol", "before", "cost"}
         assert results["controls"].keys() == {"memory_off", "memory_of_another_document", "memory_shuffled_in_time"}
         for figures in (results, results["before"], *results["controls"].values()):
             assert figures.keys() >= FIGURES
@@ -122,6 +123,26 @@ class TestTheFolder:
     def test_samples_do_not_change_what_is_learned(self, finished, configure, train, tmp_path):
         train(configure(tmp_path, {"training.evaluate_every": None, "evaluation.before": False}))
         assert losses(tmp_path) == losses(finished)
+
+
+def test_a_run_ends_with_where_everything_lies(configure, train, tmp_path, capsys):
+    train(configure(tmp_path / "run", {"training.max_steps": 1, "evaluation.inspected_segments": 2}))
+    *_, table, where, figures, inspection, best, metrics = capsys.readouterr().out.splitlines()
+    assert table.endswith("intervals over documents")
+    assert where == f"everything lies in {tmp_path / 'run'}"
+    names = [line.strip().split(":")[0] for line in (figures, inspection, best, metrics)]
+    assert names == ["results.json", "inspection", "checkpoints/best", "metrics.jsonl"]
+
+
+def test_whatever_becomes_of_the_inspection_the_results_are_there(configure, train, tmp_path, monkeypatch, capsys):
+    def fail(self: LanguageModelling) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LanguageModelling, "inspect", fail)
+    with pytest.raises(MemoryError):
+        train(configure(tmp_path / "run", {"training.max_steps": 1}))
+    assert (tmp_path / "run" / "results.json").exists()
+    assert "after training" in capsys.readouterr().out
 
 
 class TestTheFinalFigures:
