@@ -1,8 +1,8 @@
 """Reading a signal with normal densities, E_p[ψ]ᵀ V, without the expectations of all queries at once.
 
 The expectations are computed tile by tile, in tiles that fit into the processor's cache, and once more in the backward
-pass: nothing of the size queries × functions is kept. To `torch.compile` each pass is one operator. On CUDA, in float32
-and where Triton is installed, `gaussian_read_triton` does the work.
+pass: nothing of the size queries × functions is kept. To `torch.compile` each pass is one operator. On CUDA, where
+densities are float32 and Triton is installed, `gaussian_read_triton` does the work.
 """
 
 from __future__ import annotations
@@ -27,47 +27,48 @@ ACCELERATED_EXPECTATIONS = 2**27
 def gaussian_read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor) -> Tensor:
     """Σ_j r_j v_j with r_j = E_p[ψ_j] = 𝒩(mean; c_j, variance + w_j²), for each query's p = 𝒩(mean, variance).
 
-    Differentiable once, by mean, variance and values.
+    Differentiable once, by mean, variance and values. Values may have a shorter type than densities: the operands of
+    the products then have that of the values, and their sums that of the densities.
 
     Args:
         mean: [batch, heads, queries].
         variance: like the mean.
-        centres: [K]; every centre has a function of every width.
+        centres: [K], ascending; every centre has a function of every width.
         widths: [W].
         values: v, [batch, heads, K·W, size]; the functions of one centre are neighbours.
 
     Returns:
-        [batch, heads, queries, size].
+        [batch, heads, queries, size], of the values' type.
     """
-    if _can_use_triton(values):
+    if _can_use_triton(mean, values):
         from infformer.continuous import gaussian_read_triton
 
         return gaussian_read_triton.read(mean, variance, centres, widths, values)
-    grouped = _by_width(values, len(widths))
+    grouped = _by_width(values.to(mean), len(widths))
     context = _read_shape(mean, variance, centres, widths, values)
     rows, mean_rows, variance_rows = context.flatten(0, 1), mean.flatten(0, 1), variance.flatten(0, 1)
     for tile in _tiles(mean_rows, values.shape[2]):
         expectation = _expect(mean_rows[tile], variance_rows[tile], centres, widths).expectation
-        rows[tile] = expectation.flatten(-2) @ grouped[tile[0]]
+        rows[tile] = (expectation.flatten(-2) @ grouped[tile[0]]).to(values)
     return context
 
 
 @torch.library.custom_op("infformer::gaussian_read_backward", mutates_args=())
 def _read_backward(
     upstream: Tensor, mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂ mean, variance and values from ∂L/∂ context.
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂ mean and variance, [2, batch, heads, queries], and ∂L/∂ values, from ∂L/∂ context.
 
     With δ = mean − c, s = variance + w² and m_i = Σ_c r ∂L/∂r δⁱ for each width: ∂L/∂mean = −Σ_w m₁/s and
     ∂L/∂variance = Σ_w (m₂/s − m₀)/(2s).
     """
-    if _can_use_triton(values):
+    if _can_use_triton(mean, values):
         from infformer.continuous import gaussian_read_triton
 
         return gaussian_read_triton.read_backward(upstream, mean, variance, centres, widths, values)
-    grouped, upstream = _by_width(values, len(widths)), upstream.flatten(0, 1)
+    grouped, upstream = _by_width(values.to(mean), len(widths)), upstream.to(mean).flatten(0, 1)
     mean_rows, variance_rows = mean.flatten(0, 1), variance.flatten(0, 1)
-    of_mean, of_variance = (mean.new_empty(mean_rows.shape) for _ in range(2))
+    of_mean, of_variance = of_densities = mean.new_empty(2, *mean_rows.shape)
     of_values = torch.zeros_like(grouped)
     for tile in _tiles(mean_rows, values.shape[2]):
         expectation, offset, spread = _expect(mean_rows[tile], variance_rows[tile], centres, widths)
@@ -79,11 +80,15 @@ def _read_backward(
         second = moment.mul_(offset).sum(-1)
         of_mean[tile] = -(first / spread).sum(-1)
         of_variance[tile] = ((second / spread - zeroth) / (2 * spread)).sum(-1)
-    return of_mean.view(mean.shape), of_variance.view(mean.shape), _by_centre(of_values, values.shape, len(widths))
+    return of_densities.view(2, *mean.shape), _by_centre(of_values, values.shape, len(widths)).to(values)
 
 
-def _can_use_triton(values: Tensor) -> bool:
-    return values.is_cuda and values.dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+def _can_use_triton(mean: Tensor, values: Tensor) -> bool:
+    if not mean.is_cuda or mean.dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return False
+    from infformer.continuous import gaussian_read_triton
+
+    return values.dtype != torch.float64 and values.shape[-1] <= gaussian_read_triton.LARGEST_SIZE
 
 
 class _Expectation(NamedTuple):
@@ -133,8 +138,8 @@ def _read_shape(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor,
 @_read_backward.register_fake
 def _read_backward_shape(
     upstream: Tensor, mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mean.new_empty(mean.shape), variance.new_empty(mean.shape), values.new_empty(values.shape)
+) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(2, *mean.shape), values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -142,7 +147,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor]:
-    of_mean, of_variance, of_values = _read_backward(upstream, *ctx.saved_tensors)
+    (of_mean, of_variance), of_values = _read_backward(upstream, *ctx.saved_tensors)
     return of_mean, of_variance, None, None, of_values
 
 

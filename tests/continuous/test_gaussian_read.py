@@ -70,6 +70,20 @@ def test_values_and_gradients_are_those_of_the_literal_form(batch, heads, querie
         assert difference(actual, wanted) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_of_a_shorter_type_are_read_and_have_gradients_of_it(dtype):
+    grid = grid_of(43, 2, torch.float32)
+    mean, variance, values = inputs_of(grid, 2, 3, 7)
+    inputs = (mean, variance, values.detach().to(dtype).requires_grad_())
+    exact_inputs = tuple(exact(tensor) for tensor in inputs)
+    result = gaussian_read(mean, variance, *grid, inputs[2])
+    expected = literal(exact_inputs, GaussianGrid(*(field.double() for field in grid)))
+    assert result.dtype == dtype
+    assert difference(result, expected) < 1e-2
+    for actual, wanted in zip(gradients(result, inputs), gradients(expected, exact_inputs), strict=True):
+        assert difference(actual, wanted) < 1e-2
+
+
 @pytest.mark.parametrize("variance", [1e-4, 1e-2, 10.0])
 def test_gradients_keep_their_digits_where_densities_are_narrow_or_wide(variance):
     """Each query apart: in a norm over all of them the narrow ones would hide the wide ones."""
