@@ -20,6 +20,7 @@ from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
+from infformer.models.adapters import LoraConfig
 from infformer.options import check_finite, free, measuring
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
@@ -112,17 +113,29 @@ class ModelConfig:
     """What each layer remembers, one of `MEMORIES`. Null: nothing."""
     memory_layers: list[int] | None = None
     """Layers of a Hugging Face model that get one, from 0. Null: all."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """LoRA: adapters for a pretrained model, if `rank` is set. With them and the memory alone, all else stays as it
+    was."""
+    memories: str | None = None
+    """A folder of memories, and adapters, that were trained beside the same model, to begin with; scripts/export.py
+    writes it. Null: they are new."""
     attention: str | None = free(None)
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
 
     def __post_init__(self) -> None:
-        for name in ("pretrained", "tokenizer", "attention"):
+        for name in ("pretrained", "tokenizer", "attention", "memories"):
             if getattr(self, name) == "":
                 raise ValueError(f"model.{name}=: give a folder or a name, or null")
         if (self.pretrained is None) == (not self.architecture):
             raise ValueError(
                 "give one of model.pretrained= (a folder or a hub name) and model.architecture= (a model from scratch)"
             )
+        for option, value in (("lora.rank", self.lora.rank), ("memories", self.memories)):
+            if value is not None and self.pretrained is None:
+                raise ValueError(
+                    f"model.{option}={value}: this stands beside a pretrained model, and a model from scratch is trained "
+                    "as a whole; set it to null, or choose a model by model.pretrained="
+                )
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
                 "model.memory_layers=[]: name the layers that have a memory, from 0; null is all of them, and "

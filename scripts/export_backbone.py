@@ -55,7 +55,7 @@ def export(checkpoint: str, folder: Path, dtype: torch.dtype) -> None:
     try:
         if temporary.exists():  # of an export that was killed
             shutil.rmtree(temporary)
-        model.backbone.to(dtype).save_pretrained(temporary)
+        model.stock_backbone().to(dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         synchronise(temporary)
         rename(temporary, folder)

@@ -254,7 +254,11 @@ class MemoryModel(PreTrainedModel):
         if new:
             logger.warning("the folder lacks %d weights of the memory, such as %s: they are new", len(new), min(new))
             model._renew(new)
+        model._freeze()
         return loaded if output_loading_info else model
+
+    def _freeze(self) -> None:
+        """Let nothing learn that is not trained: what was loaded would."""
 
     def _renew(self, names: set[str]) -> None:
         """Give those of the memories' weights that were not loaded what a new memory has."""

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from infformer.errors import ModelError
 from infformer.memory.options import MemoryConfig
+from infformer.models.adapters import LoraConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import load, load_config, load_weights, model_folder
@@ -24,12 +25,14 @@ def load_pretrained(
     memory: MemoryConfig | None = None,
     memory_layers: list[int] | None = None,
     segment_length: int = 512,
+    lora: LoraConfig | None = None,
     **kwargs: Any,
 ) -> InfformerForCausalLM:
     """A pretrained causal language model with a new memory beside its attention, or with none.
 
     Args:
         name: a model's folder, a run's or its checkpoint if it has no memory, or the name of a model on the hub.
+        lora: new adapters in it; those of a run that had some are part of its weights from then on.
         kwargs: for `from_pretrained`.
 
     Raises:
@@ -39,7 +42,7 @@ def load_pretrained(
     config = load_config(folder, "model.pretrained")
     if isinstance(config, InfformerConfig) and config.memory is None:
         wrapped = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
-        return InfformerForCausalLM.from_backbone(wrapped.backbone, memory, memory_layers, segment_length)
+        return InfformerForCausalLM.from_backbone(wrapped.stock_backbone(), memory, memory_layers, segment_length, lora)
     if isinstance(config, InfformerConfig):
         raise ModelError(
             f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
@@ -51,7 +54,7 @@ def load_pretrained(
             "use resume="
         )
     backbone = load_weights(AutoModelForCausalLM, config, folder, "model.pretrained", **kwargs)
-    return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length)
+    return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length, lora)
 
 
 def load_trained(
@@ -73,9 +76,11 @@ def load_trained(
     memory: MemoryConfig | None = config.memory_config if ours else None
     if memory is None and not isinstance(config, DecoderConfig):
         loaded = load_weights(InfformerForCausalLM if ours else AutoModelForCausalLM, config, folder, "checkpoint")
+        if ours and short_term_length is None:
+            return loaded
         short_term = None if short_term_length is None else MemoryConfig(short_term_length=short_term_length)
         return InfformerForCausalLM.from_backbone(
-            loaded.backbone if ours else loaded, short_term, segment_length=segment_length or 512
+            loaded.stock_backbone() if ours else loaded, short_term, segment_length=segment_length or 512
         )
     if short_term_length is not None and (memory is None or not memory.short_term_length):
         raise ModelError(f"short_term_length={short_term_length}: {name} has no short-term memory; set it to null")

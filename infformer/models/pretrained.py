@@ -27,6 +27,7 @@ from infformer.errors import ModelError
 from infformer.memory.memory import KeyValues, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState, ModelState
+from infformer.models.adapters import LoraConfig, add_adapters, freeze_all_but_adapters, merge_adapters
 from infformer.models.backbone import (
     CACHE_ARGUMENTS,
     Rotation,
@@ -55,6 +56,7 @@ class InfformerConfig(PreTrainedConfig):
         segment_length: tokens of a segment; memories are written by complete ones.
         rotated_layers: layers of the backbone whose keys are rotated by their places; None where nobody has to know.
         head_is_known: the backbone's scores are those of `models.backbone.head`.
+        lora: the adapters in the backbone; None for none.
     """
 
     model_type = "infformer"
@@ -68,6 +70,7 @@ class InfformerConfig(PreTrainedConfig):
         segment_length: int = 512,
         rotated_layers: list[int] | None = None,
         head_is_known: bool = True,
+        lora: LoraConfig | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone, dict):
@@ -80,6 +83,7 @@ class InfformerConfig(PreTrainedConfig):
         self.memory_layers = memory_layers
         self.rotated_layers = rotated_layers
         self.head_is_known = head_is_known
+        self.lora = lora.to_json() if isinstance(lora, LoraConfig) else lora
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(token, getattr(self.backbone, token, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
@@ -91,6 +95,20 @@ class InfformerConfig(PreTrainedConfig):
     def memory_config(self) -> MemoryConfig | None:
         """What a layer remembers, as its own type; an unknown option in a stored one is an error."""
         return stored_memory(self.memory, self.segment_length)
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """The adapters in the backbone, as their own type.
+
+        Raises:
+            ModelError: they are not such as this version knows.
+        """
+        try:
+            return None if self.lora is None else LoraConfig(**self.lora)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"the adapters in this model's config.json are not such as this version knows: {error}"
+            ) from error
 
 
 @dataclass
@@ -112,18 +130,27 @@ class _Attachment:
     """A memory beside an attention module, with what it is told for the time of a forward pass.
 
     Args:
-        memory: of the layer.
+        memories: of the model.
+        place: of this one among them.
         attention: of the layer.
         layer: its number.
         rotation: of its keys; None where they are not rotated, or nobody has to know.
     """
 
-    def __init__(self, memory: Memory, attention: nn.Module, layer: int, rotation: Rotation | None) -> None:
-        self.memory = memory
+    def __init__(
+        self, memories: nn.ModuleList, place: int, attention: nn.Module, layer: int, rotation: Rotation | None
+    ) -> None:
+        self.memories = memories
+        self.place = place
         self.layer = layer
         self.rotation = rotation
         self.call: _LayerCall | None = None
         attention.register_forward_hook(self._add_memory, with_kwargs=True)
+
+    @property
+    def memory(self) -> Memory:
+        """What stands in its place now: peft's `modules_to_save` puts something there that trains a copy."""
+        return cast(Memory, self.memories[self.place])
 
     def _add_memory(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the attention: add the memory's context to its output, and write the segment."""
@@ -204,11 +231,13 @@ class InfformerForCausalLM(MemoryModel):
                 depth=len(attentions),
             )
             self.memories.extend(memories.values())
-            for layer, own in memories.items():
+            for place, layer in enumerate(memories):
                 is_rotated = layer in (config.rotated_layers or ())
                 rotation = Rotation(self.backbone, attentions[layer], layer) if is_rotated else None
-                self._attachments.append(_Attachment(own, attentions[layer], layer, rotation))
+                self._attachments.append(_Attachment(self.memories, place, attentions[layer], layer, rotation))
         self.post_init()
+        if (lora := config.lora_config) is not None:
+            add_adapters(self.backbone, lora)
 
     @classmethod
     def from_backbone(
@@ -217,6 +246,7 @@ class InfformerForCausalLM(MemoryModel):
         memory: MemoryConfig | None = None,
         memory_layers: list[int] | None = None,
         segment_length: int = 512,
+        lora: LoraConfig | None = None,
         **kwargs: Any,
     ) -> Self:
         """Put memories beside the attentions of a pretrained model; until trained, they change nothing.
@@ -226,6 +256,7 @@ class InfformerForCausalLM(MemoryModel):
             memory: what a layer remembers; None wraps the model without any memory.
             memory_layers: layers that get one; all if not given.
             segment_length: tokens of a segment; memories are written by complete ones.
+            lora: adapters for the backbone, which then alone of it are trained.
             kwargs: for the backbone's `from_pretrained`; its weights come in float32 unless there is a `dtype`.
 
         Raises:
@@ -244,6 +275,7 @@ class InfformerForCausalLM(MemoryModel):
             memory_layers,
             segment_length,
             head_is_known=is_head_known(backbone),
+            lora=lora,
             attn_implementation=backbone.config._attn_implementation,
         )
         if config.memory_config is not None and config.memory_config.short_term_length:
@@ -251,6 +283,13 @@ class InfformerForCausalLM(MemoryModel):
         model = cls(config, backbone)
         model.memories.to(backbone.device)
         return model
+
+    def stock_backbone(self) -> PreTrainedModel:
+        """The backbone as a stock model; what its adapters have learned is added to its weights, here too."""
+        if self.config.lora is not None:
+            merge_adapters(self.backbone)
+            self.config.lora = None
+        return self.backbone
 
     def read_segment(
         self,
@@ -349,6 +388,10 @@ class InfformerForCausalLM(MemoryModel):
             return function(told, *args, **options)
 
         return checkpoint_told
+
+    def _freeze(self) -> None:
+        if self.config.lora is not None:
+            freeze_all_but_adapters(self.backbone)
 
     @torch.no_grad()
     def _renew(self, names: set[str]) -> None:

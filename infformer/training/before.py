@@ -13,9 +13,11 @@ from infformer.data.options import SPLITS
 from infformer.data.sources import check_sources
 from infformer.errors import UserError
 from infformer.memory.options import MemoryConfig
+from infformer.models.adapters import check_adapters
 from infformer.models.architecture import try_architecture, try_kernel
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import load_config
+from infformer.models.memories import check_memories
 from infformer.models.pretrained import InfformerConfig
 from infformer.training.tracking import check_tracker
 
@@ -45,6 +47,14 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
     if chosen.pretrained is not None:
         shape: Any = load_config(chosen.pretrained, "model.pretrained")
         try_kernel(shape, chosen.attention)
+        stock = shape.backbone if isinstance(shape, InfformerConfig) else shape
+        if chosen.lora.rank is not None:
+            check_adapters(stock, chosen.lora)
+        if chosen.memories is not None:
+            asked = InfformerConfig(
+                stock, chosen.memory, chosen.memory_layers, training.segment_length, lora=chosen.lora
+            )
+            check_memories(chosen.memories, asked)
     else:
         # A vocabulary that a tokenizer will have is not known yet; an adaptive one only has to be larger than its cuts.
         unknown = 10**6 if chosen.architecture.get("adaptive_cutoffs") else 1000

@@ -21,6 +21,7 @@ from infformer.models.loading import (
     new_model,
     vocabulary_of,
 )
+from infformer.models.memories import load_memories
 from infformer.tasks.task import Material
 from infformer.training.runtime import Accelerator
 
@@ -38,7 +39,11 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     model: MemoryModel
     if chosen.pretrained is not None:
         kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
-        model = load_pretrained(chosen.pretrained, chosen.memory, chosen.memory_layers, segment_length, **kernel)
+        model = load_pretrained(
+            chosen.pretrained, chosen.memory, chosen.memory_layers, segment_length, chosen.lora, **kernel
+        )
+        if chosen.memories is not None:
+            load_memories(chosen.memories, model)
     else:
         if tokenizer is not None:
             vocabulary = vocabulary_of(tokenizer)
