@@ -133,8 +133,8 @@ class ModelConfig:
         for option, value in (("lora.rank", self.lora.rank), ("memories", self.memories)):
             if value is not None and self.pretrained is None:
                 raise ValueError(
-                    f"model.{option}={value}: this stands beside a pretrained model, and a model from scratch is trained "
-                    "as a whole; set it to null, or choose a model by model.pretrained="
+                    f"model.{option}={value}: this stands beside a pretrained model, and a model from scratch is "
+                    "trained as a whole; set it to null, or choose a model by model.pretrained="
                 )
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
@@ -182,6 +182,9 @@ class TrainingConfig:
     """`torch.compile` the model."""
     freeze_backbone: bool = False
     """Train the memory alone."""
+    memory_dropout: float = 0.0
+    """The share of segments that a lane reads without its memory, which is written as always: so the model stays good
+    where a document begins, and learns what the memory adds to it."""
     log_every: int = free(10)
     """Steps between two lines of metrics."""
     evaluate_every: int | None = free(200)
@@ -203,6 +206,8 @@ class TrainingConfig:
         for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "sample_every"):
             _check_at_least(f"training.{name}", getattr(self, name), 1)
         _check_at_least("training.segment_length", self.segment_length, 2)
+        if not 0 <= self.memory_dropout < 1:
+            raise ValueError(f"training.memory_dropout={self.memory_dropout}: must be at least 0 and less than 1")
         if self.gradient_clipping is not None and self.gradient_clipping <= 0:
             raise ValueError(
                 f"training.gradient_clipping={self.gradient_clipping}: must be positive, or null for no limit"
@@ -406,6 +411,16 @@ class RunConfig:
             raise ValueError(
                 "training.freeze_backbone=true trains a memory beside a pretrained model, and this run has none: set "
                 "it to false, or choose such a model and a memory"
+            )
+        if self.training.freeze_backbone and self.model.lora.rank is not None:
+            raise ValueError(
+                f"training.freeze_backbone=true model.lora.rank={self.model.lora.rank}: adapters are part of the "
+                "backbone, whose own weights are frozen beside them anyway; set one of the two to false or null"
+            )
+        if self.training.memory_dropout and self.model.memory is None:
+            raise ValueError(
+                f"training.memory_dropout={self.training.memory_dropout}: this run has no memory that could be left "
+                "out; set it to 0, or choose one by model/memory="
             )
 
 

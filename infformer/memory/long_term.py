@@ -367,7 +367,7 @@ class LongTermMemory(Memory):
         if shared is not None:
             new = hidden if context.leaving is None else context.leaving
             written = self.write(new, state, shared, reading.attention, context.noise, context.complete)
-        divergence = self.divergence(reading.attention) * (state.segments.unsqueeze(-1) > 0)
+        divergence = self.divergence(reading.attention) * context.visible(state.segments.unsqueeze(-1) > 0)
         return MemoryOutput(written, reading.context, {"divergence": divergence}, reading)
 
     def read(self, hidden: Tensor, state: LongTermState) -> Reading:

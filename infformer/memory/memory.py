@@ -37,6 +37,18 @@ class SegmentContext(NamedTuple):
     leaving: Tensor | None = None
     """What leaves the short-term memory and is written instead of the segment, [batch, length, hidden]; None without
     one."""
+    without_memory: Tensor | None = None
+    """Rows that read the segment as if their memory were empty, and write it as always, bool [batch]; None: no row."""
+
+    def visible(self, real: Tensor) -> Tensor:
+        """What is seen of a memory's entries, of which these are real, bool [batch, length]."""
+        return real if self.without_memory is None else real & ~self.without_memory.unsqueeze(-1)
+
+    def added(self, attended: Tensor, context: Tensor) -> Tensor:
+        """What attention returned, and what the memory adds to it; all [batch, length, hidden]."""
+        if self.without_memory is not None:
+            context = context.masked_fill(self.without_memory.view(-1, 1, 1), 0)
+        return attended + context.to(attended.dtype)
 
 
 class Entries(NamedTuple):

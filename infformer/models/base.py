@@ -89,6 +89,7 @@ class MemoryModel(PreTrainedModel):
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         noise: Tensor | None = None,
+        without_memory: Tensor | None = None,
         return_logits: bool | None = None,
         return_intermediates: bool = False,
         segment_cache: Any = None,
@@ -107,6 +108,8 @@ class MemoryModel(PreTrainedModel):
             attention_mask: the same as a tokenizer and its collators say it, [batch, length]: 1 for a real token, and 0
                 for the padding on the right. Instead of `lengths`.
             noise: random numbers in [0, 1) for the memories, [batch, noise_size]; without them they are deterministic.
+            without_memory: rows that read the segment as if their memory were empty, and write it as always, bool
+                [batch].
             return_logits: by default only where there are neither labels nor targets.
             return_intermediates: what happened inside each layer, for the memories' instruments.
             segment_cache, use_cache: what attention keeps of the segment so far, to generate within it; such tokens are
@@ -115,10 +118,11 @@ class MemoryModel(PreTrainedModel):
         Raises:
             ModelError: what was given is not of so many rows of so many tokens.
         """
-        state, lengths = self._begin(input_ids, state, reset, lengths, attention_mask)
+        state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask)
         memories = list(self.layer_memories().values())
         cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
-        context = SegmentContext(self._complete_rows(input_ids, cached, lengths), noise)
+        complete = self._complete_rows(input_ids, cached, lengths)
+        context = SegmentContext(complete, noise, without_memory=without_memory)
         prepared = (memory.prepare(layer, context) for memory, layer in zip(memories, state.layers, strict=True))
         shared = next((found for found in prepared if found is not None), None)
         read = self.read_segment(input_ids, state, context, shared, return_intermediates, segment_cache, use_cache)
@@ -303,6 +307,7 @@ class MemoryModel(PreTrainedModel):
         input_ids: Tensor,
         state: ModelState | None,
         reset: Tensor | None,
+        without_memory: Tensor | None,
         lengths: Tensor | None,
         attention_mask: Tensor | None,
     ) -> tuple[ModelState, Tensor | None]:
@@ -316,7 +321,7 @@ class MemoryModel(PreTrainedModel):
             if lengths is not None:
                 raise ModelError("attention_mask= and lengths= say the same: give one of them")
             lengths = _lengths_of(attention_mask, batch, length)
-        for name, rows in (("reset", reset), ("lengths", lengths)):
+        for name, rows in (("reset", reset), ("without_memory", without_memory), ("lengths", lengths)):
             if rows is not None and rows.shape != (batch,):
                 raise ModelError(f"{name}= has the shape {list(rows.shape)}: give one value for each of {batch} rows")
         if lengths is not None and not torch.compiler.is_compiling():

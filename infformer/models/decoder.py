@@ -194,7 +194,7 @@ class DecoderLayer(GradientCheckpointingLayer):
                 seen, state, context._replace(attend=partial(self.attention.attend_by_content, seen)), shared
             )
             if output.context is not None:
-                added = attended + output.context.to(attended.dtype)
+                added = context.added(attended, output.context)
             read = LayerRead(output, seen, attended) if return_intermediates else LayerRead(output)
         hidden = self.attention_residual.leave(hidden, added)
 
@@ -243,7 +243,7 @@ class DecoderForCausalLM(MemoryModel):
         length = input_ids.shape[1]
         cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
         # All layers are written together: what is real in one is real in all.
-        real = self._real_entries(state)
+        real = self._real_entries(state, context)
         visible = (0 if real is None else real.shape[1]) + cached + length
         allowed = causal_mask(real, length, visible, self.device)
         rotary = self.config.positions == "rotary"
@@ -287,11 +287,11 @@ class DecoderForCausalLM(MemoryModel):
     def vocabulary_size(self) -> int:
         return self.config.vocab_size
 
-    def _real_entries(self, state: ModelState) -> Tensor | None:
-        """Which entries before the segment are real, bool [batch, entries]; None without any."""
+    def _real_entries(self, state: ModelState, context: SegmentContext) -> Tensor | None:
+        """Which entries before the segment are real and seen, bool [batch, entries]; None without any."""
         for memory, layer in zip(self.layer_memories().values(), state.layers, strict=True):
             entries = memory.entries(layer)
-            return None if entries is None else entries.real
+            return None if entries is None else context.visible(entries.real)
         return None
 
     def _renew(self, names: set[str]) -> None:

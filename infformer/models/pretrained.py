@@ -167,7 +167,7 @@ class _Attachment:
             call.read = LayerRead(read, hidden, attended) if call.return_intermediates else LayerRead(read)
         if read.context is None:
             return output
-        return (attended + read.context.to(attended.dtype), *others)
+        return (context.added(attended, read.context), *others)
 
 
 @contextmanager
@@ -305,7 +305,7 @@ class InfformerForCausalLM(MemoryModel):
             raise ModelError("this model is reading a segment already, perhaps in another thread: let it end first")
         past, options = None, {self._cache_argument: segment_cache, "use_cache": use_cache}
         if self._seen:
-            past = self._past(state) if segment_cache is None else segment_cache
+            past = self._past(state, context) if segment_cache is None else segment_cache
             options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
         calls = [_LayerCall(layer, context, shared, return_intermediates, past) for layer in state.layers]
         with _told(self._attachments, calls):
@@ -322,7 +322,7 @@ class InfformerForCausalLM(MemoryModel):
             past.keep()
         return SegmentRead(hidden, reads, read[self._cache_argument] if use_cache else None)
 
-    def _past(self, state: ModelState) -> Past:
+    def _past(self, state: ModelState, context: SegmentContext) -> Past:
         """What the short-term memories let attention see before a segment.
 
         Their M tokens have the places 0 … M − 1, however long ago the document began, and those of the segment the
@@ -337,7 +337,7 @@ class InfformerForCausalLM(MemoryModel):
                 tables[rotation.kind] = rotation.table(places, self.device)
             key_values, real = cast(tuple[KeyValues, Tensor], attachment.memory.key_values(layer))
             layers.append(PastLayer(key_values, rotation, None if rotation is None else tables[rotation.kind]))
-        return Past(layers, real)
+        return Past(layers, context.visible(real))
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits)(hidden, targets)

@@ -29,6 +29,8 @@ class Microbatch:
     memory: ModelState
     noise: Sequence[Tensor | None]
     """Random numbers for each segment; None for deterministic sampling."""
+    without_memory: Sequence[Tensor | None]
+    """Lanes that read each segment without their memory; None: no lane does."""
     dropout_seed: int
 
 
@@ -74,8 +76,9 @@ def train_step(
         torch.manual_seed(microbatch.dropout_seed)
         with accelerator.accumulate(model):
             memory, objective = microbatch.memory, torch.zeros((), device=accelerator.device)
-            for segment, offsets in zip(microbatch.segments, microbatch.noise, strict=True):
-                output = _read(model, segment, memory, offsets)
+            drawn = zip(microbatch.segments, microbatch.noise, microbatch.without_memory, strict=True)
+            for segment, noise, without_memory in drawn:
+                output = _read(model, segment, memory, noise, without_memory)
                 assert output.state is not None
                 memory = output.state
                 measured[1] += segment.lengths.sum()
@@ -117,7 +120,9 @@ def train_step(
     )
 
 
-def _read(model: nn.Module, segment: Segment, memory: ModelState, noise: Tensor | None) -> MemoryModelOutput:
+def _read(
+    model: nn.Module, segment: Segment, memory: ModelState, noise: Tensor | None, without_memory: Tensor | None
+) -> MemoryModelOutput:
     """Read a segment; without a graph, losses and logits where nothing is scored in the whole global batch."""
     scored = segment.global_tokens > 0
     with torch.set_grad_enabled(scored):
@@ -128,6 +133,7 @@ def _read(model: nn.Module, segment: Segment, memory: ModelState, noise: Tensor 
             targets=segment.targets if scored else None,
             lengths=segment.lengths,
             noise=noise,
+            without_memory=without_memory,
             return_logits=False,
         )
 
@@ -138,8 +144,19 @@ def draw_noise(segment: Segment, samples: int, seed: int) -> Tensor:
     A counter-based generator keyed by the lane, with the lane's number of segments as counter: the draw belongs to the
     lane and to its place in its stream, whatever the process; a resumed run draws the same.
     """
+    return _draw(segment, samples, seed, 0)
+
+
+def draw_without_memory(segment: Segment, share: float, seed: int) -> Tensor:
+    """Lanes that read a segment without their memory, bool [lanes]: so many, drawn like the offsets, beside them."""
+    return _draw(segment, 1, seed, 1).squeeze(-1) < share
+
+
+def _draw(segment: Segment, samples: int, seed: int, purpose: int) -> Tensor:
     draws = [
-        np.random.Generator(np.random.Philox(key=[seed, lane], counter=[0, 0, 0, read])).random(samples, np.float32)
+        np.random.Generator(np.random.Philox(key=[seed, lane], counter=[0, 0, purpose, read])).random(
+            samples, np.float32
+        )
         for lane, read in zip(segment.lanes.tolist(), segment.reads.tolist(), strict=True)
     ]
     return torch.from_numpy(np.stack(draws)).to(segment.input_ids.device)

@@ -54,7 +54,14 @@ from infformer.training.runtime import (
     shard,
 )
 from infformer.training.shards import Shards, TorchShards, ZeroShards
-from infformer.training.step import Microbatch, NonFiniteError, draw_noise, dropout_seed, train_step
+from infformer.training.step import (
+    Microbatch,
+    NonFiniteError,
+    draw_noise,
+    draw_without_memory,
+    dropout_seed,
+    train_step,
+)
 from infformer.training.supervision import StopRequested, StopSignals, Watchdog
 from infformer.training.tracking import NoTracker, Tracker, open_tracker
 
@@ -250,10 +257,11 @@ class Trainer:
             segment.rows(slice(number * rows, (number + 1) * rows)).to(self.accelerator.device, non_blocking=True)
             for segment in segments
         ]
-        seed, samples = self.config.seed, self.state.model.noise_size
+        seed, samples, share = self.config.seed, self.state.model.noise_size, self.config.training.memory_dropout
         noise = [draw_noise(segment, samples, seed) if samples else None for segment in own]
+        without_memory = [draw_without_memory(segment, share, seed) if share else None for segment in own]
         dropout = dropout_seed(seed, self.progress.step, self.rank_rows[number * rows])
-        return Microbatch(own, self.state.memories[number], noise, dropout)
+        return Microbatch(own, self.state.memories[number], noise, without_memory, dropout)
 
     def _report(self, bar: Pace) -> None:
         steps, self.progress.unreported = self.progress.unreported, []

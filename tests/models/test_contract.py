@@ -339,6 +339,21 @@ class TestRows:
         assert torch.equal(fresh.logits[0], went_on.logits[0]) == (not remembers(model))
         assert_same_state(before, given)
 
+    def test_a_row_without_its_memory_reads_as_a_new_row_and_is_written_as_always(self, model):
+        """Row 0 does; row 1 reads as always. What the first layer writes depends on no memory's reading."""
+        state, segment = state_after(model), tokens(seed=5)
+        read_without = model(segment, state=state, without_memory=torch.tensor([True, False]))
+        fresh, went_on = model(segment), model(segment, state=state)
+        assert torch.equal(read_without.logits[0], fresh.logits[0])
+        assert torch.equal(read_without.logits[1], went_on.logits[1])
+        for layer, expected in list(zip(read_without.state.layers, went_on.state.layers, strict=True))[:1]:
+            assert_same_state(layer, expected)
+        both = model(segment, state=state, without_memory=torch.tensor([True, True])).auxiliary_losses
+        assert both.get("divergence") == fresh.auxiliary_losses.get("divergence")
+        none = model(segment, state=state, without_memory=torch.tensor([False, False]))
+        assert torch.equal(none.logits, went_on.logits)
+        assert_same_state(none.state, went_on.state)
+
     def test_no_token_sees_a_later_one(self, model):
         """What stands from one place of the second segment on is changed: another place in each row."""
         places, text, changed = (1, SEGMENT // 2, SEGMENT - 1), document(3, rows=3), document(3, rows=3)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from infformer.data import tokenize_documents
 from infformer.durable import write_text
@@ -329,6 +329,31 @@ class TestDecodersGoOnExactly:
         task = SortingConfig(validation_sequences=3, test_sequences=3, evaluation_lengths=[50], **sequences)
         model = {"model.pretrained": None, "model.architecture": DECODER, "model.memory": DECODER_MEMORIES["sticky"]}
         self.assert_goes_on(configure, train, tmp_path, {**model, "task": task})
+
+
+class TestTrainingLessGoesOnExactly:
+    @pytest.fixture
+    def rotary(self, tokenizer, tmp_path) -> Path:
+        """A model that can have a short-term memory, and its tokenizer."""
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        tokens = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+        LlamaForCausalLM(LlamaConfig(**sizes, **tokens, attention_dropout=0.1)).save_pretrained(tmp_path / "rotary")
+        tokenizer.save_pretrained(tmp_path / "rotary")
+        return tmp_path / "rotary"
+
+    @pytest.mark.parametrize("lora", [{}, pytest.param({"rank": 2, "dropout": 0.2}, marks=pytest.mark.needs("peft"))])
+    def test_a_run_with_a_short_term_memory_adapters_and_memory_dropout_goes_on_exactly(
+        self, configure, train, base_config, rotary, tmp_path, lora
+    ):
+        changes = {"model.pretrained": str(rotary), "model.lora": lora, "training.memory_dropout": 0.4}
+        changes["model.memory"] = replace(base_config["model"]["memory"], short_term_length=16)
+        TestDecodersGoOnExactly.assert_goes_on(configure, train, tmp_path, changes)
+        first, last = (tensors(tmp_path / "whole" / "checkpoints" / f"step-0000000{step}" / "model") for step in (4, 5))
+        learned = {name for name in last if not torch.equal(first[name], last[name])}
+        assert any("memories." in name for name in learned)
+        assert any("backbone." in name for name in learned)
+        assert not lora or all("memories." in name or ".lora_" in name for name in learned)
 
 
 LONGER = {"training.max_steps": 24, "evaluation.before": False, "data.test": None, "data.validation": None}

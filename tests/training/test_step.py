@@ -19,7 +19,15 @@ from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.training.step import Microbatch, NonFiniteError, StepResult, draw_noise, dropout_seed, train_step
+from infformer.training.step import (
+    Microbatch,
+    NonFiniteError,
+    StepResult,
+    draw_noise,
+    draw_without_memory,
+    dropout_seed,
+    train_step,
+)
 
 SEGMENT, LANES = 16, 4
 Gradients = dict[str, Tensor]
@@ -120,7 +128,7 @@ def step(
         model,
         optimizer,
         [
-            Microbatch(own, before, [offsets(segment) for segment in own], seed)
+            Microbatch(own, before, [offsets(segment) for segment in own], [None] * len(own), seed)
             for own, before, seed in zip(cut, memories, seeds, strict=True)
         ],
         gradient_clipping,
@@ -241,7 +249,8 @@ def microbatch(
     model: InfformerForCausalLM, segments: Sequence[Segment], memory: MemoryState | None = None
 ) -> Microbatch:
     """All lanes at once."""
-    return Microbatch(segments, memory or model.initial_state(LANES), [None] * len(segments), 0)
+    none = [None] * len(segments)
+    return Microbatch(segments, memory or model.initial_state(LANES), none, none, 0)
 
 
 class TestALossThatIsNotFinite:
@@ -281,7 +290,7 @@ class TestALossThatIsNotFinite:
             lambda tensor: torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor + 1
         )
         microbatches = [
-            Microbatch([replace(own, reset=torch.zeros_like(own.reset))], memory, [None], 0)
+            Microbatch([replace(own, reset=torch.zeros_like(own.reset))], memory, [None], [None], 0)
             for own, memory in zip(cut, memories, strict=True)
         ]
         new, backwards = accelerator(2), list[Tensor]()
@@ -392,6 +401,20 @@ class TestStickyOffsets:
         assert len(draws) == 3 * 3 * LANES
         correlations = np.corrcoef(torch.stack(draws).numpy()) - np.eye(len(draws))
         assert np.abs(correlations).max() < 0.25
+
+    def test_so_many_lanes_read_without_memory_each_by_its_own_place(self, segments):
+        many = replace(segments[0], lanes=torch.arange(2000), reads=torch.arange(2000) // 4)
+        for share in (0.1, 0.6):
+            drawn = draw_without_memory(many, share, seed=3)
+            assert drawn.dtype == torch.bool
+            assert abs(drawn.float().mean() - share) < 0.04
+            part = replace(many, lanes=many.lanes[700:], reads=many.reads[700:])
+            assert torch.equal(draw_without_memory(part, share, seed=3), drawn[700:])
+        later = replace(many, reads=many.reads + 1)
+        for other in (draw_without_memory(many, 0.6, seed=4), draw_without_memory(later, 0.6, seed=3)):
+            assert 0.4 < (other == drawn).float().mean() < 0.6  # as by chance: 0.52
+        offsets = draw_noise(many, 8, seed=3)
+        assert np.abs(np.corrcoef(torch.cat([drawn[:, None], offsets], dim=1).T)[0, 1:]).max() < 0.1
 
     def test_a_sticky_step_does_not_depend_on_how_lanes_are_cut(self, accelerator, model, segments):
         def offsets(segment: Segment) -> Tensor:
