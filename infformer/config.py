@@ -178,8 +178,11 @@ class TrainingConfig:
     """`float32`, `bfloat16` or `float16` for autocast; weights and memory stay float32."""
     gradient_checkpointing: bool = free(False)
     """Compute activations again in backward instead of keeping them."""
-    compile: bool = free(False)
-    """`torch.compile` the model."""
+    compile: Any = free(None)
+    """`true`: compile the layers for training, those of one kind once; it takes up to a minute, and less memory. Layers
+    whose activations are computed again stay as they are. `graphs`: besides, on one CUDA device, record what a step
+    computes once and replay it, which takes the processor next to nothing. Null: `true` on CUDA devices, else `false`.
+    Losses do not depend on it, up to rounding."""
     freeze_backbone: bool = False
     """Train the memory alone."""
     memory_dropout: float = 0.0
@@ -201,6 +204,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_finite("training.", self)
         _check_choice("training.precision", self.precision, _PRECISIONS)
+        if self.compile not in (None, True, False, "graphs"):
+            raise ValueError(f"training.compile={self.compile}: choose true or false, graphs, or null")
         for name in ("max_steps", "batch_size", "bptt_segments", "gradient_accumulation", "log_every", "sample_tokens"):
             _check_at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "sample_every"):

@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -367,6 +367,18 @@ class MemoryModel(PreTrainedModel):
             losses[name] = weight * mean
         return losses
 
+    def compile_layers(self) -> None:
+        """Compile each layer for training, with its memory, in place: layers of one kind share their graphs.
+
+        So a model takes as long to compile as one of its layers. What only reads, with segments of any length, stays as
+        it is. Gradients are sent to other processes layer by layer anyway: graphs need not be cut for that.
+        """
+        torch._dynamo.config.optimize_ddp = False
+        memories = set(self.layer_memories().values())
+        for layer in self.sharding_units():
+            if layer not in memories:
+                _compile_for_training(layer)
+
     def checkpoint_activations(self) -> None:
         """Compute each layer anew in the backward pass instead of keeping what is inside it: less memory, more time."""
         # The newer of transformers' two names, where it has it; the older one is deprecated there.
@@ -386,6 +398,16 @@ class MemoryModel(PreTrainedModel):
     def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """How a layer is computed anew in the backward pass."""
         return function
+
+
+def _compile_for_training(layer: nn.Module) -> None:
+    layer.compile(dynamic=False)
+    compiled, eager = cast(Callable[..., Any], layer._compiled_call_impl), layer._call_impl
+
+    def call(*args: Any, **options: Any) -> Any:
+        return (compiled if layer.training else eager)(*args, **options)
+
+    layer._compiled_call_impl = call
 
 
 def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryConfig | None:
@@ -446,10 +468,10 @@ def _lengths_of(attention_mask: Tensor, batch: int, length: int) -> Tensor:
 
 
 def _check_lengths(lengths: Tensor, length: int) -> None:
-    possible = ((lengths >= 0) & (lengths <= length)).all()
     if lengths.is_cuda:
+        possible = ((lengths >= 0) & (lengths <= length)).all()
         torch._assert_async(possible, f"lengths= are from 0 to {length}, the tokens of a row")  # waits for nothing
-    elif not possible:
+    elif not ((numbers := lengths.numpy(force=True)) >= 0).all() or (numbers > length).any():
         raise ModelError(f"lengths={lengths.tolist()}: a row has from 0 to {length} tokens")
 
 

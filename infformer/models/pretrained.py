@@ -115,6 +115,7 @@ class InfformerConfig(PreTrainedConfig):
 class _LayerCall:
     """What one layer's memory is told in one forward pass, and what it makes of it."""
 
+    memory: Memory
     state: MemoryState
     context: SegmentContext
     shared: Any
@@ -162,7 +163,7 @@ class _Attachment:
         context = call.context
         if call.past is not None and context.complete is not None:
             context = context._replace(key_values=call.past.key_values(self.layer))
-        read = self.memory(hidden, call.state, context, call.shared)
+        read = call.memory(hidden, call.state, context, call.shared)
         if not call.over:
             call.read = LayerRead(read, hidden, attended) if call.return_intermediates else LayerRead(read)
         if read.context is None:
@@ -307,7 +308,8 @@ class InfformerForCausalLM(MemoryModel):
         if self._seen:
             past = self._past(state, context) if segment_cache is None else segment_cache
             options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
-        calls = [_LayerCall(layer, context, shared, return_intermediates, past) for layer in state.layers]
+        told = zip(self._attachments, state.layers, strict=True)
+        calls = [_LayerCall(own.memory, layer, context, shared, return_intermediates, past) for own, layer in told]
         with _told(self._attachments, calls):
             if self.config.head_is_known:
                 read = self.backbone.base_model(input_ids, **options)

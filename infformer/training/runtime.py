@@ -7,6 +7,7 @@ backend.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +40,7 @@ __all__ = [
     "decided_by_main",
     "gathered",
     "init_distributed",
+    "is_compiled",
     "is_zero",
     "prepare",
     "resolve_engine",
@@ -175,18 +178,46 @@ def prepare(accelerator: Accelerator, model: MemoryModel, optimizer: Optimizer) 
     return prepared, optimizer
 
 
+def is_compiled(wanted: bool | str | None, engine: EngineConfig, accelerator: Accelerator) -> bool:
+    """Whether layers are compiled, as `training.compile` says; by default on CUDA, where Triton is there to do it.
+
+    Args:
+        engine: resolved, that of the accelerator.
+
+    Raises:
+        EngineError: they cannot be.
+    """
+    in_pieces = engine.name.startswith("zero3")
+    if wanted and in_pieces:
+        raise EngineError(
+            f"training.compile={str(wanted).lower()} with engine={engine.name}: DeepSpeed puts together the weights of "
+            "each part of a layer when it is called, which is not compiled; set it to false, or choose another engine"
+        )
+    if wanted is None:
+        has_compiler = accelerator.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return has_compiler and not in_pieces
+    return bool(wanted)
+
+
 def is_zero(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed keeps the weights and the moments."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def all_reduce_max(accelerator: Accelerator, number: int) -> int:
-    """All-reduce (max) of one integer. All processes together."""
+    """All-reduce (max) of one integer, by way of the hosts: no device is waited for. All processes together."""
     if accelerator.num_processes == 1:
         return number
-    numbers = torch.tensor(number, device=accelerator.device)
-    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    numbers = torch.tensor(number)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=_hosts())
     return int(numbers)
+
+
+@cache
+def _hosts() -> torch.distributed.ProcessGroup | None:
+    """The processes as they talk without their devices; None for all of them where they do anyway."""
+    has_device = torch.distributed.get_backend() != "gloo"
+    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if has_device else None
 
 
 def gathered(accelerator: Accelerator, value: Told) -> list[Told]:

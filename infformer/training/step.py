@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -17,7 +19,7 @@ from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.training.metrics import StepResult
-from infformer.training.runtime import Accelerator
+from infformer.training.runtime import Accelerator, is_zero
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,28 @@ class Microbatch:
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient that is not a number."""
+    """A loss or a gradient that is not a number.
+
+    Args:
+        index: which of the steps that are read together.
+    """
+
+    def __init__(self, loss: float, norm: float | None = None, index: int = 0) -> None:
+        super().__init__(f"the loss is {loss}" + ("" if norm is None else f", the gradient's norm {norm}"))
+        self.index = index
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """What one optimiser step measured, on its device until somebody reads it; the same on every process."""
+
+    numbers: Tensor
+    """Nats, tokens read, the auxiliary losses and the gradient's norm, float32."""
+    auxiliary: Sequence[str]
+    """The names of the auxiliary losses."""
+    scored_tokens: int
+    checked: bool
+    """`train_step` has looked at them: the step was made of finite numbers."""
 
 
 def train_step(
@@ -44,8 +67,12 @@ def train_step(
     optimizer: Optimizer,
     microbatches: Sequence[Microbatch],
     gradient_clipping: float | None,
-) -> tuple[list[ModelState], StepResult]:
+) -> tuple[list[ModelState], StepMeasurement]:
     """Make one optimiser step: forward, backward and update.
+
+    Nothing waits for the device where the optimiser can be told there to leave the weights as they are: what was
+    measured is read when it is wanted, by `read_steps`, which then finds a loss that is not finite. Every other
+    optimiser is only called once it is known that loss and gradient are.
 
     The loss is the mean over all scored tokens of the global batch: it does not depend on how lanes are spread over
     processes and microbatches, although padding differs from lane to lane.
@@ -63,14 +90,15 @@ def train_step(
         Each microbatch's memory after its last segment, without graph, and what was measured.
 
     Raises:
-        NonFiniteError: on all processes. Before the weights are touched; with DeepSpeed, which does backward and update
-            in one, a gradient that is not finite is found after them.
+        NonFiniteError: on all processes, unless `read_steps` does. Before the weights are touched; with DeepSpeed,
+            which does backward and update in one, a gradient that is not finite is found after them.
     """
+    told_on_device = _is_told_on_device(accelerator, model, optimizer)
     scored_tokens = sum(segment.global_tokens for segment in microbatches[0].segments)
     measured = torch.zeros(2, device=accelerator.device)  # nats, tokens read
     auxiliary: dict[str, Tensor] = {}
     after = []
-    loss, sums = math.nan, list[float]()
+    loss, sums = math.nan, measured
     for index, microbatch in enumerate(microbatches):
         # Dropout belongs to the lanes of a microbatch, whichever process has them.
         torch.manual_seed(microbatch.dropout_seed)
@@ -96,28 +124,62 @@ def train_step(
             if index == len(microbatches) - 1:
                 # Also the count of tokens as float32, which is exact up to 16 million.
                 own = torch.stack([*measured, *auxiliary.values()])
-                sums = accelerator.reduce(own, reduction="sum").tolist()
-                loss = sums[0] / scored_tokens
-                if not math.isfinite(loss):
-                    optimizer.zero_grad()
-                    raise NonFiniteError(f"the loss is {loss}")
+                sums = accelerator.reduce(own, reduction="sum")
+                if not told_on_device:
+                    loss = float(sums[0]) / scored_tokens
+                    if not math.isfinite(loss):
+                        optimizer.zero_grad()
+                        raise NonFiniteError(loss)
             # Data parallel averages over processes, accelerate over microbatches; the loss is a sum over both.
             accelerator.backward(objective * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     clipped = accelerator.clip_grad_norm_(model.parameters(), gradient_clipping or math.inf)
-    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)  # before it was clipped
+    whole = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
+    norm = torch.as_tensor(whole, dtype=sums.dtype, device=sums.device)  # before it was clipped
+    numbers = torch.cat([sums, norm.view(1)])
+    if told_on_device:
+        _hold_back(optimizer, numbers)
     # With float16 an infinite gradient is how the scaler finds its scale; the optimiser then skips the step itself.
-    if not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
+    elif not (accelerator.mixed_precision == "fp16" or math.isfinite(norm)):
         optimizer.zero_grad()
-        raise NonFiniteError(f"the loss is {loss}, the gradient's norm {norm}")
+        raise NonFiniteError(loss, float(norm))
     optimizer.step()
     optimizer.zero_grad()
-    return after, StepResult(
-        loss=loss,
-        auxiliary_losses=dict(zip(auxiliary, sums[2:], strict=True)),
-        gradient_norm=norm,
-        scored_tokens=scored_tokens,
-        read_tokens=int(sums[1]),
-    )
+    return after, StepMeasurement(numbers, tuple(auxiliary), scored_tokens, not told_on_device)
+
+
+def read_steps(steps: Sequence[StepMeasurement]) -> list[StepResult]:
+    """Wait until the device has made these steps, and read what they measured, all at once.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite. That step, and all after it, left the weights as they were.
+    """
+    results = []
+    for index, (step, numbers) in enumerate(zip(steps, torch.stack([s.numbers for s in steps]).tolist(), strict=True)):
+        nats, read, *auxiliary, norm = numbers
+        loss = nats / step.scored_tokens
+        if not (step.checked or all(map(math.isfinite, numbers))):
+            raise NonFiniteError(loss, norm if math.isfinite(loss) else None, index)
+        named = dict(zip(step.auxiliary, auxiliary, strict=True))
+        results.append(StepResult(loss, named, norm, step.scored_tokens, int(read)))
+    return results
+
+
+def _is_told_on_device(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether the optimiser leaves the weights as they are where a number on the device says so.
+
+    Those that torch calls fused do, for the sake of scaled gradients in float16; not for weights that are cut up.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    cut_up = is_zero(accelerator) or isinstance(model, FSDPModule)
+    return fused and not cut_up and accelerator.mixed_precision != "fp16"
+
+
+def _hold_back(optimizer: Any, numbers: Tensor) -> None:
+    """Let the optimiser leave the weights as they are from the first step on of which a number is not finite."""
+    fused = getattr(optimizer, "optimizer", optimizer)  # out of what accelerate wraps around it
+    bad = 1 - numbers.isfinite().all().float()
+    before = getattr(fused, "found_inf", None)
+    fused.found_inf = bad if before is None else torch.maximum(before, bad)
 
 
 def _read(
@@ -139,7 +201,7 @@ def _read(
 
 
 def draw_noise(segment: Segment, samples: int, seed: int) -> Tensor:
-    """Random offsets for the sticky memories of a segment, in [0, 1), float32, [lanes, samples].
+    """Random offsets for the sticky memories of a segment on the host, in [0, 1), float32, [lanes, samples].
 
     A counter-based generator keyed by the lane, with the lane's number of segments as counter: the draw belongs to the
     lane and to its place in its stream, whatever the process; a resumed run draws the same.
@@ -159,7 +221,7 @@ def _draw(segment: Segment, samples: int, seed: int, purpose: int) -> Tensor:
         )
         for lane, read in zip(segment.lanes.tolist(), segment.reads.tolist(), strict=True)
     ]
-    return torch.from_numpy(np.stack(draws)).to(segment.input_ids.device)
+    return torch.from_numpy(np.stack(draws))
 
 
 def dropout_seed(seed: int, step: int, first_lane: int) -> int:

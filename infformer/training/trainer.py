@@ -6,13 +6,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import EngineConfig, RunConfig
@@ -46,6 +48,7 @@ from infformer.training.runtime import (
     all_reduce_max,
     decided_by_main,
     init_distributed,
+    is_compiled,
     is_zero,
     prepare,
     resolve_engine,
@@ -57,9 +60,11 @@ from infformer.training.shards import Shards, TorchShards, ZeroShards
 from infformer.training.step import (
     Microbatch,
     NonFiniteError,
+    StepMeasurement,
     draw_noise,
     draw_without_memory,
     dropout_seed,
+    read_steps,
     train_step,
 )
 from infformer.training.supervision import StopRequested, StopSignals, Watchdog
@@ -120,6 +125,33 @@ def train(config: RunConfig) -> Mapping[str, object] | None:
         return Trainer(config, engine, accelerator, checkpoint).run()
 
 
+class _Read(NamedTuple):
+    """What this process's lanes read next, and what is drawn for it."""
+
+    segment: Segment
+    noise: Tensor | None
+    without_memory: Tensor | None
+
+    def map(self, function: Callable[[Any], Any]) -> _Read:
+        drawn = (None if part is None else function(part) for part in self[1:])
+        return _Read(function(self.segment), *drawn)
+
+    def rows(self, lanes: slice) -> _Read:
+        return _Read(self.segment.rows(lanes), *(None if part is None else part[lanes] for part in self[1:]))
+
+
+@dataclass
+class _TakenStep:
+    """A step that the device was told to make, and may be making still."""
+
+    measured: StepMeasurement
+    seconds: float
+    """Until it was told; of the last of several steps, until all were made."""
+    learning_rates: dict[str, float]
+    segments: Sequence[Segment]
+    """What was read."""
+
+
 class Trainer:
     """One run on one process, built, trained and measured.
 
@@ -149,8 +181,9 @@ class Trainer:
         shard(engine, accelerator, model)
         optimizer = make_optimizer(model, config.optimizer)
         schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
-        if config.training.compile:
-            model.compile()
+        if is_compiled(config.training.compile, engine, accelerator):
+            logger.info("the layers are compiled in the first step (training.compile=false: they are not)")
+            model.compile_layers()
         self.prepared, self.optimizer = prepare(accelerator, model, optimizer)
         shards: Shards = TorchShards(model, optimizer)
         if is_zero(accelerator):
@@ -176,7 +209,8 @@ class Trainer:
             self.tracker = open_tracker(config.tracker, config.name, self.folder, as_dictionary(config))
         self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._prefetched: Future[tuple[list[Segment], Mapping[str, object]]] | None = None
+        self._prefetched: Future[tuple[list[_Read], Mapping[str, object]]] | None = None
+        self._taken: list[_TakenStep] = []
 
     def run(self) -> Mapping[str, object] | None:
         """Train to the last step and measure; the figures of the test documents, if there are any."""
@@ -197,7 +231,7 @@ class Trainer:
         with Pace("training", training.max_steps, "steps", self.accelerator.is_main_process, progress.step) as bar:
             while progress.step < training.max_steps or not progress.measured:
                 if progress.measured:
-                    progress.unreported.append(self._timed_step())
+                    self._taken.append(self._timed_step())
                     bar.advance()
                     if progress.step == training.max_steps or _due(progress.step, training.log_every):
                         self._report(bar)
@@ -219,51 +253,80 @@ class Trainer:
                 if stop:
                     raise TrainingStopped(stop, progress.step)
 
-    def _timed_step(self) -> StepMetrics:
+    def _timed_step(self) -> _TakenStep:
         start = time.perf_counter()
         training, state, progress = self.config.training, self.state, self.progress
         self.prepared.train()
         self._tell("reads its next segments")
-        segments, progress.task = (self._prefetched or self._prefetcher.submit(self._prefetch)).result()
+        read, progress.task = (self._prefetched or self._prefetcher.submit(self._prefetch)).result()
         self._prefetched = self._prefetcher.submit(self._prefetch)  # made ready while the model computes
-        microbatches = [self._microbatch(segments, number) for number in range(training.gradient_accumulation)]
+        microbatches = [self._microbatch(read, number) for number in range(training.gradient_accumulation)]
         self._tell("computes")
+        segments = [own.segment for own in read]
         try:
-            state.memories, result = train_step(
+            state.memories, measured = train_step(
                 self.accelerator, self.prepared, self.optimizer, microbatches, training.gradient_clipping
             )
         except NonFiniteError as error:
-            self._finish_save(wait=True)  # what was good is kept, and what was not is told
-            lanes = "; ".join(lane for segment in segments for lane in self.stream.locate(segment))
-            raise TrainingFailedError(
-                f"step {progress.step + 1}: {error}. This process was reading {lanes}. {self._what_is_left()}"
-            ) from error
+            self._collect()
+            raise self._failure(error, progress.step + 1, segments) from error
         rates = learning_rates(state.schedule.optimizer)
         state.schedule.step()
         progress.step += 1
-        progress.tokens += result.read_tokens
-        return StepMetrics(**asdict(result), seconds=time.perf_counter() - start, learning_rates=rates)
+        return _TakenStep(measured, time.perf_counter() - start, rates, segments)
 
-    def _prefetch(self) -> tuple[list[Segment], Mapping[str, object]]:
-        """The next step's segments, where a GPU can fetch them while it computes, and the stream's state after them."""
-        segments = self.stream.next_step()
-        if self.accelerator.device.type == "cuda":
-            segments = [segment.pin_memory() for segment in segments]
-        return segments, self.stream.state_dict()
+    def _collect(self) -> None:
+        """Read what was measured since the last time; the only place in which training waits for its device."""
+        taken, self._taken = self._taken, []
+        if not taken:
+            return
+        start, progress = time.perf_counter(), self.progress
+        try:
+            results = read_steps([step.measured for step in taken])
+        except NonFiniteError as error:
+            number = progress.step - len(taken) + error.index + 1
+            raise self._failure(error, number, taken[error.index].segments) from error
+        taken[-1].seconds += time.perf_counter() - start
+        for step, result in zip(taken, results, strict=True):
+            progress.tokens += result.read_tokens
+            progress.unreported.append(
+                StepMetrics(**asdict(result), seconds=step.seconds, learning_rates=step.learning_rates)
+            )
 
-    def _microbatch(self, segments: Sequence[Segment], number: int) -> Microbatch:
-        rows = len(self.rank_rows) // self.config.training.gradient_accumulation
-        own = [
-            segment.rows(slice(number * rows, (number + 1) * rows)).to(self.accelerator.device, non_blocking=True)
-            for segment in segments
-        ]
+    def _failure(self, error: NonFiniteError, step: int, segments: Sequence[Segment]) -> TrainingFailedError:
+        self._finish_save(wait=True)  # what was good is kept, and what was not is told
+        lanes = "; ".join(lane for segment in segments for lane in self.stream.locate(segment))
+        return TrainingFailedError(f"step {step}: {error}. This process was reading {lanes}. {self._what_is_left()}")
+
+    def _prefetch(self) -> tuple[list[_Read], Mapping[str, object]]:
+        """What the next step reads, where a GPU can fetch it while it computes, and the stream's state after it."""
         seed, samples, share = self.config.seed, self.state.model.noise_size, self.config.training.memory_dropout
-        noise = [draw_noise(segment, samples, seed) if samples else None for segment in own]
-        without_memory = [draw_without_memory(segment, share, seed) if share else None for segment in own]
-        dropout = dropout_seed(seed, self.progress.step, self.rank_rows[number * rows])
-        return Microbatch(own, self.state.memories[number], noise, without_memory, dropout)
+        read = [
+            _Read(
+                segment,
+                draw_noise(segment, samples, seed) if samples else None,
+                draw_without_memory(segment, share, seed) if share else None,
+            )
+            for segment in self.stream.next_step()
+        ]
+        on_gpu = self.accelerator.device.type == "cuda"
+        return [own.map(lambda part: part.pin_memory()) for own in read] if on_gpu else read, self.stream.state_dict()
+
+    def _microbatch(self, read: Sequence[_Read], number: int) -> Microbatch:
+        rows = len(self.rank_rows) // self.config.training.gradient_accumulation
+        lanes = slice(number * rows, (number + 1) * rows)
+        own = [one.rows(lanes).map(lambda part: part.to(self.accelerator.device, non_blocking=True)) for one in read]
+        dropout = dropout_seed(self.config.seed, self.progress.step, self.rank_rows[number * rows])
+        return Microbatch(
+            [one.segment for one in own],
+            self.state.memories[number],
+            [one.noise for one in own],
+            [one.without_memory for one in own],
+            dropout,
+        )
 
     def _report(self, bar: Pace) -> None:
+        self._collect()
         steps, self.progress.unreported = self.progress.unreported, []
         if not self.accelerator.is_main_process:
             return
@@ -275,6 +338,7 @@ class Trainer:
             logger.info("step %d/%d  %s", self.progress.step, self.config.training.max_steps, line)
 
     def _validate(self) -> None:
+        self._collect()
         validation, progress = self.evaluation.validate(), self.progress
         if validation is None:
             return
@@ -305,6 +369,7 @@ class Trainer:
 
         Any other failure is only a warning: the next checkpoint may succeed.
         """
+        self._collect()
         self._finish_save(wait=True, must_succeed=False)  # the one before
         self.writer.begin(self.state, self.rank_rows)
         self._finish_save(wait=must_succeed, must_succeed=must_succeed)

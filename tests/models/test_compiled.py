@@ -1,5 +1,7 @@
 """What torch.compile makes of a model: one graph, whatever the segment; and layers of one kind share theirs."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -7,13 +9,17 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT, VOCABULARY = 8, 50
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LAYERS = {
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=SEGMENT, n_embd=8, n_layer=4, n_head=2),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=SEGMENT, n_embd=8, n_layer=4, n_head=2, **NO_DROPOUT),
     "llama": LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=8,
@@ -23,12 +29,29 @@ LAYERS = {
         max_position_embeddings=SEGMENT,
     ),
 }
+MEMORY = {"basis_functions": 8, "past_samples": 16, "widths": [0.05, 0.1]}
+
+
+def own(memory: MemoryConfig | None, positions: str = "relative") -> DecoderForCausalLM:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "feed_forward_size": 12}
+    config = DecoderConfig(VOCABULARY, **sizes, positions=positions, dropout=0.0, memory=memory, segment_length=SEGMENT)
+    return DecoderForCausalLM(config)
+
+
+MODELS = {
+    "gpt2": lambda: sticky(AutoModelForCausalLM.from_config(LAYERS["gpt2"])),
+    "llama": lambda: sticky(AutoModelForCausalLM.from_config(LAYERS["llama"])),
+    "decoder without memory": lambda: own(None),
+    "decoder with a short-term memory": lambda: own(MemoryConfig()),
+    "decoder with a compressive memory": lambda: own(CompressiveMemoryConfig(length=4, rate=2)),
+    "decoder with a long-term memory": lambda: own(LongTermMemoryConfig(**MEMORY), positions="rotary"),
+}
 CASES = [([0, 0], [8, 8]), ([0, 0], [8, 8]), ([1, 0], [8, 8]), ([0, 0], [8, 5]), ([0, 1], [3, 8])]
 """Rows that begin a document, and real tokens: first and later segments, a reset row, a short last segment."""
 
 
 def sticky(stock: nn.Module) -> MemoryModel:
-    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16, widths=[0.05, 0.1], sticky=True, sticky_bins=16)
+    memory = LongTermMemoryConfig(**MEMORY, sticky=True, sticky_bins=16)
     model = InfformerForCausalLM.from_backbone(stock, memory, None, SEGMENT).eval()
     for layer in model.memories:
         nn.init.normal_(layer.output.weight, std=0.1)
@@ -61,11 +84,11 @@ def assert_all_cases_equal(compiled: MemoryModel, model: MemoryModel) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_layers_with_sticky_memories_share_one_graph_forward_and_one_backward(kind):
+@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(MODELS)[1:])])
+def test_layers_with_their_memories_share_one_graph_forward_and_one_backward(kind, monkeypatch):
+    """Over resets, beginnings and a short last segment; and what only reads compiles nothing."""
     torch.manual_seed(0)
-    model = sticky(AutoModelForCausalLM.from_config(LAYERS[kind]))
-    counted = sticky(AutoModelForCausalLM.from_config(LAYERS[kind]))
+    model, counted = (MODELS[kind]().train() for _ in range(2))
     counted.load_state_dict(model.state_dict())
     graphs = {"forward": 0, "backward": 0}
 
@@ -78,12 +101,24 @@ def test_layers_with_sticky_memories_share_one_graph_forward_and_one_backward(ki
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=count("forward"), bw_compiler=count("backward"))
-    layers = [unit for unit in counted.sharding_units() if unit not in set(counted.memories)]
-    assert len(layers) == 4
-    for layer in layers:
-        layer.compile(backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    counted.compile_layers()
     assert_all_cases_equal(counted, model)
+    counted.eval()
+    with torch.no_grad():
+        for rows in (2, 3):
+            counted(torch.randint(VOCABULARY, (rows, SEGMENT)))
     assert graphs == {"forward": 1, "backward": 1}
+
+
+def test_layers_that_are_computed_again_are_not_compiled(monkeypatch):
+    torch.manual_seed(0)
+    model, counted = (MODELS["gpt2"]().train() for _ in range(2))
+    counted.load_state_dict(model.state_dict())
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=pytest.fail))
+    counted.checkpoint_activations()
+    counted.compile_layers()
+    assert_all_cases_equal(counted, model)
 
 
 @pytest.mark.slow

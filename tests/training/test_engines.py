@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
 STOPPED_AFTER = {"zero3": 3, "fsdp2": 4, "zero2": 6, "ddp": 7}
 """Steps after which a run moves on from each of these engines on two processes."""
+COMPILED = ("ddp", "fsdp2", "zero2")
+"""Engines whose layers are compiled too."""
 DEEPSPEED = find_spec("deepspeed") is not None
 """Whether it is installed: the engines that need it run, or are skipped, each by itself."""
 
@@ -107,6 +109,18 @@ def launched(configure, train, eight_lanes, tmp_path_factory) -> Launched:
     (root / "taken").mkdir()
     (root / "taken" / "notes.txt").touch()
 
+    return launch(root, runs)
+
+
+@pytest.fixture(scope="module")
+def compiled(configure, tmp_path_factory) -> Launched:
+    """The run by several engines with compiled layers, which takes the processors longer."""
+    root, changes = tmp_path_factory.mktemp("compiled"), {"training.gradient_accumulation": 1, "training.compile": True}
+    chosen = {name: {**changes, "engine": engine(name, patience=400.0)} for name in installed(COMPILED)}
+    return launch(root, {name: (configure(root / name, own), None) for name, own in chosen.items()})
+
+
+def launch(root: Path, runs: dict[str, tuple[RunConfig, dict[str, Any] | None]]) -> Launched:
     (root / "runs").write_bytes(pickle.dumps(list(runs.values())))
     command = [sys.executable, Path(__file__).with_name("processes.py"), root / "runs", root / "outcomes"]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -126,6 +140,13 @@ def test_an_engine_learns_what_one_process_learns(launched: Launched, one: Path,
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (launched.root / name, one))
     assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert found["tokens"] == expected["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(COMPILED))
+def test_compiled_layers_learn_what_one_process_learns(compiled: Launched, one: Path, name: str) -> None:
+    assert compiled.outcomes[name] is None, compiled.said
+    assert losses(compiled.root / name) == pytest.approx(losses(one), rel=1e-6)
 
 
 def test_a_process_that_is_killed_costs_nothing(configure, train, launched: Launched, one: Path) -> None:

@@ -26,6 +26,7 @@ from infformer.training.step import (
     draw_noise,
     draw_without_memory,
     dropout_seed,
+    read_steps,
     train_step,
 )
 
@@ -123,7 +124,7 @@ def step(
     cut = [[segment.rows(slice(first, first + rows)) for segment in segments] for first in range(0, LANES, rows)]
     memories = (memory or model.initial_state(LANES)).split(microbatches)
     seeds = dropout_seeds or range(microbatches)
-    memories, result = train_step(
+    memories, measured = train_step(
         accelerator(microbatches),
         model,
         optimizer,
@@ -135,7 +136,7 @@ def step(
     )
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(tensor.requires_grad for memory in memories for tensor in memory.named_tensors().values())
-    return Step(MemoryState.concatenate(memories), result, gradients)
+    return Step(MemoryState.concatenate(memories), read_steps([measured])[0], gradients)
 
 
 def assert_close(one: Gradients, other: Gradients) -> None:
