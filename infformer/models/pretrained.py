@@ -42,7 +42,6 @@ from infformer.models.backbone import (
 )
 from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.chunked_loss import cross_entropy
-from infformer.models.folders import load_config, load_weights, model_folder
 from infformer.models.past import Past, PastLayer
 
 
@@ -264,6 +263,8 @@ class InfformerForCausalLM(MemoryModel):
             ModelError: there is no such model, or it is not one that a memory can be put beside.
         """
         if isinstance(backbone, str | os.PathLike):
+            from infformer.models.folders import load_config, load_weights, model_folder  # it asks the Auto classes
+
             folder = model_folder(os.fspath(backbone))
             backbone = load_weights(AutoModelForCausalLM, load_config(folder, "backbone"), folder, "backbone", **kwargs)
         backbone = _checked(backbone)

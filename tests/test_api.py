@@ -1,0 +1,67 @@
+"""What `import infformer` offers, what it costs, and what transformers knows after it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import infformer
+from infformer import api
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.pretrained import InfformerForCausalLM
+
+ROOT = Path(__file__).parents[1]
+ASKING = sorted(path.stem for path in (ROOT / "infformer" / "models").glob("*.py") if "AutoModel" in path.read_text())
+"""The modules that import an Auto class themselves."""
+REGISTERED = (
+    "from transformers import AutoModelForCausalLM as auto; "
+    "assert {'DecoderConfig', 'InfformerConfig'} <= {kind.__name__ for kind in auto._model_mapping}"
+)
+
+
+def run(code: str) -> str:
+    """What an interpreter prints in which nothing is imported yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_import_of_the_package_loads_no_library() -> None:
+    code = "import infformer, sys; from infformer import command; print({'torch', 'transformers'} & {*sys.modules})"
+    assert run(code) == "set()\n"
+
+
+def test_all_that_the_list_of_names_imports_is_offered() -> None:
+    assert {name for name in vars(api) if not name.startswith("_")} == {*api.__all__} <= {*dir(infformer)}
+    assert infformer.InfformerForCausalLM is InfformerForCausalLM
+
+
+@pytest.mark.parametrize("name", ["Transformer", "_private", "__wrapped__"])
+def test_a_name_that_is_not_offered_is_none(name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        getattr(infformer, name)
+
+
+@pytest.mark.parametrize("first", ["import infformer", "from transformers import AutoModelForCausalLM"])
+def test_both_kinds_of_model_are_opened_by_the_auto_class_after_an_import(first, backbone, tmp_path):
+    memory = infformer.LongTermMemoryConfig(basis_functions=8, past_samples=16)
+    wrapped = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=16)
+    wrapped.save_pretrained(tmp_path / "wrapped")
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=16)).save_pretrained(tmp_path / "decoder")
+    opened = f"(type(AutoModelForCausalLM.from_pretrained('{tmp_path}/' + name)).__name__ for name in names)"
+    code = f"{first}\nimport infformer\nfrom transformers import AutoModelForCausalLM\nnames = ['wrapped', 'decoder']\n"
+    assert run(f"{code}print(*{opened})").split() == ["InfformerForCausalLM", "DecoderForCausalLM"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ASKING)
+def test_the_models_are_registered_whichever_module_is_imported_first(module: str) -> None:
+    run(f"import infformer.models.{module}; {REGISTERED}")
