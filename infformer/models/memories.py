@@ -36,7 +36,7 @@ OPTIONS = {
 """What of a model's configuration a folder holds, and by which options it is typed."""
 
 
-def save_memories(model: InfformerForCausalLM, folder: Path) -> None:
+def save_memories(model: InfformerForCausalLM, folder: str | Path) -> None:
     """Write the memories of a model, and the adapters in its backbone, into a folder.
 
     Raises:
@@ -50,6 +50,7 @@ def save_memories(model: InfformerForCausalLM, folder: Path) -> None:
         "weights": _fingerprint(model.backbone),
         **{name: getattr(model.config, name) for name in OPTIONS},
     }
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "memories.safetensors", metadata={"format": "pt"})
     (folder / "memories.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -112,8 +112,15 @@ def flatten(nested: object, prefix: str = "") -> dict[str, object]:
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object], kind: type[Any], *marks: str) -> list[str]:
-    """The options in which two flat configurations of a kind differ, in words, without those that have such a mark."""
-    free = tuple(name for name, field in options_of(kind) if field.metadata.get("may_change") in marks)
+    """The options in which two flat configurations of a kind differ, in words, without those that have such a mark.
+
+    An option that the version which wrote the first did not have was what it is by default.
+    """
+    options = dict(options_of(kind))
+    free = tuple(name for name, field in options.items() if field.metadata.get("may_change") in marks)
+    then = {option: options[option].default for option in now.keys() & options.keys() if option not in then} | dict(
+        then.items()
+    )
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
         for option in sorted(then.keys() | now.keys())

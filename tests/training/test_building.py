@@ -15,11 +15,13 @@ from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
+from infformer.models.memories import save_memories
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.haystack import PasskeyConfig
 from infformer.tasks.sorting import SortingConfig
 from infformer.tasks.task import Evaluation, TrainingStream
 from infformer.training.building import build_material, build_model, build_tokenizer
+from infformer.training.optimization import make_optimizer
 from infformer.training.runtime import init_distributed, resolve_engine
 
 Build = Callable[..., MemoryModel]
@@ -120,6 +122,28 @@ class TestThePretrainedModel:
         model = build({"training.freeze_backbone": frozen})
         assert {parameter.requires_grad for parameter in model.backbone.parameters()} == {not frozen}
         assert all(parameter.requires_grad for parameter in model.memory_parameters())
+
+    def test_a_run_begins_with_the_memories_of_a_folder(self, build, tmp_path):
+        trained, new = build(), build()
+        for parameter in trained.memory_parameters():
+            torch.nn.init.normal_(parameter)
+        save_memories(trained, tmp_path / "memories")
+        begun = build({"model.memories": str(tmp_path / "memories")})
+        memories = zip(*(model.memory_parameters() for model in (begun, trained, new)), strict=True)
+        assert all(torch.equal(one, same) and not torch.equal(one, other) for one, same, other in memories)
+
+    @pytest.mark.needs("peft")
+    def test_an_optimiser_sees_what_learns_and_nothing_else(self, build, configure, tmp_path):
+        model = build({"model.lora": {"rank": 2, "targets": ["c_fc"]}})
+        optimizer = make_optimizer(model, configure(tmp_path).optimizer)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        seen = {group["name"]: [names[id(each)] for each in group["params"]] for group in optimizer.param_groups}
+        assert sorted(seen) == ["backbone", "memory"]
+        adapters = [
+            f"backbone.transformer.h.{layer}.mlp.c_fc.lora_{part}.default.weight" for layer in (0, 1) for part in "AB"
+        ]
+        assert seen["backbone"] == adapters
+        assert all(name.startswith("memories.") for name in seen["memory"])
 
     @pytest.mark.parametrize("again", [False, True])
     def test_activations_are_computed_again_if_asked(self, build, again, monkeypatch):

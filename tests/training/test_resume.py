@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -254,6 +255,15 @@ class TestGoesOnExactly:
         train(configure(tmp_path, {"resume": "auto"}))
         assert_same_run(tmp_path, whole)
         assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+    def test_a_run_of_a_version_that_had_fewer_options_goes_on(self, configure, train, whole, folder):
+        config = OmegaConf.load(folder / "config.yaml")
+        del config["model"]["lora"], config["training"]["memory_dropout"]
+        OmegaConf.save(config, folder / "config.yaml")
+        with pytest.raises(RunError, match=r"training\.memory_dropout was 0\.0, is 0\.5"):
+            train(configure(folder, {"resume": "auto", "training.memory_dropout": 0.5}))
+        train(configure(folder, {"resume": "auto"}))
+        assert_same_run(folder, whole)
 
     def test_a_finished_run_only_measures_again(self, configure, train, whole, tmp_path):
         shutil.copytree(whole, tmp_path / "run", symlinks=True)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from infformer.config import CONF, RunConfig
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.training import trainer
+from infformer.training.command_line import compose
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
 
@@ -37,6 +41,19 @@ def losses(folder: Path) -> dict[int, float]:
     return {
         int(line["step"]): line["train/loss"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line
     }
+
+
+SMALL = (
+    "training.max_steps=2", "training.checkpoint_every=1", "training.batch_size=2", "data.max_document_characters=2000",
+    "data.test=null", "data.validation=null", "evaluation.inspected_segments=0",
+)  # fmt: skip
+"""What makes a run of the commands of a page a short one."""
+
+
+def changed(folder: Path) -> set[str]:
+    """The weights that the second step of a run has changed."""
+    first, second = (weights(folder / "checkpoints" / f"step-0000000{step}") for step in (1, 2))
+    return {name for name in second if not torch.equal(first[name], second[name])}
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -262,6 +279,32 @@ class TestOptions:
         lines = read_metrics(tmp_path / "metrics.jsonl")
         assert "train/learning_rate" not in lines[0]
         assert lines[1]["train/memory_learning_rate"] > 0  # the warm-up begins at zero
+
+    @pytest.mark.needs("peft")
+    def test_what_the_page_shows_of_training_less_than_everything_runs(self, train, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        page = (ROOT / "docs" / "any_model.md").read_text(encoding="utf-8")
+        section = page.split("\n## Train less than everything\n")[1].split("\n## ")[0]
+        blocks = re.findall(r"```(bash|python)\n(.*?)```", section, re.DOTALL)
+        assert [kind for kind, _ in blocks] == ["bash", "python", "bash"]
+        done: dict[str, Any] = {}
+        for kind, block in blocks:
+            if kind == "python":
+                exec(block, done)
+                continue
+            for command in block.splitlines():
+                options = shlex.split(command.removeprefix("python train.py "))
+                train(compose("train", RunConfig, CONF, [*options, *SMALL]))
+        assert done["model"].config.lora["rank"] == 8
+        learned = {run: changed(tmp_path / "outputs" / run) for run in ("memory_alone", "adapters", "adapters_alone")}
+        assert {run: {name.split(".")[0] for name in names} for run, names in learned.items()} == {
+            "memory_alone": {"memories"},
+            "adapters": {"memories", "backbone"},
+            "adapters_alone": {"backbone"},
+        }
+        begun = weights(tmp_path / "outputs/adapters_on/checkpoints/step-00000001")
+        trained = weights(tmp_path / "outputs/adapters/checkpoints/step-00000002")
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in begun.items())  # the first step's rate is 0
 
     def test_a_model_without_memory_learns(self, configure, train, tmp_path):
         results = train(configure(tmp_path, {"model.memory": None, "data.validation": None}))
