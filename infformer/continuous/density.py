@@ -2,7 +2,8 @@
 
 Each class answers the same three questions: `expectation(basis)`, the weights r_j = E_p[ψ_j] [..., N] with which a
 query reads the N coefficients; `read(grid, values)`, what it reads with them, rᵀV, of values [batch, heads, N, size] by
-densities [batch, heads, queries]; and `cumulative(positions, basis)`, the mass to the left of P positions [..., P].
+densities [batch, heads, queries], as a product of the values' type; and `cumulative(positions, basis)`, the mass to the
+left of P positions [..., P].
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class TruncatedParabola(NamedTuple):
 
     def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
         """E_p[ψ]ᵀ V, shape [batch, heads, queries, size]."""
-        return self.expectation(grid.basis) @ values
+        return self.expectation(grid.basis).to(values) @ values
 
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]: ½ + (3x − x³)/4 at x = (t − μ)/a in [−1, 1]."""
@@ -101,7 +102,7 @@ class Slots(NamedTuple):
 
     def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
         """E_p[ψ]ᵀ V, shape [batch, heads, queries, size]; the heights go with the values, of which there are fewer."""
-        return self.weights @ (_heights(grid.basis).unsqueeze(-1) * values)
+        return self.weights.to(values) @ (_heights(grid.basis).unsqueeze(-1).to(values) * values)
 
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]."""

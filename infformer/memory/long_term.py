@@ -180,7 +180,7 @@ class Reading(NamedTuple):
     """What a segment read."""
 
     context: Tensor
-    """To be added to the output of self-attention, float32, shape [batch, queries, hidden]."""
+    """To be added to the output of self-attention, shape [batch, queries, hidden]."""
     attention: Density
     """Where each head of each query looked, shape [batch, heads, queries]."""
 
@@ -198,6 +198,8 @@ class ContinuousSignal(DerivedBuffers):
 
     centres: Tensor
     widths: Tensor
+    grid_centres: Tensor
+    past_places: Tensor
     first: Tensor
     past: Tensor
     new: Tensor
@@ -216,8 +218,7 @@ class ContinuousSignal(DerivedBuffers):
     @property
     def grid(self) -> GaussianGrid:
         """The same functions, by centre and width."""
-        widths = len(self.config.widths)
-        return GaussianGrid(self.centres[::widths], self.widths[:widths])
+        return GaussianGrid(self.grid_centres, self.widths[: len(self.config.widths)])
 
     @property
     def past_steps(self) -> Tensor:
@@ -299,7 +300,12 @@ class ContinuousSignal(DerivedBuffers):
             rate = torch.tensor(config.contraction_rate, dtype=torch.float64)
             past, new = next_operators(basis, self.segment_length, self.past_steps, rate, config.ridge)
             first = first_operator(basis, self.segment_length, config.ridge, self._zeros)
-            buffers = {"centres": basis.centres.to(dtype), "widths": basis.widths.to(dtype)}
+            buffers = {
+                "centres": basis.centres.to(dtype),
+                "widths": basis.widths.to(dtype),
+                "grid_centres": basis.centres[:: len(config.widths)].to(dtype),
+                "past_places": self.past_steps.to(dtype),
+            }
             for name, operator in {"first": first, "past": past, "new": new}.items():
                 buffers[name] = rounded(operator, dtype).unsqueeze(0)
         return {name: tensor.to(device) for name, tensor in buffers.items()}
@@ -308,7 +314,9 @@ class ContinuousSignal(DerivedBuffers):
 class LongTermMemory(Memory):
     """The learned part of one layer's long-term memory.
 
-    Computes in float32, whatever the type of its input, of its weights, and of autocast.
+    What is written and where is read are computed in float32, whatever the type of the input, of the weights, and of
+    autocast. Under autocast, what is read is a product of its type: of the values' projection, of the expectations and
+    of the output's projection.
 
     Args:
         config: what the memory is.
@@ -379,10 +387,11 @@ class LongTermMemory(Memory):
             hidden: [batch, queries, hidden], any floating type.
             state: the memory before this segment.
         """
+        coefficients = state.coefficients
+        operands = _type_of_products(coefficients)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(state.coefficients.dtype)
-            attention = self._attention(hidden, state.coefficients)
-            values = self._split_heads(_project(self.value, state.coefficients))
+            attention = self._attention(hidden.to(coefficients.dtype), coefficients)
+            values = self._split_heads(_project(self.value, coefficients.to(operands)))
             expected = attention.read(self.signal.grid, values)
             return Reading(_project(self.output, expected.transpose(1, 2).flatten(2)), attention)
 
@@ -433,7 +442,7 @@ class LongTermMemory(Memory):
             noise: and the random offsets, as for `write`.
         """
         if not self.config.sticky:
-            return self.signal.past_steps.to(self.signal.centres)
+            return self.signal.past_places
         with torch.no_grad():
             histogram = attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
             return warped_positions(histogram, self.config.past_samples, noise)
@@ -509,3 +518,10 @@ class LongTermMemory(Memory):
 def _project(linear: nn.Linear, tensor: Tensor) -> Tensor:
     """The linear map in the type of the tensor, not in that of the weights."""
     return F.linear(tensor, linear.weight.to(tensor))
+
+
+def _type_of_products(tensor: Tensor) -> torch.dtype:
+    """Of the operands of products with a tensor: that of autocast, where it is on and the tensor is float32."""
+    kind = tensor.device.type
+    under_autocast = torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if under_autocast else tensor.dtype

@@ -18,7 +18,7 @@ def attention_histogram(attention: Density, basis: GaussianBasis, bins: int) -> 
     Returns:
         Mass per equal bin, averaged over heads and queries and normalised on [0, 1]: shape [batch, bins].
     """
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64).to(basis.centres)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=basis.centres.device).to(basis.centres)
     mass = attention.cumulative(edges, basis).mean(dim=(1, 2)).diff(dim=-1)
     return mass / mass.sum(-1, keepdim=True)
 

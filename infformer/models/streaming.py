@@ -44,11 +44,17 @@ SegmentT = TypeVar("SegmentT", bound=Readable)
 def reading(model: MemoryModel, precision: torch.dtype = torch.float32) -> Iterator[None]:
     """A model reads in evaluation mode, without gradients and under autocast; it stays in evaluation mode.
 
-    Not in PyTorch's inference mode: engines that cut up weights keep what they put together here for training.
+    Products of float32 are those of float32 also where training rounds their operands: a figure depends on the model
+    alone. Not in PyTorch's inference mode: engines that cut up weights keep what they put together here for training.
     """
     model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
-        yield
+    in_training = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(in_training)
 
 
 def stream(

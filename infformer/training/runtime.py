@@ -47,6 +47,7 @@ __all__ = [
     "rows_of_rank",
     "seed_everything",
     "shard",
+    "use_tf32",
 ]
 
 Told = TypeVar("Told")
@@ -250,6 +251,14 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], Told]) -> Tol
 def seed_everything(seed: int) -> None:
     """Seed every generator that initialisation and dropout draw from."""
     set_seed(seed)
+
+
+def use_tf32(accelerator: Accelerator, wanted: bool) -> bool:
+    """Whether operands of float32 products are rounded to TF32 from now on: where it is wanted, on CUDA alone."""
+    if wanted and accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        return True
+    return False
 
 
 def rows_of_rank(accelerator: Accelerator, lanes: int) -> range:

@@ -55,6 +55,7 @@ from infformer.training.runtime import (
     rows_of_rank,
     seed_everything,
     shard,
+    use_tf32,
 )
 from infformer.training.shards import Shards, TorchShards, ZeroShards
 from infformer.training.step import (
@@ -112,6 +113,8 @@ def train(config: RunConfig) -> Mapping[str, object] | None:
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
+    if use_tf32(accelerator, training.tf32):
+        logger.info("operands of float32 products are rounded to TF32 in training: training.tf32=true")
     folder, microbatches = Path(config.output_dir), accelerator.num_processes * training.gradient_accumulation
     if training.batch_size % microbatches:
         raise RunError(

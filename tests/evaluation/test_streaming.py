@@ -17,6 +17,7 @@ from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.streaming import reading
 from infformer.results import Figures
 
 SEGMENT = 16
@@ -291,6 +292,16 @@ def test_bfloat16_is_near_float32_and_another_figure(model, own, documents, eval
     rounded = evaluate(evaluator(model, precision=torch.bfloat16), documents)["nll"]
     assert rounded != own["nll"]
     assert rounded == pytest.approx(own["nll"], rel=0.01)
+
+
+def test_reading_rounds_no_operands_of_float32_products_and_training_does_so_again_after_it(without_memory):
+    torch.set_float32_matmul_precision("high")
+    try:
+        with reading(without_memory):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_measuring_leaves_the_model_and_the_random_numbers_as_before(with_memory, few, evaluator):

@@ -192,6 +192,11 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def assert_near(rounded: Tensor, exact: Tensor, tolerance: float = 1e-2) -> None:
+    """As near as products of bfloat16 are."""
+    assert (rounded.float() - exact).norm() <= tolerance * exact.norm()
+
+
 class TestAgainstTheLiteralEquations:
     @every_kind
     def test_outputs_and_gradients_are_those_of_the_literal_equations(self, build_memory, options):
@@ -241,15 +246,34 @@ class TestAgainstTheLiteralEquations:
 
 class TestPrecision:
     @every_kind
-    def test_autocast_changes_nothing_inside(self, build_memory, options):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_rounds_what_is_read_and_neither_the_state_nor_the_densities(self, build_memory, options, dtype):
         memory = build_memory(torch.float32, **options)
         hidden, state = random(2, 12, 6, dtype=torch.float32), used_state(memory, [1, 3])
         output, after = step(memory, hidden, state)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
             cast, cast_after = step(memory, hidden, state)
-        assert cast.context.dtype == cast_after.coefficients.dtype == torch.float32
-        assert torch.equal(cast.context, output.context)
+        assert cast.context.dtype == dtype
+        assert_near(cast.context, output.context)
+        assert cast_after.coefficients.dtype == torch.float32
         assert torch.equal(cast_after.coefficients, after.coefficients)
+        for one, other in zip(cast.reading.attention, output.reading.attention, strict=True):
+            assert torch.equal(one, other)
+
+    @every_kind
+    def test_gradients_under_autocast_are_those_of_float32_but_for_rounding(self, build_memory, options):
+        """Of two segments, the first of which is read from the memory by the second."""
+        memory = build_memory(torch.float32, **options)
+        segments = [random(2, 12, 6, seed=seed, dtype=torch.float32).requires_grad_() for seed in range(2)]
+        inputs = [*segments, *memory.parameters()]
+        exact = gradients(fast_passage(memory, segments, used_state(memory, [1, 3])), inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            passage = fast_passage(memory, segments, used_state(memory, [1, 3]))
+        rounded = gradients(passage, inputs)
+        assert_near(torch.cat([one.flatten() for one in rounded]), torch.cat([one.flatten() for one in exact]))
+        for one, other in zip(rounded, exact, strict=True):
+            assert one.dtype == torch.float32
+            assert_near(one, other, 2e-2)  # of so few numbers some are a difference of larger ones
 
     @pytest.mark.parametrize(
         ("options", "dtype"), [*((each, torch.bfloat16) for each in KINDS.values()), ({"sticky": True}, torch.float16)]

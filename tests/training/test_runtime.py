@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from infformer.config import ENGINES, EngineConfig
 from infformer.training import runtime
-from infformer.training.runtime import EngineError, init_distributed, resolve_engine, rows_of_rank
+from infformer.training.runtime import EngineError, init_distributed, resolve_engine, rows_of_rank, use_tf32
 
 Launch = Callable[..., None]
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
@@ -278,3 +278,13 @@ class TestProcessesThatDoNotWorkTogether:
         ]
         assert [lane for share in shares for lane in share] == list(range(lanes))
         assert {len(share) for share in shares} == {lanes // processes}
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "precision"), [("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")]
+)
+def test_float32_products_are_rounded_where_it_is_wanted_on_cuda_alone(monkeypatch, device, wanted, precision):
+    now = ["highest"]
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda new: now.append(new))
+    assert use_tf32(Namespace(device=torch.device(device)), wanted) == (precision == "high")
+    assert now[-1] == precision
