@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -98,6 +99,18 @@ def head(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def plain_head(backbone: PreTrainedModel) -> Tensor | None:
+    """The weight of a `head` that is one product with it and no more; None where it is more, or not whole."""
+    module: Any = backbone.get_output_embeddings()
+    is_hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    is_finished = any(getattr(backbone.config, name, None) is not None for name in names)
+    is_product = type(module) is nn.Linear and "bias" not in dict(module.named_parameters())
+    if is_hooked or is_finished or not is_product:
+        return None
+    return None if isinstance(module.weight, DTensor) else module.weight
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -139,7 +139,7 @@ class MemoryModel(PreTrainedModel):
             targets = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
             targets = _without_padding(targets, lengths)
-            output.token_losses = chunked_token_losses(read.hidden, self.token_losses, targets)
+            output.token_losses = self.segment_losses(read.hidden, targets)
             scored = (targets != IGNORE_INDEX).sum().clamp(min=1)
             output.loss = output.token_losses.sum() / scored + sum(auxiliary.values())
         if return_logits or (return_logits is None and targets is None):
@@ -166,6 +166,10 @@ class MemoryModel(PreTrainedModel):
     @abstractmethod
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Hidden states [tokens, hidden] and targets [tokens] to nats [tokens]."""
+
+    def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Hidden states [batch, length, hidden] and targets to nats [batch, length], without all logits at once."""
+        return chunked_token_losses(hidden, self.token_losses, targets)
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ def chunked_token_losses(
         Nats, float32, [batch, length]; 0 where nothing is scored.
     """
     chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
-    return torch.cat([checkpoint(token_losses, *chunk, use_reentrant=False) for chunk in chunks]).view(targets.shape)
+    # Nothing random happens in a head, so that the state of no generator is kept.
+    again = partial(checkpoint, token_losses, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*chunk) for chunk in chunks]).view(targets.shape)
 
 
 def cross_entropy(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    masking_utils,
 )
 
 from infformer.errors import ModelError
@@ -39,9 +40,11 @@ from infformer.models.backbone import (
     is_causal,
     is_head_known,
     key_value_shape,
+    plain_head,
 )
 from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.chunked_loss import cross_entropy
+from infformer.models.linear_loss import can_fuse, linear_token_losses
 from infformer.models.past import Past, PastLayer
 
 
@@ -183,6 +186,23 @@ def _told(attachments: Sequence[_Attachment], calls: Sequence[_LayerCall | None]
             attachment.call = call
 
 
+@contextmanager
+def _one_text_a_row() -> Iterator[None]:
+    """Within it transformers does not look for several texts in a row, for which it would wait for the device."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    answers = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda *tensors: False}
+    before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+    for name in before:
+        setattr(masking_utils, name, answers[name])
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(masking_utils, name, function)
+
+
 class InfformerForCausalLM(MemoryModel):
     """A stock causal language model with memories beside its attentions.
 
@@ -311,7 +331,7 @@ class InfformerForCausalLM(MemoryModel):
             options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
         told = zip(self._attachments, state.layers, strict=True)
         calls = [_LayerCall(own.memory, layer, context, shared, return_intermediates, past) for own, layer in told]
-        with _told(self._attachments, calls):
+        with _told(self._attachments, calls), _one_text_a_row():
             if self.config.head_is_known:
                 read = self.backbone.base_model(input_ids, **options)
                 hidden = read.last_hidden_state
@@ -344,6 +364,12 @@ class InfformerForCausalLM(MemoryModel):
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits)(hidden, targets)
+
+    def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        weight = plain_head(self.backbone) if self.config.head_is_known and can_fuse(hidden) else None
+        return (
+            super().segment_losses(hidden, targets) if weight is None else linear_token_losses(hidden, weight, targets)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         return head(self.backbone, hidden) if self.config.head_is_known else hidden
