@@ -176,6 +176,16 @@ class WriteOperators(NamedTuple):
     """From the tokens of a segment to coefficients, shape [batch, T, N]."""
 
 
+class Projected(NamedTuple):
+    """What all tokens of a segment need of a state in order to read it."""
+
+    placing: Tensor
+    """By which a token finds its place: two directions in the space of hidden states for each head, shape
+    [batch, 2, heads, hidden], with an affine read, else the keys, shape [batch, heads, N, head]."""
+    values: Tensor
+    """Shape [batch, heads, N, head]."""
+
+
 class Reading(NamedTuple):
     """What a segment read."""
 
@@ -370,30 +380,70 @@ class LongTermMemory(Memory):
     def forward(
         self, hidden: Tensor, state: LongTermState, context: SegmentContext, shared: WriteOperators | None
     ) -> MemoryOutput:
-        reading = self.read(hidden, state)
+        projected = self.project(state) if context.earlier is None else context.earlier.projected
+        reading = self.read(hidden, state, projected)
         written = state
         if shared is not None:
-            new = hidden if context.leaving is None else context.leaving
-            written = self.write(new, state, shared, reading.attention, context.noise, context.complete)
+            whole = context.whole(hidden)
+            attention = reading.attention if whole is hidden else self.place(whole, projected)
+            new = context.written(hidden)
+            written = self.write(new, state, shared, attention, context.noise, context.complete)
         divergence = self.divergence(reading.attention) * context.visible(state.segments.unsqueeze(-1) > 0)
-        return MemoryOutput(written, reading.context, {"divergence": divergence}, reading)
+        return MemoryOutput(written, reading.context, {"divergence": divergence}, reading, projected)
 
-    def read(self, hidden: Tensor, state: LongTermState) -> Reading:
-        """What every token of a segment sees of the past segments; exactly zero where the memory is empty.
+    def project(self, state: LongTermState) -> Projected:
+        """What all tokens of a segment need of the memory before it, computed once.
+
+        An affine read places a token by w·s, of its scores s = K_h q_h/√d_h on the N keys, and w·s is
+        (wᵀB) W_K^h q_h/√d_h. So two mixtures of the coefficients stand for the N keys, and pushed through the heads'
+        query projections they are two directions a head in the space of x.
+        """
+        coefficients = state.coefficients
+        operands = _type_of_products(coefficients)
+        with torch.autocast(coefficients.device.type, enabled=False):
+            if self.config.read == "affine":
+                mixtures = self.placement.weight.to(coefficients) @ coefficients  # [batch, 2, hidden]
+                keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
+                query_weight = self.query.weight.to(coefficients).unflatten(0, (self.heads, -1))
+                placing = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
+            else:
+                placing = self._split_heads(_project(self.key, coefficients))
+            return Projected(placing, self._split_heads(_project(self.value, coefficients.to(operands))))
+
+    def read(self, hidden: Tensor, state: LongTermState, projected: Projected | None = None) -> Reading:
+        """What tokens of a segment see of the past segments; exactly zero where the memory is empty.
 
         z_h = rᵀ B W_V^h with r_j = E_p[ψ_j]; context = [z_1 … z_H] W_O.
 
         Args:
             hidden: [batch, queries, hidden], any floating type.
             state: the memory before this segment.
+            projected: what `project` makes of it, if that was done before.
         """
-        coefficients = state.coefficients
-        operands = _type_of_products(coefficients)
+        projected = self.project(state) if projected is None else projected
+        attention = self.place(hidden, projected)
         with torch.autocast(hidden.device.type, enabled=False):
-            attention = self._attention(hidden.to(coefficients.dtype), coefficients)
-            values = self._split_heads(_project(self.value, coefficients.to(operands)))
-            expected = attention.read(self.signal.grid, values)
+            expected = attention.read(self.signal.grid, projected.values)
             return Reading(_project(self.output, expected.transpose(1, 2).flatten(2)), attention)
+
+    def place(self, hidden: Tensor, projected: Projected) -> Density:
+        """Where each head of each token looks, shape [batch, heads, queries]; the arguments are those of `read`.
+
+        An affine read has μ = sigmoid(w_μ·s) and σ² = softplus(w_σ·s); see `project`.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(projected.placing.dtype)
+            if self.config.read == "affine":
+                logits = torch.einsum("bkhd,bld->bkhl", projected.placing, hidden)
+                mean = torch.sigmoid(logits[:, 0])
+                variance = F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
+            else:
+                queries = self._split_heads(_project(self.query, hidden))
+                weights = torch.softmax(queries @ projected.placing.mT / math.sqrt(queries.shape[-1]), dim=-1)
+                if self.config.read == "slots":
+                    return Slots(weights)
+                mean, variance = match_moments(weights, self.signal.basis)
+            return Gaussian(mean, variance) if self.config.density == "gaussian" else TruncatedParabola(mean, variance)
 
     def write(
         self,
@@ -484,31 +534,6 @@ class LongTermMemory(Memory):
         if isinstance(attention, Slots):
             return attention.weights.new_zeros(()).expand(attention.weights.shape[0], attention.weights.shape[2])
         return variance_divergence(attention.variance, self.config.prior_standard_deviation**2).mean(dim=1)
-
-    def _attention(self, hidden: Tensor, coefficients: Tensor) -> Density:
-        if self.config.read == "affine":
-            mean, variance = self._affine_placement(hidden, coefficients)
-        else:
-            keys = self._split_heads(_project(self.key, coefficients))
-            queries = self._split_heads(_project(self.query, hidden))
-            weights = torch.softmax(queries @ keys.mT / math.sqrt(queries.shape[-1]), dim=-1)
-            if self.config.read == "slots":
-                return Slots(weights)
-            mean, variance = match_moments(weights, self.signal.basis)
-        return Gaussian(mean, variance) if self.config.density == "gaussian" else TruncatedParabola(mean, variance)
-
-    def _affine_placement(self, hidden: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """μ = sigmoid(w_μ·s) and σ² = softplus(w_σ·s), [batch, heads, queries], without the scores s.
-
-        s = K_h q_h/√d_h enters through w·s = (wᵀB) W_K^h q_h/√d_h alone. So two mixtures of the coefficients stand for
-        the N keys, and pushed through the heads' query projections they are two directions a head in the space of x.
-        """
-        mixtures = self.placement.weight.to(hidden) @ coefficients  # [batch, 2, hidden]
-        keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
-        query_weight = self.query.weight.to(hidden).unflatten(0, (self.heads, -1))  # [heads, head, hidden]
-        directions = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
-        logits = torch.einsum("bkhd,bld->bkhl", directions, hidden)
-        return torch.sigmoid(logits[:, 0]), F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
 
     def _split_heads(self, tensor: Tensor) -> Tensor:
         """[batch, length, hidden] to [batch, heads, length, head]."""

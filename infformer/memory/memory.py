@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from infformer.memory.state import MemoryState
@@ -23,6 +24,15 @@ class KeyValues(NamedTuple):
     """[batch, heads, length, head]."""
 
 
+class Earlier(NamedTuple):
+    """What a layer keeps of the earlier tokens of an unfinished segment."""
+
+    hidden: tuple[Tensor, ...]
+    """They, as the layer's attention saw them, in pieces [batch, length, hidden]."""
+    projected: Any
+    """What its memory made of its state in order to read it, tensors [batch, …]: it stays as long as the state does."""
+
+
 class SegmentContext(NamedTuple):
     """What the memories of all layers are told about the segment that is read."""
 
@@ -33,12 +43,16 @@ class SegmentContext(NamedTuple):
     attend: ContentAttention | None = None
     """The layer's attention by content alone; None where the memory stands beside somebody else's attention."""
     key_values: KeyValues | None = None
-    """Those of the segment in this layer; None in the own decoder, which sees hidden states."""
+    """Those of the whole segment in this layer, where it is written; None in the own decoder, which sees hidden states.
+    """
     leaving: Tensor | None = None
     """What leaves the short-term memory and is written instead of the segment, [batch, length, hidden]; None without
     one."""
     without_memory: Tensor | None = None
     """Rows that read the segment as if their memory were empty, and write it as always, bool [batch]; None: no row."""
+
+    earlier: Earlier | None = None
+    """What the layer keeps of the segment's earlier tokens; None where a segment begins."""
 
     def visible(self, real: Tensor) -> Tensor:
         """What is seen of a memory's entries, of which these are real, bool [batch, length]."""
@@ -49,6 +63,14 @@ class SegmentContext(NamedTuple):
         if self.without_memory is not None:
             context = context.masked_fill(self.without_memory.view(-1, 1, 1), 0)
         return attended + context.to(attended.dtype)
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The segment from its beginning, [batch, length, hidden], of which some tokens are read now."""
+        return hidden if self.earlier is None else torch.cat([*self.earlier.hidden, hidden], dim=1)
+
+    def written(self, hidden: Tensor) -> Tensor:
+        """What is written when the segment is complete: what leaves the short-term memory, or without one all of it."""
+        return self.whole(hidden) if self.leaving is None else self.leaving
 
 
 class Entries(NamedTuple):
@@ -71,6 +93,8 @@ class MemoryOutput(NamedTuple):
     """Auxiliary losses of each token by name, [batch, length]: zero in rows that do not count, and not yet weighted."""
     reading: Any = None
     """How the memory was read, in the kind's own terms, for its instruments."""
+    projected: Any = None
+    """What it made of its state in order to read it: the next tokens of the segment get it back in `Earlier`."""
 
 
 class DerivedBuffers(nn.Module):
@@ -86,7 +110,8 @@ class Memory(nn.Module):
 
     Nothing that carries over between segments lives here: `forward` takes the state before a segment and returns the
     one after it. An empty memory adds exactly nothing, and a new one adds nothing until it is trained. A row whose
-    segment is not complete leaves its state as it was.
+    segment is not complete leaves its state as it was. A segment may come in pieces: with the one that completes it, it
+    is written from its beginning.
     """
 
     noise_size: int = 0
@@ -116,7 +141,8 @@ class Memory(nn.Module):
         One call for both: engines that cut up weights put a module's together for the time of its call.
 
         Args:
-            hidden: the segment as the layer's attention sees it, [batch, length, hidden], any floating type.
+            hidden: the segment, or its next tokens, as the layer's attention sees it, [batch, length, hidden], any
+                floating type.
             state: before it.
             shared: what `prepare` returned.
         """

@@ -112,7 +112,7 @@ class ShortTermMemory(Memory):
     def forward(self, hidden: Tensor, state: ShortTermState, context: SegmentContext, shared: Any) -> MemoryOutput:
         queue, complete, leaving = state.short_term, context.complete, None
         if complete is not None:
-            queue, leaving = queue.push(self.kept(hidden, context), complete)
+            queue, leaving = queue.push(self.kept(context.whole(hidden), context), complete)
             leaving = leaving[..., : hidden.shape[-1]]
             # All of a segment leaves, or nothing: the length is a multiple of the segment's.
             complete = complete & (state.short_term.filled == self.length)
@@ -192,10 +192,11 @@ class KeyValueMemory(ShortTermMemory):
         if context.complete is not None:
             assert context.key_values is not None
             pair = KeyValues(*(part[:, :, : self.sinks] for part in context.key_values))
-            first = self.kept(hidden[:, : self.sinks], context._replace(key_values=pair)).detach().to(sinks.dtype)
+            whole = context.whole(hidden)
+            first = self.kept(whole[:, : self.sinks], context._replace(key_values=pair)).detach().to(sinks.dtype)
             begins = (context.complete & (written == 0)).view(-1, 1, 1)
             sinks = torch.where(begins, first, sinks)
-            written = written + hidden.shape[1] * context.complete
+            written = written + whole.shape[1] * context.complete
         return output._replace(state=KeyValueState(after.short_term, after.behind, sinks, written))
 
     def shuffle_time(self, state: Any, shuffle: Any) -> KeyValueState:

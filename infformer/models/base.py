@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from infformer.errors import ModelError
-from infformer.memory.memory import DerivedBuffers, Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import DerivedBuffers, Earlier, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
+from infformer.models.generation import ReadText, Writer
 from infformer.models.second_backward import refuse_second_backward
+from infformer.models.segment_cache import SegmentCache
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,15 @@ class LayerRead(NamedTuple):
 
     memory: MemoryOutput
     hidden: Tensor | None = None
-    """What its attention saw of the segment, and what is written to memory, now or later; [batch, length, hidden]. None
-    where intermediates were not asked for."""
+    """What its attention saw of the tokens, and what is written to memory, now or later; [batch, length, hidden]. None
+    where neither intermediates nor a cache were asked for."""
     attended: Tensor | None = None
     """What self-attention returned, [batch, length, hidden]; None likewise."""
+
+    @classmethod
+    def of(cls, memory: MemoryOutput, hidden: Tensor, attended: Tensor, inside: bool) -> LayerRead:
+        """All of it, or without what is inside: what nobody wants need not be held until the pass is over."""
+        return cls(memory, hidden, attended) if inside else cls(memory._replace(projected=None))
 
 
 class SegmentRead(NamedTuple):
@@ -43,8 +50,8 @@ class SegmentRead(NamedTuple):
     """The last hidden states, [batch, length, hidden]."""
     layers: tuple[LayerRead, ...]
     """Of each layer that has a memory, in their order."""
-    cache: Any
-    """What attention keeps of the segment so far; None if that was not asked for."""
+    attention: Any
+    """What attention sees of the segment so far; None if that was not asked for."""
 
 
 @dataclass
@@ -68,11 +75,11 @@ class MemoryModelOutput(ModelOutput):
     """Scalars by name, already weighted."""
     intermediates: tuple[LayerRead, ...] | None = None
     """What happened in each layer that has a memory, in their order. With `return_intermediates` only."""
-    segment_cache: Any = None
-    """What attention keeps of the segment so far, to go on within it: with `use_cache=True`, until the next segment."""
+    segment_cache: SegmentCache | None = None
+    """What is kept of the segment so far, to go on within it: with `use_cache=True`, until the segment is complete."""
 
 
-class MemoryModel(PreTrainedModel):
+class MemoryModel(PreTrainedModel, GenerationMixin):
     """A causal language model that reads a document segment by segment; its state is a value between two of them."""
 
     segment_length: int | None
@@ -92,10 +99,10 @@ class MemoryModel(PreTrainedModel):
         without_memory: Tensor | None = None,
         return_logits: bool | None = None,
         return_intermediates: bool = False,
-        segment_cache: Any = None,
+        segment_cache: SegmentCache | None = None,
         use_cache: bool = False,
     ) -> MemoryModelOutput:
-        """Read one segment of each row, of at most `segment_length` tokens.
+        """Read one segment of each row, of at most `segment_length` tokens, or the next tokens of one.
 
         Args:
             input_ids: one segment of each row, [batch, length].
@@ -112,20 +119,21 @@ class MemoryModel(PreTrainedModel):
                 [batch].
             return_logits: by default only where there are neither labels nor targets.
             return_intermediates: what happened inside each layer, for the memories' instruments.
-            segment_cache, use_cache: what attention keeps of the segment so far, to generate within it; such tokens are
-                not written.
+            segment_cache, use_cache: what is kept of the segment so far, to go on within it. The tokens that complete
+                the segment write all of it, so it does not matter in how many pieces it comes.
 
         Raises:
             ModelError: what was given is not of so many rows of so many tokens.
         """
         state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask)
         memories = list(self.layer_memories().values())
-        cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
+        cached = 0 if segment_cache is None else segment_cache.length
         complete = self._complete_rows(input_ids, cached, lengths)
         context = SegmentContext(complete, noise, without_memory=without_memory)
         prepared = (memory.prepare(layer, context) for memory, layer in zip(memories, state.layers, strict=True))
         shared = next((found for found in prepared if found is not None), None)
-        read = self.read_segment(input_ids, state, context, shared, return_intermediates, segment_cache, use_cache)
+        inside = return_intermediates or use_cache  # what the layers saw
+        read = self.read_segment(input_ids, state, context, shared, inside, segment_cache, use_cache)
         after = ModelState(tuple(layer.memory.state for layer in read.layers))
         auxiliary = self._auxiliary_losses(memories, read.layers, lengths)
         refuse_second_backward(read.hidden, after)
@@ -133,8 +141,9 @@ class MemoryModel(PreTrainedModel):
             state=after,
             auxiliary_losses=auxiliary,
             intermediates=read.layers if return_intermediates else None,
-            segment_cache=read.cache,
         )
+        if use_cache and context.complete is None:
+            output.segment_cache = _next_cache(read, segment_cache, cached + input_ids.shape[1])
         if labels is not None:
             targets = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
@@ -145,6 +154,29 @@ class MemoryModel(PreTrainedModel):
         if return_logits or (return_logits is None and targets is None):
             output.logits = self.logits(read.hidden)
         return output
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *arguments: Any,
+        read: ReadText | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Write on after prompts of any length, by all that transformers' `generate` knows, whose arguments these are.
+
+        Prompts are read segment by segment, and whatever is read or written goes to memory when its segment is whole.
+
+        Args:
+            inputs: token ids, [batch, length]; shorter prompts with padding before them, which `attention_mask` says.
+            read: a text that stands before every prompt, of `models.generation.read_text`.
+            progress: show a progress bar while the prompts are read.
+
+        Raises:
+            ModelError: padding stands behind a prompt.
+        """
+        writer = Writer(self, self.choose_segment_length(None), read, progress)
+        return writer.generate(inputs, *arguments, **options)
 
     @abstractmethod
     def layer_memories(self) -> dict[int, Memory]:
@@ -158,7 +190,7 @@ class MemoryModel(PreTrainedModel):
         context: SegmentContext,
         shared: Any,
         return_intermediates: bool,
-        segment_cache: Any,
+        segment_cache: SegmentCache | None,
         use_cache: bool,
     ) -> SegmentRead:
         """Take a segment through all layers; the arguments are those of `forward` and of `Memory.forward`."""
@@ -174,10 +206,6 @@ class MemoryModel(PreTrainedModel):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [batch, length, hidden] to scores of the next token."""
-
-    @abstractmethod
-    def cached_tokens(self, segment_cache: Any) -> int:
-        """How many tokens of the segment a cache holds."""
 
     @abstractmethod
     def sharding_units(self) -> list[nn.Module]:
@@ -354,7 +382,7 @@ class MemoryModel(PreTrainedModel):
             raise ModelError(
                 f"{cached + length} tokens are more than the memory's segment of {self.segment_length}: cut the text up"
             )
-        if length != self.segment_length:
+        if cached + length != self.segment_length:
             return None
         return torch.ones(batch, dtype=torch.bool, device=self.device) if lengths is None else lengths == length
 
@@ -412,6 +440,16 @@ def _compile_for_training(layer: nn.Module) -> None:
         return (compiled if layer.training else eager)(*args, **options)
 
     layer._compiled_call_impl = call
+
+
+def _next_cache(read: SegmentRead, before: SegmentCache | None, length: int) -> SegmentCache:
+    """What is kept of a segment of which so many tokens have been read."""
+    memories = []
+    for number, layer in enumerate(read.layers):
+        assert layer.hidden is not None
+        pieces = () if before is None else before.memories[number].hidden
+        memories.append(Earlier((*pieces, layer.hidden), layer.memory.projected))
+    return SegmentCache(read.attention, tuple(memories), length)
 
 
 def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryConfig | None:

@@ -27,6 +27,7 @@ from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, encode_positions
+from infformer.models.segment_cache import SegmentCache
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
 CHOICES = {
@@ -190,12 +191,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         added = attended = self.attention(seen, visible, allowed, encoding)
         read: LayerRead | None = None
         if self.memory is not None:
-            output = self.memory(
-                seen, state, context._replace(attend=partial(self.attention.attend_by_content, seen)), shared
-            )
+            context = context._replace(attend=partial(self.attention.attend_by_content, segment))
+            output = self.memory(seen, state, context, shared)
             if output.context is not None:
                 added = context.added(attended, output.context)
-            read = LayerRead(output, seen, attended) if return_intermediates else LayerRead(output)
+            read = LayerRead.of(output, seen, attended, return_intermediates)
         hidden = self.attention_residual.leave(hidden, added)
 
         seen = self.feed_forward_residual.enter(hidden)
@@ -237,11 +237,11 @@ class DecoderForCausalLM(MemoryModel):
         context: SegmentContext,
         shared: Any,
         return_intermediates: bool,
-        segment_cache: tuple[Tensor, ...] | None,
+        segment_cache: SegmentCache | None,
         use_cache: bool,
     ) -> SegmentRead:
         length = input_ids.shape[1]
-        cached = 0 if segment_cache is None else self.cached_tokens(segment_cache)
+        cached = 0 if segment_cache is None else segment_cache.length
         # All layers are written together: what is real in one is real in all.
         real = self._real_entries(state, context)
         visible = (0 if real is None else real.shape[1]) + cached + length
@@ -255,8 +255,12 @@ class DecoderForCausalLM(MemoryModel):
         reads, seen = [], []
         for index, layer in enumerate(self.layers):
             own = state.layers[index] if state.layers else None
-            past = None if segment_cache is None else segment_cache[index]
-            hidden, segment, read = layer(hidden, own, past, encoding, allowed, context, shared, return_intermediates)
+            past, told = None, context
+            if segment_cache is not None:
+                past = segment_cache.attention[index]
+                if state.layers:
+                    told = context._replace(earlier=segment_cache.memories[index])
+            hidden, segment, read = layer(hidden, own, past, encoding, allowed, told, shared, return_intermediates)
             seen.append(segment)
             if read is not None:
                 reads.append(read)
@@ -268,9 +272,6 @@ class DecoderForCausalLM(MemoryModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.vocabulary.logits(hidden)
-
-    def cached_tokens(self, segment_cache: tuple[Tensor, ...]) -> int:
-        return segment_cache[0].shape[1]
 
     def layer_memories(self) -> dict[int, Memory]:
         layers = enumerate(cast(Iterator[DecoderLayer], iter(self.layers)))

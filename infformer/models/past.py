@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from infformer.memory.memory import KeyValues
@@ -43,13 +43,16 @@ class PastLayer(DynamicLayer):
         return keys, torch.cat([self.values.to(value_states.dtype), value_states], dim=2)
 
     def key_values(self) -> KeyValues:
-        """Those of the tokens that were read, a whole segment, without their rotation."""
+        """Those of the segment so far, without their rotation."""
         assert self.segment is not None
-        keys, values = self.segment
-        if self.rotation is None or self.table is None:
-            return self.segment
-        table = self.table[:, :, self.places : self.places + keys.shape[2]]
-        return KeyValues(self.rotation.turn_back(keys, table), values)
+        keys, values = (
+            torch.cat([kept[:, :, self.places :].to(new.dtype), new], dim=2)
+            for kept, new in zip((self.keys, self.values), self.segment, strict=True)
+        )
+        if self.rotation is not None and self.table is not None:
+            table = self.table[:, :, self.places : self.places + keys.shape[2]]
+            keys = self.rotation.turn_back(keys, table)
+        return KeyValues(keys, values)
 
     def keep(self) -> None:
         """Let what was read be seen by what is read next."""
@@ -75,8 +78,13 @@ class Past(Cache):
         return F.pad(self.real.long(), (0, seen - self.real.shape[1]), value=1)
 
     def key_values(self, layer: int) -> KeyValues:
-        """Those of the tokens that a layer has read, without their rotation."""
+        """Those of the segment so far in a layer, without their rotation."""
         return cast(PastLayer, self.layers[layer]).key_values()
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Choose rows, as beam search does."""
+        super().reorder_cache(beam_idx)
+        self.real = self.real.index_select(0, beam_idx)
 
     def keep(self) -> None:
         """Let what was read be seen by what is read next."""

@@ -46,6 +46,7 @@ from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_me
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.linear_loss import can_fuse, linear_token_losses
 from infformer.models.past import Past, PastLayer
+from infformer.models.segment_cache import SegmentCache, copy_cache
 
 
 class InfformerConfig(PreTrainedConfig):
@@ -92,6 +93,15 @@ class InfformerConfig(PreTrainedConfig):
         # transformers hands its own choice on to the backbone, also where it is none: attention without a causal mask.
         kwargs.setdefault("attn_implementation", self.backbone._attn_implementation)
         super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the backbone knows."""
+        return self.backbone.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.backbone.vocab_size = size
 
     @property
     def memory_config(self) -> MemoryConfig | None:
@@ -167,7 +177,7 @@ class _Attachment:
             context = context._replace(key_values=call.past.key_values(self.layer))
         read = call.memory(hidden, call.state, context, call.shared)
         if not call.over:
-            call.read = LayerRead(read, hidden, attended) if call.return_intermediates else LayerRead(read)
+            call.read = LayerRead.of(read, hidden, attended, call.return_intermediates)
         if read.context is None:
             return output
         return (context.added(attended, read.context), *others)
@@ -303,6 +313,8 @@ class InfformerForCausalLM(MemoryModel):
         if config.memory_config is not None and config.memory_config.short_term_length:
             config.rotated_layers = find_rotations(backbone)
         model = cls(config, backbone)
+        if backbone.generation_config is not None:
+            model.generation_config = backbone.generation_config
         model.memories.to(backbone.device)
         return model
 
@@ -320,17 +332,20 @@ class InfformerForCausalLM(MemoryModel):
         context: SegmentContext,
         shared: Any,
         return_intermediates: bool,
-        segment_cache: Any,
+        segment_cache: SegmentCache | None,
         use_cache: bool,
     ) -> SegmentRead:
         if any(attachment.call is not None for attachment in self._attachments):
             raise ModelError("this model is reading a segment already, perhaps in another thread: let it end first")
-        past, options = None, {self._cache_argument: segment_cache, "use_cache": use_cache}
+        kept = None if segment_cache is None else copy_cache(segment_cache.attention)
+        past, options = None, {self._cache_argument: kept, "use_cache": use_cache}
         if self._seen:
-            past = self._past(state, context) if segment_cache is None else segment_cache
+            past = self._past(state, context) if kept is None else cast(Past, kept)
             options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
-        told = zip(self._attachments, state.layers, strict=True)
-        calls = [_LayerCall(own.memory, layer, context, shared, return_intermediates, past) for own, layer in told]
+        calls = []
+        for number, (attachment, layer) in enumerate(zip(self._attachments, state.layers, strict=True)):
+            own = context if segment_cache is None else context._replace(earlier=segment_cache.memories[number])
+            calls.append(_LayerCall(attachment.memory, layer, own, shared, return_intermediates, past))
         with _told(self._attachments, calls), _one_text_a_row():
             if self.config.head_is_known:
                 read = self.backbone.base_model(input_ids, **options)
@@ -373,9 +388,6 @@ class InfformerForCausalLM(MemoryModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return head(self.backbone, hidden) if self.config.head_is_known else hidden
-
-    def cached_tokens(self, segment_cache: Any) -> int:
-        return int(segment_cache.get_seq_length()) - self._seen
 
     @property
     def positions(self) -> int | None:

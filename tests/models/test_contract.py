@@ -64,7 +64,7 @@ class RunningMean(Memory):
     def forward(self, hidden: Tensor, state: MeanState, context: SegmentContext, shared: Any) -> MemoryOutput:
         read = F.linear(state.mean, self.output.weight.to(state.mean)).unsqueeze(1).expand_as(hidden)
         if context.complete is not None:
-            new = (hidden if context.leaving is None else context.leaving).mean(1).to(state.mean)
+            new = context.written(hidden).mean(1).to(state.mean)
             segments = state.segments + 1
             written = MeanState(state.mean + (new - state.mean) / segments.unsqueeze(-1), segments)
             state = state.replace_rows(context.complete, written)
@@ -629,21 +629,39 @@ class TestGradients:
 
 @pytest.mark.usefixtures("no_gradients")
 class TestGeneration:
-    def test_within_a_segment_it_goes_on_from_its_cache(self, own):
+    def test_a_segment_in_pieces_is_read_and_written_as_the_whole_one(self, own):
         model = exact(own)
         state, segment = read(model, document(3), initial_state(model))[-1].state, tokens(seed=7)
         logits, cache = [], None
         for piece in segment.split([2, 1, 1, 2], dim=1):
             output = model(piece, state=state, segment_cache=cache, use_cache=True)
             logits.append(output.logits)
-            cache = output.segment_cache
-            assert_same_state(output.state, state)
+            cache, after = output.segment_cache, output.state
+            if len(logits) < 4:
+                assert_same_state(after, state)
         whole = model(segment, state=state)
         torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, **agreement(model))
-        assert whole.segment_cache is None
-        if remembers(model):
-            with pytest.raises(UserError, match="7 tokens are more than the memory's segment of 6"):
-                model(tokens(length=1), segment_cache=cache, use_cache=True)
+        for name, tensor in whole.state.named_tensors().items():
+            torch.testing.assert_close(after.named_tensors()[name], tensor, **agreement(model))
+        assert (cache is None) == remembers(model)
+
+    def test_what_is_kept_of_a_segment_is_a_value(self, own):
+        """Two texts go on from it, of chosen rows, and neither sees the other."""
+        model = exact(own)
+        state, segment = read(model, document(2), initial_state(model))[-1].state, tokens(seed=7)
+        cache = model(segment[:, :3], state=state, use_cache=True).segment_cache
+        first, again = (model(segment[:, 3:], state=state, segment_cache=cache).logits for _ in range(2))
+        assert torch.equal(first, again)
+        rows = torch.tensor([1, 0, 1])
+        other, kept = state.select_rows(rows), cache.select_rows(rows)
+        chosen = model(segment[rows, 3:], state=other, segment_cache=kept).logits
+        torch.testing.assert_close(chosen, first[rows], **agreement(model))
+
+    @of(REMEMBERING)
+    def test_more_tokens_than_are_left_of_a_segment_are_refused(self, own):
+        cache = own(tokens(length=2), use_cache=True).segment_cache
+        with pytest.raises(UserError, match="7 tokens are more than the memory's segment of 6"):
+            own(tokens(length=5), segment_cache=cache)
 
     def test_text_is_continued_as_a_literal_loop_would(self, model):
         """Every token by reading everything anew."""

@@ -72,8 +72,8 @@ def test_one_token_may_be_asked_for(model):
     assert continue_text(model, prompt(20), 1, SEGMENT).shape == (1,)
 
 
-def test_nothing_is_computed_ahead_of_what_is_asked_for(model):
-    """Not even the writing of a segment that has just become whole."""
+def test_nothing_is_computed_ahead_of_what_is_asked_for_and_nothing_twice(model):
+    """A segment that becomes whole is written without being read once more."""
     lengths: list[int] = []
     with model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1])):
         read = read_text(model, prompt(2 * SEGMENT), SEGMENT)
@@ -82,4 +82,4 @@ def test_nothing_is_computed_ahead_of_what_is_asked_for(model):
         next(sampled)
         assert lengths == [SEGMENT, SEGMENT]
         next(sampled)
-        assert lengths == [SEGMENT, SEGMENT, SEGMENT, 1]
+        assert lengths == [SEGMENT, SEGMENT, 1]
