@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from infformer.errors import ModelError
@@ -76,24 +75,13 @@ def find_targets(backbone: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return [name for name in linear if any(_is_called(name, target) for target in lora.targets)]
 
 
-def check_adapters(config: PreTrainedConfig, lora: LoraConfig) -> None:
-    """Make sure that a model can have these adapters, before its weights are read.
-
-    Raises:
-        ModelError: it cannot, or peft is not installed.
-    """
-    _peft(lora)
-    with torch.device("meta"):
-        find_targets(AutoModelForCausalLM.from_config(config), lora)
-
-
 def add_adapters(backbone: PreTrainedModel, lora: LoraConfig) -> None:
     """Put new adapters, which add nothing until they are trained, into a backbone; only they learn from then on.
 
     Raises:
         ModelError: a target is no linear map in its layers, or peft is not installed.
     """
-    peft, targets = _peft(lora), find_targets(backbone, lora)
+    peft, targets = import_peft(lora), find_targets(backbone, lora)
     options = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -131,7 +119,12 @@ def _is_called(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _peft(lora: LoraConfig) -> Any:
+def import_peft(lora: LoraConfig) -> Any:
+    """peft, which these adapters need.
+
+    Raises:
+        ModelError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:

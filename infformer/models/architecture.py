@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from infformer.errors import ModelError
+from infformer.models.adapters import LoraConfig, find_targets, import_peft
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import new_decoder
 
@@ -72,6 +73,17 @@ def try_kernel(config: PreTrainedConfig, attention: str | None) -> None:
             f"model.attention={attention}: this model cannot have this kernel; choose another, such as sdpa or eager, "
             f"or null ({reason:.500})"
         ) from error
+
+
+def try_adapters(config: PreTrainedConfig, lora: LoraConfig) -> None:
+    """Make sure that a model can have these adapters, before its weights are read.
+
+    Raises:
+        ModelError: it cannot, or peft is not installed.
+    """
+    import_peft(lora)
+    with torch.device("meta"):
+        find_targets(AutoModelForCausalLM.from_config(config), lora)
 
 
 def _try(architecture: dict[str, Any], attention: str | None) -> nn.Module:

@@ -13,8 +13,7 @@ from infformer.data.options import SPLITS
 from infformer.data.sources import check_sources
 from infformer.errors import UserError
 from infformer.memory.options import MemoryConfig
-from infformer.models.adapters import check_adapters
-from infformer.models.architecture import try_architecture, try_kernel
+from infformer.models.architecture import try_adapters, try_architecture, try_kernel
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import load_config
 from infformer.models.memories import check_memories
@@ -49,7 +48,7 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
         try_kernel(shape, chosen.attention)
         stock = shape.backbone if isinstance(shape, InfformerConfig) else shape
         if chosen.lora.rank is not None:
-            check_adapters(stock, chosen.lora)
+            try_adapters(stock, chosen.lora)
         if chosen.memories is not None:
             asked = InfformerConfig(
                 stock, chosen.memory, chosen.memory_layers, training.segment_length, lora=chosen.lora

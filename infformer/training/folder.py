@@ -118,9 +118,7 @@ def differences(then: Mapping[str, object], now: Mapping[str, object], kind: typ
     """
     options = dict(options_of(kind))
     free = tuple(name for name, field in options.items() if field.metadata.get("may_change") in marks)
-    then = {option: options[option].default for option in now.keys() & options.keys() if option not in then} | dict(
-        then.items()
-    )
+    then = {option: options[option].default for option in now if option in options} | dict(then.items())
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
         for option in sorted(then.keys() | now.keys())
