@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -59,6 +60,27 @@ def test_both_kinds_of_model_are_opened_by_the_auto_class_after_an_import(first,
     opened = f"(type(AutoModelForCausalLM.from_pretrained('{tmp_path}/' + name)).__name__ for name in names)"
     code = f"{first}\nimport infformer\nfrom transformers import AutoModelForCausalLM\nnames = ['wrapped', 'decoder']\n"
     assert run(f"{code}print(*{opened})").split() == ["InfformerForCausalLM", "DecoderForCausalLM"]
+
+
+def test_no_module_that_the_models_are_made_of_imports_an_auto_class_before_them() -> None:
+    """It would import the models, and they that module, which is not there yet."""
+    waiting, seen = ["infformer.models.pretrained", "infformer.models.decoder"], set[str]()
+    asking = set()
+    while waiting:
+        module = waiting.pop()
+        place = ROOT.joinpath(*module.split("."))
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if module in seen or not file.is_file():
+            continue
+        seen.add(module)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = {name.name for name in node.names}
+                waiting += [node.module, *(f"{node.module}.{name}" for name in names)]
+                if node.module == "transformers" and any(name.startswith(("Auto", "MODEL_")) for name in names):
+                    asking.add(module)
+    assert len(seen) > 15
+    assert asking == {"infformer.models.pretrained", "infformer.models.decoder"}
 
 
 @pytest.mark.slow
