@@ -64,13 +64,19 @@ class Segment:
     global_tokens: int
     """How many tokens are predicted in this segment of all lanes, also those of other processes."""
 
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same segment with `function` applied to every tensor."""
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        changed: dict[str, Any] = {name: function(value) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same segment on another device."""
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors()})
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def rows(self, rows: slice) -> Self:
         """Some of the lanes."""
-        return replace(self, **{name: value[rows] for name, value in self._tensors()})
+        return self.map_tensors(lambda tensor: tensor[rows])
 
     def places(self, name: Callable[[int], str]) -> list[str]:
         """Where each lane is, in words: `lane 3: 'a book' at token 512`; `name` names one of the documents."""
@@ -83,11 +89,7 @@ class Segment:
 
     def pin_memory(self) -> Self:
         """The same segment in memory from which a GPU can fetch it while other work goes on."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors()})
-
-    def _tensors(self) -> list[tuple[str, Any]]:
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, value) for name, value in values if isinstance(value, Tensor)]
+        return self.map_tensors(Tensor.pin_memory)
 
 
 class Window(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,43 @@ class Microbatch:
     without_memory: Sequence[Tensor | None]
     """Lanes that read each segment without their memory; None: no lane does."""
     dropout_seed: int
+
+    @property
+    def is_scored(self) -> tuple[bool, ...]:
+        """In which of the segments anything is scored, in the whole global batch."""
+        return tuple(segment.global_tokens > 0 for segment in self.segments)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
+        """The same microbatch with `function` applied to every tensor."""
+
+        def drawn(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return [None if tensor is None else function(tensor) for tensor in tensors]
+
+        return Microbatch(
+            [segment.map_tensors(function) for segment in self.segments],
+            self.memory.map_tensors(function),
+            drawn(self.noise),
+            drawn(self.without_memory),
+            self.dropout_seed,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        found: list[Tensor] = []
+        self.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What the forward and the backward pass of a microbatch leave, beside gradients."""
+
+    memory: ModelState
+    """After its last segment, without graph."""
+    sums: Tensor
+    """Nats, tokens read, and the auxiliary losses, float32."""
+    auxiliary: Sequence[str]
+    """The names of the auxiliary losses."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -67,6 +104,7 @@ def train_step(
     optimizer: Optimizer,
     microbatches: Sequence[Microbatch],
     gradient_clipping: float | None,
+    recorder: Callable[[Microbatch, int, bool], PassResult] | None = None,
 ) -> tuple[list[ModelState], StepMeasurement]:
     """Make one optimiser step: forward, backward and update.
 
@@ -85,6 +123,7 @@ def train_step(
         model: the prepared model.
         microbatches: the lanes of this process, cut into pieces that are in memory one after the other. At least one of
             their segments scores something.
+        recorder: makes the passes instead, where the optimiser is told on the device; see `recording`.
 
     Returns:
         Each microbatch's memory after its last segment, without graph, and what was measured.
@@ -93,45 +132,32 @@ def train_step(
         NonFiniteError: on all processes, unless `read_steps` does. Before the weights are touched; with DeepSpeed,
             which does backward and update in one, a gradient that is not finite is found after them.
     """
-    told_on_device = _is_told_on_device(accelerator, model, optimizer)
+    told_on_device = is_told_on_device(accelerator, model, optimizer)
     scored_tokens = sum(segment.global_tokens for segment in microbatches[0].segments)
-    measured = torch.zeros(2, device=accelerator.device)  # nats, tokens read
-    auxiliary: dict[str, Tensor] = {}
+    total = _Sums(accelerator.device)
     after = []
-    loss, sums = math.nan, measured
+    loss, sums = math.nan, total.nats
     for index, microbatch in enumerate(microbatches):
         # Dropout belongs to the lanes of a microbatch, whichever process has them.
         torch.manual_seed(microbatch.dropout_seed)
         with accelerator.accumulate(model):
-            memory, objective = microbatch.memory, torch.zeros((), device=accelerator.device)
-            drawn = zip(microbatch.segments, microbatch.noise, microbatch.without_memory, strict=True)
-            for segment, noise, without_memory in drawn:
-                output = _read(model, segment, memory, noise, without_memory)
-                assert output.state is not None
-                memory = output.state
-                measured[1] += segment.lengths.sum()
-                if segment.global_tokens == 0:
-                    continue
-                assert output.token_losses is not None
-                assert output.auxiliary_losses is not None
-                nats = output.token_losses.sum()
-                share = (segment.targets != IGNORE_INDEX).sum() / scored_tokens
-                objective = objective + nats / scored_tokens + share * sum(output.auxiliary_losses.values())
-                measured[0] += nats.detach()
-                for name, value in output.auxiliary_losses.items():
-                    auxiliary[name] = auxiliary.get(name, 0) + share * value.detach()
+            if recorder is not None:
+                made = recorder(microbatch, scored_tokens, index == 0)
+                after.append(made.memory)
+                total.add(made)
+                sums = total.stacked()
+                continue
+            memory, objective = _forward(model, microbatch, scored_tokens, total)
             after.append(memory.detach())
             if index == len(microbatches) - 1:
                 # Also the count of tokens as float32, which is exact up to 16 million.
-                own = torch.stack([*measured, *auxiliary.values()])
-                sums = accelerator.reduce(own, reduction="sum")
+                sums = accelerator.reduce(total.stacked(), reduction="sum")
                 if not told_on_device:
                     loss = float(sums[0]) / scored_tokens
                     if not math.isfinite(loss):
                         optimizer.zero_grad()
                         raise NonFiniteError(loss)
-            # Data parallel averages over processes, accelerate over microbatches; the loss is a sum over both.
-            accelerator.backward(objective * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+            _backward(accelerator, objective)
     clipped = accelerator.clip_grad_norm_(model.parameters(), gradient_clipping or math.inf)
     whole = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
     norm = torch.as_tensor(whole, dtype=sums.dtype, device=sums.device)  # before it was clipped
@@ -144,7 +170,68 @@ def train_step(
         raise NonFiniteError(loss, float(norm))
     optimizer.step()
     optimizer.zero_grad()
-    return after, StepMeasurement(numbers, tuple(auxiliary), scored_tokens, not told_on_device)
+    return after, StepMeasurement(numbers, tuple(total.auxiliary), scored_tokens, not told_on_device)
+
+
+def make_pass(accelerator: Accelerator, model: nn.Module) -> Callable[[Microbatch, Tensor], PassResult]:
+    """The forward and the backward pass of one microbatch, without a look at its loss between the two."""
+
+    def compute(microbatch: Microbatch, scored_tokens: Tensor) -> PassResult:
+        sums = _Sums(accelerator.device)
+        memory, objective = _forward(model, microbatch, scored_tokens, sums)
+        _backward(accelerator, objective)
+        return PassResult(memory.detach(), sums.stacked(), tuple(sums.auxiliary))
+
+    return compute
+
+
+class _Sums:
+    """What is added up over the segments of a step, on its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.nats, self.read = torch.zeros(2, device=device)
+        self.auxiliary: dict[str, Tensor] = {}
+
+    def add_auxiliary(self, name: str, value: Tensor) -> None:
+        self.auxiliary[name] = self.auxiliary.get(name, 0) + value
+
+    def add(self, made: PassResult) -> None:
+        nats, read, *auxiliary = made.sums
+        self.nats, self.read = self.nats + nats, self.read + read
+        for name, value in zip(made.auxiliary, auxiliary, strict=True):
+            self.add_auxiliary(name, value)
+
+    def stacked(self) -> Tensor:
+        return torch.stack([self.nats, self.read, *self.auxiliary.values()])
+
+
+def _forward(
+    model: nn.Module, microbatch: Microbatch, scored_tokens: int | Tensor, sums: _Sums
+) -> tuple[ModelState, Tensor]:
+    """The memory after a microbatch, and what it adds to the objective; with what is measured added to the sums."""
+    memory, objective = microbatch.memory, torch.zeros((), device=sums.nats.device)
+    drawn = zip(microbatch.segments, microbatch.noise, microbatch.without_memory, strict=True)
+    for segment, noise, without_memory in drawn:
+        output = _read(model, segment, memory, noise, without_memory)
+        assert output.state is not None
+        memory = output.state
+        sums.read = sums.read + segment.lengths.sum()
+        if segment.global_tokens == 0:
+            continue
+        assert output.token_losses is not None
+        assert output.auxiliary_losses is not None
+        nats = output.token_losses.sum()
+        share = (segment.targets != IGNORE_INDEX).sum() / scored_tokens
+        objective = objective + nats / scored_tokens + share * sum(output.auxiliary_losses.values())
+        sums.nats = sums.nats + nats.detach()
+        for name, value in output.auxiliary_losses.items():
+            sums.add_auxiliary(name, share * value.detach())
+    return memory, objective
+
+
+def _backward(accelerator: Accelerator, objective: Tensor) -> None:
+    """Data parallel averages over processes, accelerate over microbatches; the loss is a sum over both."""
+    accelerator.backward(objective * accelerator.num_processes * accelerator.gradient_accumulation_steps)
 
 
 def read_steps(steps: Sequence[StepMeasurement]) -> list[StepResult]:
@@ -164,7 +251,7 @@ def read_steps(steps: Sequence[StepMeasurement]) -> list[StepResult]:
     return results
 
 
-def _is_told_on_device(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> bool:
+def is_told_on_device(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> bool:
     """Whether the optimiser leaves the weights as they are where a number on the device says so.
 
     Those that torch calls fused do, for the sake of scaled gradients in float16; not for weights that are cut up.

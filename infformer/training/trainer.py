@@ -42,6 +42,7 @@ from infformer.training.checkpoint import (
 from infformer.training.folder import RunError, as_dictionary, held, open_record
 from infformer.training.metrics import MetricsLog, StepMetrics, summarise
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
+from infformer.training.recording import Recorder, check_recording
 from infformer.training.resuming import find_checkpoint
 from infformer.training.runtime import (
     Accelerator,
@@ -65,6 +66,7 @@ from infformer.training.step import (
     draw_noise,
     draw_without_memory,
     dropout_seed,
+    make_pass,
     read_steps,
     train_step,
 )
@@ -188,6 +190,10 @@ class Trainer:
             logger.info("the layers are compiled in the first step (training.compile=false: they are not)")
             model.compile_layers()
         self.prepared, self.optimizer = prepare(accelerator, model, optimizer)
+        self._recorder = None
+        if config.training.compile == "graphs":
+            check_recording(accelerator, self.prepared, self.optimizer, config.training.gradient_checkpointing)
+            self._recorder = Recorder(self.prepared, make_pass(accelerator, self.prepared))
         shards: Shards = TorchShards(model, optimizer)
         if is_zero(accelerator):
             shards = ZeroShards(model, self.prepared.optimizer)
@@ -268,7 +274,12 @@ class Trainer:
         segments = [own.segment for own in read]
         try:
             state.memories, measured = train_step(
-                self.accelerator, self.prepared, self.optimizer, microbatches, training.gradient_clipping
+                self.accelerator,
+                self.prepared,
+                self.optimizer,
+                microbatches,
+                training.gradient_clipping,
+                self._recorder,
             )
         except NonFiniteError as error:
             self._collect()

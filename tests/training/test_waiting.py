@@ -87,7 +87,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_what_is_read_late_is_what_would_have_been_read_at_once(configure, train, tmp_path, monkeypatch, log_every):
     changes = {**QUIET, "training.log_every": log_every}
     train(configure(tmp_path / "late", changes))
-    monkeypatch.setattr(step, "_is_told_on_device", lambda *arguments: False)
+    monkeypatch.setattr(step, "is_told_on_device", lambda *arguments: False)
     train(configure(tmp_path / "at once", changes))
     late, at_once = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("late", "at once"))
     for line in (*late, *at_once):
