@@ -317,22 +317,19 @@ class InspectedDocument(TypedDict):
     """Nats per token."""
 
 
-class InspectedOptions(TypedDict):
-    """The options of a long-term memory that are shown; the file has all the others beside them."""
+class InspectedMemory(TypedDict):
+    """What the memories are that were looked into, and the numbers of their layers; all their options beside that."""
 
-    basis_functions: int
-    contraction: str
-    contraction_rate: float
-    read: str
-    sticky: bool
-
-
-class InspectedMemory(InspectedOptions):
-    """What the memories are that were looked into, and the numbers of their layers."""
-
+    kind: str
     segment_length: int
     short_term_length: int
     layers: list[int]
+    basis_functions: NotRequired[int]
+    """This and what follows is of memories that are continuous signals."""
+    contraction: NotRequired[str]
+    contraction_rate: NotRequired[float]
+    read: NotRequired[str]
+    sticky: NotRequired[bool]
 
 
 DensityFigure = Literal["centre", "centre_spread", "width", "width_spread", "tokens_back"]
@@ -343,21 +340,11 @@ DensityFigure = Literal["centre", "centre_spread", "width", "width_spread", "tok
 is how many tokens before the segment's first lies what is at the centre."""
 
 
-class LossesWithoutLayers(TypedDict):
-    """What a segment costs if long-term memories are empty when it is read, in nats per token."""
-
-    nats: float
-    """Nats per token with all memories."""
-    nats_without_layer: list[float]
-    """Nats per token without each of the memories."""
-    nats_without_memory: float
-    """Nats per token without any memory."""
-
-
 class Readings(TypedDict):
     """What is measured when a segment is read that finds something in memory.
 
-    Lists run over these segments, then over layers, then over heads.
+    Lists run over these segments, then over layers, then over heads. Those of densities are empty for a memory that is
+    no signal, and so is `contribution` for one that adds nothing to what attention returns.
     """
 
     segment: list[int]
@@ -373,9 +360,12 @@ class Readings(TypedDict):
     contribution: list[list[float]]
     """‖memory's context‖ / ‖self-attention's output‖, the mean over the segment's tokens."""
     nats: list[float]
-    """The first of three figures that `LossesWithoutLayers` explains."""
-    nats_without_layer: list[list[float]]
+    """Nats per token with all memories."""
+    nats_without_layer: list[list[float | None]]
+    """Nats per token where one memory is empty when the segment is read. Only one of the layers has its turn in each
+    segment; the others are None."""
     nats_without_memory: list[float]
+    """Nats per token where all memories are empty when the segment is read."""
 
 
 class Writings(TypedDict, total=False):
@@ -397,6 +387,8 @@ class Explained(TypedDict):
     """R² over all tokens."""
     by_age: list[float | None]
     """R² of each segment, the newest first."""
+    best: float | None
+    """R² over all tokens of the best that as many coefficients could tell at the places where the tokens lie now."""
 
 
 class Reconstruction(TypedDict):
@@ -406,19 +398,58 @@ class Reconstruction(TypedDict):
     """How many segments had been written."""
     tokens_back: list[float]
     """How many tokens the middle of each segment lies before the next one to be read, the newest first."""
-    limit: float
-    """min(1, N / tokens written): N coefficients hold no more than N independent vectors."""
+    best: list[float | None]
+    """For each layer what `Explained` says; so `total` and `by_age`."""
     total: list[float | None]
-    """For each layer what `Explained` says; so `by_age`."""
     by_age: list[list[float | None]]
 
 
+class Source(TypedDict):
+    """A passage of the past that was looked at."""
+
+    first: int
+    """The number of its first token, from 0."""
+    tokens_back: int
+    """How many tokens before the stretch it begins."""
+    share: float
+    """Of all that the heads of all layers looked at."""
+    even_share: float
+    """What that would be if they looked everywhere alike."""
+    text: str
+
+
+class Stretch(TypedDict):
+    """A few tokens of the document, and what the memories gained of each."""
+
+    first: int
+    """The number of its first token, from 0."""
+    gain: float
+    """Nats per token that it costs more without the memories; below 0 they cost something."""
+    pieces: list[str]
+    """Its text, token by token."""
+    gains: list[float]
+    """The gain of each token, in nats."""
+    sources: list[Source]
+    """Where the densities lay most, for memories that are signals."""
+
+
+class Costs(TypedDict):
+    """What the document costs more without memories, with intervals over its segments."""
+
+    without_memory: Ratio
+    without_layer: list[Ratio]
+    """Of each layer; None where no segment was read without it."""
+
+
 class Inspection(TypedDict):
-    """What `inspection.json` holds: what long-term memories held and did along one document."""
+    """What `inspection.json` holds: what memories held and did along one document."""
 
     document: InspectedDocument
     memory: InspectedMemory
     reading: Readings
+    costs: Costs
+    stretches: list[Stretch]
+    """The one in which the memories gained most and the one in which they gained least, where the text is known."""
     writing: Writings
     reconstruction: list[Reconstruction]
     """What is left after 1, 2, 4, … and after all writes."""

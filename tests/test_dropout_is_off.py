@@ -56,7 +56,7 @@ def questions() -> Questions:
 MEASURES: dict[str, Callable[[LanguageModelling, Evaluator, Any], Any]] = {
     "validation": lambda task, evaluator, tokenizer: task.validate(),
     "before training": lambda task, evaluator, tokenizer: task.measure_before(),
-    "the final figures": lambda task, evaluator, tokenizer: task.measure("here"),
+    "the final figures": lambda task, evaluator, tokenizer: task.measure("here") | {"cost": None},
     "a sample": lambda task, evaluator, tokenizer: task.sample(1, 12),
     "inspection": lambda task, evaluator, tokenizer: task.inspect(),
     "instruments": lambda task, evaluator, tokenizer: inspect_document(evaluator.model, TOKENS, 4, progress=False),

@@ -1,16 +1,18 @@
-"""What a model's long-term memories hold and do while it reads one document.
+"""What a model's memories hold and do while it reads one document.
 
-Each measure is a function of one segment as it was read; `inspect_document` reads a document once and takes them all.
+What any memory gains is measured by its own interface, `Memory.without_past`; more can be shown of one whose past is a
+continuous signal. Each measure is a function of one segment as it was read; `inspect_document` reads a document once
+and takes them all.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice, starmap
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,25 +20,32 @@ from torch import Tensor
 
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Density, Gaussian, TruncatedParabola, match_moments
+from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
 from infformer.memory.memory import Memory
-from infformer.memory.short_term import ShortTermMemory, ShortTermState
-from infformer.memory.state import MemoryState, ModelState
+from infformer.memory.state import ModelState
 from infformer.models.base import LayerRead, MemoryModel
 from infformer.models.streaming import TextSegment, stream
-from infformer.progress import follow
+from infformer.progress import Pace
 from infformer.results import (
+    Costs,
     DensityFigure,
     Explained,
-    InspectedOptions,
+    InspectedMemory,
     Inspection,
-    LossesWithoutLayers,
+    Ratio,
     Readings,
     Reconstruction,
+    Source,
+    Stretch,
     Writings,
 )
 
+STRETCH = 64
+"""Tokens of a stretch of text that is shown, at most."""
+PASSAGE, PASSAGES, SHOWN = 16, 256, 3
+"""Tokens of a passage of the past that is shown, at least; how many there are, at most; and how many are shown."""
 PLACES = 64
 """Equal parts of [0, 1] in which the samples of sticky memories are counted."""
 
@@ -47,6 +56,8 @@ class ReadSegment:
 
     number: int
     """From 0."""
+    start: int
+    """The number of its first token in the document, from 0."""
     input_ids: Tensor
     """[1, length]."""
     targets: Tensor
@@ -55,8 +66,8 @@ class ReadSegment:
     """The state that it was read with."""
     after: ModelState
     """The state after it was read and, if it was complete, written."""
-    nats: float
-    """Negative log-likelihood of a token, the mean over the segment."""
+    token_losses: Tensor
+    """Negative log-likelihood of each token, [length]."""
     intermediates: tuple[LayerRead, ...]
     """Of each layer, in the order of the memories."""
 
@@ -68,103 +79,279 @@ def inspect_document(
     segments: int = 64,
     layers: Sequence[int] | None = None,
     progress: bool = True,
+    decode: Callable[[list[int]], str] | None = None,
+    after_segment: Callable[[], None] = lambda: None,
 ) -> Inspection:
     """Read a document from an empty memory and take all measures. The model is left in evaluation mode.
 
-    Each segment is read once, and again without each of the memories. The memory needed is constant but for the hidden
-    states of the past, which the reconstruction is held against: 2 · width bytes for each token and chosen layer.
+    Each segment is read three times: as it is, without the memories, and without that of one layer, which is another
+    in every segment. Of memory it needs, for signals, the hidden states of the past, which the reconstruction is held
+    against: 2 · width bytes for each token and chosen layer.
 
     Args:
-        model: with long-term memories.
+        model: with memories.
         tokens: of the document, int64 [tokens].
         segments: read so many of its segments at most.
-        layers: numbers of the layers that are looked at, from 0; all that have a long-term memory if not given.
+        layers: numbers of the layers that are looked at, from 0; if not given, a few of those that have a memory.
         progress: say how far it is.
+        decode: from tokens to text, to show what the memories gained of which tokens.
+        after_segment: called whenever a segment has been read.
 
     Raises:
         EvaluationError: there is no such memory or layer, or nothing would be read from memory.
     """
-    memories = long_term_memories(model)
+    memories = model.layer_memories()
     numbers = _choose_layers(memories, layers)
     count = _count_segments(model, len(tokens), segments)
     chosen = [list(memories).index(number) for number in numbers]
-    config = memories[numbers[0]].config
-    length, cached = memories[numbers[0]].signal.segment_length, model.short_term_length
+    length, cached = cast(int, model.segment_length), model.short_term_length
     writes = min(count, (len(tokens) - 1) // length) - cached // length
+    predicted = min(count * length, len(tokens) - 1)
 
-    pasts = [WrittenPast(memories[number]) for number in numbers]
-    leaving: deque[list[Tensor]] = deque()  # read but not written yet: still in the short-term memory
+    own = [memories[number] for number in numbers]
+    signals = SignalInstruments.of(own, length, cached, writes)
+    stretches = None if decode is None else Stretches(tokens, decode, signals)
     reading: Readings = {
         "segment": [], "tokens": [],
         "centre": [], "centre_spread": [], "width": [], "width_spread": [], "tokens_back": [],
         "contribution": [],
         "nats": [], "nats_without_layer": [], "nats_without_memory": [],
     }  # fmt: skip
-    writing: Writings = {"segment": [], "sampled_places": []}
-    reconstruction: list[Reconstruction] = []
     nats = 0.0
     model.eval()
-    for segment in follow(read_segments(model, tokens, count), "inspecting", "segments", count, progress):
-        intermediates = [segment.intermediates[index] for index in chosen]
-        readings = [_reading(trace) for trace in intermediates]
-        written = _segments_written(segment.before)
-        nats += segment.nats * segment.input_ids.shape[1]
-        if written:
-            reading["segment"].append(segment.number)
-            reading["tokens"].append(segment.input_ids.shape[1])
-            figures = [density_figures(read, past, cached) for read, past in zip(readings, pasts, strict=True)]
-            for name in figures[0]:
-                reading[name].append([of_layer[name] for of_layer in figures])
-            reading["contribution"].append([contribution(trace) for trace in intermediates])
-            losses = losses_without_layers(model, segment, chosen)
-            reading["nats"].append(losses["nats"])
-            reading["nats_without_layer"].append(losses["nats_without_layer"])
-            reading["nats_without_memory"].append(losses["nats_without_memory"])
-        leaving.append([cast(Tensor, trace.hidden) for trace in intermediates])
-        if _segments_written(segment.after) == written:
-            continue
-        if written and config.sticky:
-            sampled = [sampled_places(memories[number], read) for number, read in zip(numbers, readings, strict=True)]
-            writing["segment"].append(segment.number)
-            writing["sampled_places"].append(sampled)
-        for past, hidden, read in zip(pasts, leaving.popleft(), readings, strict=True):
-            past.write(hidden, read.attention)
+    with Pace("inspecting", predicted, "tokens", progress) as pace:
+        for segment in read_segments(model, tokens, count):
+            intermediates = [segment.intermediates[index] for index in chosen]
+            nats += float(segment.token_losses.sum())
+            if not _is_empty(model, segment.before):
+                reading["segment"].append(segment.number)
+                reading["tokens"].append(segment.input_ids.shape[1])
+                if signals is not None:
+                    figures = signals.look(intermediates)
+                    for name in figures[0]:
+                        reading[name].append([of_layer[name] for of_layer in figures])
+                if all(trace.memory.context is not None for trace in intermediates):
+                    reading["contribution"].append([contribution(trace) for trace in intermediates])
+                without = losses_without(model, segment, range(len(memories)))
+                turn = len(reading["nats"]) % len(chosen)
+                one = float(losses_without(model, segment, [chosen[turn]]).mean())
+                reading["nats"].append(float(segment.token_losses.mean()))
+                reading["nats_without_memory"].append(float(without.mean()))
+                reading["nats_without_layer"].append([one if turn == each else None for each in range(len(chosen))])
+                if stretches is not None:
+                    stretches.look(segment, without - segment.token_losses, intermediates)
+            if signals is not None:
+                signals.follow(segment, intermediates, [segment.after.layers[index] for index in chosen])
+            after_segment()
+            pace.advance(segment.input_ids.shape[1])
+    options = asdict(model.config.memory_config)
+    return {
+        "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
+        "memory": cast(
+            InspectedMemory,
+            {
+                "kind": model.config.memory_config.kind,
+                **options,
+                "segment_length": length,
+                "short_term_length": cached,
+                "layers": numbers,
+            },
+        ),
+        "reading": reading,
+        "costs": costs_without(reading),
+        "stretches": [] if stretches is None else stretches.found(),
+        "writing": {} if signals is None else signals.writing,
+        "reconstruction": [] if signals is None else signals.reconstruction,
+    }
+
+
+def few_layers(numbers: Sequence[int], most: int = 4) -> list[int]:
+    """At most so many of them, evenly apart, with the first and the last."""
+    if len(numbers) <= most:
+        return list(numbers)
+    return [numbers[round(index * (len(numbers) - 1) / (most - 1))] for index in range(most)]
+
+
+def costs_without(reading: Readings) -> Costs:
+    """By how much nats are above those with all memories, per token, with intervals over segments."""
+
+    def ratio(nats: Sequence[float | None]) -> Ratio:
+        rows = zip(nats, reading["nats"], reading["tokens"], strict=True)
+        read = np.array([((off - on) * tokens, tokens) for off, on, tokens in rows if off is not None])
+        if not len(read):
+            return {"nats_per_token": None, "interval": None}
+        interval = interval_of_ratio(*read.T)
+        return {
+            "nats_per_token": float(read[:, 0].sum() / read[:, 1].sum()),
+            "interval": None if interval is None else list(interval),
+        }
+
+    by_layer = zip(*reading["nats_without_layer"], strict=True)
+    return {
+        "without_memory": ratio(reading["nats_without_memory"]),
+        "without_layer": [ratio(nats) for nats in by_layer],
+    }
+
+
+@dataclass
+class SignalInstruments:
+    """What more is measured of memories that are continuous signals, segment by segment.
+
+    Args:
+        memories: of the layers.
+        pasts: what each of them has written.
+        segment_length: tokens of a segment.
+        short_term_length: tokens between what was written last and the segment.
+        writes: how many there will be: the reconstruction is measured after the last.
+    """
+
+    memories: Sequence[Memory]
+    pasts: list[WrittenPast]
+    segment_length: int
+    short_term_length: int
+    writes: int
+    writing: Writings = field(default_factory=lambda: Writings())
+    reconstruction: list[Reconstruction] = field(default_factory=list)
+    _leaving: deque[list[Tensor]] = field(default_factory=deque)
+    """Read but not written yet: still in the short-term memory."""
+
+    @classmethod
+    def of(
+        cls, memories: Sequence[Memory], segment_length: int, short_term_length: int, writes: int
+    ) -> SignalInstruments | None:
+        """Those of memories, or of what stands behind them; None if these are no signals."""
+        innermost = [memory.innermost(memory.initial_state(1))[0] for memory in memories]
+        if not all(memory.is_signal for memory in innermost):
+            return None
+        pasts = [WrittenPast(cast(LongTermMemory, memory)) for memory in innermost]
+        return cls(memories, pasts, segment_length, short_term_length, writes)
+
+    def look(self, reads: Sequence[LayerRead]) -> list[dict[DensityFigure, list[float]]]:
+        """Where the heads of each layer look."""
+        return [
+            density_figures(_reading(read), past, self.short_term_length)
+            for read, past in zip(reads, self.pasts, strict=True)
+        ]
+
+    def follow(self, segment: ReadSegment, reads: Sequence[LayerRead], states: Sequence[Any]) -> None:
+        """Follow what was written after a segment, if anything was.
+
+        Args:
+            reads, states: of the layers, and what they hold now.
+        """
+        written = self.pasts[0].segments
+        self._leaving.append([cast(Tensor, read.hidden) for read in reads])
+        if written == self.writes or len(self._leaving) * self.segment_length <= self.short_term_length:
+            return
+        if written and self.pasts[0].memory.config.sticky:
+            sampled = [
+                sampled_places(past.memory, _reading(read)) for past, read in zip(self.pasts, reads, strict=True)
+            ]
+            self.writing.setdefault("segment", []).append(segment.number)
+            self.writing.setdefault("sampled_places", []).append(sampled)
+        for past, hidden, read in zip(self.pasts, self._leaving.popleft(), reads, strict=True):
+            past.write(hidden, _reading(read).attention)
         written += 1
-        if written == writes or written & (written - 1) == 0:
-            states = [_long_term(segment.after.layers[index]) for index in chosen]
-            explained = [past.reconstruct(state) for past, state in zip(pasts, states, strict=True)]
-            reconstruction.append(
+        if written == self.writes or written & (written - 1) == 0:
+            explained = [
+                past.reconstruct(memory.innermost(state)[1])
+                for memory, past, state in zip(self.memories, self.pasts, states, strict=True)
+            ]
+            self.reconstruction.append(
                 {
                     "segments": written,
-                    "tokens_back": [cached + (age + 0.5) * length for age in range(written)],
-                    "limit": min(1.0, config.basis_functions / (written * length)),
+                    "tokens_back": [
+                        self.short_term_length + (age + 0.5) * self.segment_length for age in range(written)
+                    ],
+                    "best": [of_layer["best"] for of_layer in explained],
                     "total": [of_layer["total"] for of_layer in explained],
                     "by_age": [of_layer["by_age"] for of_layer in explained],
                 }
             )
-    predicted = min(count * length, len(tokens) - 1)
-    return {
-        "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
-        "memory": {
-            "segment_length": length,
-            **cast(InspectedOptions, asdict(config)),
-            "short_term_length": cached,
-            "layers": numbers,
-        },
-        "reading": reading,
-        "writing": writing if writing["segment"] else {},
-        "reconstruction": reconstruction,
-    }
+
+    def sources(self, reads: Sequence[LayerRead], queries: slice) -> list[tuple[int, int, float]]:
+        """The passages that some tokens of a segment look at most: first token, end, and share of all that is seen."""
+        size = max(PASSAGE, -(-len(self.pasts[0].places) // PASSAGES))
+        shares = torch.stack(
+            [past.looked_at(_part(_reading(read), queries), size) for read, past in zip(reads, self.pasts, strict=True)]
+        ).mean(0)
+        ends = [min((passage + 1) * size, len(self.pasts[0].places)) for passage in range(len(shares))]
+        best = sorted(range(len(shares)), key=lambda passage: -float(shares[passage]))[:SHOWN]
+        found: list[tuple[int, int, float]] = []
+        for passage in sorted(best):
+            first, share = passage * size, float(shares[passage])
+            if found and found[-1][1] == first:  # it goes on
+                first, share = found[-1][0], found.pop()[2] + share
+            found.append((first, ends[passage], share))
+        return sorted(found, key=lambda source: -source[2])
 
 
-def long_term_memories(model: MemoryModel) -> dict[int, LongTermMemory]:
-    """A model's continuous memories by the numbers of their layers, also those behind a short-term memory."""
+class Stretches:
+    """The stretch of the document in which memories gained most, and the one in which they gained least.
 
-    def behind(memory: Memory | None) -> Memory | None:
-        return memory.behind if isinstance(memory, ShortTermMemory) else memory
+    Args:
+        tokens: of the document.
+        decode: from tokens to text.
+        signals: to say where the memories looked.
+    """
 
-    found = {number: behind(memory) for number, memory in model.layer_memories().items()}
-    return {number: memory for number, memory in found.items() if isinstance(memory, LongTermMemory)}
+    def __init__(self, tokens: Tensor, decode: Callable[[list[int]], str], signals: SignalInstruments | None) -> None:
+        self.tokens, self.decode, self.signals = tokens.tolist(), decode, signals
+        self._found: dict[int, Stretch] = {}
+
+    def look(self, segment: ReadSegment, gains: Tensor, reads: Sequence[LayerRead]) -> None:
+        """See whether a segment holds a stretch that is more or less than those before.
+
+        Args:
+            gains: of each token, [length].
+        """
+        start, size = int(segment.start), min(STRETCH, len(gains))
+        for first in range(0, len(gains) - size + 1, size):
+            part = slice(first, first + size)
+            gain = float(gains[part].mean())
+            for sign in (1, -1):
+                if sign not in self._found or sign * gain > sign * self._found[sign]["gain"]:
+                    self._found[sign] = self._show(start + first, gains[part].tolist(), reads, part)
+
+    def found(self) -> list[Stretch]:
+        """Most, and least."""
+        return [self._found[sign] for sign in (1, -1)]
+
+    def _show(self, first: int, gains: list[float], reads: Sequence[LayerRead], queries: slice) -> Stretch:
+        scored = first + 1  # each place predicts the token after it
+        sources: list[Source] = []
+        if self.signals is not None:
+            written = len(self.signals.pasts[0].places)
+            sources = [
+                {
+                    "first": begin,
+                    "tokens_back": scored - begin,
+                    "share": share,
+                    "even_share": (end - begin) / written,
+                    "text": self.decode(self.tokens[begin:end]),
+                }
+                for begin, end, share in self.signals.sources(reads, queries)
+            ]
+        return {
+            "first": scored,
+            "gain": sum(gains) / len(gains),
+            "pieces": pieces_of_text(self.tokens[scored : scored + len(gains)], self.decode),
+            "gains": gains,
+            "sources": sources,
+        }
+
+
+def pieces_of_text(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text of each token; a character of several tokens is that of its last."""
+    pieces, told = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = decode(list(tokens[:end]))
+        if text.endswith("\ufffd") and end < len(tokens):
+            pieces.append("")
+            continue
+        pieces.append(text[len(told) :])
+        told = text
+    return pieces
 
 
 @torch.no_grad()
@@ -182,8 +369,8 @@ def read_segments(model: MemoryModel, tokens: Tensor, segments: int) -> Iterator
     cut = list(islice(pairs, segments))
     read = stream(model, starmap(TextSegment, cut), state, return_intermediates=True)
     for number, ((input_ids, targets), (before, output)) in enumerate(zip(cut, read, strict=True)):
-        nats = float(output.token_losses.mean())
-        yield ReadSegment(number, input_ids, targets, before, output.state, nats, output.intermediates)
+        start, losses = number * cast(int, model.segment_length), output.token_losses[0]
+        yield ReadSegment(number, start, input_ids, targets, before, output.state, losses, output.intermediates)
 
 
 def density_figures(reading: Reading, past: WrittenPast, short_term_length: int) -> dict[DensityFigure, list[float]]:
@@ -225,7 +412,8 @@ def contribution(trace: LayerRead) -> float:
     The norms are Euclidean, over the width of the model; the ratio is the mean over the segment's tokens.
     """
     assert trace.attended is not None
-    norms = _reading(trace).context.float().norm(dim=-1), trace.attended.float().norm(dim=-1)
+    assert trace.memory.context is not None
+    norms = trace.memory.context.float().norm(dim=-1), trace.attended.float().norm(dim=-1)
     return float((norms[0] / norms[1]).mean())
 
 
@@ -245,50 +433,52 @@ def sampled_places(memory: LongTermMemory, reading: Reading) -> list[float]:
 
 
 @torch.no_grad()
-def losses_without_layers(model: MemoryModel, segment: ReadSegment, layers: Sequence[int]) -> LossesWithoutLayers:
-    """What a segment costs if long-term memories are empty when it is read: how much each is needed.
+def losses_without(model: MemoryModel, segment: ReadSegment, layers: Sequence[int]) -> Tensor:
+    """What the tokens of a segment cost if some memories are empty when it is read: how much they are needed.
 
-    The true memory is carried on, so a figure is of this segment alone.
+    The true memory is carried on, so this is of this segment alone.
 
     Args:
-        layers: indices of the memories that are taken away one at a time.
+        layers: indices of the memories that are taken away.
     """
-
-    def read(empty: Sequence[int]) -> float:
-        states = [
-            _without_long_term(state) if index in empty else state for index, state in enumerate(segment.before.layers)
-        ]
-        state = ModelState(tuple(states))
-        return float(model(segment.input_ids, state=state, targets=segment.targets).token_losses.mean())
-
-    return {
-        "nats": segment.nats,
-        "nats_without_layer": [read([index]) for index in layers],
-        "nats_without_memory": read(range(len(segment.before.layers))),
-    }
+    memories = model.layer_memories().values()
+    states = [
+        memory.without_past(state) if index in layers else state
+        for index, (memory, state) in enumerate(zip(memories, segment.before.layers, strict=True))
+    ]
+    output = model(segment.input_ids, state=ModelState(tuple(states)), targets=segment.targets)
+    losses: Tensor = output.token_losses[0]
+    return losses
 
 
-def _choose_layers(memories: dict[int, LongTermMemory], layers: Sequence[int] | None) -> list[int]:
+def _choose_layers(memories: dict[int, Memory], layers: Sequence[int] | None) -> list[int]:
     if not memories:
         raise EvaluationError(
-            "this model has no long-term memory to look into: give one that was trained with model/memory=long_term or "
-            "sticky"
+            "this model has no memory to look into: give one that was trained with model/memory=long_term, for example"
         )
     if layers is None:
-        return list(memories)
+        return few_layers(list(memories))
     unknown = sorted(set(layers) - set(memories))
     if unknown or not layers:
-        raise EvaluationError(
-            f"layers={list(layers)}: choose among the layers that have a long-term memory, {list(memories)}"
-        )
+        raise EvaluationError(f"layers={list(layers)}: choose among the layers that have a memory, {list(memories)}")
     return list(dict.fromkeys(layers))
+
+
+def _is_empty(model: MemoryModel, state: ModelState) -> bool:
+    """Whether there is nothing in memory that could be taken away; the same in all layers, which write together."""
+    (memory, *_), (own, *_) = model.layer_memories().values(), state.layers
+    without = memory.without_past(own).named_tensors()
+    return all(torch.equal(tensor, without[name]) for name, tensor in own.named_tensors().items())
 
 
 def _count_segments(model: MemoryModel, tokens: int, most: int) -> int:
     """How many segments are read; the last may be a part of one."""
     length = model.segment_length
     assert length is not None
-    before = 1 + model.short_term_length // length  # segments that are read before anything is in memory
+    memory = next(iter(model.layer_memories().values()))
+    stands_behind = memory.innermost(memory.initial_state(1))[0] is not memory
+    # Segments that are read before anything is in memory.
+    before = 1 + (model.short_term_length // length if stands_behind else 0)
     if tokens < 2:
         raise EvaluationError(
             f"the document has {tokens} token{'s' * (not tokens)}: there is nothing to predict; give a longer one"
@@ -310,21 +500,10 @@ def _reading(trace: LayerRead) -> Reading:
     return reading
 
 
-def _long_term(state: MemoryState) -> LongTermState:
-    """The state of a long-term memory, which may stand behind a short-term one."""
-    long_term = state.behind if isinstance(state, ShortTermState) else state
-    assert isinstance(long_term, LongTermState)
-    return long_term
-
-
-def _without_long_term(state: MemoryState) -> MemoryState:
-    empty = _long_term(state).map_tensors(torch.zeros_like)
-    return replace(state, behind=empty) if isinstance(state, ShortTermState) else empty
-
-
-def _segments_written(state: ModelState) -> int:
-    """All layers write at the same time."""
-    return int(_long_term(state.layers[0]).segments)
+def _part(reading: Reading, queries: slice) -> Density:
+    """Where some of the queries looked."""
+    attention = reading.attention
+    return type(attention)(*(part[:, :, queries] for part in attention))
 
 
 class WrittenPast:
@@ -341,6 +520,11 @@ class WrittenPast:
         self._hidden: list[Tensor] = []
         self.places = torch.zeros(0, dtype=torch.float64)
         """In [0, 1], in the order of the text; float64, shape [tokens]."""
+
+    @property
+    def segments(self) -> int:
+        """How many were written."""
+        return len(self._hidden)
 
     def write(self, hidden: Tensor, attention: Density) -> None:
         """Follow a write.
@@ -363,6 +547,18 @@ class WrittenPast:
         share = ((places.to(left) - left) / (right - left).clamp(min=torch.finfo(left.dtype).tiny)).clamp(0, 1)
         return tokens - (after - 1 + share)
 
+    def looked_at(self, attention: Density, size: int) -> Tensor:
+        """Which share of densities lies on each passage of so many tokens, the mean over heads and queries.
+
+        Args:
+            attention: of one row.
+        """
+        ends = torch.tensor(range(size, len(self.places), size), dtype=torch.int64)
+        basis = self.memory.signal.basis
+        borders = ((self.places[ends - 1] + self.places[ends]) / 2).to(basis.centres)
+        inside = torch.cat([basis.centres.new_zeros(1), borders, basis.centres.new_ones(1)])
+        return attention.cumulative(inside, basis).float().mean((0, 1, 2)).diff().cpu()
+
     def reconstruct(self, state: LongTermState) -> Explained:
         """How much of the past the signal still tells: R² = 1 − Σ‖x − X̄(p)‖² / Σ‖x − x̄‖².
 
@@ -375,13 +571,29 @@ class WrittenPast:
         coefficients, basis = state.coefficients[0], self.memory.signal.basis
         mean = sum(hidden.to(coefficients).sum(0) for hidden in self._hidden) / len(self.places)
         errors, scatters = [], []
+        size, norm = basis.centres.shape[0], 0.0  # of the best fit the normal equations, in float64
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        product = torch.zeros(size, coefficients.shape[-1], dtype=torch.float64)
         for hidden, places in zip(self._hidden, self.places.chunk(len(self._hidden)), strict=True):
             written = hidden.to(coefficients)
-            signal = basis.evaluate(places.to(coefficients)) @ coefficients
+            heights = basis.evaluate(places.to(coefficients))
+            signal = heights @ coefficients
             errors.append(float((written - signal).square().sum()))
             scatters.append(float((written - mean).square().sum()))
+            exact, values = heights.cpu().double(), written.cpu().double()
+            gram += exact.mT @ exact
+            product += exact.mT @ values
+            norm += float(values.square().sum())
         by_age = [_explained(error, scatter) for error, scatter in zip(errors, scatters, strict=True)]
-        return {"total": _explained(sum(errors), sum(scatters)), "by_age": by_age[::-1]}
+        best = _explained(max(norm - _fitted(gram, product), 0.0), sum(scatters))
+        return {"total": _explained(sum(errors), sum(scatters)), "by_age": by_age[::-1], "best": best}
+
+
+def _fitted(gram: Tensor, product: Tensor) -> float:
+    """How much of the sum of squares the least-squares fit explains: tr(Pᵀ G⁺ P) with G = ΨᵀΨ and P = ΨᵀX."""
+    values, vectors = torch.linalg.eigh(gram)
+    known = values > 1e-12 * values[-1]
+    return float(((vectors[:, known].mT @ product).square().sum(1) / values[known]).sum())
 
 
 def _explained(error: float, scatter: float) -> float | None:

@@ -340,6 +340,7 @@ class LongTermMemory(Memory):
         self.config = config
         self.heads = heads
         self.signal = signal
+        self.is_signal = True
         self.noise_size = config.past_samples if config.sticky else 0
         self.loss_weights = {"divergence": config.divergence_weight}
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)

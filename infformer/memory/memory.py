@@ -118,6 +118,8 @@ class Memory(nn.Module):
     """Random numbers that a row takes for each segment in training."""
     loss_weights: dict[str, float] = {}  # noqa: RUF012, nobody changes it
     """Weights of the auxiliary losses, by their names."""
+    is_signal: bool = False
+    """Whether the past is a continuous signal that is read by densities: then more can be shown of it."""
 
     def initial_state(self, batch: int) -> MemoryState:
         """An empty memory for `batch` rows, on any device."""
@@ -147,6 +149,15 @@ class Memory(nn.Module):
             shared: what `prepare` returned.
         """
         raise NotImplementedError
+
+    def without_past(self, state: Any) -> MemoryState:
+        """The state with which this memory adds nothing; what its instruments compare it with."""
+        empty: MemoryState = state.map_tensors(torch.zeros_like)
+        return empty
+
+    def innermost(self, state: Any) -> tuple[Memory, Any]:
+        """This memory and its state, or those of the last one that stands behind it."""
+        return self, state
 
     def time_shuffle(self) -> Any:
         """What `shuffle_time` needs, for whoever shuffles many states."""

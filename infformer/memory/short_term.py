@@ -121,6 +121,15 @@ class ShortTermMemory(Memory):
         behind = self.behind(hidden, state.behind, context._replace(complete=complete, leaving=leaving), shared)
         return behind._replace(state=ShortTermState(queue, behind.state))
 
+    def without_past(self, state: ShortTermState) -> MemoryState:
+        """What stands behind it is emptied; this memory only if nothing does."""
+        if self.behind is None:
+            return super().without_past(state)
+        return replace(state, behind=self.behind.without_past(state.behind))
+
+    def innermost(self, state: ShortTermState) -> tuple[Memory, Any]:
+        return (self, state) if self.behind is None else self.behind.innermost(state.behind)
+
     def time_shuffle(self) -> Any:
         return None if self.behind is None else self.behind.time_shuffle()
 

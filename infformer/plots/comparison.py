@@ -8,9 +8,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
+from infformer.plots.style import BLUE, GREY, ORANGE, at_least, label, new_figure, save, shorten
 from infformer.results import PARTS, RECENCY, Comparison, Difference, PositionRatio, RecencyRatio
 
+LEAST_DIFFERENCE = 0.005
+"""Nats per token: an axis shows no less."""
 OCCURRED = dict(
     zip(RECENCY, ("occurred within the window", "occurred before the window", "did not occur before"), strict=True)
 )
@@ -29,10 +31,10 @@ def plot_comparison(path: Path) -> list[Path]:
     figure = new_figure(10.5, 4.8)
     _draw_classes(figure.add_subplot(1, 2, 1), comparison)
     _draw_documents(figure.add_subplot(1, 2, 2), comparison)
-    figure.suptitle(
-        f"A: {comparison['a']['checkpoint']}    B: {comparison['b']['checkpoint']}\n{comparison['protocol']}",
-        fontsize=8,
-    )
+    models = [
+        f"{name}: {shorten(run['checkpoint'], 150)}" for name, run in (("A", comparison["a"]), ("B", comparison["b"]))
+    ]
+    figure.suptitle("\n".join([*models, comparison["protocol"]]), fontsize=8)
     return [save(figure, Path(path).parent / "comparison.png")]
 
 
@@ -64,6 +66,7 @@ def _draw_documents(axes: Axes, comparison: Comparison) -> None:
     axes.vlines(places, 0, differences, color=GREY, linewidth=0.8)
     axes.scatter(places, differences, color=colours, s=18, zorder=3)
     axes.axhline(0, color="black", linewidth=0.8)
+    at_least(axes, LEAST_DIFFERENCE)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     better = sum(difference < 0 for difference in differences)
     title = f"By document: B is better on {better} of {len(differences)}"

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, label, new_figure, save
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, at_least, label, legend_below, new_figure, save, shorten
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
     MEMORY_OFF,
@@ -24,6 +24,8 @@ CONTROLS = {
 }
 # Up to so many documents are named along the axis; more would be illegible.
 NAMED_DOCUMENTS = 40
+LEAST_LOSS, LEAST_GAIN = 0.1, 0.01
+"""Nats per token: an axis shows no less."""
 
 
 def plot_results(results_json: Path) -> list[Path]:
@@ -64,7 +66,8 @@ def _plot_positions(results: Results, path: Path) -> Path:
             label=name,
         )
     axes.set_xscale("log")
-    axes.legend(frameon=False)
+    at_least(axes, LEAST_LOSS)
+    legend_below(figure, *axes.get_legend_handles_labels())
     label(axes, "Loss by position", "distance from the document's start (tokens)", "nats per token")
     return save(figure, path)
 
@@ -76,6 +79,7 @@ def _plot_recency(results: Results, path: Path) -> Path:
     """
     own = {entry["previous_occurrence"]: entry for entry in results["by_recency"] if entry["tokens"]}
     classes = [name for name in RECENCY if name in own]
+    tokens, nats = sum(own[name]["tokens"] for name in classes), sum(own[name]["nll"] for name in classes)
     controls = {key: style for key, style in CONTROLS.items() if key in results["controls"]}
     width = 0.8 / len(controls)
     figure = new_figure(7.2, 4.2)
@@ -83,19 +87,29 @@ def _plot_recency(results: Results, path: Path) -> Path:
     axes.axhline(0, color="black", linewidth=0.8)
     for number, (key, (name, colour, _)) in enumerate(controls.items()):
         losses = {entry["previous_occurrence"]: entry["nll"] for entry in results["controls"][key]["by_recency"]}
+        places = [place + width * (number - (len(controls) - 1) / 2) for place in range(len(classes) + 1)]
+        difference = results["controls"][key]["difference"]
         axes.bar(
-            [place + width * (number - (len(controls) - 1) / 2) for place in range(len(classes))],
-            [(losses[entry] - own[entry]["nll"]) / own[entry]["tokens"] for entry in classes],
+            places,
+            [
+                *((losses[entry] - own[entry]["nll"]) / own[entry]["tokens"] for entry in classes),
+                difference["nats_per_token"],
+            ],
             width=0.9 * width,
             color=colour,
             label=name,
         )
+        if difference["interval"] is not None:
+            low, high = difference["interval"]
+            axes.vlines(places[-1], low, high, color="black", linewidth=1)
     names = [
         f"{RECENCY[name]}\n{own[name]['tokens']:,} tokens\n{own[name]['nll'] / own[name]['tokens']:.2f} nats each"
         for name in classes
     ]
-    axes.set_xticks(range(len(classes)), names)
-    figure.legend(loc="outside lower center", ncols=len(controls), frameon=False)
+    names.append(f"all, with 95 % over documents\n{tokens:,} tokens\n{nats / tokens:.2f} nats each")
+    axes.set_xticks(range(len(names)), names, fontsize=9)
+    at_least(axes, LEAST_GAIN)
+    legend_below(figure, *axes.get_legend_handles_labels())
     label(
         axes,
         "What the memory gains, by where the token occurred last",
@@ -130,22 +144,28 @@ def _plot_documents(results: Results, path: Path) -> Path:
         values = [gain.get(identifier, math.nan) for identifier in identifiers]
         size = 5.5 if named else 3
         axes.plot(values, ranks, linestyle="", marker=marker, markersize=size, color=colour, label=name)
-    figure.legend(loc="outside lower center", ncols=len(gains), frameon=False)
+    for rank, key in enumerate(gains):
+        difference = results["controls"][key]["difference"]
+        place, (_, colour, marker) = -0.6 * rank, CONTROLS[key]
+        if difference["interval"] is not None:
+            low, high = (100 * math.expm1(bound) for bound in difference["interval"])
+            axes.hlines(place, low, high, color=colour, linewidth=2)
+        axes.plot([100 * math.expm1(difference["nats_per_token"])], [place], color=colour, marker=marker)
+    axes.axhline(0.5, color=GREY, linewidth=0.6)
+    legend_below(figure, *axes.get_legend_handles_labels())
     label(
         axes,
         "What each document gains by its memory",
         "rise of perplexity under the control (%)",
         "" if named else "documents, in the order of their gain",
     )
+    ticks = {-0.6 * (len(gains) - 1) / 2: "all, with 95 %"}
     if named:
-        axes.set_yticks(ranks, [_shorten(str(identifier)) for identifier in identifiers], fontsize=8)
+        ticks |= {rank: shorten(str(identifier), 32) for rank, identifier in zip(ranks, identifiers, strict=True)}
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     return save(figure, path)
 
 
 def _losses(result: Figures) -> dict[str, float]:
     """Nats per token of each document in which anything was scored."""
     return {entry["id"]: entry["nll"] / entry["tokens"] for entry in result["per_document"] if entry["tokens"]}
-
-
-def _shorten(name: str, length: int = 32) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"

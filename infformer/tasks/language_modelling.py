@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from infformer.data.segments import Lanes, LanesState, Segment
-from infformer.evaluation.memory_instruments import inspect_document, long_term_memories
+from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.report import format_table, write_results
 from infformer.evaluation.streaming import EvaluationError, describe_protocol
@@ -95,15 +95,20 @@ class LanguageModelling(Evaluation[Results]):
         return plot_results(folder / "results.json")
 
     def inspect(self) -> Inspection | None:
-        """What the memory holds along the longest test document; None without a long-term memory."""
+        """What the memory holds along the longest test document; None without a memory."""
         model = self._evaluator.model
-        if not self._inspected_segments or self._test is None or not long_term_memories(model):
+        if not self._inspected_segments or self._test is None or not model.layer_memories():
             return None
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
         try:
             return inspect_document(
-                model, tokens, self._inspected_segments, progress=self._evaluator.processes.progress
+                model,
+                tokens,
+                self._inspected_segments,
+                progress=self._evaluator.processes.progress,
+                decode=lambda part: str(self._tokenizer.decode(part, clean_up_tokenization_spaces=False)),
+                after_segment=self._evaluator.processes.after_segment,
             )
         except EvaluationError as error:
             logger.info("the memory is not looked into: %s", error)

@@ -23,6 +23,7 @@ from infformer.errors import UserError
 from infformer.evaluation.report import write_results
 from infformer.memory.state import ModelState
 from infformer.plots.memory import plot_inspection
+from infformer.plots.page import write_page
 from infformer.plots.run import plot_run
 from infformer.progress import Pace
 from infformer.training.before import check_run
@@ -418,7 +419,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             if inspection is not None:
                 write_results(self.folder / "inspection" / "inspection.json", inspection)
-                figures += plot_inspection(self.folder / "inspection" / "inspection.json")
+                drawn = plot_inspection(self.folder / "inspection" / "inspection.json")
+                write_page(self.folder / "inspection" / "inspection.json", drawn)
+                figures += drawn
             for figure in figures:
                 self.tracker.log_figure(figure.stem, figure, self.progress.step)
             print(self._where_everything_lies(), flush=True)
@@ -426,9 +429,12 @@ class Trainer:
 
     def _where_everything_lies(self) -> str:
         lies = {
-            "results.json": "the figures", "plots": "what they look like", "inspection": "what the memory holds",
-            "checkpoints/best": "the best weights", "metrics.jsonl": "all that was measured on the way",
-        }  # fmt: skip
+            "results.json": "the figures",
+            "plots": "what they look like",
+            "inspection/index.html": "what the memory holds",
+            "checkpoints/best": "the best weights",
+            "metrics.jsonl": "all that was measured on the way",
+        }
         there = [f"  {name}: {what}" for name, what in lies.items() if (self.folder / name).exists()]
         return "\n".join([f"everything lies in {self.folder}", *there])
 

@@ -15,13 +15,16 @@ from infformer.evaluation.memory_instruments import (
     WrittenPast,
     centre_and_width,
     contribution,
+    costs_without,
     density_figures,
+    few_layers,
     inspect_document,
-    long_term_memories,
+    pieces_of_text,
     read_segments,
     sampled_places,
 )
 from infformer.evaluation.streaming import EvaluationError
+from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig, Reading
 from infformer.memory.memory import MemoryOutput
 from infformer.memory.options import MemoryConfig
@@ -89,7 +92,7 @@ class TestInspectDocument:
         for name in ("centre", "centre_spread", "width", "width_spread", "tokens_back"):
             assert torch.tensor(reading[name]).shape == (5, 2, HEADS)
         assert torch.tensor(reading["contribution"]).shape == (5, 2)
-        assert torch.tensor(reading["nats_without_layer"]).shape == (5, 2)
+        assert [len(layers) for layers in reading["nats_without_layer"]] == [2] * 5
         if "sticky" in options:
             assert found["writing"]["segment"] == [1, 2, 3, 4]
             assert torch.tensor(found["writing"]["sampled_places"]).shape == (4, 2, 64)
@@ -99,7 +102,7 @@ class TestInspectDocument:
         last = found["reconstruction"][-1]
         assert torch.tensor(last["by_age"]).shape == (2, 5)
         assert last["tokens_back"] == [4, 12, 20, 28, 36]
-        assert last["limit"] == 16 / 40
+        assert all(best >= total for best, total in zip(last["best"], last["total"], strict=True))
 
     def test_the_first_write_is_reconstructed_as_it_is(self, wrapped):
         """Literally, from the model's own memory and hidden states after one segment."""
@@ -157,15 +160,20 @@ class TestInspectDocument:
                         layer.output.weight.copy_(kept[number])
                     return float(loss)
 
-                layers = long_term_memories(model)
+                layers = {
+                    number: memory.innermost(memory.initial_state(1))[0]
+                    for number, memory in model.layer_memories().items()
+                }
                 rows.append((nats({}), nats(layers), *(nats({number: layer}) for number, layer in layers.items())))
                 memory = model(segment[None], state=memory).state
         rows = rows[reading["segment"][0] :]
         assert len(rows) == len(reading["nats"]) > 1
         assert reading["nats"] == pytest.approx([row[0] for row in rows], abs=1e-5)
         assert reading["nats_without_memory"] == pytest.approx([row[1] for row in rows], abs=1e-5)
-        for measured, row in zip(reading["nats_without_layer"], rows, strict=True):
-            assert measured == pytest.approx(row[2:], abs=1e-5)
+        for number, (measured, row) in enumerate(zip(reading["nats_without_layer"], rows, strict=True)):
+            turn = number % 2  # one layer in each segment
+            assert measured[turn] == pytest.approx(row[2 + turn], abs=1e-5)
+            assert measured[1 - turn] is None
         assert max(abs(row[0] - row[1]) for row in rows) > 1e-3
 
     def test_some_layers_are_the_same_as_among_all(self, wrapped):
@@ -175,8 +183,11 @@ class TestInspectDocument:
         assert every["memory"]["layers"] == [1, 0]
         one = inspect_document(model, tokens, layers=[0], progress=False)
         assert one["memory"]["layers"] == [0]
-        for name in ("centre", "tokens_back", "contribution", "nats_without_layer"):
+        for name in ("centre", "tokens_back", "contribution"):
             assert one["reading"][name] == [[layers[1]] for layers in every["reading"][name]]
+        alone = [layers[0] for layers in one["reading"]["nats_without_layer"]]
+        assert alone[1] == every["reading"]["nats_without_layer"][1][1]
+        assert None not in alone
         assert one["reconstruction"][-1]["by_age"] == every["reconstruction"][-1]["by_age"][1:]
         assert one["writing"]["sampled_places"] == [[layers[1]] for layers in every["writing"]["sampled_places"]]
 
@@ -206,12 +217,102 @@ class TestInspectDocument:
             inspect_document(decoder(SEGMENT), document(17), progress=False)
         assert len(inspect_document(decoder(SEGMENT), document(18), progress=False)["reading"]["segment"]) == 1
 
-    def test_models_without_a_long_term_memory_are_refused(self, backbone, tokenizer):
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
-        config = DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=MemoryConfig(SEGMENT), segment_length=SEGMENT)
-        for model in (InfformerForCausalLM.from_backbone(copy.deepcopy(backbone)), DecoderForCausalLM(config)):
-            with pytest.raises(EvaluationError, match="this model has no long-term memory"):
-                inspect_document(model, document(40), progress=False)
+    def test_a_model_without_memory_is_refused(self, backbone):
+        model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone))
+        with pytest.raises(EvaluationError, match="this model has no memory to look into"):
+            inspect_document(model, document(40), progress=False)
+
+    @pytest.mark.parametrize("kind", ["short_term", "compressive"])
+    def test_a_memory_that_is_no_signal_shows_what_it_gains(self, tokenizer, kind):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "feed_forward_size": 20}
+        memory = MemoryConfig(SEGMENT) if kind == "short_term" else CompressiveMemoryConfig(SEGMENT, 4, 2)
+        config = DecoderConfig(vocab_size=len(tokenizer), **sizes, memory=memory, segment_length=SEGMENT)
+        torch.manual_seed(0)
+        model, tokens = DecoderForCausalLM(config).eval(), document(5 * SEGMENT + 1)
+        found = inspect_document(model, tokens, progress=False)
+        first = 1 if kind == "short_term" else 2  # what is behind the short-term memory is taken away, not that
+        assert found["reading"]["segment"] == list(range(first, 5))
+        for name in ("centre", "tokens_back", "contribution"):
+            assert found["reading"][name] == []
+        assert (found["writing"], found["reconstruction"]) == ({}, [])
+        if kind == "short_term":
+            with torch.no_grad():
+                alone = [
+                    float(model(tokens[None, start:][:, :SEGMENT], targets=tokens[None, start + 1 :][:, :SEGMENT]).loss)
+                    for start in range(SEGMENT, 5 * SEGMENT, SEGMENT)
+                ]
+            assert found["reading"]["nats_without_memory"] == pytest.approx(alone, abs=1e-5)
+
+    def test_of_many_layers_a_few_are_looked_at(self):
+        assert few_layers(range(3)) == [0, 1, 2]
+        assert few_layers(range(30)) == [0, 10, 19, 29]
+        assert few_layers([1, 3, 5, 7, 9, 11]) == [1, 5, 7, 11]
+
+    def test_each_segment_is_read_three_times(self, wrapped):
+        """And the first only once: it finds nothing in memory."""
+        model, calls = wrapped(), []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        inspect_document(model, document(6 * SEGMENT), progress=False)
+        assert len(calls) == 1 + 5 * 3
+
+    def test_costs_are_over_all_tokens_with_intervals_over_segments(self):
+        reading = {
+            "tokens": [8, 8, 2],
+            "nats": [3.0, 2.0, 1.0],
+            "nats_without_layer": [[3.5, None], [None, 2.25], [2.0, None]],
+            "nats_without_memory": [4.0, 3.0, 2.0],
+        }
+        costs = costs_without(reading)
+        assert costs["without_memory"] == {"nats_per_token": pytest.approx(1), "interval": pytest.approx([1, 1])}
+        one, other = costs["without_layer"]
+        assert one["nats_per_token"] == pytest.approx((8 * 0.5 + 2 * 1) / 10)
+        assert one["interval"][0] < one["nats_per_token"] < one["interval"][1]
+        assert other == {"nats_per_token": pytest.approx(0.25), "interval": None}
+
+
+class TestStretches:
+    """The text is shown where memories gained most and where they gained least."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(f"<{token}>" for token in tokens)
+
+    def test_they_are_the_best_and_the_worst_of_the_document_token_by_token(self, wrapped):
+        model, tokens = wrapped(), document(5 * SEGMENT + 1)
+        found = inspect_document(model, tokens, progress=False, decode=self.decode)
+        reading = found["reading"]
+        gains = [off - on for off, on in zip(reading["nats_without_memory"], reading["nats"], strict=True)]
+        for stretch, gain in zip(found["stretches"], (max(gains), min(gains)), strict=True):
+            assert stretch["gain"] == pytest.approx(gain, abs=1e-6)
+            assert sum(stretch["gains"]) / SEGMENT == pytest.approx(gain, abs=1e-6)
+            start = (1 + gains.index(gain)) * SEGMENT + 1
+            assert stretch["first"] == start
+            assert stretch["pieces"] == [f"<{token}>" for token in tokens[start : start + SEGMENT].tolist()]
+            for source in stretch["sources"]:
+                first = source["first"]
+                size = source["text"].count("<")
+                assert source["text"] == self.decode(tokens[first : first + size].tolist())
+                assert source["tokens_back"] == start - first > 0
+                assert source["even_share"] == pytest.approx(size / (start - 1))
+                assert 0 <= source["share"] <= 1
+
+    def test_without_the_text_there_are_none(self, wrapped):
+        assert inspect_document(wrapped(), document(40), progress=False)["stretches"] == []
+
+    def test_a_character_of_several_tokens_is_that_of_its_last(self):
+        text = "aé—".encode()
+        pieces = pieces_of_text(list(text), lambda tokens: bytes(tokens).decode(errors="replace"))
+        assert pieces == ["a", "", "é", "", "", "—"]
+
+    def test_passages_are_seen_as_much_as_densities_lie_on_them(self, wrapped):
+        past = WrittenPast(wrapped().layer_memories()[0])
+        narrow = Gaussian(torch.tensor([[[0.2, 0.2], [0.2, 0.9]]]), torch.full((1, 2, 2), 1e-6))
+        for seed in range(4):
+            past.write(random(1, SEGMENT, 16, seed=seed), narrow)
+        shares = past.looked_at(narrow, SEGMENT)
+        where = [int(torch.searchsorted(past.places, torch.tensor(place).double())) // SEGMENT for place in (0.2, 0.9)]
+        expected = torch.zeros(4)
+        expected[where[0]], expected[where[1]] = 0.75, 0.25
+        assert torch.allclose(shares, expected, atol=1e-3)
 
 
 class TestReadSegments:
@@ -254,7 +355,7 @@ class TestDensities:
             assert float(width[which]) == pytest.approx(math.sqrt(second - first**2), abs=1e-4)
 
     def test_figures_of_densities_are_means_and_spreads_over_queries(self, wrapped):
-        memory = long_term_memories(wrapped())[0]
+        memory = wrapped().layer_memories()[0]
         past = WrittenPast(memory)
         centre = torch.tensor([[[0.1, 0.3], [0.8, 0.8]]])
         width = torch.tensor([[[0.2, 0.2], [0.1, 0.5]]])
@@ -280,7 +381,7 @@ def test_contribution_is_the_mean_ratio_of_norms():
 
 
 def test_sampled_places_are_counted(wrapped):
-    memory = long_term_memories(wrapped(sticky=True, past_samples=200, sticky_bins=64))[0]
+    memory = wrapped(sticky=True, past_samples=200, sticky_bins=64).layer_memories()[0]
     narrow = Gaussian(torch.full((1, HEADS, 3), 0.4), torch.full((1, HEADS, 3), 1e-4))
     share = sampled_places(memory, Reading(torch.zeros(1, 3, 16), narrow))
     assert sum(share) == pytest.approx(1)

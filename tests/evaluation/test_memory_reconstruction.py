@@ -104,6 +104,7 @@ def test_white_noise_is_reconstructed_as_by_least_squares(size, contraction):
     by_age, total = reconstruct_by_least_squares([hidden[0].double().numpy() for hidden in segments], contraction)
     assert measured["by_age"] == pytest.approx(by_age, abs=1e-4)
     assert measured["total"] == pytest.approx(total, abs=1e-4)
+    assert measured["total"] < measured["best"] <= 1 / SEGMENTS + 0.05
     assert 0.25 * size < measured["total"] * SEGMENTS * size <= size
     assert (measured["by_age"][0] > 2 * measured["by_age"][-1]) == (contraction == "constant")
 
@@ -136,7 +137,18 @@ def test_sticky_memories_are_followed_to_where_the_past_is(contraction):
 
 def test_a_past_without_differences_has_no_measure():
     past, state = follow(new_memory(32, 4), [torch.ones(1, 32, 4)] * SEGMENTS)
-    assert past.reconstruct(state) == {"total": None, "by_age": [None] * SEGMENTS}
+    assert past.reconstruct(state) == {"total": None, "by_age": [None] * SEGMENTS, "best": None}
+
+
+@pytest.mark.parametrize("contraction", ["constant", "uniform"])
+def test_the_best_fit_is_that_of_least_squares_to_all_tokens_where_they_lie_now(contraction):
+    segments = white_noise(32, 24)
+    past, state = follow(new_memory(32, 24, contraction=contraction), segments)
+    written = np.concatenate([hidden[0].half().double().numpy() for hidden in segments])
+    design = past.memory.signal.basis.evaluate(past.places.float()).double().numpy()
+    rest = written - design @ np.linalg.lstsq(design, written, rcond=1e-6)[0]
+    expected = 1 - (rest**2).sum() / ((written - written.mean(0)) ** 2).sum()
+    assert past.reconstruct(state)["best"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_tokens_back_is_the_age_of_what_lies_there():

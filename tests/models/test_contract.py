@@ -731,7 +731,7 @@ def test_a_memory_of_ones_own_is_chosen_by_one_word(add_choice, model):
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "decoder"])
-def test_a_memory_of_thirty_lines_is_trained_resumed_measured_saved_and_generates(
+def test_a_memory_of_thirty_lines_is_trained_resumed_measured_inspected_saved_and_generates(
     configure, train, model_folder, tmp_path, kind
 ):
     """By its options in `model.memory`; its run that was stopped goes on as if it had not been."""
@@ -740,7 +740,8 @@ def test_a_memory_of_thirty_lines_is_trained_resumed_measured_saved_and_generate
         architecture = {"model_type": "decoder", "hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
         changes |= {"model.pretrained": None, "model.architecture": architecture, "model.tokenizer": str(model_folder)}
     changes |= {"model.memory": RunningMeanConfig(0 if kind == "wrapped" else 16)}
-    results = train(configure(tmp_path / "whole", {**changes, "training.max_steps": 6, "evaluation.controls": True}))
+    measured = {"training.max_steps": 6, "evaluation.controls": True, "evaluation.inspected_segments": 4}
+    results = train(configure(tmp_path / "whole", {**changes, **measured}))
     assert results["nll"] < results["before"]["nll"]
     assert results["protocol"]["memory"]["kind"] == "running_mean"
     controls = results["controls"]
@@ -765,3 +766,13 @@ def test_a_memory_of_thirty_lines_is_trained_resumed_measured_saved_and_generate
     written = next(model.memory_parameters())
     assert written.abs().max() > 0
     assert len(continue_text(model, torch.arange(1, 20), 20, 16)) == 20
+
+    inspection = json.loads((tmp_path / "whole" / "inspection" / "inspection.json").read_text())
+    reading = inspection["reading"]
+    assert inspection["memory"]["kind"] == "running_mean"
+    assert reading["nats"] != reading["nats_without_memory"]
+    assert min(min(row) for row in reading["contribution"]) > 0
+    assert [len(stretch["pieces"]) > 0 for stretch in inspection["stretches"]] == [True, True]
+    pictures = {path.stem for path in (tmp_path / "whole" / "inspection").glob("*.png")}
+    assert pictures == {"losses", "contribution"}
+    assert "the kind running_mean" in (tmp_path / "whole" / "inspection" / "index.html").read_text()

@@ -18,6 +18,7 @@ from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from infformer.plots import memory, plot_results, plot_run
 from infformer.plots.benchmark import plot_context, plot_parts
@@ -120,12 +121,19 @@ def situation(nats: list[float], recency: list[float], positions: list[float]) -
     }
 
 
+def control(
+    nats: list[float], recency: list[float], positions: list[float], differs: tuple[float, float, float]
+) -> dict[str, Any]:
+    value, low, high = differs
+    return {**situation(nats, recency, positions), "difference": {"nats_per_token": value, "interval": [low, high]}}
+
+
 EVALUATION: dict[str, Any] = {
     **situation([30.0, 50.0, 0.0], [10.0, 3000.0, 0.0], [256.0, 96.0, 0.0]),
     "controls": {
-        "memory_off": situation([31.0, 48.0, 0.0], [11.0, 3600.0, 0.0], [320.0, 128.0, 0.0]),
-        "memory_of_another_document": situation([33.0, 54.0, 0.0], [12.0, 4200.0, 0.0], [384.0, 160.0, 0.0]),
-        "memory_shuffled_in_time": situation([30.5, 51.0, 0.0], [9.0, 3150.0, 0.0], [288.0, 112.0, 0.0]),
+        "memory_off": control([31, 48, 0], [11, 3600, 0], [320, 128, 0], (0.125, 0.0625, 0.25)),
+        "memory_of_another_document": control([33, 54, 0], [12, 4200, 0], [384, 160, 0], (0.5, -0.25, 0.75)),
+        "memory_shuffled_in_time": control([30.5, 51, 0], [9, 3150, 0], [288, 112, 0], (0.25, -0.125, 0.375)),
     },
 }
 
@@ -176,7 +184,16 @@ def heads(start: float, step: float) -> list[list[list[float]]]:
 
 
 INSPECTION: dict[str, Any] = {
-    "memory": {"segment_length": 8, "basis_functions": 16, "layers": [1, 4]},
+    "memory": {
+        "kind": "long_term",
+        "segment_length": 8,
+        "basis_functions": 16,
+        "layers": [1, 4],
+        "sticky": True,
+        "read": "affine",
+        "contraction": "constant",
+        "contraction_rate": 0.5,
+    },
     "reading": {
         "segment": [1, 2],
         "tokens": [8, 2],
@@ -187,9 +204,18 @@ INSPECTION: dict[str, Any] = {
         "tokens_back": heads(3, 1),
         "contribution": [[0.25, 0.5], [0.75, 1.0]],
         "nats": [3.0, 2.0],
-        "nats_without_layer": [[3.5, 2.75], [2.25, 3.0]],
+        "nats_without_layer": [[3.5, None], [None, 3.0]],
         "nats_without_memory": [4.0, 2.5],
     },
+    "costs": {
+        "without_memory": {"nats_per_token": 0.9, "interval": [0.5, 1.25]},
+        "without_layer": [
+            {"nats_per_token": 0.45, "interval": [0.25, 0.75]},
+            {"nats_per_token": -0.125, "interval": None},
+        ],
+    },
+    "document": {"tokens": 18, "segments": 3, "nats": 2.5},
+    "stretches": [],
     "writing": {
         "segment": [1, 2],
         "sampled_places": [
@@ -198,11 +224,11 @@ INSPECTION: dict[str, Any] = {
         ],
     },
     "reconstruction": [
-        {"segments": 1, "tokens_back": [4.5], "limit": 1.0, "total": [0.5, 0.75], "by_age": [[0.4], [0.6]]},
+        {"segments": 1, "tokens_back": [4.5], "best": [0.95, 0.99], "total": [0.5, 0.75], "by_age": [[0.4], [0.6]]},
         {
             "segments": 3,
             "tokens_back": [4.5, 12.5, 20.5],
-            "limit": 0.625,
+            "best": [0.625, None],
             "total": [0.25, None],
             "by_age": [[0.9, 0.7, None], [0.8, 0.3, -0.2]],
         },
@@ -343,23 +369,30 @@ class TestAnEvaluation:
         assert axes.get_xscale() == "log"
         assert axes.get_yscale() == "linear"
         assert words(axes) == ("Loss by position", "distance from the document's start (tokens)", "nats per token")
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(names)
+        (legend,) = figures["loss_by_position"].legends
+        assert [text.get_text() for text in legend.get_texts()] == list(names)
 
     def test_gain_by_recency_is_what_a_token_costs_more_under_the_control(self, figures):
         (axes,) = figures["gain_by_recency"].axes
         heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
         assert heights == {
-            "memory off": pytest.approx([0.2, 0.4]),
-            "memory of another document": pytest.approx([0.4, 0.8]),
-            "memory shuffled in time": pytest.approx([-0.2, 0.1]),
+            "memory off": pytest.approx([0.2, 0.4, 0.125]),
+            "memory of another document": pytest.approx([0.4, 0.8, 0.5]),
+            "memory shuffled in time": pytest.approx([-0.2, 0.1, 0.25]),
         }
         assert list(heights) == list(self.NAMES)
         places = [[bar.get_center()[0] for bar in bars] for bars in axes.containers]
-        assert places == pytest.approx(np.array([[-0.8 / 3, 1 - 0.8 / 3], [0, 1], [0.8 / 3, 1 + 0.8 / 3]]))
+        side = 0.8 / 3
+        assert places == pytest.approx(np.array([[-side, 1 - side, 2 - side], [0, 1, 2], [side, 1 + side, 2 + side]]))
+        intervals = [line.get_segments()[0] for line in axes.collections if isinstance(line, LineCollection)]
+        expected = [[[2 - side, 0.0625], [2 - side, 0.25]], [[2, -0.25], [2, 0.75]]]
+        expected.append([[2 + side, -0.125], [2 + side, 0.375]])
+        assert np.array(intervals) == pytest.approx(np.array(expected))
         assert [to_hex(bars[0].get_facecolor()).upper() for bars in axes.containers] == list(self.COLOURS)
         assert ticks(axes, "x") == [
             "within the window\n5 tokens\n2.00 nats each",
             "before the window\n1,500 tokens\n2.00 nats each",
+            "all, with 95 % over documents\n1,505 tokens\n2.00 nats each",
         ]
         assert words(axes)[1:] == ("", "rise under the control (nats per token)")
 
@@ -378,7 +411,10 @@ class TestAnEvaluation:
                 "memory shuffled in time": [rise(1 / 20, 0.5 / 10), [1, 2]],
             },
         )
-        assert ticks(axes, "y") == ["two", "one"]
+        assert ticks(axes, "y") == ["all, with 95 %", "two", "one"]
+        intervals = [line.get_segments()[0] for line in axes.collections if isinstance(line, LineCollection)]
+        bounds = [rise(0.0625, 0.25), rise(-0.25, 0.75), rise(-0.125, 0.375)]
+        assert [line[:, 0].tolist() for line in intervals] == [pytest.approx(bound) for bound in bounds]
         assert not axes.yaxis_inverted()
         assert words(axes)[1:] == ("rise of perplexity under the control (%)", "")
 
@@ -388,7 +424,7 @@ class TestAComparison:
     @classmethod
     def panels(cls, drawn) -> list[Axes]:
         figure = drawn(plot_comparison, COMPARISON)["comparison"]
-        assert figure.get_suptitle() == "A: control    B: sticky\ndisjoint segments of 64, float32"
+        assert figure.get_suptitle() == "A: control\nB: sticky\ndisjoint segments of 64, float32"
         return figure.axes
 
     def test_each_class_has_its_difference_and_its_interval(self, panels):
@@ -452,8 +488,7 @@ class TestAnInspection:
         axes, _ = figures["reconstruction"].axes
         ages = [4.5, 12.5, 20.5]
         assert_lines(axes, {"layer 1": [ages, [0.9, 0.7, math.nan]], "layer 4": [ages, [0.8, 0.3, -0.2]]})
-        limits = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-        assert limits == [0.625]
+        assert [line for line in axes.lines if line.get_linestyle() == "--"] == []
         assert axes.get_xscale() == "log"
         assert axes.get_xlim() == pytest.approx((4.5 / 1.3, 20.5 * 1.3))
         assert axes.get_ylim()[1] == 1.02
@@ -461,14 +496,11 @@ class TestAnInspection:
 
     def test_reconstruction_of_all_is_against_what_was_written(self, figures):
         _, axes = figures["reconstruction"].axes
-        assert_lines(
-            axes,
-            {
-                "layer 1": [[8, 24], [0.5, 0.25]],
-                "layer 4": [[8, 24], [0.75, math.nan]],
-                "limit N / tokens written": [[8, 24], [1.0, 0.625]],
-            },
-        )
+        assert_lines(axes, {"layer 1": [[8, 24], [0.5, 0.25]], "layer 4": [[8, 24], [0.75, math.nan]]})
+        best = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "--"]
+        assert np.array(best) == pytest.approx(np.array([[0.95, 0.625], [0.99, math.nan]]), nan_ok=True)
+        (legend,) = figures["reconstruction"].legends
+        assert legend.get_texts()[-1].get_text() == "best fit of as many coefficients"
         assert axes.get_xscale() == "log"
         assert axes.get_xlim() == pytest.approx((8 / 1.3, 24 * 1.3))
         assert words(axes)[1:] == ("tokens written", "R² of all hidden states")
@@ -476,8 +508,10 @@ class TestAnInspection:
     def test_a_layer_costs_what_is_lost_without_it_over_all_tokens(self, figures):
         axes, _ = figures["losses"].axes
         (bars,) = axes.containers
-        costs = [(8 * 0.5 + 2 * 0.25) / 10, (8 * -0.25 + 2 * 1.0) / 10, (8 * 1.0 + 2 * 0.5) / 10]
-        assert [bar.get_height() for bar in bars] == pytest.approx(costs)
+        costs = [0.45, -0.125, 0.9]
+        assert [bar.get_height() for bar in bars] == costs
+        (intervals,) = [line for line in axes.collections if isinstance(line, LineCollection)]
+        assert np.array(intervals.get_segments()).tolist() == [[[0, 0.25], [0, 0.75]], [[2, 0.5], [2, 1.25]]]
         assert ticks(axes, "x") == ["1", "4", "all"]
         assert [text.get_text() for text in axes.texts] == [f"{cost:+.4f}" for cost in costs]
         assert [to_hex(bar.get_facecolor()).upper() for bar in bars] == [BLUE, BLUE, ORANGE]
@@ -489,6 +523,8 @@ class TestAnInspection:
         assert [each.tolist() for each in map(np.asarray, gains.get_data())] == [[8, 16], [1.0, 0.5]]
         (mean,) = [line for line in axes.lines if line.get_label() == "mean"]
         assert mean.get_ydata()[0] == pytest.approx(0.9)
+        (span,) = axes.patches
+        assert (span.get_y(), span.get_y() + span.get_height()) == (0.5, 1.25)
         assert words(axes) == ("Without any, along the document", "tokens read", "more nats per token")
 
     def test_each_layer_has_its_contribution(self, figures):
@@ -548,6 +584,152 @@ class TestAnInspection:
         assert one.get_ylabel() == "place in the memory (1: newest)"
         assert ticks(bar, "y") == ["¼", "½", "1", "2", "4"]
         assert bar.get_ylabel() == "samples, 1: as many as evenly"
+
+
+def of_layers(count: int, heads: int = 9, segments: int = 7) -> dict[str, Any]:
+    """An inspection of so many layers, made of random numbers; widths that hardly differ."""
+    random = np.random.default_rng(0)
+
+    def numbers(*shape: int, low: float = 0.0, high: float = 1.0) -> list[Any]:
+        return random.uniform(low, high, shape).tolist()
+
+    shape = (segments, count, heads)
+    reading = {
+        **INSPECTION["reading"],
+        "segment": list(range(1, segments + 1)),
+        "tokens": [256] * segments,
+        "centre": numbers(*shape),
+        "centre_spread": numbers(*shape, high=0.1),
+        "width": numbers(*shape, low=0.831, high=0.834),
+        "width_spread": numbers(*shape, high=0.01),
+        "tokens_back": numbers(*shape, low=300, high=1500),
+        "contribution": numbers(segments, count),
+        "nats": [3.0] * segments,
+        "nats_without_memory": numbers(segments, low=2.999, high=3.001),
+    }
+    costs = {
+        "without_memory": {"nats_per_token": 0.0001, "interval": [-0.0002, 0.0003]},
+        "without_layer": [
+            {"nats_per_token": value, "interval": [value - 0.002, value + 0.001]}
+            for value in numbers(count, low=-0.001, high=0.002)
+        ],
+    }
+    ages = [128 + 256.0 * age for age in range(segments)]
+    measured = {"segments": segments, "tokens_back": ages, "best": numbers(count, low=0.9), "total": numbers(count)}
+    return {
+        **INSPECTION,
+        "memory": {**INSPECTION["memory"], "segment_length": 256, "layers": list(range(count))},
+        "reading": reading,
+        "costs": costs,
+        "writing": {"segment": [1, 2], "sampled_places": random.dirichlet([1] * 8, (2, count)).tolist()},
+        "reconstruction": [
+            {**INSPECTION["reconstruction"][0], "best": numbers(count), "total": numbers(count)},
+            {**measured, "by_age": numbers(count, segments, low=-0.3)},
+        ],
+    }
+
+
+class TestAnyDepth:
+    """Of more than eight layers all are rows of a heat map, and four of them are lines or panels."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def figures(cls, drawn) -> dict[str, Figure]:
+        return drawn(plot_inspection, of_layers(30), "inspection.json")
+
+    def heat(self, axes: Axes) -> QuadMesh:
+        (mesh,) = [each for each in axes.collections if isinstance(each, QuadMesh)]
+        return mesh
+
+    def test_all_layers_are_in_a_heat_map_of_ages(self, figures):
+        heat, by_age, total, _ = figures["reconstruction"].axes
+        expected = of_layers(30)["reconstruction"][-1]["by_age"]
+        assert np.array(self.heat(heat).get_array()) == pytest.approx(np.array(expected))
+        assert self.heat(heat).get_coordinates()[0, :, 0].tolist() == [256 * edge for edge in range(8)]
+        for axes in (by_age, total):
+            assert list(lines_of(axes)) == ["layer 0", "layer 10", "layer 19", "layer 29"]
+
+    @pytest.mark.parametrize("name", ["density_centres", "density_widths", "density_tokens_back"])
+    def test_all_layers_are_in_a_heat_map_along_the_document(self, figures, name):
+        key = {"density_centres": "centre", "density_widths": "width"}.get(name, "tokens_back")
+        *panels, heat, _ = figures[name].axes
+        assert [words(axes)[0] for axes in panels] == ["layer 0", "layer 10", "layer 19", "layer 29"]
+        expected = np.array(of_layers(30)["reading"][key]).mean(-1).T
+        assert np.array(self.heat(heat).get_array()) == pytest.approx(expected)
+
+    def test_a_width_that_hardly_varies_is_drawn_as_none(self, figures):
+        low, high = figures["density_widths"].axes[0].get_ylim()
+        assert high / low == pytest.approx(2)
+        assert low < 0.831 < 0.834 < high
+        norm = self.heat(figures["density_widths"].axes[-2]).norm
+        assert norm.vmax / norm.vmin == pytest.approx(2)
+
+    def test_a_loss_that_hardly_varies_is_drawn_as_none(self, figures):
+        for axes in figures["losses"].axes:
+            assert axes.get_ylim()[1] - axes.get_ylim()[0] == pytest.approx(0.01)
+
+    def test_layers_without_a_turn_are_counted(self, drawn):
+        content = of_layers(30)
+        content["costs"]["without_layer"][7:] = [{"nats_per_token": None, "interval": None}] * 23
+        axes = drawn(plot_inspection, content, "inspection.json")["losses"].axes[0]
+        assert "(23 without a bar: too few segments to have a turn)" in axes.get_xlabel()
+
+    def test_a_memory_that_is_no_signal_has_its_losses(self, drawn):
+        empty = {name: [] for name in ("centre", "width", "tokens_back", "contribution")}
+        content = {**INSPECTION, "reading": {**INSPECTION["reading"], **empty}, "writing": {}, "reconstruction": []}
+        assert list(drawn(plot_inspection, content, "inspection.json")) == ["losses"]
+
+
+LONG = "a-checkpoint-with-a-long-name/" * 6
+
+
+def named_at_length(count: int) -> dict[str, Any]:
+    """An evaluation of so many documents with long names."""
+    content = evaluation_of(count)
+    for figures in (content, *content["controls"].values()):
+        figures["per_document"] = [
+            {**document, "id": f"The Life and Strange Surprising Adventures of Number {number}, Mariner"}
+            for number, document in enumerate(figures["per_document"])
+        ]
+    return content
+
+
+LEGIBLE = {
+    "4 layers": (plot_inspection, of_layers(4), "inspection.json"),
+    "30 layers": (plot_inspection, of_layers(30, heads=16), "inspection.json"),
+    "40 documents": (plot_results, named_at_length(40), "results.json"),
+    "long names": (
+        plot_comparison,
+        {**COMPARISON, "a": {"checkpoint": LONG + "a"}, "b": {"checkpoint": LONG + "b"}},
+        "comparison.json",
+    ),
+}
+
+
+def texts_of(figure: Figure) -> list[Text]:
+    """All that is drawn: of the ticks only those between the ends of their axis."""
+    outside = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low <= tick.get_loc() <= high:
+                    outside |= {tick.label1, tick.label2}
+    return [
+        text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in outside
+    ]
+
+
+@pytest.mark.parametrize(("plot", "content", "name"), LEGIBLE.values(), ids=LEGIBLE)
+def test_no_text_is_cut_or_printed_over_another(drawn, plot, content, name):
+    for title, figure in drawn(plot, content, name).items():
+        figure.canvas.draw()
+        texts = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+        width, height = figure.canvas.get_width_height()
+        for index, (text, box) in enumerate(texts):
+            assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= -1, f"{title}: {text!r} is cut"
+            for other, another in texts[index + 1 :]:
+                assert not box.padded(-1).overlaps(another.padded(-1)), f"{title}: {text!r} and {other!r}"
 
 
 class TestSorting:

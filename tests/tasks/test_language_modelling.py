@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import ANY
 
 import pytest
@@ -162,13 +163,15 @@ class TestWhatIsMeasured:
 class TestInspection:
     """Writes nothing, so that every process can make it."""
 
-    def test_the_longest_test_document_is_inspected(self, documents, make, evaluator):
+    def test_the_longest_test_document_is_inspected(self, documents, make, evaluator, tokenizer):
         test = documents["test"]
         longest = int(test.token_counts.argmax())
         tokens = torch.from_numpy(test.tokens(longest, 0, int(test.token_counts[longest])))
         found = make(inspected_segments=3).inspect()
         assert found["document"]["segments"] == 3
-        assert found == inspect_document(evaluator.model, tokens, 3, progress=False)
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        assert found == inspect_document(evaluator.model, tokens, 3, progress=False, decode=decode)
+        assert "".join(found["stretches"][0]["pieces"]) in tokenizer.decode(tokens)
         assert json.loads(json.dumps(found)) == found
 
     def test_without_segments_documents_or_a_long_term_memory_nothing_is_inspected(

@@ -148,7 +148,7 @@ def test_a_run_ends_with_where_everything_lies(configure, train, tmp_path, capsy
     assert table.endswith("intervals over documents")
     assert where == f"everything lies in {tmp_path / 'run'}"
     names = [line.strip().split(":")[0] for line in (figures, inspection, best, metrics)]
-    assert names == ["results.json", "inspection", "checkpoints/best", "metrics.jsonl"]
+    assert names == ["results.json", "inspection/index.html", "checkpoints/best", "metrics.jsonl"]
 
 
 def test_whatever_becomes_of_the_inspection_the_results_are_there(configure, train, tmp_path, monkeypatch, capsys):
