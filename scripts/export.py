@@ -1,6 +1,11 @@
-"""Take the stock language model out of a checkpoint, with its tokenizer, as a plain Hugging Face folder.
+"""Take a model out of a checkpoint, as a folder that can be shared; it is there whole or not at all.
 
-python scripts/export_backbone.py outputs/pretrain_tiny/checkpoints/best FOLDER --dtype float16
+python scripts/export.py outputs/tiny/checkpoints/best FOLDER
+python scripts/export.py outputs/tiny/checkpoints/best FOLDER --what backbone --dtype float16
+
+all: the model with its memories, its tokenizer and its card. AutoModelForCausalLM opens it after `import infformer`.
+backbone: the stock model in it, which needs no infformer, with the tokenizer.
+memories: the memories and adapters alone, for those who have the backbone (model.memories=FOLDER).
 """
 
 from __future__ import annotations
@@ -20,49 +25,76 @@ from safetensors import SafetensorError
 
 from infformer.durable import check_place, rename, synchronise
 from infformer.errors import UserError
-from infformer.models.loading import load_tokenizer, load_trained
+from infformer.models.base import MemoryModel
+from infformer.models.folders import model_folder
+from infformer.models.loading import TOKENIZER_FILES, load_tokenizer, load_trained
+from infformer.models.memories import save_memories
 from infformer.models.pretrained import InfformerForCausalLM
 
 
 def main() -> None:
     """Load, take out, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint of a run, or a model folder")
-    parser.add_argument("folder", help="where the stock model is written")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("checkpoint", help="a run's folder, a checkpoint of it, or a model folder")
+    parser.add_argument("folder", help="where it is written: a new folder, or an empty one")
+    parser.add_argument("--what", choices=["all", "backbone", "memories"], default="all", help="as above; default: all")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of all weights but memories"
+    )
     arguments = parser.parse_args()
     try:
-        export(arguments.checkpoint, Path(arguments.folder), getattr(torch, arguments.dtype))
+        export(arguments.checkpoint, Path(arguments.folder), arguments.what, getattr(torch, arguments.dtype))
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def export(checkpoint: str, folder: Path, dtype: torch.dtype) -> None:
+def export(checkpoint: str, folder: Path, what: str, dtype: torch.dtype) -> None:
     """Write the folder, whole or not at all.
 
     Raises:
-        UserError: the checkpoint is none with a stock model in it, or the folder cannot be written.
+        UserError: the checkpoint is none with such a model in it, or the folder cannot be written.
     """
     check_place("FOLDER", folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"FOLDER={folder} is not empty: name a new folder, or remove what is in it")
-    model, tokenizer = load_trained(checkpoint), load_tokenizer(checkpoint, "checkpoint")
-    if not isinstance(model, InfformerForCausalLM):
+    model = load_trained(checkpoint)
+    if what != "all" and not isinstance(model, InfformerForCausalLM):
         raise UserError(
-            f"checkpoint={checkpoint} is a decoder from scratch, in which there is no stock model: load it as it is"
+            f"checkpoint={checkpoint} is a decoder from scratch, in which there is no stock model and beside which "
+            f"nothing was trained: --what={what} is for others, take --what=all"
         )
     temporary = folder.with_name(folder.name + ".partial")
     try:
         if temporary.exists():  # of an export that was killed
             shutil.rmtree(temporary)
-        model.stock_backbone().to(dtype).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        _save(model, what, dtype, temporary)
+        if what != "memories" and _has_tokenizer(Path(model_folder(checkpoint))):
+            load_tokenizer(checkpoint, "checkpoint").save_pretrained(temporary)
         synchronise(temporary)
         rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"FOLDER={folder}: it could not be written ({error}); make room, or name another") from error
     print(f"written to {folder}")
+
+
+def _has_tokenizer(place: Path) -> bool:
+    """Whether there is one, or it has to be seen: a model that learned symbols has none."""
+    return not place.is_dir() or any((place / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _save(model: MemoryModel, what: str, dtype: torch.dtype, folder: Path) -> None:
+    if not isinstance(model, InfformerForCausalLM):
+        model.to(dtype).save_pretrained(folder)
+        return
+    match what:
+        case "all":
+            model.backbone.to(dtype)
+            model.save_pretrained(folder)
+        case "backbone":
+            model.stock_backbone().to(dtype).save_pretrained(folder)
+        case "memories":
+            save_memories(model, folder)
 
 
 if __name__ == "__main__":

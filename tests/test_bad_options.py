@@ -376,7 +376,7 @@ class TestScripts:
             ("inspect_memory", ["checkpoint", "sample", "--folder", "FOLDER"], "--folder=FOLDER"),
             ("benchmark", ["read", "--folder", "FOLDER"], "--folder=FOLDER"),
             ("benchmark", ["read", "--json", "FOLDER/read.jsonl"], "--json=FOLDER"),
-            ("export_backbone", ["checkpoint", "FOLDER"], "FOLDER=FOLDER"),
+            ("export", ["checkpoint", "FOLDER"], "FOLDER=FOLDER"),
         ],
     )
     def test_a_place_that_cannot_be_written_is_found_before_the_work(self, refused, script, arguments, option, folder):
@@ -395,34 +395,6 @@ class TestScripts:
     def test_a_pipe_is_not_waited_for(self, refused, tmp_path):
         os.mkfifo(tmp_path / "results.json")
         assert "it is a pipe" in refused("compare", tmp_path, tmp_path, "--folder", tmp_path / "out")
-
-    def test_a_folder_that_holds_something_is_not_exported_into(self, refused, model_folder, tmp_path):
-        (tmp_path / "mine.txt").touch()
-        message = refused("export_backbone", model_folder, tmp_path)
-        assert f"FOLDER={tmp_path} is not empty" in message
-        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-    def test_what_is_no_checkpoint_is_not_exported(self, refused, tmp_path):
-        (tmp_path / "empty").mkdir()
-        message = refused("export_backbone", tmp_path / "empty", tmp_path / "out")
-        assert f"checkpoint={tmp_path / 'empty'}: this folder is no model" in message
-        assert not (tmp_path / "out").exists()
-
-    def test_a_decoder_has_no_stock_model_to_export(self, refused, tokenizer, tmp_path):
-        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 8}
-        new_decoder({"vocab_size": len(tokenizer), **sizes}).save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
-        message = refused("export_backbone", tmp_path / "model", tmp_path / "out")
-        assert f"checkpoint={tmp_path / 'model'} is a decoder from scratch" in message
-
-    def test_an_export_is_a_folder_that_is_whole(self, monkeypatch, model_folder, tmp_path):
-        monkeypatch.syspath_prepend(ROOT / "scripts")
-        monkeypatch.setattr(sys, "argv", ["export_backbone.py", str(model_folder), str(tmp_path / "out")])
-        import_module("export_backbone").main()
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-            path.name for path in (tmp_path / "out").iterdir()
-        }
-        assert not (tmp_path / "out.partial").exists()
 
     def test_the_harness_that_is_not_installed_is_missed_in_a_sentence(self, refused, monkeypatch):
         for module in ("lm_eval", "lm_eval.__main__"):

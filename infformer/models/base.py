@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from infformer.errors import ModelError
+from infformer.hub import HubError
 from infformer.memory.memory import DerivedBuffers, Earlier, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
+from infformer.models.card import CARD, model_card
 from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
 from infformer.models.generation import ReadText, Writer
 from infformer.models.second_backward import refuse_second_backward
@@ -84,6 +90,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
 
     segment_length: int | None
     """Only complete segments of this many tokens are written to memory. None: there is no memory to write to."""
+    card: str | None = None
+    """The model card of the folder that it was loaded from; None for a new model, and for one that is trained on."""
 
     def forward(
         self,
@@ -291,7 +299,62 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             logger.warning("the folder lacks %d weights of the memory, such as %s: they are new", len(new), min(new))
             model._renew(new)
         model._freeze()
+        card = Path(model.name_or_path) / CARD
+        model.card = card.read_text(encoding="utf-8") if card.is_file() else None
         return loaded if output_loading_info else model
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.card = None  # its figures will be those of other weights
+        return super().train(mode)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the model as transformers does, with its card."""
+        if kwargs.get("push_to_hub"):
+            raise ModelError("push_to_hub=True: call model.push_to_hub(name), which takes the card along")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / CARD).write_text(self.card or model_card(self), encoding="utf-8")
+
+    def push_to_hub(  # type: ignore[override] # whose signature is that of a decorator
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Put the model on the hub, with its card; one that is there already stays. The tokenizer is pushed by itself.
+
+        Args:
+            repo_id: its name there, `<owner>/<name>`; a new one is made.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            HubError: the hub cannot be reached, or takes nothing from this user.
+        """
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(place)
+            try:
+                name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                card = Path(place) / CARD
+                card.write_text(card.read_text(encoding="utf-8").replace('place = "."', f'place = "{name}"'), "utf-8")
+                if hub.file_exists(name, CARD, revision=revision):
+                    card.unlink()
+                return hub.upload_folder(
+                    repo_id=name, folder_path=place, commit_message=commit_message, revision=revision,
+                    create_pr=create_pr,
+                )  # fmt: skip
+            except Exception as error:  # whatever its client, or the network below it, raises
+                raise HubError(
+                    f"repo_id={repo_id}: this could not be put on the hub ({error}); log in with hf auth login, and "
+                    "choose a name that is yours, <owner>/<name>"
+                ) from error
 
     def _freeze(self) -> None:
         """Let nothing learn that is not trained: what was loaded would."""

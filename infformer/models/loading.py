@@ -46,7 +46,7 @@ def load_pretrained(
     if isinstance(config, InfformerConfig):
         raise ModelError(
             f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
-            "backbone alone export that first: python scripts/export_backbone.py CHECKPOINT FOLDER"
+            "backbone alone export that first: python scripts/export.py CHECKPOINT FOLDER --what backbone"
         )
     if isinstance(config, DecoderConfig):
         raise ModelError(

@@ -91,8 +91,11 @@ class LanguageModelling(Evaluation[Results]):
 
     def report(self, results: Results, folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)
-        print(format_table(results), flush=True)
+        print(self.table(results), flush=True)
         return plot_results(folder / "results.json")
+
+    def table(self, results: Results) -> str:
+        return format_table(results)
 
     def inspect(self) -> Inspection | None:
         """What the memory holds along the longest test document; None without a memory."""

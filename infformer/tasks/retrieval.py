@@ -185,8 +185,11 @@ class Retrieval(Evaluation[RetrievalResults]):
         from infformer.plots.retrieval import plot_retrieval
 
         write_results(folder / "results.json", results)
-        print(format_accuracy(results), flush=True)
+        print(self.table(results), flush=True)
         return plot_retrieval(folder / "results.json")
+
+    def table(self, results: RetrievalResults) -> str:
+        return format_accuracy(results)
 
     def sample(self, step: int, tokens: int) -> str | None:
         """The beginnings of true answers and of the model's own."""

@@ -192,8 +192,11 @@ class Sorting(Evaluation[SortingResults]):
         from infformer.plots.sorting import plot_accuracy
 
         write_results(folder / "results.json", results)
-        print(format_accuracy(results), flush=True)
+        print(self.table(results), flush=True)
         return plot_accuracy(folder / "results.json")
+
+    def table(self, results: SortingResults) -> str:
+        return format_accuracy(results)
 
     def sample(self, step: int, tokens: int) -> str:
         """The beginnings of a true answer and of the model's own."""

@@ -209,6 +209,10 @@ class Evaluation(Generic[Measured]):
         write_results(folder / "results.json", results)
         return []
 
+    def table(self, results: Measured) -> str:
+        """The figures in words, each with the protocol that it was measured by, for the model card; empty: none."""
+        return ""
+
     def inspect(self) -> Inspection | None:
         """What the memory holds in the end; None if there is nothing to look at. All processes together."""
         return None

@@ -39,6 +39,7 @@ from infformer.durable import rename, synchronise, write_text
 from infformer.errors import UserError
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel
+from infformer.models.card import CARD
 from infformer.training.metrics import StepMetrics
 from infformer.training.runtime import Accelerator, all_reduce_max, gathered
 from infformer.training.shards import Shards
@@ -243,7 +244,9 @@ class CheckpointWriter:
                 state.model.save_pretrained(partial / "model", state_dict=copy.weights)
                 if state.tokenizer is not None:
                     state.tokenizer.save_pretrained(partial / "model")
-                written += [path for path in sorted((partial / "model").rglob("*")) if path.is_file()]
+                # The card is written anew when the run is over, and no run needs it to go on.
+                saved = [path for path in sorted((partial / "model").rglob("*")) if path.is_file()]
+                written += [path for path in saved if path.name != CARD]
                 written += [partial / "optimizer.safetensors", partial / "state.json"]
                 save_file(copy.moments, written[-2])
                 write_text(written[-1], json.dumps(copy.shared, indent=1))

@@ -28,6 +28,7 @@ from infformer.plots.run import plot_run
 from infformer.progress import Pace
 from infformer.training.before import check_run
 from infformer.training.building import build_material, build_model, build_tokenizer
+from infformer.training.card import write_cards
 from infformer.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -408,12 +409,14 @@ class Trainer:
 
     def _finish_run(self) -> Mapping[str, object] | None:
         """Measure the best weights, and draw; the figures, None if the task measures none."""
-        results = self._measure_best()
+        measured, results = self._measure_best()
         figures: list[Path] = []
         if self.accelerator.is_main_process:  # before the inspection: whatever becomes of that, the results are there
             if results is not None:
                 figures += self.evaluation.report(results, self.folder)
             figures += plot_run(self.folder)
+            table = "" if results is None else self.evaluation.table(results)
+            write_cards(self.state.model, self.config, self.progress.step, self.progress.tokens, measured, table)
         self._tell("inspects")
         inspection = self.evaluation.inspect()
         if self.accelerator.is_main_process:
@@ -438,8 +441,8 @@ class Trainer:
         there = [f"  {name}: {what}" for name, what in lies.items() if (self.folder / name).exists()]
         return "\n".join([f"everything lies in {self.folder}", *there])
 
-    def _measure_best(self) -> Mapping[str, object] | None:
-        """The final figures, of the checkpoint with the lowest validation loss."""
+    def _measure_best(self) -> tuple[Path, Mapping[str, object] | None]:
+        """The checkpoint with the lowest validation loss, and its final figures."""
         root, progress = self.folder / "checkpoints", self.progress
         best = decided_by_main(self.accelerator, lambda: best_checkpoint(root))
         if best is None and progress.best_step not in (None, progress.step) and self.accelerator.is_main_process:
@@ -449,8 +452,9 @@ class Trainer:
             )  # fmt: skip
         if best is not None and progress.best_step != progress.step:
             self.state.shards.put_weights(model_tensors(best, self.state.model))
-        results = self.evaluation.measure(str(best or root / f"step-{progress.step:08d}"))
-        return None if results is None else {**results, "before": progress.results_before or None}
+        measured = best or root / f"step-{progress.step:08d}"
+        results = self.evaluation.measure(str(measured))
+        return measured, None if results is None else {**results, "before": progress.results_before or None}
 
     def _tell(self, what: str) -> None:
         self.watchdog.tell(f"{what} (step {self.progress.step})")

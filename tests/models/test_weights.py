@@ -201,5 +201,5 @@ class TestTheFolderOfARun:
 
     def test_a_run_of_a_model_with_a_memory_is_no_backbone(self, saved, run):
         saved["wrapped"].save_pretrained(run / "checkpoints" / "step-00000010" / "model")
-        with pytest.raises(ModelError, match=r"model\.pretrained=.*has a memory already.*export_backbone"):
+        with pytest.raises(ModelError, match=r"model\.pretrained=.*has a memory already.*export\.py"):
             load_pretrained(str(run), MEMORY, segment_length=SEGMENT)

@@ -126,7 +126,9 @@ def test_a_task_is_trained_and_measured_in_its_own_way(learned):
         "checkpoint": str(best.resolve()),
         "before": {"validations": 0},
     }
-    assert {path.name for path in (best / "model").iterdir()} == {"config.json", "model.safetensors"}
+    written = {path.name for path in (best / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "README.md"} <= written
+    assert not [name for name in written if "token" in name]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert samples == [{"step": step, "text": f"5 tokens of step {step}"} for step in (4, 8)]
 
