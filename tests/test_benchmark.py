@@ -447,11 +447,12 @@ class TestCommands:
         assert timed == [5, 6, 7, 8, 9, 10, 11] * 2 + [5, 6]
 
     def test_generation_is_measured_in_tokens_per_second(self, run, capsys):
-        _, lines = run(capsys, f"generate {MODEL} --windows 2 --prompt 3 --rounds 2")
-        for name in ("with memory", "without", "window of 2 segments"):
+        _, lines = run(capsys, f"generate {MODEL} --windows 2 --prompt 3 --late 20 --rounds 2")
+        for name in ("with memory", "without", "with memory, late", "window of 2 segments"):
             median = lines[name]["median_seconds"]
             assert lines[name]["tokens_per_second"] == pytest.approx(8 / median)
         assert len(lines["window of 2 segments / with memory, tokens per second"]["ratio"]) == 2
+        assert lines["late / soon, peak extra memory"]["ratio"] == [pytest.approx(1, abs=0.01)]
 
     def test_a_decoder_is_measured_by_its_multiplications(self, run, capsys):
         _, lines = run(capsys, "decoder --layers 1 --hidden 16 --vocabulary 50 --segment 8 --memory 8 --rounds 2")

@@ -1,4 +1,4 @@
-"""Tokens per second after a long prompt: with memory, without, and with a longer window of attention.
+"""Tokens per second after a long prompt: with memory, without, with a longer window of attention, and after a book.
 
 Each round generates as many tokens as a segment has, so that the segment is written to memory once. What the prompt
 costs is not in it.
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, summarize, take_turns
+from benchmarks.measuring import Contestant, peak_extra_bytes, summarize, take_turns
 from benchmarks.models import model_sizes, new_model, new_window_model
-from benchmarks.report import Comparison, Result, paired
+from benchmarks.report import Comparison, Ratio, Result, paired
 from benchmarks.streaming import SMALL
 from benchmarks.training_step import add_model_options
 from infformer.models.base import MemoryModel
 from infformer.models.generation import read_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
+
+MEASURED = 8
+"""Tokens whose peak of memory is taken, at the same place of a segment."""
 
 
 def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -30,13 +33,14 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("generate", help=text, parents=parents)
     add_model_options(parser, **SMALL)
     parser.add_argument("--prompt", type=int, default=16, help="in segments")
+    parser.add_argument("--late", type=int, default=200, help="in segments: a prompt as long as a book")
     parser.add_argument("--windows", type=int, nargs="*", default=[2, 4, 8], help="in segments")
     parser.add_argument("--rounds", type=int, default=5)
     parser.set_defaults(compare=compare)
 
 
 def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
-    """All read the same prompt, then write in turns.
+    """All read the same prompt, one a much longer one, then they write in turns.
 
     Raises:
         SystemExit: more than one row is asked for, and text is written row by row.
@@ -45,10 +49,16 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         raise SystemExit(f"error: --batch {options.batch}: text is generated one row at a time; leave it at 1")
     torch.manual_seed(0)
     sizes = model_sizes(options, "rotary")
-    prompt = torch.randint(sizes.vocabulary, (options.prompt * sizes.segment,))
+    book = torch.randint(sizes.vocabulary, (max(options.late, options.prompt) * sizes.segment,))
+    prompt = book[: options.prompt * sizes.segment]
+    with_memory = new_model(sizes, "rotary", memory=True)
     writers = {
-        name: _writer(new_model(sizes, "rotary", memory=memory), prompt, sizes.segment, setting, options.compile)
-        for name, memory in (("with memory", True), ("without", False))
+        name: _writer(model, text, sizes.segment, setting, options.compile)
+        for name, model, text in (
+            ("with memory", with_memory, prompt),
+            ("without", new_model(sizes, "rotary", memory=False), prompt),
+            ("with memory, late", with_memory, book[: options.late * sizes.segment]),
+        )
     }
     for window in options.windows:
         network = InfformerForCausalLM.from_backbone(new_window_model(sizes, window * sizes.segment))
@@ -57,8 +67,18 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         writers[f"window of {window} segments"] = _writer(network, prompt, whole, setting, options.compile)
     contestants = {name: Contestant(lambda write=write: write(sizes.segment)) for name, write in writers.items()}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
+    peaks = {
+        name: peak_extra_bytes(lambda write=write: write(MEASURED), setting.device) for name, write in writers.items()
+    }
     results = [
-        Result(name, values, figures={"tokens_per_second": sizes.segment / summarize(values).median})
+        Result(
+            name,
+            values,
+            figures={
+                "tokens_per_second": sizes.segment / summarize(values).median,
+                "peak_extra_bytes": peaks[name],
+            },
+        )
         for name, values in seconds.items()
     ]
     ratios = [
@@ -66,7 +86,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         for name, values in seconds.items()
         if name != "with memory"
     ]
-    chosen = {name: getattr(options, name) for name in (*SMALL, "prompt", "windows", "compile")}
+    ratios.append(Ratio("late / soon, peak extra memory", [peaks["with memory, late"] / peaks["with memory"]]))
+    chosen = {name: getattr(options, name) for name in (*SMALL, "prompt", "late", "windows", "compile")}
     return Comparison("generate", chosen, results, ratios)
 
 
