@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -52,6 +54,7 @@ def checkpoint(backbone, tokenizer, tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("# What was measured\n")
+    (run / "checkpoints" / "best").symlink_to(folder.parent.name)
     return run
 
 
@@ -132,6 +135,22 @@ def test_of_a_decoder_there_is_nothing_but_all_to_export(export, symbols, tmp_pa
 def test_a_model_without_memories_has_none_to_export(export, model_folder, tmp_path):
     assert "neither memories nor adapters" in export(model_folder, tmp_path / "out", "--what=memories")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_page_shows_of_sharing_runs(export, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "tiny").symlink_to(checkpoint)
+    page = (ROOT / "docs" / "any_model.md").read_text(encoding="utf-8")
+    section = page.split("\n## Share\n")[1].split("\n## ")[0]
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    for command in commands.splitlines():
+        assert export(*shlex.split(command.removeprefix("python scripts/export.py "))).startswith("written to")
+    pushed: list[str] = []
+    monkeypatch.setattr(InfformerForCausalLM, "push_to_hub", lambda model, name: pushed.append(model.card + name))
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(code, {})
+    assert pushed == ["# What was measured\nyou/novels"]
 
 
 def model_of(run: Path) -> Path:

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
+
+from infformer.commands import generate
+from infformer.config import CONF, GenerationRunConfig
+from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.models.pretrained import InfformerForCausalLM
+from infformer.training.command_line import compose
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines() if line]
 COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
+EXAMPLES = [block for kind, block in BLOCKS if kind == "python"]
 RUNS = [command for command in COMMANDS if "train.py" in command or "eval.py" in command]
 
 TABLES = [block for kind, block in BLOCKS if not kind]
@@ -83,10 +91,31 @@ def test_text_of_ones_own(tmp_path: Path) -> None:
 
 def test_the_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (example,) = (block for kind, block in BLOCKS if kind == "python")
     names: dict[str, object] = {}
-    exec(example, names)
+    exec(EXAMPLES[0], names)
     assert names["output"].state.layers[0].segments.tolist() == [8]  # type: ignore[attr-defined]
+
+
+def test_what_was_trained_is_loaded_and_writes(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for the run of the README, which takes minutes."""
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16)
+    folder = tmp_path / "outputs" / "tiny" / "checkpoints" / "best" / "model"
+    InfformerForCausalLM.from_backbone(model_folder, memory, segment_length=16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(EXAMPLES[1], names)
+    exec(EXAMPLES[2], names)
+    text = capsys.readouterr().out
+    assert text.startswith("It was a dark and stormy night. " * 50)
+    assert len(text) > 32 * 50 + 10
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 50, encoding="utf-8")
+    (command,) = (command for command in COMMANDS if "generate.py" in command)
+    generate.run(compose("generate", GenerationRunConfig, CONF, options(command)))
+    assert capsys.readouterr().out
+    assert (tmp_path / "book.safetensors").exists()
 
 
 @pytest.fixture
@@ -94,6 +123,7 @@ def checkout(tmp_path: Path) -> Path:
     """A folder from which commands run as they are typed, and in which they may write."""
     for name in ("train.py", "eval.py", "generate.py", "infformer", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 50, encoding="utf-8")
     return tmp_path
 
 
