@@ -10,9 +10,11 @@ from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
+from infformer.models.adapters import LoraConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import ReadText, read_text, sample_tokens
 from infformer.models.loading import load_pretrained, load_tokenizer, load_trained
+from infformer.models.memories import attach_memories, save_memories
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 from infformer.models.read_files import load_read_text, save_read_text
 from infformer.training.trainer import train
@@ -26,6 +28,7 @@ __all__ = [
     "InfformerConfig",
     "InfformerForCausalLM",
     "LongTermMemoryConfig",
+    "LoraConfig",
     "MemoryConfig",
     "ModelState",
     "ReadText",
@@ -33,6 +36,7 @@ __all__ = [
     "RunConfig",
     "TokenizedDocuments",
     "UserError",
+    "attach_memories",
     "evaluate",
     "load_pretrained",
     "load_read_text",
@@ -41,6 +45,7 @@ __all__ = [
     "measure",
     "read_text",
     "sample_tokens",
+    "save_memories",
     "save_read_text",
     "tokenize_documents",
     "train",

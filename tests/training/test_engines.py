@@ -64,9 +64,10 @@ def one(configure, train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def eight_lanes(without_dropout) -> dict[str, Any]:
-    """Changes to a run whose losses do not depend on how its lanes are split: no dropout."""
+    """Changes to a run whose losses do not depend on how its lanes are split: no dropout but that of memories."""
     quiet = {"training.checkpoint_every": None, "data.validation": None, "data.test": None, "evaluation.before": False}
-    return {"training.max_steps": 12, "training.batch_size": 8, **quiet, **without_dropout}
+    lanes = {"training.batch_size": 8, "training.memory_dropout": 0.3}
+    return {"training.max_steps": 12, **lanes, **quiet, **without_dropout}
 
 
 @dataclass
