@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import arithmetic
-from benchmarks.arithmetic import Sizes
-from benchmarks.machine import Setting
+from benchmarks.arithmetic import Sizes, Work
+from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, take_turns
 from benchmarks.models import memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
@@ -38,7 +38,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 
 def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
-    """Both with the same densities, whose means lie anywhere."""
+    """Both with the same densities, whose means lie anywhere, and values of the type that autocast would give them."""
     sizes = Sizes(
         batch=options.batch,
         segment=options.segment,
@@ -52,6 +52,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
     work = arithmetic.density_read(sizes, backward=True)
+    work = Work(work.flops, work.bytes * PRECISIONS[setting.precision].itemsize / arithmetic.FLOAT)
     results = [Result(name, seconds[name], work, figures={"peak_extra_bytes": peaks[name]}) for name in passes]
     ratios = [
         paired("eager / ours, time", seconds["eager"], seconds["ours"]),
@@ -71,14 +72,17 @@ def new_passes(sizes: Sizes, deviation: float, setting: Setting) -> dict[str, Ca
     size = sizes.hidden // sizes.heads
     mean = torch.rand(shape, device=setting.device, requires_grad=True)
     variance = torch.full(shape, deviation**2, device=setting.device, requires_grad=True)
-    values = torch.randn(*shape[:2], sizes.basis_functions, size, device=setting.device, requires_grad=True)
-    upstream = torch.randn(*shape, size, device=setting.device)
+    values, upstream = (
+        torch.randn(*shape[:2], rows, size, device=setting.device).to(PRECISIONS[setting.precision])
+        for rows in (sizes.basis_functions, sizes.segment)
+    )
+    values.requires_grad_()
 
     def ours() -> Tensor:
         return Gaussian(mean, variance).read(signal.grid, values)
 
     def eager() -> Tensor:
-        return Gaussian(mean, variance).expectation(signal.basis) @ values
+        return Gaussian(mean, variance).expectation(signal.basis).to(values) @ values
 
     def whole_pass(forward: Callable[[], Tensor]) -> list[Tensor]:
         read = forward()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerForCausalLM
@@ -206,3 +207,16 @@ class TestLosses:
         assert output.auxiliary_losses.keys() == {"divergence"}
         torch.testing.assert_close(output.auxiliary_losses["divergence"], expected)
         torch.testing.assert_close(output.loss, output.token_losses.sum() / (11 + 4 + 11) + expected)
+
+
+@pytest.mark.parametrize("memory", [LongTermMemoryConfig(basis_functions=8), MemoryConfig(short_term_length=12)])
+def test_what_a_memory_holds_does_not_grow_with_the_heads_of_queries(memory):
+    """Grouped queries share keys and values: what is stored is as wide as hidden states, or as keys and values."""
+    sizes = []
+    for heads in (2, 4, 8):
+        config = copy.deepcopy(BACKBONES["llama"])
+        config.update({"num_attention_heads": heads, "head_dim": 6, "max_position_embeddings": 64})
+        backbone = AutoModelForCausalLM.from_config(config)
+        state = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT).initial_state(3)
+        sizes.append({name: tensor.shape for name, tensor in state.named_tensors().items()})
+    assert sizes[0] == sizes[1] == sizes[2]
