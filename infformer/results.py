@@ -208,6 +208,30 @@ class Comparison(TypedDict):
     per_document: list[DocumentDifference]
 
 
+class SweepRow(TypedDict):
+    """Runs that differ in their seed alone."""
+
+    name: str
+    """The options by which they differ from the other rows."""
+    runs: list[str]
+    seeds: list[int]
+    value: float
+    interval: Interval | None
+    by_seed: list[float]
+    behind: Difference | None
+    """Nats per token more than the first row; None in that, and where there is no perplexity."""
+    specific: float | None
+    """What their memory changes by what is specific to the document, in nats per token; None where it is not known."""
+
+
+class Sweep(TypedDict):
+    """What `summary.json` holds, the best row first."""
+
+    measure: str
+    """`perplexity`, `exact match` or `accuracy`."""
+    rows: list[SweepRow]
+
+
 class RetrievalCell(TypedDict):
     """How well answers at one depth of texts of one length were found."""
 

@@ -85,7 +85,8 @@ def evaluate_controls(evaluator: Evaluator, documents: TokenizedDocuments) -> di
 
 def _cost(evaluator: Evaluator, seconds: float, tokens: int) -> Cost:
     model, processes = evaluator.model, evaluator.processes
-    with reading(model, evaluator.protocol.precision):
+    # Once only: a compiled model would compile anew for it.
+    with torch.compiler.set_stance("force_eager"), reading(model, evaluator.protocol.precision):
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         read = model(token, use_cache=True, return_logits=False)
     on_gpu = model.device.type == "cuda"

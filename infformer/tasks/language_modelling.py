@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from infformer.data.segments import Lanes, LanesState, Segment
+from infformer.evaluation.comparison import gain_parts
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.report import format_table, write_results
@@ -96,6 +97,21 @@ class LanguageModelling(Evaluation[Results]):
 
     def table(self, results: Results) -> str:
         return format_table(results)
+
+    def headline(self, results: Results) -> dict[str, float]:
+        figures = {
+            "test/loss": results["nll"] / results["tokens"],
+            "test/perplexity": results["perplexity"]["token"],
+            "test/perplexity_per_word": results["perplexity"]["word"],
+            "test/bits_per_byte": results["bits_per_byte"],
+        }
+        for name, control in results["controls"].items():
+            figures[f"test/rise_by_{name}"] = control["difference"]["nats_per_token"]
+        parts = gain_parts(results)
+        if parts is not None:
+            figures["test/change_specific_to_the_document"] = parts["specific"]["nats_per_token"]
+            figures["test/change_by_presence_of_a_memory"] = parts["presence"]["nats_per_token"]
+        return figures
 
     def inspect(self) -> Inspection | None:
         """What the memory holds along the longest test document; None without a memory."""

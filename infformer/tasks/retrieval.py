@@ -191,6 +191,16 @@ class Retrieval(Evaluation[RetrievalResults]):
     def table(self, results: RetrievalResults) -> str:
         return format_accuracy(results)
 
+    def headline(self, results: RetrievalResults) -> dict[str, float]:
+        situations = {"test": results["cells"]}
+        situations |= {f"test/{name}": cells for name, cells in results["controls"].items()}
+        figures = {}
+        for name, cells in situations.items():
+            answers = [cell["answers"] for cell in cells]
+            figures[f"{name}/exact_match"] = float(np.average([cell["exact_match"] for cell in cells], weights=answers))
+            figures[f"{name}/accuracy"] = float(np.average([cell["accuracy"] for cell in cells], weights=answers))
+        return figures
+
     def sample(self, step: int, tokens: int) -> str | None:
         """The beginnings of true answers and of the model's own."""
         if "validation" not in self._source.splits:

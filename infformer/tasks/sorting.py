@@ -198,6 +198,9 @@ class Sorting(Evaluation[SortingResults]):
     def table(self, results: SortingResults) -> str:
         return format_accuracy(results)
 
+    def headline(self, results: SortingResults) -> dict[str, float]:
+        return {f"test/accuracy_of_{figures['length']}": figures["accuracy"] for figures in results["lengths"]}
+
     def sample(self, step: int, tokens: int) -> str:
         """The beginnings of a true answer and of the model's own."""
         number = step % self._config.validation_sequences

@@ -213,6 +213,10 @@ class Evaluation(Generic[Measured]):
         """The figures in words, each with the protocol that it was measured by, for the model card; empty: none."""
         return ""
 
+    def headline(self, results: Measured) -> dict[str, float]:
+        """The final figures in a few numbers by name, as `test/loss`, for trackers; on the main process only."""
+        return {}
+
     def inspect(self) -> Inspection | None:
         """What the memory holds in the end; None if there is nothing to look at. All processes together."""
         return None

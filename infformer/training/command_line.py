@@ -46,6 +46,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         SystemExit: an option or something else that a user can mend is wrong.
     """
     register_schemas()
+    folders: list[Path] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here: Hydra's own words about them would mislead
     running = False
 
@@ -57,6 +58,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         except UserError as error:
             sys.exit(f"error: {error}")
         running = False
+        folders.append(Path(str(composed.output_dir)))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
@@ -66,6 +68,21 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         arguments = get_args_parser().parse_args()
         conf = Path(arguments.config_path or conf)
         sys.exit(f"error: {explain(error, arguments.config_name or name, kind, conf, arguments.overrides)}")
+    if name == "train" and get_args_parser().parse_args().multirun:
+        print(_end_of_sweep(folders), flush=True)
+
+
+def _end_of_sweep(folders: Sequence[Path]) -> str:
+    """The table of all runs, or how to have one where they were made elsewhere, as by SLURM."""
+    from infformer.training.sweep import write_summary  # this loads for seconds
+
+    if not folders:
+        return "The sweep is through; one table of its runs: python scripts/summarise.py and their folders"
+    common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    try:
+        return write_summary(folders, common / "summary")
+    except UserError as error:
+        return f"The sweep is through; there is no table of its runs: {error}"
 
 
 def compose(name: str, kind: type[Options], conf: Path, overrides: Sequence[str]) -> Options:

@@ -40,6 +40,9 @@ class Tracker(Protocol):
     def log_figure(self, name: str, path: Path, step: int) -> None:
         """Report a figure that was saved as a PNG file."""
 
+    def summarise(self, figures: Mapping[str, float], step: int) -> None:
+        """Report the final figures, by which runs are compared."""
+
     def finish(self) -> None:
         """Send what is still on its way, and close."""
 
@@ -94,6 +97,9 @@ class NoTracker:
     def log_figure(self, name: str, path: Path, step: int) -> None:
         pass
 
+    def summarise(self, figures: Mapping[str, float], step: int) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
@@ -112,6 +118,9 @@ class _ForgivingTracker:
 
     def log_figure(self, name: str, path: Path, step: int) -> None:
         self._attempt(self._tracker.log_figure, name, path, step)
+
+    def summarise(self, figures: Mapping[str, float], step: int) -> None:
+        self._attempt(self._tracker.summarise, figures, step)
 
     def finish(self) -> None:
         self._attempt(self._tracker.finish)
@@ -169,6 +178,9 @@ class _WandbTracker:
         import wandb
 
         self._run.log({name: wandb.Image(str(path)), "step": step})
+
+    def summarise(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.summary.update(dict(figures))
 
     def finish(self) -> None:
         self._run.finish()
@@ -234,7 +246,11 @@ class _TensorBoardTracker:
 
     def __init__(self, run_directory: Path, config: Mapping[str, object]) -> None:
         self._writer = _import_tensorboard()(log_dir=str(run_directory / "tensorboard"))
-        self._writer.add_hparams(flatten(config), {}, run_name=".")
+        from torch.utils.tensorboard.summary import hparams
+
+        # Without the list of metrics that `add_hparams` writes: TensorBoard then shows all that there are.
+        _, options, _ = hparams(flatten(config), {})
+        self._writer.file_writer.add_summary(options)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -246,6 +262,10 @@ class _TensorBoardTracker:
 
     def log_figure(self, name: str, path: Path, step: int) -> None:
         self._writer.add_image(name, imread(path), step, dataformats="HWC")
+
+    def summarise(self, figures: Mapping[str, float], step: int) -> None:
+        """As scalars: its table of hyperparameters shows the last of each beside them."""
+        self.log(figures, step)
 
     def finish(self) -> None:
         self._writer.close()

@@ -414,6 +414,7 @@ class Trainer:
         if self.accelerator.is_main_process:  # before the inspection: whatever becomes of that, the results are there
             if results is not None:
                 figures += self.evaluation.report(results, self.folder)
+                self.tracker.summarise(self.evaluation.headline(results), self.progress.step)
             figures += plot_run(self.folder)
             table = "" if results is None else self.evaluation.table(results)
             write_cards(self.state.model, self.config, self.progress.step, self.progress.tokens, measured, table)

@@ -26,6 +26,7 @@ from infformer.plots.comparison import plot_comparison
 from infformer.plots.memory import plot_inspection
 from infformer.plots.sorting import plot_accuracy
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE
+from infformer.plots.sweep import plot_sweep
 
 Points = dict[str, list[list[float]]]
 
@@ -694,7 +695,37 @@ def named_at_length(count: int) -> dict[str, Any]:
     return content
 
 
+def swept(count: int) -> dict[str, Any]:
+    """So many rows with long names."""
+    rows = [
+        {
+            "name": f"model.memory.contraction_rate={0.1 * number:.1f} training.segments_per_visit=32 optimizer=adamw",
+            "value": 20.0 + number,
+            "interval": [15.0 + number, 28.0 + number],
+            "by_seed": [19.5 + number, 20.25 + number],
+            "behind": {"nats_per_token": 0.25 * number, "interval": [0.125 * number, 0.5 * number]} if number else None,
+        }
+        for number in range(count)
+    ]
+    return {"measure": "perplexity", "rows": rows}
+
+
+def test_a_sweep_has_its_rows_and_how_far_they_are_behind(drawn):
+    axes, behind = drawn(plot_sweep, swept(3), "summary.json")["summary"].axes
+
+    def points(panel: Axes, marker: str) -> list[tuple[list[float], list[float]]]:
+        found = [line for line in panel.lines if line.get_marker() == marker]
+        return [tuple(np.asarray(each, dtype=float).tolist() for each in line.get_data()) for line in found]
+
+    assert points(axes, "o") == [([20], [0]), ([21], [1]), ([22], [2])]
+    assert points(axes, "|") == [([19.5, 20.25], [0, 0]), ([20.5, 21.25], [1, 1]), ([21.5, 22.25], [2, 2])]
+    assert points(axes, "None") == [([15, 28], [0, 0]), ([16, 29], [1, 1]), ([17, 30], [2, 2])]
+    assert points(behind, "o") == [([0.25], [1]), ([0.5], [2])]
+    assert axes.yaxis_inverted()
+
+
 LEGIBLE = {
+    "a sweep": (plot_sweep, swept(24), "summary.json"),
     "4 layers": (plot_inspection, of_layers(4), "inspection.json"),
     "30 layers": (plot_inspection, of_layers(30, heads=16), "inspection.json"),
     "40 documents": (plot_results, named_at_length(40), "results.json"),

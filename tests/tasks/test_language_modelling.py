@@ -160,6 +160,18 @@ class TestWhatIsMeasured:
         assert "another document's memory" in table
 
 
+def test_the_headline_holds_the_final_figures_and_what_the_controls_cost(make):
+    task = make()
+    results = task.measure("here")
+    headline = task.headline(results)
+    assert headline["test/loss"] == results["nll"] / results["tokens"]
+    assert headline["test/perplexity"] == results["perplexity"]["token"]
+    for name, control in results["controls"].items():
+        assert headline[f"test/rise_by_{name}"] == control["difference"]["nats_per_token"]
+    parts = headline["test/change_specific_to_the_document"], headline["test/change_by_presence_of_a_memory"]
+    assert sum(parts) == pytest.approx(-headline["test/rise_by_memory_off"])
+
+
 class TestInspection:
     """Writes nothing, so that every process can make it."""
 

@@ -145,6 +145,11 @@ def test_the_report_is_a_file_a_table_and_a_figure(witness, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert figure == tmp_path / "plots" / "accuracy_by_length_and_depth.png"
     assert figure.is_file()
+    headline = retrieval.headline(results)
+    assert headline["test/exact_match"] == headline["test/accuracy"] == 1  # a witness
+    assert headline.keys() == {
+        f"test/{name}" for name in ("exact_match", "accuracy", "memory_off/exact_match", "memory_off/accuracy")
+    }
     shown = capsys.readouterr().out
     assert shown == format_accuracy(results) + "\n"
     header, *rows, last = shown.splitlines()

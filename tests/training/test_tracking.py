@@ -44,6 +44,7 @@ def report_everything(tracker, figure):
     tracker.log({"train/loss": 3.5, "train/learning_rate": 5e-5}, step=1)
     tracker.log_text("samples", "Call me <Ishmael>.\nSome years ago", step=1)
     tracker.log_figure("plots/training", figure, step=1)
+    tracker.summarise({"test/perplexity": 20.5, "test/rise_by_memory_off": 0.25}, step=2)
     tracker.finish()
 
 
@@ -64,7 +65,27 @@ def test_tensorboard_receives_everything(tmp_path, figure):
     assert [event.step for event in events.Tensors("samples/text_summary")] == [1]
     text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "    Call me <Ishmael>.\n    Some years ago"
+    assert [(event.step, event.value) for event in events.Scalars("test/perplexity")] == [(2, 20.5)]
     assert b"model.memory.ridge" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+
+
+@pytest.mark.needs("tensorboard")
+def test_tensorboard_shows_the_final_figures_beside_the_options(tmp_path, figure):
+    """In its table of hyperparameters, as the plugin itself finds them."""
+    from tensorboard import context
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import backend_context
+
+    report_everything(open_tracker(TrackerConfig("tensorboard"), "run", tmp_path / "run", CONFIG), figure)
+    events = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    events.Reload()
+    provider = data_provider.MultiplexerDataProvider(events, str(tmp_path))
+    backend = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    request = context.RequestContext()
+    found = backend.experiment_from_metadata(request, "", True, backend.hparams_metadata(request, ""), None)
+    assert {metric.name.tag for metric in found.metric_infos} >= {"test/perplexity", "test/rise_by_memory_off"}
+    assert "model.memory.size" in {option.name for option in found.hparam_infos}
 
 
 def test_nested_configuration_becomes_flat_plain_values():
@@ -83,6 +104,8 @@ def test_wandb_is_told_all_of_it(tmp_path, figure, monkeypatch):
     calls = []
 
     class Run:
+        summary = SimpleNamespace(update=lambda figures: calls.append(("summary", figures)))
+
         def log(self, values):
             calls.append(values)
 
@@ -120,6 +143,7 @@ def test_wandb_is_told_all_of_it(tmp_path, figure, monkeypatch):
         {"train/loss": 3.5, "train/learning_rate": 5e-5, "step": 1},
         {"samples": "<pre>Call me &lt;Ishmael&gt;.\nSome years ago</pre>", "step": 1},
         {"plots/training": str(figure), "step": 1},
+        ("summary", {"test/perplexity": 20.5, "test/rise_by_memory_off": 0.25}),
         "finish",
     ]
 
