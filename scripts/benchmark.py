@@ -1,6 +1,6 @@
 """How fast it is, as ratios of what ran side by side, and how near to what the arithmetic allows.
 
-python scripts/benchmark.py all                   # every row that this machine can run; on a GPU within ten minutes
+python scripts/benchmark.py all                   # every row that this machine can run, and has not yet
 python scripts/benchmark.py layer                 # one layer's memory, read and written, against the literal equations
 python scripts/benchmark.py step --parts          # a training step with memory, against one without, and its parts
 python scripts/benchmark.py stream                # an endless document: late segments against early ones
@@ -58,21 +58,32 @@ ROWS_ON_CPU = {
 }
 """What `all` runs without a GPU: its rows by name, each in a process of its own."""
 
+_STEP = "step --precision bfloat16 --rounds 20"
+_LOOP = "loop --precision bfloat16 --compile --graphs --every 10 --rounds 6 --control"
+_LLAMA = "--backbone rotary --layers 30 --hidden 576 --heads 9 --key-value-heads 3 --vocabulary 49152 --batch 16"
+_SMALL = "--layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 --samples 512"
+
 ROWS_ON_GPU = {
-    "step": "step --precision bfloat16 --batch 8 --compile --rounds 50",
-    "loop": "loop --precision bfloat16 --batch 8 --compile --rounds 50",
-    "read": "read --precision bfloat16 --batch 8 --compile --rounds 100",
-    "density": "density --batch 8 --rounds 200",
-    "density_wide": "density --batch 8 --rounds 200 --deviation 1",
-    "layer": "layer --precision bfloat16 --batch 8 --rounds 100",
+    "step_graphs": f"{_STEP} --batch 8 --compile --graphs",
+    "step_graphs_32": f"{_STEP} --batch 32 --compile --graphs",
+    "loop_32": f"{_LOOP} --batch 32",
+    "loop_llama": f"{_LOOP} {_LLAMA}",
+    "density": "density --batch 8 --rounds 50",
+    "step_compiled": f"{_STEP} --batch 8 --compile",
+    "step_compiled_32": f"{_STEP} --batch 32 --compile",
+    "step": f"{_STEP} --batch 8",
+    "step_32": f"{_STEP} --batch 32",
+    "loop": f"{_LOOP} --batch 8",
+    "step_llama": f"{_STEP} {_LLAMA} --compile --graphs",
+    "density_wide": "density --batch 8 --rounds 50 --deviation 1",
     "step_parts": "step --parts --precision bfloat16 --batch 8 --rounds 20",
-    "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 20",
-    "stream": "stream --layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 "
-    "--samples 512 --precision bfloat16",
-    "generate": "generate --layers 12 --hidden 768 --heads 12 --vocabulary 50257 --segment 512 --functions 512 "
-    "--samples 512 --precision bfloat16 --windows 8 --warmup 1 --rounds 2",
+    "read": "read --precision bfloat16 --batch 8 --rounds 50",
+    "layer": "layer --precision bfloat16 --batch 8 --rounds 50",
+    "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 10",
+    "stream": f"stream {_SMALL} --precision bfloat16 --segments 300",
+    "generate": f"generate {_SMALL} --precision bfloat16 --windows 8 --warmup 1 --rounds 2",
 }
-"""The same on one."""
+"""The same on one, what says most first; each in less than a minute (owed: on a GPU none was timed yet)."""
 
 
 def main() -> None:
@@ -80,10 +91,12 @@ def main() -> None:
     options = parse_options()
     device = torch.device(options.device)
     if options.command == "all":
-        sys.exit(run_all(device, options.folder, options.rows, options.options))
+        sys.exit(run_all(device, options.folder, options.rows, options.options, options.again))
     if options.threads:
         torch.set_num_threads(options.threads)
     setting = Setting(Clock(device, options.clock), options.precision)
+    if device.type == "cuda" and options.precision == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # what is left of float32, as train.py has it
     comparison = options.compare(options, setting)
     machine = measure_machine(setting)
     print(f"\n{comparison.format(machine)}\n")
@@ -125,18 +138,24 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])
     every_row.add_argument("--rows", nargs="*", help=f"only some of {', '.join(ROWS_ON_GPU)}")
+    every_row.add_argument("--again", action="store_true", help="also rows whose results are in the folder already")
     every_row.add_argument("options", nargs="*", help="of all rows, after --, such as -- --threads 1 --clock process")
     options = parser.parse_args(arguments)
     _check(parser, options)
     return options
 
 
-def run_all(device: torch.device, folder: Path, chosen: list[str] | None, options: list[str]) -> int:
+def run_all(
+    device: torch.device, folder: Path, chosen: list[str] | None, options: list[str], again: bool = False
+) -> int:
     """Every row in a process of its own, so that no row finds the memory of another; the exit status.
+
+    A row whose results are there is left out, so that what was stopped goes on.
 
     Args:
         chosen: names of rows; all if not given.
         options: added to those of every row.
+        again: no row is left out.
     """
     rows = ROWS_ON_GPU if device.type == "cuda" else ROWS_ON_CPU
     unknown = set(chosen or []) - rows.keys()
@@ -146,7 +165,11 @@ def run_all(device: torch.device, folder: Path, chosen: list[str] | None, option
     for name, row in rows.items():
         if chosen and name not in chosen:
             continue
-        command = [*shlex.split(row), "--device", str(device), "--json", str(folder / f"{name}.jsonl"), *options]
+        path = folder / f"{name}.jsonl"
+        if path.exists() and not again:
+            print(f"== {name}: already in {path}; --again measures it once more", flush=True)
+            continue
+        command = [*shlex.split(row), "--device", str(device), "--json", str(path), *options]
         print(f"== {name}: python scripts/benchmark.py {shlex.join(command)}", flush=True)
         start = time.perf_counter()
         status = subprocess.run([sys.executable, __file__, *command], check=False).returncode

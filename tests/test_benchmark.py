@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial, partialmethod
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import infformer.training
 
+ROWS = (
+    "step_graphs", "step_graphs_32", "loop_32", "loop_llama", "density", "step_compiled", "step_compiled_32", "step",
+    "step_32", "loop", "step_llama", "density_wide", "step_parts", "read", "layer", "step_windows", "stream",
+    "generate",
+)  # fmt: skip
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LAYER = "--batch 2 --segment 12 --functions 8 --samples 10 --hidden 16 --heads 4 --rounds 3 --warmup 0"
 MODEL = "--layers 2 --hidden 16 --heads 2 --vocabulary 50 --segment 8 --functions 8 --samples 12 --warmup 0"
@@ -126,11 +132,11 @@ class TestArithmetic:
         assert count(lambda: call(literal)) == expected
         assert count(lambda: call(ours)) <= expected
 
-    @pytest.mark.parametrize("kind", ["gpt2", "rotary"])
+    @pytest.mark.parametrize(("kind", "shared"), [("gpt2", None), ("rotary", None), ("rotary", 2)])
     @pytest.mark.parametrize("backward", [False, True])
-    def test_the_backbone_takes_the_products_that_the_formula_says(self, sizes, kind, backward):
+    def test_the_backbone_takes_the_products_that_the_formula_says(self, sizes, kind, shared, backward):
         """This attention computes what it then masks: every token sees the whole segment."""
-        sizes = module("models").model_sizes(Namespace(**options_of(sizes)), kind)
+        sizes = module("models").model_sizes(Namespace(**options_of(sizes), key_value_heads=shared), kind)
         model = module("models").new_model(sizes, kind, memory=False)
         model.set_attn_implementation("eager")
         tokens = torch.randint(70, (3, 10))
@@ -516,6 +522,9 @@ class TestOptions:
 
 
 class TestAllRows:
+    def test_they_are_those_that_are_tried(self, script):
+        assert tuple(script.ROWS_ON_GPU) == ROWS
+
     def test_their_options_are_known(self, script):
         for rows in (script.ROWS_ON_CPU, script.ROWS_ON_GPU):
             for row in rows.values():
@@ -541,3 +550,27 @@ class TestAllRows:
         assert script.run_all(torch.device("cpu"), tmp_path, ["one", "three"], ["--threads", "1"]) == 0
         assert [command[2] for command in commands] == ["read", "layer"]
         assert all(command[-2:] == ["--threads", "1"] for command in commands)
+        commands.clear()
+        (tmp_path / "one.jsonl").write_text("{}\n")
+        assert script.run_all(torch.device("cpu"), tmp_path, ["one", "three"], []) == 0
+        assert [command[2] for command in commands] == ["layer"]  # what was stopped goes on
+        assert script.run_all(torch.device("cpu"), tmp_path, ["one", "three"], [], again=True) == 0
+        assert [command[2] for command in commands] == ["layer", "read", "layer"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ROWS)
+    def test_a_row_of_a_gpu_runs_on_the_processor_too(self, script, run, capsys, monkeypatch, name):
+        """In small; compiled, but by a compiler that needs no other."""
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        row = script.ROWS_ON_GPU[name]
+        small = "--segment 16 --hidden 18 --heads 9 --functions 8 --samples 8 --rounds 2 --warmup 0"
+        small += {"density": "", "read": "", "layer": ""}.get(row.split()[0], " --layers 2 --vocabulary 4096")
+        small += {"stream": " --segments 70", "generate": "", "loop": " --every 2"}.get(row.split()[0], "")
+        small += "" if row.startswith(("stream", "generate")) else " --batch 2"
+        _, lines = run(capsys, f"{row} {small}")
+        ratios = [line["median_ratio"] for line in lines.values() if line["kind"] == "ratio"]
+        assert ratios
+        assert min(ratios) > 0

@@ -54,6 +54,8 @@ class Sizes:
     feed_forward: int = 0
     feed_forward_matrices: int = 2
     """GPT-2 has two, a gated feed-forward part three."""
+    key_value_heads: int = 0
+    """Of grouped queries; 0: as many as heads."""
 
     @property
     def tokens(self) -> int:
@@ -104,7 +106,8 @@ def backbone(sizes: Sizes, backward: bool, window: int = 0) -> Work:
         window: how many tokens each token attends to, itself among them; 0: those before it in its segment.
     """
     d, tokens = sizes.hidden, sizes.tokens
-    weights = 4 * d**2 + sizes.feed_forward_matrices * d * sizes.feed_forward
+    shared = (sizes.key_value_heads or sizes.heads) / sizes.heads
+    weights = 2 * d**2 * (1 + shared) + sizes.feed_forward_matrices * d * sizes.feed_forward
     seen = window or (sizes.segment + 1) / 2
     flops = sizes.layers * tokens * (2 * weights + 4 * d * seen)
     moved = FLOAT * sizes.layers * (weights + 2 * (window or 0) * sizes.batch * d)

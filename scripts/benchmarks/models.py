@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import Cache
 
 from benchmarks.arithmetic import Sizes
@@ -50,27 +50,39 @@ def model_sizes(options: Any, backbone: str) -> Sizes:
         # Three matrices of two thirds of the width weigh as much as two.
         feed_forward=wide if backbone == "gpt2" else 2 * wide // 3,
         feed_forward_matrices=2 if backbone == "gpt2" else 3,
+        key_value_heads=getattr(options, "key_value_heads", None) or 0,
     )
+
+
+def architecture(sizes: Sizes, backbone: str) -> dict[str, Any]:
+    """The fields of a Hugging Face configuration."""
+    if backbone == "rotary":
+        return {"model_type": "llama", **_rotary(sizes)}
+    return {
+        "model_type": "gpt2",
+        "vocab_size": sizes.vocabulary,
+        "n_positions": sizes.segment,
+        "n_embd": sizes.hidden,
+        "n_layer": sizes.layers,
+        "n_head": sizes.heads,
+        "n_inner": sizes.feed_forward,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+def compile_layers(model: Any) -> None:
+    """As train.py does."""
+    if isinstance(model, WindowReader):
+        for layer in model.network.model.layers:
+            layer.compile(dynamic=False)
+    else:
+        model.compile_layers()
 
 
 def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM:
     """A backbone with a sticky memory beside each attention that does contribute something, or without."""
-    network: GPT2LMHeadModel | LlamaForCausalLM
-    if backbone == "gpt2":
-        network = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=sizes.vocabulary,
-                n_positions=sizes.segment,
-                n_embd=sizes.hidden,
-                n_layer=sizes.layers,
-                n_head=sizes.heads,
-                n_inner=sizes.feed_forward,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
-    else:
-        network = LlamaForCausalLM(LlamaConfig(**_rotary(sizes)))
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(sizes, backbone)))
     model = InfformerForCausalLM.from_backbone(
         network, memory_config(sizes) if memory else None, segment_length=sizes.segment
     )
@@ -140,7 +152,7 @@ def _rotary(sizes: Sizes) -> dict[str, Any]:
         "intermediate_size": sizes.feed_forward,
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.heads,
+        "num_key_value_heads": sizes.key_value_heads or sizes.heads,
         "max_position_embeddings": 2**20,
         "tie_word_embeddings": True,
     }

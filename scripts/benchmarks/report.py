@@ -11,6 +11,7 @@ from typing import Any, cast
 from benchmarks.arithmetic import Work
 from benchmarks.machine import Machine
 from benchmarks.measuring import summarize
+from infformer.durable import write_text
 from infformer.results import BenchmarkFigures, BenchmarkLine, BenchmarkOptions
 
 
@@ -58,7 +59,7 @@ class Comparison:
             median, lower, upper = summarize(ratio.values)
             statistics = {"ratio": ratio.values, "median_ratio": median, "quartiles_ratio": [lower, upper]}
             lines.append({**shared, "kind": "ratio", "name": ratio.name, **statistics})
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def format(self, machine: Machine) -> str:
         """Tables to be read, with the floors on this machine."""

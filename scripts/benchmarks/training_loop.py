@@ -1,7 +1,8 @@
 """What train.py adds to a training step: its own step, with everything around it, against the bare one.
 
-After every step of a real run (documents, lanes, offsets, schedule, metrics written at each step) the bare step of a
-second model of the same kind is taken: they take turns by way of the run's tracker, which is called between two steps.
+After every report of a real run (documents, lanes, offsets, schedule, metrics) as many bare steps of a second model of
+the same kind are taken: they take turns by way of the run's tracker, which is called at each report. Where asked for, a
+second run has no memory.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import infformer
-from benchmarks.arithmetic import Sizes
+from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import Setting
 from benchmarks.measuring import Clock, summarize
-from benchmarks.models import memory_config, model_sizes
+from benchmarks.models import BACKBONES, architecture, compile_layers, memory_config, model_sizes
 from benchmarks.report import Comparison, Result, paired
 from benchmarks.training_step import GPT2_SMALL, TrainingStep, add_model_options, work_of_steps
 from infformer.models.loading import load_tokenizer
@@ -34,26 +35,31 @@ class _EnoughError(Exception):
 
 
 class TurnTaker:
-    """A tracker that takes a bare step after every step of the loop."""
+    """A tracker that takes as many bare steps after every report of the loop as it reports.
 
-    def __init__(self, bare_step: TrainingStep, rounds: int, warmup: int, clock: Clock) -> None:
+    Args:
+        bare_step: None: the loop alone is measured.
+        every: steps of a report.
+    """
+
+    def __init__(self, bare_step: TrainingStep | None, every: int, rounds: int, warmup: int, clock: Clock) -> None:
         self.seconds: dict[str, list[float]] = {"train.py": [], "bare step": []}
-        self._bare_step = bare_step
+        self._bare_step, self._every = bare_step, every
         self._turns = rounds + warmup
         self._clock = clock
         self._start = clock.now()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """The loop has taken a step, and has recorded it."""
+        """The loop has taken some steps, and has recorded them."""
         if "train/loss" not in metrics:
             return
         for name in self.seconds:
-            if name == "bare step":
+            for _ in range(self._every if name == "bare step" and self._bare_step is not None else 0):
                 self._bare_step()
             now = self._clock.now()
-            self.seconds[name].append(now - self._start)
+            self.seconds[name].append((now - self._start) / self._every)
             self._start = now
-        if step == self._turns:
+        if step == self._turns * self._every:
             raise _EnoughError
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -71,6 +77,10 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     text = "a training step of train.py, against the bare forward, backward and update of the same model"
     parser = commands.add_parser("loop", help=text, parents=parents)
     add_model_options(parser, **GPT2_SMALL)
+    parser.add_argument("--backbone", choices=BACKBONES, default="gpt2")
+    parser.add_argument("--graphs", action="store_true", help="also replay CUDA graphs, where there is a GPU")
+    parser.add_argument("--every", type=int, default=1, help="steps of a report, after which turns are taken")
+    parser.add_argument("--control", action="store_true", help="then a run without memory too")
     parser.add_argument("--rounds", type=int, default=20)
     parser.set_defaults(compare=compare)
 
@@ -87,46 +97,47 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: train.py cannot be measured here: {error.name} is not installed") from error
 
-    sizes = model_sizes(options, "gpt2")
-    with TemporaryDirectory() as folder:
-        config = _run_config(sizes, setting, options.compile, Path(folder))
-        bare = TrainingStep(build_model(config, load_tokenizer(TOKENIZER)), sizes, setting)
-        if options.compile:
-            bare.model.compile()
-        work = work_of_steps(sizes, [], bare.model)["with memory"]
-        # A run compiles at its first steps, and its first report is of a setting that is still cold.
-        warmup = max(options.warmup, 2)
-        tracker = TurnTaker(bare, options.rounds, warmup, setting.clock)
-        with mock.patch.object(trainer, "open_tracker", return_value=tracker), suppress(_EnoughError):
-            trainer.train(config)
-    seconds = {name: values[warmup:] for name, values in tracker.seconds.items()}
+    sizes = model_sizes(options, options.backbone)
+    # A run compiles at its first steps, and its first reports are of a setting that is still cold.
+    warmup = max(options.warmup, 2, -(-5 // options.every) if options.graphs else 0)
+
+    def measure(memory: bool, beside: bool) -> tuple[dict[str, list[float]], Work]:
+        """The seconds of the loop, and of the bare steps where they are taken beside it; and the work of a step."""
+        with TemporaryDirectory() as folder:
+            config = _run_config(sizes, options, setting, memory, Path(folder))
+            bare = TrainingStep(build_model(config, load_tokenizer(TOKENIZER)), sizes, setting, options.graphs)
+            work = work_of_steps(sizes, [], bare.model)["with memory" if memory else "without"]
+            if options.compile and beside:
+                compile_layers(bare.model)
+            tracker = TurnTaker(bare if beside else None, options.every, options.rounds, warmup, setting.clock)
+            with mock.patch.object(trainer, "open_tracker", return_value=tracker), suppress(_EnoughError):
+                trainer.train(config)
+        return {name: values[warmup:] for name, values in tracker.seconds.items()}, work
+
+    seconds, work = measure(memory=True, beside=True)
+    works, ratios = dict.fromkeys(seconds, work), [paired("train.py / bare step", *seconds.values())]
+    if options.control:
+        alone, works["train.py without memory"] = measure(memory=False, beside=False)
+        seconds["train.py without memory"] = alone["train.py"]
+        ratios.append(paired("train.py with memory / without", seconds["train.py"], alone["train.py"]))
     results = [
-        Result(name, values, work, figures={"tokens_per_second": sizes.tokens / summarize(values).median})
+        Result(name, values, works[name], figures={"tokens_per_second": sizes.tokens / summarize(values).median})
         for name, values in seconds.items()
     ]
-    chosen = {name: getattr(options, name) for name in ("batch", *GPT2_SMALL, "compile")}
-    return Comparison(
-        "loop", chosen, results, [paired("train.py / bare step", seconds["train.py"], seconds["bare step"])]
-    )
+    names = ("backbone", "batch", *GPT2_SMALL, "compile", "graphs", "every")
+    return Comparison("loop", {name: getattr(options, name) for name in names}, results, ratios)
 
 
-def _run_config(sizes: Sizes, setting: Setting, compiled: bool, folder: Path) -> RunConfig:
-    """A run on as many novels as there are lanes, which reports every step and measures nothing else."""
+def _run_config(sizes: Sizes, options: argparse.Namespace, setting: Setting, memory: bool, folder: Path) -> RunConfig:
+    """A run on as many novels as there are lanes, which measures nothing but its training."""
     from infformer.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
     from infformer.data.options import DataConfig
 
     return RunConfig(
         model=ModelConfig(
-            architecture={
-                "model_type": "gpt2",
-                "vocab_size": sizes.vocabulary,
-                "n_positions": sizes.segment,
-                "n_embd": sizes.hidden,
-                "n_layer": sizes.layers,
-                "n_head": sizes.heads,
-            },
+            architecture=architecture(sizes, options.backbone),
             tokenizer=TOKENIZER,
-            memory=memory_config(sizes),
+            memory=memory_config(sizes) if memory else None,
         ),
         data=DataConfig(
             source="sample",
@@ -141,8 +152,8 @@ def _run_config(sizes: Sizes, setting: Setting, compiled: bool, folder: Path) ->
             batch_size=sizes.batch,
             segment_length=sizes.segment,
             precision=setting.precision,
-            compile=compiled,
-            log_every=1,
+            compile="graphs" if options.graphs and setting.device.type == "cuda" else options.compile,
+            log_every=options.every,
             evaluate_every=None,
             checkpoint_every=None,
         ),

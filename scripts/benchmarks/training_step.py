@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, su
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
+    compile_layers,
     model_sizes,
     new_model,
     new_window_model,
@@ -34,20 +36,26 @@ class TrainingStep:
 
     Args:
         model: reads a segment, `model(tokens, targets=…, state=…, noise=…, return_logits=False)`.
+        graphs: replay the passes, as `training.compile=graphs` does; on CUDA alone.
     """
 
-    def __init__(self, model: Any, sizes: Sizes, setting: Setting) -> None:
+    def __init__(self, model: Any, sizes: Sizes, setting: Setting, graphs: bool = False) -> None:
         self.model = model.to(setting.device).train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device.type == "cuda")
         self._sizes = sizes
         self._setting = setting
         self._memory: Any = None
+        self._recorder = self._new_recorder() if graphs and setting.device.type == "cuda" else None
 
     def __call__(self) -> None:
         device = self._setting.device
         tokens = random_tokens(self._sizes, device)
         samples = self.model.noise_size
         offsets = torch.rand(self._sizes.batch, samples, device=device) if samples else None
+        if self._recorder is not None:
+            self._memory = self._recorder(tokens, self._memory, offsets)
+            self.update()
+            return
         with self._setting.autocast():
             output = self.model(
                 tokens[:, :-1],
@@ -59,6 +67,33 @@ class TrainingStep:
         output.loss.backward()
         self.update()
         self._memory = without_graph(output.state)
+
+    def _new_recorder(self) -> Callable[..., Any]:
+        """Makes passes, from tokens, what is remembered and offsets to what is remembered then."""
+        from infformer.data.segments import Segment
+        from infformer.training.recording import Recorder
+        from infformer.training.step import Microbatch, make_pass
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            with self._setting.autocast():
+                return self.model(*arguments, **options)
+
+        one: Any = SimpleNamespace(
+            device=self._setting.device, num_processes=1, gradient_accumulation_steps=1, backward=Tensor.backward
+        )
+        recorder = Recorder(self.model, make_pass(one, cast(Any, forward)))
+        rows, length = self._sizes.batch, self._sizes.segment
+        numbers = torch.arange(rows, device=self._setting.device)
+        lengths = torch.full_like(numbers, length)
+
+        def make(tokens: Tensor, memory: Any, offsets: Tensor | None) -> Any:
+            memory = self.model.initial_state(rows) if memory is None else memory
+            segment = Segment(
+                tokens[:, :-1], tokens[:, 1:], lengths, numbers < 0, numbers, numbers, numbers, numbers, rows * length
+            )
+            return recorder(Microbatch([segment], memory, [offsets], [None], 0), rows * length, True).memory
+
+        return make
 
     def update(self) -> None:
         """Clip, step, and forget the gradients."""
@@ -76,6 +111,7 @@ def add_model_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
     parser.add_argument("--segment", type=int, default=defaults["segment"])
     parser.add_argument("--functions", type=int, default=defaults["functions"], help="N, basis functions")
     parser.add_argument("--samples", type=int, default=defaults["samples"], help="M, points where the past is sampled")
+    parser.add_argument("--key-value-heads", type=int, help="of the rotary backbone; as many as heads without")
     parser.add_argument("--batch", type=int, default=1)
 
 
@@ -93,6 +129,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--windows", type=int, nargs="*", default=[], help="also with attention to so many segments (rotary backbone)"
     )
+    parser.add_argument("--graphs", action="store_true", help="also replay CUDA graphs, where there is a GPU")
     parser.add_argument("--parts", action="store_true", help="also what the parts of the step with memory take")
     parser.add_argument("--rounds", type=int, default=10)
     parser.set_defaults(compare=compare)
@@ -112,8 +149,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     torch.manual_seed(0)
     sizes = model_sizes(options, options.backbone)
     steps = {
-        "with memory": TrainingStep(new_model(sizes, options.backbone, memory=True), sizes, setting),
-        "without": TrainingStep(new_model(sizes, options.backbone, memory=False), sizes, setting),
+        name: TrainingStep(new_model(sizes, options.backbone, memory=memory), sizes, setting, options.graphs)
+        for name, memory in (("with memory", True), ("without", False))
     }
     for window in options.windows:
         evaluator = WindowReader(new_window_model(sizes, window * sizes.segment))
@@ -122,9 +159,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     parts = new_parts(ours, sizes, setting, options.compile) if options.parts else {}
     if options.compile:
         for step in steps.values():
-            step.model.compile()
-    # The windows have to be full.
-    warmup = max(options.warmup, *(window + 1 for window in options.windows), 2)
+            compile_layers(step.model)
+    # The windows have to be full, and what is recorded is so after some steps.
+    warmup = max(options.warmup, *(window + 1 for window in options.windows), 5 if options.graphs else 2)
     contestants = {name: Contestant(step) for name, step in steps.items()}
     contestants |= {name: Contestant(part) for name, part in parts.items()}
     seconds = take_turns(contestants, options.rounds, warmup, setting.clock)
@@ -157,7 +194,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     profiles = {}
     if options.profile:
         profiles = {name: profile_table(steps[name], setting.device) for name in ("with memory", "without")}
-    chosen = {name: getattr(options, name) for name in ("backbone", "batch", *GPT2_SMALL, "windows", "compile")}
+    chosen = {
+        name: getattr(options, name) for name in ("backbone", "batch", *GPT2_SMALL, "windows", "compile", "graphs")
+    }
     return Comparison("step", chosen, results, ratios, profiles)
 
 
