@@ -6,15 +6,17 @@ import logging
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -470,9 +472,16 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         """
         torch._dynamo.config.optimize_ddp = False
         memories = set(self.layer_memories().values())
+        kinds: dict[Hashable, list[nn.Module]] = {}
         for layer in self.sharding_units():
             if layer not in memories:
-                _compile_for_training(layer)
+                hooked = [name for name, part in layer.named_modules() if part._forward_hooks]
+                kinds.setdefault((type(layer), *hooked), []).append(layer)
+        if isinstance(self, FSDPModule) and len(kinds) > 1:
+            logger.warning("layers of %d kinds whose weights are cut up are not compiled", len(kinds))
+            return
+        for layers in kinds.values():
+            _compile_for_training(layers)
 
     def checkpoint_activations(self) -> None:
         """Compute each layer anew in the backward pass instead of keeping what is inside it: less memory, more time."""
@@ -495,14 +504,23 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         return function
 
 
-def _compile_for_training(layer: nn.Module) -> None:
-    layer.compile(dynamic=False)
-    compiled, eager = cast(Callable[..., Any], layer._compiled_call_impl), layer._call_impl
+def _compile_for_training(layers: list[nn.Module]) -> None:
+    """Compile layers of one kind, with graphs of their own: nobody else's are taken for theirs.
 
-    def call(*args: Any, **options: Any) -> Any:
-        return (compiled if layer.training else eager)(*args, **options)
+    Graphs are kept by the code that they were made of, and are not told apart by hooks.
+    """
 
-    layer._compiled_call_impl = call
+    def call(layer: nn.Module, *args: Any, **options: Any) -> Any:
+        return layer._call_impl(*args, **options)
+
+    call.__code__ = call.__code__.replace()
+    compiled = torch.compile(call, dynamic=False)
+
+    def choose(layer: nn.Module, *args: Any, **options: Any) -> Any:
+        return (compiled if layer.training else call)(layer, *args, **options)
+
+    for layer in layers:
+        layer._compiled_call_impl = partial(choose, layer)
 
 
 def _next_cache(read: SegmentRead, before: SegmentCache | None, length: int) -> SegmentCache:

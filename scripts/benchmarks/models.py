@@ -72,12 +72,8 @@ def architecture(sizes: Sizes, backbone: str) -> dict[str, Any]:
 
 
 def compile_layers(model: Any) -> None:
-    """As train.py does."""
-    if isinstance(model, WindowReader):
-        for layer in model.network.model.layers:
-            layer.compile(dynamic=False)
-    else:
-        model.compile_layers()
+    """As train.py does; a model with a longer window as its users would."""
+    model.compile() if isinstance(model, WindowReader) else model.compile_layers()
 
 
 def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM:

@@ -1,6 +1,6 @@
 """What torch.compile makes of a model: one graph, whatever the segment; and layers of one kind share theirs."""
 
-from functools import partialmethod
+from functools import partial
 
 import pytest
 import torch
@@ -40,6 +40,7 @@ def own(memory: MemoryConfig | None, positions: str = "relative") -> DecoderForC
 
 MODELS = {
     "gpt2": lambda: sticky(AutoModelForCausalLM.from_config(LAYERS["gpt2"])),
+    "gpt2 with memories in some layers": lambda: sticky(AutoModelForCausalLM.from_config(LAYERS["gpt2"]), [1, 3]),
     "llama": lambda: sticky(AutoModelForCausalLM.from_config(LAYERS["llama"])),
     "decoder without memory": lambda: own(None),
     "decoder with a short-term memory": lambda: own(MemoryConfig()),
@@ -50,9 +51,9 @@ CASES = [([0, 0], [8, 8]), ([0, 0], [8, 8]), ([1, 0], [8, 8]), ([0, 0], [8, 5]),
 """Rows that begin a document, and real tokens: first and later segments, a reset row, a short last segment."""
 
 
-def sticky(stock: nn.Module) -> MemoryModel:
+def sticky(stock: nn.Module, layers: list[int] | None = None) -> MemoryModel:
     memory = LongTermMemoryConfig(**MEMORY, sticky=True, sticky_bins=16)
-    model = InfformerForCausalLM.from_backbone(stock, memory, None, SEGMENT).eval()
+    model = InfformerForCausalLM.from_backbone(stock, memory, layers, SEGMENT).eval()
     for layer in model.memories:
         nn.init.normal_(layer.output.weight, std=0.1)
     return model
@@ -84,7 +85,9 @@ def assert_all_cases_equal(compiled: MemoryModel, model: MemoryModel) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(MODELS)[1:])])
+@pytest.mark.parametrize(
+    "kind", [*list(MODELS)[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(MODELS)[2:])]
+)
 def test_layers_with_their_memories_share_one_graph_forward_and_one_backward(kind, monkeypatch):
     """Over resets, beginnings and a short last segment; and what only reads compiles nothing."""
     torch.manual_seed(0)
@@ -101,21 +104,22 @@ def test_layers_with_their_memories_share_one_graph_forward_and_one_backward(kin
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=count("forward"), bw_compiler=count("backward"))
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     counted.compile_layers()
     assert_all_cases_equal(counted, model)
     counted.eval()
     with torch.no_grad():
         for rows in (2, 3):
             counted(torch.randint(VOCABULARY, (rows, SEGMENT)))
-    assert graphs == {"forward": 1, "backward": 1}
+    kinds = 2 if kind == "gpt2 with memories in some layers" else 1
+    assert graphs == {"forward": kinds, "backward": kinds}
 
 
 def test_layers_that_are_computed_again_are_not_compiled(monkeypatch):
     torch.manual_seed(0)
     model, counted = (MODELS["gpt2"]().train() for _ in range(2))
     counted.load_state_dict(model.state_dict())
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=pytest.fail))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=pytest.fail))
     counted.checkpoint_activations()
     counted.compile_layers()
     assert_all_cases_equal(counted, model)

@@ -14,13 +14,12 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from functools import partialmethod
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 import torch.distributed
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from infformer.errors import UserError
@@ -59,7 +58,7 @@ def run(rank, port, config, fault, outcome) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     trainer.plot_run = language_modelling.plot_results = lambda results: []
     trainer.train_step = disturbed(trainer.train_step, fault)
-    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # in seconds, and without a C++ compiler
+    torch.compile = partial(torch.compile, backend="aot_eager")  # in seconds, and without a C++ compiler
     error = None
     try:
         trainer.train(config)
