@@ -4,6 +4,7 @@ import os
 
 # Before the libraries are imported: nothing here may reach for the network, and workers side by side share the cores.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.pop("HF_HUB_OFFLINE", None)  # what happens without a network is tried by tests of their own
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
@@ -52,6 +53,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             metadata.distribution(mark.args[0])
         except metadata.PackageNotFoundError:
             pytest.skip(f"{mark.args[0]} is not installed")
+    if item.get_closest_marker("processor") and torch.accelerator.is_available():
+        pytest.skip("tried on the processor, where the accelerator is hidden: CUDA_VISIBLE_DEVICES= python -m pytest")
 
 
 @pytest.fixture(scope="session")

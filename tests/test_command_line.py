@@ -101,7 +101,10 @@ def eval_refused(refused, texts, model_folder, token_cache, tmp_path) -> Refused
     ("option", "says"),
     [
         ("training.max_stepz=3", ["training.max_stepz=3", "did you mean training.max_steps?"]),
-        ("training.precision=float16", ["training.precision=float16", "use bfloat16 or float32"]),
+        pytest.param(
+            *("training.precision=float16", ["training.precision=float16", "use bfloat16 or float32"]),
+            marks=pytest.mark.processor,
+        ),
         ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 0"]),
         ("training.batch_size=64", ["training.batch_size=64", "smaller batch"]),
         ("training.batch_size=3", ["training.batch_size=3", "training.gradient_accumulation=2", "multiple of 2"]),
@@ -146,7 +149,9 @@ def test_a_tokenizer_of_another_model_is_refused(train_refused, tokenizer, tmp_p
     ("option", "says"),
     [
         ("control=false", ["control=false", "did you mean controls?"]),
-        ("precision=float16", ["precision=float16", "use bfloat16 or float32"]),
+        pytest.param(
+            *("precision=float16", ["precision=float16", "use bfloat16 or float32"]), marks=pytest.mark.processor
+        ),
         ("segment_length=17", ["segment_length=17", "16"]),
         ("tokenizer=./nowhere", ["tokenizer=./nowhere", "no such folder"]),
     ],

@@ -90,6 +90,7 @@ def by_hand(checkpoint, data, tokenizer) -> Callable[..., float]:
         config = InfformerForCausalLM.config_class.from_pretrained(checkpoint)
         config.segment_length = options.get("segment_length", 16)
         model = InfformerForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         documents = tokenize_documents(data, "test", tokenizer)
         protocol = ReadingProtocol(**{"segment_length": 16, **options})
         return evaluate(Evaluator(model=model, protocol=protocol), documents)["nll"]

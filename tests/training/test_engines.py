@@ -21,6 +21,7 @@ from infformer.training import trainer
 from infformer.training.metrics import read_metrics
 from infformer.training.trainer import TrainingStopped
 
+pytestmark = pytest.mark.processor
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
 STOPPED_AFTER = {"zero3": 3, "fsdp2": 4, "zero2": 6, "ddp": 7}

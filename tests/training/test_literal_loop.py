@@ -32,6 +32,7 @@ SEGMENT, LANES, PARTS, BPTT, VISIT, SEED = 16, 4, 2, 2, 3, 5
 STEPS, WARMUP, FINAL = 4, 2, 0.1
 CLIPPING, DECAY, BETAS, EPSILON = 0.5, 0.1, (0.8, 0.95), 1e-3
 RATE, MEMORY_RATE = 3e-3, 2e-2
+pytestmark = pytest.mark.processor
 MEMORY = {
     "basis_functions": 8,
     "widths": [0.05, 0.1],

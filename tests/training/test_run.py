@@ -78,7 +78,7 @@ class TestTheFolder:
         same = configure(finished, EVERYTHING)
         assert config == OmegaConf.to_container(OmegaConf.structured(same), resolve=True)
         versions = json.loads((finished / "versions.json").read_text())
-        assert versions["torch"] == torch.__version__
+        assert torch.__version__.split("+")[0] == versions["torch"].split("+")[0]  # not every build says for which card
         assert versions.keys() >= {"python", "git_revision", "infformer", "transformers", "accelerate", "datasets"}
 
     def test_metrics_are_of_every_step_and_validation(self, finished):
@@ -175,12 +175,12 @@ class TestTheFinalFigures:
             "training.checkpoint_every": None,
             "schedule.warmup_steps": 1,
             "schedule.name": "constant",
-            "optimizer.learning_rate": 1.0,
-            "optimizer.memory_learning_rate": 1.0,
+            "optimizer.learning_rate": 10.0,
+            "optimizer.memory_learning_rate": 10.0,
             "evaluation.inspected_segments": 2,
         }
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Figure, "savefig", lambda figure, path, **_: None)  # nobody looks at it
+            patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())  # nobody looks at it
             train(configure(folder, changes))
         return folder
 
