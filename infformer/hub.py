@@ -1,6 +1,7 @@
 """Whether the Hugging Face hub has something, asked briefly: its libraries would try a dead network for minutes."""
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -23,6 +24,28 @@ class HubError(UserError, ValueError):
     """The hub answers that it has no such thing, or not for everyone."""
 
 
+class SilentHubError(HubError):
+    """The hub does not answer."""
+
+
+def ask_briefly(ask: Callable[[], object]) -> Exception | None:
+    """What asking the hub raises, within its time; None if it answers."""
+    answers: list[Exception | None] = []
+
+    def note() -> None:
+        try:
+            ask()
+            answers.append(None)
+        except Exception as error:
+            answers.append(error)
+
+    # In a thread that may be left behind: looking up a name can hang for longer than any timeout of a connection.
+    thread = threading.Thread(target=note, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answers[0] if answers else SilentHubError(f"{constants.ENDPOINT} does not answer within {PATIENCE:.0f} s")
+
+
 @cache
 def problem_with_the_hub(kind: Literal["dataset", "model"], name: str, option: str) -> str | None:
     """What keeps a dataset or a model from being downloaded, in words; None if the hub answers that it has it.
@@ -33,24 +56,11 @@ def problem_with_the_hub(kind: Literal["dataset", "model"], name: str, option: s
     Raises:
         HubError: the hub answers that there is no such thing, or that it is not for everyone.
     """
-    answers: list[BaseException | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE)
-            answers.append(None)
-        except Exception as error:
-            answers.append(error)
-
-    # In a thread that may be left behind: looking up a name can hang for longer than any timeout of a connection.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if not answers:
-        return f"{constants.ENDPOINT} does not answer within {PATIENCE:.0f} s"
-    answer = answers[0]
+    answer = ask_briefly(lambda: HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE))
     if answer is None:
         return None
+    if isinstance(answer, SilentHubError):
+        return str(answer)
     if isinstance(answer, GatedRepoError):
         raise HubError(
             f"{option}={name}: the hub gives this {kind} only to those who asked for it; ask on its page, then log in "

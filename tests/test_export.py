@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shlex
+import socket
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
+from infformer import hub
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.models.memories import attach_memories
@@ -123,6 +126,18 @@ def test_what_is_no_checkpoint_is_not_exported(export, tmp_path):
     message = export(tmp_path / "empty", tmp_path / "out")
     assert f"checkpoint={tmp_path / 'empty'}: this folder is no model" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_on_a_hub_that_never_answers_ends_in_a_sentence(export, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    hub.problem_with_the_hub.cache_clear()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        message = export("opnai/gpt2", tmp_path / "out")
+    hub.problem_with_the_hub.cache_clear()
+    assert message.startswith(f"error: checkpoint=opnai/gpt2: {endpoint} does not answer within")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("what", ["backbone", "memories"])

@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from infformer.errors import ModelError
-from infformer.hub import HubError
+from infformer.hub import HubError, ask_briefly
 from infformer.memory.memory import DerivedBuffers, Earlier, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
@@ -340,6 +340,12 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             HubError: the hub cannot be reached, or takes nothing from this user.
         """
         hub = HfApi(token=token)
+        problem = ask_briefly(hub.whoami)
+        if problem is not None:
+            raise HubError(
+                f"repo_id={repo_id}: the hub does not say who you are ({problem}); log in with hf auth login, or "
+                "give a token="
+            ) from problem
         with tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
             try:
@@ -354,8 +360,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
                 )  # fmt: skip
             except Exception as error:  # whatever its client, or the network below it, raises
                 raise HubError(
-                    f"repo_id={repo_id}: this could not be put on the hub ({error}); log in with hf auth login, and "
-                    "choose a name that is yours, <owner>/<name>"
+                    f"repo_id={repo_id}: this could not be put on the hub ({error}); choose a name that is yours, "
+                    "<owner>/<name>, and a token= that may write there"
                 ) from error
 
     def _freeze(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
+import infformer.hub
 from infformer.errors import UserError
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.card import model_card
@@ -120,6 +122,7 @@ class TestTheHub:
             hub.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
             return f"https://hub/{repo_id}"
 
+        monkeypatch.setattr(HfApi, "whoami", lambda *_, **__: {"name": "someone"})
         monkeypatch.setattr(HfApi, "create_repo", create_repo)
         monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
         monkeypatch.setattr(HfApi, "file_exists", lambda *_, **__: hub.has_card)
@@ -143,8 +146,15 @@ class TestTheHub:
             raise OSError("401: who are you?")
 
         monkeypatch.setattr(HfApi, "upload_folder", refuse)
-        with pytest.raises(UserError, match=r"repo_id=whales: .*who are you.*hf auth login"):
+        with pytest.raises(UserError, match=r"repo_id=whales: .*who are you.*a name that is yours"):
             model.push_to_hub("whales")
+
+    def test_a_hub_that_never_answers_is_not_waited_for(self, model, monkeypatch):
+        monkeypatch.setattr(infformer.hub, "PATIENCE", 0.2)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            monkeypatch.setattr(HfApi, "whoami", lambda api: socket.create_connection(silent.getsockname()).recv(1))
+            with pytest.raises(UserError, match=r"repo_id=whales: .*does not answer.*hf auth login"):
+                model.push_to_hub("whales")
 
     def test_saving_does_not_push_past_the_card(self, model, tmp_path):
         with pytest.raises(UserError, match=r"call model\.push_to_hub"):
