@@ -436,7 +436,7 @@ class Source(TypedDict):
     tokens_back: int
     """How many tokens before the stretch it begins."""
     share: float
-    """Of all that the heads of all layers looked at."""
+    """Of all in the memory that the heads of all layers looked at."""
     even_share: float
     """What that would be if they looked everywhere alike."""
     text: str

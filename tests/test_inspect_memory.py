@@ -99,7 +99,7 @@ def test_tokens_are_blue_where_the_memory_gained_and_orange_where_it_cost():
     assert '<span style="background: rgba(0, 114, 178, 0.38)" title="+1.00 nats">&lt;a&gt;</span>' in shown
     assert '<span style="background: rgba(213, 94, 0, 0.19)" title="-0.50 nats"> b</span>' in shown
     assert "Tokens 1,100 to 1,102: +0.250 nats per token." in shown
-    assert "1,100 tokens before, 25.0% of all that was looked at (evenly it would be 12.5%)" in shown
+    assert "1,100 tokens before, 25.0% of all in the memory that was looked at (evenly it would be 12.5%)" in shown
     assert "<blockquote>a &amp; b</blockquote>" in shown
 
 

@@ -270,11 +270,12 @@ class SignalInstruments:
             )
 
     def sources(self, reads: Sequence[LayerRead], queries: slice) -> list[tuple[int, int, float]]:
-        """The passages that some tokens of a segment look at most: first token, end, and share of all that is seen."""
+        """The passages that some tokens of a segment look at most: first token, end, share of all that is in memory."""
         size = max(PASSAGE, -(-len(self.pasts[0].places) // PASSAGES))
         shares = torch.stack(
             [past.looked_at(_part(_reading(read), queries), size) for read, past in zip(reads, self.pasts, strict=True)]
         ).mean(0)
+        shares /= shares.sum()  # densities may reach beyond the memory's ends
         ends = [min((passage + 1) * size, len(self.pasts[0].places)) for passage in range(len(shares))]
         best = sorted(range(len(shares)), key=lambda passage: -float(shares[passage]))[:SHOWN]
         found: list[tuple[int, int, float]] = []

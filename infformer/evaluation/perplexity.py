@@ -93,7 +93,7 @@ def _cost(evaluator: Evaluator, seconds: float, tokens: int) -> Cost:
     return {
         "seconds_per_token": seconds * processes.world_size / tokens,
         "state_bytes": sum(tensor.nbytes for tensor in read.state.named_tensors().values()),
-        "window_bytes": evaluator.protocol.segment_length * _bytes_of_a_token(read.segment_cache),
+        "window_bytes": evaluator.protocol.segment_length * _bytes_of_a_token(read.segment_cache.attention),
         "batch_size": evaluator.batch_size,
         "processes": processes.world_size,
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",

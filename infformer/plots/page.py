@@ -147,8 +147,9 @@ def _show_stretch(heading: str, stretch: Stretch) -> str:
         parts.append("<p>While they were read, the heads looked most at these passages:</p>")
     for source in stretch["sources"]:
         parts.append(
-            f"<p>{source['tokens_back']:,} tokens before, {source['share']:.1%} of all that was looked at (evenly it "
-            f"would be {source['even_share']:.1%}):</p>\n<blockquote>{html.escape(source['text'])}</blockquote>"
+            f"<p>{source['tokens_back']:,} tokens before, {source['share']:.1%} of all in the memory that was looked "
+            f"at (evenly it would be {source['even_share']:.1%}):</p>\n"
+            f"<blockquote>{html.escape(source['text'])}</blockquote>"
         )
     return "\n".join(parts)
 

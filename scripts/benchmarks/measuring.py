@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from infformer.progress import follow
+
 
 def _nothing() -> None:
     pass
@@ -64,7 +66,7 @@ def take_turns(contestants: dict[str, Contestant], rounds: int, warmup: int, clo
         warmup: rounds before those that count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(warmup + rounds):
+    for _ in follow(range(warmup + rounds), "measuring", "rounds", warmup + rounds):
         for name, contestant in contestants.items():
             contestant.prepare()
             start = clock.now()
