@@ -130,6 +130,6 @@ def import_peft(lora: LoraConfig) -> Any:
     except ImportError as error:
         raise ModelError(
             f"model.lora.rank={lora.rank} needs peft: pip install 'infformer[peft]' (in a checkout: pip install -e "
-            "'.[peft]'); or set it to null"
+            "'.[peft]')"
         ) from error
     return peft

@@ -111,7 +111,11 @@ def load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
     if path.is_dir():
         name = str(path)
         if "tokenizer" not in option and not (path / "config.json").is_file():
-            raise ModelError(f"{option}={name}: this folder is no model, it has no config.json")
+            alone = (
+                "; it holds memories alone: begin a run with them by model.memories=, or give them to attach_memories"
+            )
+            hint = alone if (path / "memories.json").is_file() else ""
+            raise ModelError(f"{option}={name}: this folder is no model, it has no config.json{hint}")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"{option}={name}: there is no such folder (seen from {Path.cwd()})")
     else:

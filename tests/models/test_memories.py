@@ -15,6 +15,7 @@ from infformer.errors import ModelError
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
+from infformer.models.loading import load_trained
 from infformer.models.memories import attach_memories, load_memories, save_memories
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -115,6 +116,11 @@ def test_a_folder_that_holds_no_memories_is_refused(folder, tmp_path):
         damage()
         with pytest.raises(ModelError, match=f"model.memories={place}: .*{said}"):
             attach_memories(place, stock())
+
+
+def test_a_folder_of_memories_is_no_model_to_be_measured(folder):
+    with pytest.raises(ModelError, match=f"checkpoint={folder}: .* it holds memories alone: .* model.memories=, or"):
+        load_trained(str(folder))
 
 
 def test_weights_that_are_not_those_of_the_folder_are_refused(folder):
