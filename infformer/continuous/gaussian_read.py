@@ -91,7 +91,8 @@ def _can_use_triton(mean: Tensor, values: Tensor) -> bool:
         return False
     from infformer.continuous import gaussian_read_triton
 
-    return values.dtype != torch.float64 and values.shape[-1] <= gaussian_read_triton.LARGEST_SIZE
+    fits = values.shape[-1] * values.dtype.itemsize <= gaussian_read_triton.LARGEST_VALUE
+    return values.dtype != torch.float64 and fits
 
 
 class _Expectation(NamedTuple):

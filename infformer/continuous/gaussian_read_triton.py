@@ -38,15 +38,17 @@ class Tile(NamedTuple):
     """How many tiles are on their way from memory at once."""
 
 
-LARGEST_SIZE = 256
-"""Of a value; larger ones do not fit beside each other into a multiprocessor."""
+LARGEST_VALUE = 512
+"""Bytes of a value; tiles of larger ones do not fit beside each other into the memory of a multiprocessor."""
 
 
 def tiles(values: Tensor) -> tuple[Tile, Tile]:
     """Those of the forward and of the backward pass: as large as registers hold without spilling (sm_90)."""
     size = _padded(values.shape[-1])
-    if values.dtype == torch.float32 or size > 128:
-        return (Tile(64, 32, 8, 1) if size > 128 else Tile(64, 32, 4, 2)), Tile(64, 32, 8, 1)
+    if size > 128:
+        return Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
+    if values.dtype == torch.float32:
+        return Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)
     return Tile(128, 64, 8, 2), Tile(64, 64 if size <= 64 else 32, 4, 2)
 
 
@@ -319,7 +321,7 @@ def _bounds(mean, variance, real, axis: tl.constexpr):
 @triton.jit
 def _zeros_of_a_product(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Zeros that lie in registers as a product does: what is computed from them is multiplied where it is."""
-    return tl.dot(tl.zeros((ROWS, 16), tl.bfloat16), tl.zeros((16, COLUMNS), tl.bfloat16)) * 0.0
+    return tl.dot(tl.zeros((ROWS, 16), tl.float16), tl.zeros((16, COLUMNS), tl.float16)) * 0.0
 
 
 @triton.jit
