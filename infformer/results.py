@@ -509,6 +509,8 @@ class BenchmarkFigures(TypedDict, total=False):
     """What else was measured or counted of a contestant, each figure where it makes sense."""
 
     tokens_per_second: float
+    first_call_seconds: float
+    """Of the first call, in which all is compiled."""
     multiplications_per_token: float
     bytes: float
     memory_bytes: int

@@ -162,6 +162,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
             compile_layers(step.model)
     # The windows have to be full, and what is recorded is so after some steps.
     warmup = max(options.warmup, *(window + 1 for window in options.windows), 5 if options.graphs else 2)
+    first = {name: take_turns({name: Contestant(step)}, 1, 0, setting.clock)[name][0] for name, step in steps.items()}
     contestants = {name: Contestant(step) for name, step in steps.items()}
     contestants |= {name: Contestant(part) for name, part in parts.items()}
     seconds = take_turns(contestants, options.rounds, warmup, setting.clock)
@@ -175,7 +176,11 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
             name,
             seconds[name],
             work[name],
-            figures={"tokens_per_second": tokens[name], "peak_extra_bytes": peaks[name]},
+            figures={
+                "tokens_per_second": tokens[name],
+                "first_call_seconds": first[name],
+                "peak_extra_bytes": peaks[name],
+            },
         )
         for name in steps
     ]
