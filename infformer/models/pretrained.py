@@ -8,6 +8,7 @@ told again what it was told the first time.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ from infformer.models.chunked_loss import cross_entropy
 from infformer.models.linear_loss import can_fuse, linear_token_losses
 from infformer.models.past import Past, PastLayer
 from infformer.models.segment_cache import SegmentCache, copy_cache
+
+logger = logging.getLogger(__name__)
 
 
 class InfformerConfig(PreTrainedConfig):
@@ -403,6 +406,12 @@ class InfformerForCausalLM(MemoryModel):
         except ModelError:  # of a stock model without such layers, which no memory stands beside
             layers = []
         return [*layers, *self.memories]
+
+    def compile_layers(self) -> None:
+        if self._seen:
+            logger.warning("layers behind a short-term memory are not compiled: each would be compiled by itself")
+            return
+        super().compile_layers()
 
     def _check_places(self, memory: MemoryConfig, segment_length: int) -> None:
         if memory.key_values and self.positions is not None and memory.key_values + segment_length > self.positions:

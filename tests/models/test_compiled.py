@@ -115,6 +115,16 @@ def test_layers_with_their_memories_share_one_graph_forward_and_one_backward(kin
     assert graphs == {"forward": kinds, "backward": kinds}
 
 
+def test_layers_behind_a_short_term_memory_are_not_compiled(monkeypatch):
+    """Of a pretrained model, which tells each its number."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=pytest.fail))
+    config = LlamaConfig(**{**LAYERS["llama"].to_dict(), "max_position_embeddings": 3 * SEGMENT})
+    stock = AutoModelForCausalLM.from_config(config)
+    model = InfformerForCausalLM.from_backbone(stock, MemoryConfig(short_term_length=SEGMENT), None, SEGMENT).train()
+    model.compile_layers()
+    model(torch.randint(VOCABULARY, (2, SEGMENT)))
+
+
 def test_layers_that_are_computed_again_are_not_compiled(monkeypatch):
     torch.manual_seed(0)
     model, counted = (MODELS["gpt2"]().train() for _ in range(2))
