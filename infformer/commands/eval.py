@@ -72,9 +72,9 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     results = evaluation.measure(config.checkpoint)
     assert results is not None  # there are documents, or none are asked for
     if accelerator.is_main_process:
-        evaluation.report(results, folder)
+        drawn = evaluation.report(results, folder)
         write_record(config, folder)
-        print(f"written to {folder / 'results.json'}")
+        print(f"written to {folder / 'results.json'}" + (f", drawn in {drawn[0].parent}" if drawn else ""))
 
 
 if __name__ == "__main__":
