@@ -45,10 +45,13 @@ class LayerRead(NamedTuple):
     attended: Tensor | None = None
     """What self-attention returned, [batch, length, hidden]; None likewise."""
 
-    @classmethod
-    def of(cls, memory: MemoryOutput, hidden: Tensor, attended: Tensor, inside: bool) -> LayerRead:
+    @staticmethod
+    def of(memory: MemoryOutput, hidden: Tensor, attended: Tensor, inside: bool) -> LayerRead:
         """All of it, or without what is inside: what nobody wants need not be held until the pass is over."""
-        return cls(memory, hidden, attended) if inside else cls(memory._replace(projected=None))
+        if inside:
+            return LayerRead(memory, hidden, attended)
+        # Made by its class: what `_replace` makes cannot leave a compiled layer in every version of PyTorch.
+        return LayerRead(MemoryOutput(memory.state, memory.context, memory.losses, memory.reading))
 
 
 class SegmentRead(NamedTuple):
