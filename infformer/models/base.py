@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -517,17 +516,20 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
 def _compile_for_training(layers: list[nn.Module]) -> None:
     """Compile layers of one kind, with graphs of their own: nobody else's are taken for theirs.
 
-    Graphs are kept by the code that they were made of, and are not told apart by hooks: so this kind has a copy of its
-    own of the code that calls a module.
+    Graphs are kept by the code that they were made of, and are not told apart by hooks.
     """
-    copied = FunctionType(nn.Module._call_impl.__code__.replace(), nn.Module._call_impl.__globals__, "call")
 
-    def choose(compiled: Callable[..., Any], layer: nn.Module, *args: Any, **options: Any) -> Any:
-        return (compiled if layer.training else layer._call_impl)(*args, **options)
+    def call(layer: nn.Module, *args: Any, **options: Any) -> Any:
+        return layer._call_impl(*args, **options)
+
+    call.__code__ = call.__code__.replace()
+    compiled = torch.compile(call, dynamic=False)
+
+    def choose(layer: nn.Module, *args: Any, **options: Any) -> Any:
+        return (compiled if layer.training else call)(layer, *args, **options)
 
     for layer in layers:
-        compiled = torch.compile(MethodType(copied, layer), dynamic=False)
-        layer._compiled_call_impl = partial(choose, compiled, layer)
+        layer._compiled_call_impl = partial(choose, layer)
 
 
 def _next_cache(read: SegmentRead, before: SegmentCache | None, length: int) -> SegmentCache:
