@@ -116,7 +116,7 @@ class Recorder:
 
     def _record(self, microbatch: Microbatch, scored_tokens: Tensor) -> _Recording:
         try:
-            replay, result = record(lambda: self._compute(microbatch, scored_tokens))
+            replay, result = record(lambda: self._compute(microbatch, scored_tokens), self._stream)
         except RuntimeError as error:
             raise RecordingError(
                 "training.compile=graphs: this model cannot be recorded, as it waits for the device while it computes "
@@ -126,10 +126,13 @@ class Recorder:
         return _Recording(replay, microbatch, scored_tokens, result, gradients)
 
 
-def record(compute: Callable[[], PassResult]) -> tuple[Callable[[], None], PassResult]:
+def record(
+    compute: Callable[[], PassResult], stream: torch.cuda.Stream | None
+) -> tuple[Callable[[], None], PassResult]:
     """A function that does on the device what a call would have done there, and where it leaves the outputs."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads of this process, such as the one that reads ahead, may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # On the stream of the passes before: what is left of them belongs to it. Other threads of this process, such as the
+    # one that reads ahead, may allocate meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = compute()
     return graph.replay, result

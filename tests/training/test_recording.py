@@ -32,7 +32,7 @@ def records(monkeypatch) -> list[int]:
         begin(recorder, *arguments)
         made.append(recorder)
 
-    def record(compute: Callable[[], PassResult]) -> tuple[Callable[[], None], PassResult]:
+    def record(compute: Callable[[], PassResult], stream: None) -> tuple[Callable[[], None], PassResult]:
         parameters, number = made[-1]._parameters, len(replays)
         replays.append(0)
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
@@ -91,7 +91,7 @@ def test_recorded_passes_make_the_same_steps(configure, train, tmp_path, monkeyp
 
 
 def test_what_cannot_be_recorded_says_so(configure, train, tmp_path, monkeypatch, records):
-    def record(compute: Callable[[], PassResult]) -> None:
+    def record(compute: Callable[[], PassResult], stream: None) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(recording, "record", record)
