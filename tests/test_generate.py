@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from infformer.models.pretrained import InfformerForCausalLM
 from infformer.models.read_files import load_read_text, save_read_text
 from infformer.training.command_line import compose
 
+ROOT = Path(__file__).parents[1]
 SEGMENT, TEXT = 16, "The white whale rose, and nobody on board had ever seen it before. " * 5
 
 
@@ -133,3 +136,15 @@ def test_a_document_without_text_is_refused(generate, tmp_path, text, said):
         (tmp_path / "book.txt").write_bytes(text)
     with pytest.raises(UserError, match=f"document=.*{said}"):
         generate(document=f"{tmp_path}/book.txt")
+
+
+def test_what_the_page_shows_of_writing_after_a_book_runs(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "tiny" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "outputs" / "tiny" / "checkpoints" / "best").symlink_to(checkpoint)
+    (tmp_path / "book.txt").write_text(TEXT)
+    page = (ROOT / "docs" / "any_model.md").read_text(encoding="utf-8")
+    section = page.split("\n## Reading a book, then writing\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(code, {})
+    assert "The whale, which nobody" in capsys.readouterr().out

@@ -43,13 +43,18 @@ LARGEST_VALUE = 512
 
 
 def tiles(values: Tensor) -> tuple[Tile, Tile]:
-    """Those of the forward and of the backward pass: as large as registers hold without spilling (sm_90)."""
+    """Those of the forward and of the backward pass: as large as registers hold without spilling (sm_90).
+
+    For values of 64 numbers of two bytes they are the quickest of seven and of eight that an H200 was tried with.
+    """
     size = _padded(values.shape[-1])
     if size > 128:
         return Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
     if values.dtype == torch.float32:
         return Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)
-    return Tile(128, 64, 8, 2), Tile(64, 64 if size <= 64 else 32, 4, 2)
+    if size > 64:
+        return Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)
+    return Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)
 
 
 def read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor, values: Tensor) -> Tensor:
