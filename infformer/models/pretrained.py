@@ -200,9 +200,9 @@ def _told(attachments: Sequence[_Attachment], calls: Sequence[_LayerCall | None]
 
 
 @contextmanager
-def _one_text_a_row() -> Iterator[None]:
+def _one_text_a_row(device: torch.device) -> Iterator[None]:
     """Within it transformers does not look for several texts in a row, for which it would wait for the device."""
-    if torch.compiler.is_compiling():
+    if device.type == "cpu" or torch.compiler.is_compiling():
         yield
         return
     answers = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda *tensors: False}
@@ -349,7 +349,7 @@ class InfformerForCausalLM(MemoryModel):
         for number, (attachment, layer) in enumerate(zip(self._attachments, state.layers, strict=True)):
             own = context if segment_cache is None else context._replace(earlier=segment_cache.memories[number])
             calls.append(_LayerCall(attachment.memory, layer, own, shared, return_intermediates, past))
-        with _told(self._attachments, calls), _one_text_a_row():
+        with _told(self._attachments, calls), _one_text_a_row(input_ids.device):
             if self.config.head_is_known:
                 read = self.backbone.base_model(input_ids, **options)
                 hidden = read.last_hidden_state
