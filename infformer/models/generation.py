@@ -223,6 +223,13 @@ class Writer(nn.Module, GenerationMixin):
             return {"input_ids": input_ids, "attention_mask": attention_mask}
         return {"input_ids": input_ids[:, -(next_sequence_length or 1) :], "state": state}
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> dict[str, Any]:
+        """Not every version of transformers hands on what it finds under this name."""
+        kept = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *arguments, **options)
+        return {**kept, "state": outputs["state"]}
+
     def _reorder_cache(self, state: list[_Rows], beams: Tensor) -> list[_Rows]:
         """Choose rows, as beam search does, each among those of its own prompt."""
         return [
