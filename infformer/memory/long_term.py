@@ -409,7 +409,8 @@ class LongTermMemory(Memory):
                 placing = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
             else:
                 placing = self._split_heads(_project(self.key, coefficients))
-            return Projected(placing, self._split_heads(_project(self.value, coefficients.to(operands))))
+            values = self._split_heads(_project(self.value, coefficients.to(operands)))
+            return Projected(placing, values.contiguous())  # which many tokens read, one by one
 
     def read(self, hidden: Tensor, state: LongTermState, projected: Projected | None = None) -> Reading:
         """What tokens of a segment see of the past segments; exactly zero where the memory is empty.
