@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_a_document_and_a_prompt_are_one_text(generate, tmp_path):
     assert both == generate(prompt=f"{TEXT}Then")
     assert both != generate(prompt="Then")
     assert both != generate(prompt=f"{TEXT}Then", seed=1)
+
+
+def test_the_command_writes_and_ends(checkpoint, monkeypatch, capsys):
+    from infformer.commands.generate import main
+
+    typed = [f"checkpoint={checkpoint}", "prompt='The white whale'", "tokens=3"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *typed])
+    main()
+    assert capsys.readouterr().out.strip()
 
 
 def test_what_was_read_is_asked_again_without_reading_it(generate, tmp_path):

@@ -58,7 +58,8 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         except UserError as error:
             sys.exit(f"error: {error}")
         running = False
-        folders.append(Path(str(composed.output_dir)))
+        if name == "train":
+            folders.append(Path(str(composed.output_dir)))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
