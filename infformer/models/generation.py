@@ -211,17 +211,11 @@ class Writer(nn.Module, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def prepare_inputs_for_generation(  # type: ignore[override] # whose arguments differ between versions
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        state: list[_Rows] | None = None,
-        attention_mask: Tensor | None = None,
-        **ignored: Any,
-    ) -> dict[str, Any]:
-        if state is None:
-            return {"input_ids": input_ids, "attention_mask": attention_mask}
-        return {"input_ids": input_ids[:, -(next_sequence_length or 1) :], "state": state}
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All of the prompts at first, and then what was written since; transformers names the arguments."""
+        if (state := kwargs.get("state")) is None:
+            return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+        return {"input_ids": input_ids[:, -(kwargs.get("next_sequence_length") or 1) :], "state": state}
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
