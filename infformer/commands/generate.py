@@ -63,7 +63,7 @@ def run(config: GenerationRunConfig) -> None:
 def _read(model: MemoryModel, document: torch.Tensor, length: int, before: ReadText | None) -> ReadText:
     begin = time.perf_counter()
     read = read_text(model, document, length, before, progress=True)
-    size = 0 if read.state is None else sum(tensor.nbytes for tensor in read.state.named_tensors().values())
+    size = 0 if read.state is None else read.state.nbytes
     logger.info(
         "read %s tokens in %.1f s; what is remembered of them takes %.1f MiB",
         f"{len(document):,}",

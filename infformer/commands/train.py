@@ -10,13 +10,22 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
+from pathlib import Path
+
 from infformer.config import CONF, RunConfig
-from infformer.training.command_line import start
+from infformer.training.command_line import end_of_sweep, start
 
 
 def main() -> None:
-    """Compose the configuration, check it, run it."""
-    start("train", RunConfig, CONF, train)
+    """Compose the configuration, check it, run it; a sweep ends with a table of its runs."""
+    folders: list[Path] = []
+
+    def run(config: RunConfig) -> None:
+        train(config)
+        folders.append(Path(config.output_dir))
+
+    if start("train", RunConfig, CONF, run):
+        print(end_of_sweep(folders), flush=True)
 
 
 def train(config: RunConfig) -> None:

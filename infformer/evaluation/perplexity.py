@@ -92,7 +92,7 @@ def _cost(evaluator: Evaluator, seconds: float, tokens: int) -> Cost:
     on_gpu = model.device.type == "cuda"
     return {
         "seconds_per_token": seconds * processes.world_size / tokens,
-        "state_bytes": sum(tensor.nbytes for tensor in read.state.named_tensors().values()),
+        "state_bytes": read.state.nbytes,
         "window_bytes": evaluator.protocol.segment_length * _bytes_of_a_token(read.segment_cache.attention),
         "batch_size": evaluator.batch_size,
         "processes": processes.world_size,

@@ -27,6 +27,11 @@ class MemoryState:
 
         return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.named_tensors().values())
+
     def detach(self) -> Self:
         """The same values, without the graph that made them."""
         return self.map_tensors(Tensor.detach)

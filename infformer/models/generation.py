@@ -100,7 +100,9 @@ def read_on(
     room = segment_length - (0 if cache is None else cache.length)
     pieces = [tokens[:, :room], *tokens[:, room:].split(segment_length, dim=1)]
     pieces = [piece for piece in pieces if piece.shape[1]]
-    for number, piece in enumerate(follow(pieces, "reading", "segments", len(pieces), progress and len(pieces) > 1)):
+    # One token alone is nothing to follow, and is what is read most often.
+    followed = follow(pieces, "reading", "segments", len(pieces)) if progress and len(pieces) > 1 else pieces
+    for number, piece in enumerate(followed):
         is_last = number == len(pieces) - 1
         is_whole = (0 if cache is None else cache.length) + piece.shape[1] == segment_length
         output = model(piece, state=state, segment_cache=cache, use_cache=not is_whole, return_logits=is_last)

@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from infformer.models.adapters import LoraConfig, is_of_adapter
 from infformer.models.backbone import key_value_shape
 from infformer.models.base import stored_memory
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.read_files import beginning
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +167,7 @@ def _fingerprint(backbone: PreTrainedModel) -> int:
     checksum = 0
     for name, parameter in backbone.named_parameters():
         if not is_of_adapter(name):
-            first = parameter.detach().flatten()[:64].to("cpu", torch.float32)
-            checksum = zlib.crc32(first.numpy().tobytes(), checksum)
+            checksum = zlib.crc32(beginning(parameter), checksum)
     return checksum
 
 

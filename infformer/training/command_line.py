@@ -33,7 +33,7 @@ class OptionError(UserError, ValueError):
     """An option that there is not, or that cannot have this value."""
 
 
-def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], None]) -> None:
+def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], None]) -> bool:
     """Compose what the command line asks for, check it, and run it; an error that a user can mend ends in a sentence.
 
     Args:
@@ -42,11 +42,13 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         conf: the folder of the groups.
         run: what is done with it; with `--multirun` several times.
 
+    Returns:
+        Whether several runs were asked for.
+
     Raises:
         SystemExit: an option or something else that a user can mend is wrong.
     """
     register_schemas()
-    folders: list[Path] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here: Hydra's own words about them would mislead
     running = False
 
@@ -58,8 +60,6 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         except UserError as error:
             sys.exit(f"error: {error}")
         running = False
-        if name == "train":
-            folders.append(Path(str(composed.output_dir)))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
@@ -69,11 +69,10 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         arguments = get_args_parser().parse_args()
         conf = Path(arguments.config_path or conf)
         sys.exit(f"error: {explain(error, arguments.config_name or name, kind, conf, arguments.overrides)}")
-    if name == "train" and get_args_parser().parse_args().multirun:
-        print(_end_of_sweep(folders), flush=True)
+    return bool(get_args_parser().parse_args().multirun)
 
 
-def _end_of_sweep(folders: Sequence[Path]) -> str:
+def end_of_sweep(folders: Sequence[Path]) -> str:
     """The table of all runs, or how to have one where they were made elsewhere, as by SLURM."""
     from infformer.training.sweep import write_summary  # this loads for seconds
 

@@ -133,7 +133,7 @@ def tensor_bytes(memory: Any) -> int:
         return 0
     if isinstance(memory, Cache):
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in memory.layers)
-    return sum(tensor.nbytes for tensor in memory.named_tensors().values())
+    return memory.nbytes
 
 
 def random_tokens(sizes: Sizes, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.streaming import EvaluationError
-from infformer.training.command_line import _end_of_sweep
+from infformer.training.command_line import end_of_sweep
 from infformer.training.sweep import SweepError, format_sweep, read_runs, summarise_runs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -164,12 +164,12 @@ def test_the_script_prints_the_table_and_draws_it(four, run, tmp_path, monkeypat
 
 
 def test_a_sweep_ends_with_the_table_and_where_it_lies(four, run, tmp_path):
-    said = _end_of_sweep(four)
+    said = end_of_sweep(four)
     assert "model.memory=sticky long_term" in said
     assert said.endswith(f"drawn in {tmp_path / 'summary' / 'summary.png'}")
-    assert "python scripts/summarise.py" in _end_of_sweep([])  # by SLURM, somewhere else
+    assert "python scripts/summarise.py" in end_of_sweep([])  # by SLURM, somewhere else
     begun = run("begun", {"seed": 0}, None)
-    assert "there is no table of its runs: no run has its results yet" in _end_of_sweep([begun])
+    assert "there is no table of its runs: no run has its results yet" in end_of_sweep([begun])
 
 
 @pytest.mark.slow
