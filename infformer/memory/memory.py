@@ -95,6 +95,9 @@ class MemoryOutput(NamedTuple):
     """How the memory was read, in the kind's own terms, for its instruments."""
     projected: Any = None
     """What it made of its state in order to read it: the next tokens of the segment get it back in `Earlier`."""
+    pending: Any = None
+    """What `write_by_losses` writes, tensors [batch, …]; None where `state` is what the memory holds after the segment.
+    """
 
 
 class DerivedBuffers(nn.Module):
@@ -118,6 +121,8 @@ class Memory(nn.Module):
     """Random numbers that a row takes for each segment in training."""
     loss_weights: dict[str, float] = {}  # noqa: RUF012, nobody changes it
     """Weights of the auxiliary losses, by their names."""
+    needs_losses: bool = False
+    """Whether it is told the losses of the tokens that it writes, by `write_by_losses`."""
     is_signal: bool = False
     """Whether the past is a continuous signal that is read by densities: then more can be shown of it."""
 
@@ -147,6 +152,20 @@ class Memory(nn.Module):
                 floating type.
             state: before it.
             shared: what `prepare` returned.
+        """
+        raise NotImplementedError
+
+    def write_by_losses(self, state: Any, pending: Any, losses: Tensor) -> MemoryState:
+        """Write a segment once the losses of its tokens are known, which is when all layers have read it.
+
+        No weight may be used here, as an engine may have cut them up again: what depends on them stands in `pending`.
+
+        Args:
+            state: what `forward` returned.
+            pending: likewise.
+            losses: of each token that is written, as the tokens before it in its segment predicted it, in nats,
+                [batch, length], without a graph. The first of a segment, which none predicted, has the mean of the
+                others.
         """
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -73,6 +73,17 @@ class ShortTermState(MemoryState):
     short_term: Queue
     behind: Any
     """The state of the memory behind it; None without one."""
+    losses: Queue | None
+    """Of the tokens of these hidden states, in nats; None where the memory behind does not ask for them."""
+
+
+class PendingWrite(NamedTuple):
+    """What waits for the losses of a segment's tokens."""
+
+    complete: Tensor
+    """Rows whose segment is complete, bool [batch]."""
+    behind: Any
+    """What the memory behind will write."""
 
 
 class ShortTermMemory(Memory):
@@ -91,10 +102,12 @@ class ShortTermMemory(Memory):
         self.behind = behind
         if behind is not None:
             self.noise_size, self.loss_weights = behind.noise_size, behind.loss_weights
+            self.needs_losses = behind.needs_losses
 
     def initial_state(self, batch: int) -> ShortTermState:
         queue = Queue.empty(batch, self.length, self.numbers)
-        return ShortTermState(queue, None if self.behind is None else self.behind.initial_state(batch))
+        behind = None if self.behind is None else self.behind.initial_state(batch)
+        return ShortTermState(queue, behind, Queue.empty(batch, self.length, 1) if self.needs_losses else None)
 
     def prepare(self, state: ShortTermState, context: SegmentContext) -> Any:
         return None if self.behind is None else self.behind.prepare(state.behind, context)
@@ -117,9 +130,20 @@ class ShortTermMemory(Memory):
             # All of a segment leaves, or nothing: the length is a multiple of the segment's.
             complete = complete & (state.short_term.filled == self.length)
         if self.behind is None:
-            return MemoryOutput(ShortTermState(queue, None))
+            return MemoryOutput(replace(state, short_term=queue))
         behind = self.behind(hidden, state.behind, context._replace(complete=complete, leaving=leaving), shared)
-        return behind._replace(state=ShortTermState(queue, behind.state))
+        after = replace(state, short_term=queue, behind=behind.state)
+        if self.needs_losses and context.complete is not None:
+            return behind._replace(state=after, pending=PendingWrite(context.complete, behind.pending))
+        return behind._replace(state=after)
+
+    def write_by_losses(self, state: ShortTermState, pending: PendingWrite, losses: Tensor) -> ShortTermState:
+        """What leaves was read earlier, and so were its losses."""
+        assert self.behind is not None
+        assert state.losses is not None
+        queue, leaving = state.losses.push(losses.unsqueeze(-1), pending.complete)
+        behind = self.behind.write_by_losses(state.behind, pending.behind, leaving.squeeze(-1))
+        return replace(state, behind=behind, losses=queue)
 
     def without_past(self, state: ShortTermState) -> MemoryState:
         """What stands behind it is emptied; this memory only if nothing does."""
@@ -136,7 +160,8 @@ class ShortTermMemory(Memory):
     def shuffle_time(self, state: ShortTermState, shuffle: Any) -> ShortTermState:
         """That of each memory apart."""
         behind = None if self.behind is None else self.behind.shuffle_time(state.behind, shuffle)
-        return ShortTermState(state.short_term.shuffle_time(), behind)
+        losses = None if state.losses is None else state.losses.shuffle_time()
+        return replace(state, short_term=state.short_term.shuffle_time(), behind=behind, losses=losses)
 
 
 @dataclass(frozen=True)
@@ -175,7 +200,7 @@ class KeyValueMemory(ShortTermMemory):
     def initial_state(self, batch: int) -> KeyValueState:
         empty = super().initial_state(batch)
         sinks, written = torch.zeros(batch, self.sinks, self.numbers), torch.zeros(batch, dtype=torch.int64)
-        return KeyValueState(empty.short_term, empty.behind, sinks, written)
+        return KeyValueState(empty.short_term, empty.behind, empty.losses, sinks, written)
 
     def kept(self, hidden: Tensor, context: SegmentContext) -> Tensor:
         assert context.key_values is not None
@@ -196,9 +221,8 @@ class KeyValueMemory(ShortTermMemory):
 
     def forward(self, hidden: Tensor, state: Any, context: SegmentContext, shared: Any) -> MemoryOutput:
         output = super().forward(hidden, state, context, shared)
-        after = cast(ShortTermState, output.state)
-        sinks, written = state.sinks, state.written
         if context.complete is not None:
+            sinks, written = state.sinks, state.written
             assert context.key_values is not None
             pair = KeyValues(*(part[:, :, : self.sinks] for part in context.key_values))
             whole = context.whole(hidden)
@@ -206,9 +230,6 @@ class KeyValueMemory(ShortTermMemory):
             begins = (context.complete & (written == 0)).view(-1, 1, 1)
             sinks = torch.where(begins, first, sinks)
             written = written + whole.shape[1] * context.complete
-        return output._replace(state=KeyValueState(after.short_term, after.behind, sinks, written))
-
-    def shuffle_time(self, state: Any, shuffle: Any) -> KeyValueState:
-        """That of each memory apart; the first tokens stay the first."""
-        shuffled = super().shuffle_time(state, shuffle)
-        return KeyValueState(shuffled.short_term, shuffled.behind, state.sinks, state.written)
+            after = cast(KeyValueState, output.state)
+            return output._replace(state=replace(after, sinks=sinks, written=written))
+        return output

@@ -51,7 +51,9 @@ class LayerRead(NamedTuple):
         if inside:
             return LayerRead(memory, hidden, attended)
         # Made by its class: what `_replace` makes cannot leave a compiled layer in every version of PyTorch.
-        return LayerRead(MemoryOutput(memory.state, memory.context, memory.losses, memory.reading))
+        return LayerRead(
+            MemoryOutput(memory.state, memory.context, memory.losses, memory.reading, pending=memory.pending)
+        )
 
 
 class SegmentRead(NamedTuple):
@@ -147,7 +149,10 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         shared = next((found for found in prepared if found is not None), None)
         inside = return_intermediates or use_cache  # what the layers saw
         read = self.read_segment(input_ids, state, context, shared, inside, segment_cache, use_cache)
-        after = ModelState(tuple(layer.memory.state for layer in read.layers))
+        kept: tuple[tuple[Tensor, Tensor], ...] = ()  # what is scored when the segment is complete
+        if any(memory.needs_losses for memory in memories):
+            kept = (*(() if segment_cache is None else segment_cache.scored), (read.hidden, input_ids))
+        after = self._state_after(memories, read.layers, kept)
         auxiliary = self._auxiliary_losses(memories, read.layers, lengths)
         refuse_second_backward(read.hidden, after)
         output = MemoryModelOutput(
@@ -156,7 +161,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             intermediates=read.layers if return_intermediates else None,
         )
         if use_cache and context.complete is None:
-            output.segment_cache = _next_cache(read, segment_cache, cached + input_ids.shape[1])
+            output.segment_cache = _next_cache(read, segment_cache, cached + input_ids.shape[1], kept)
         if labels is not None:
             targets = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
@@ -460,6 +465,32 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             return None
         return torch.ones(batch, dtype=torch.bool, device=self.device) if lengths is None else lengths == length
 
+    def _state_after(
+        self, memories: list[Memory], layers: tuple[LayerRead, ...], kept: tuple[tuple[Tensor, Tensor], ...]
+    ) -> ModelState:
+        """What the memories hold after a segment, those among them that had to wait for its losses.
+
+        Args:
+            kept: last hidden states and tokens of the segment, in pieces.
+        """
+        states = [layer.memory.state for layer in layers]
+        waiting = [number for number, layer in enumerate(layers) if layer.memory.pending is not None]
+        if waiting:
+            hidden, tokens = (torch.cat(pieces, dim=1) for pieces in zip(*kept, strict=True))
+            losses = self._losses_within(hidden, tokens)
+            for number in waiting:
+                pending = layers[number].memory.pending
+                states[number] = memories[number].write_by_losses(states[number], pending, losses)
+        return ModelState(tuple(states))
+
+    @torch.no_grad()
+    def _losses_within(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Nats of each token of a segment, [batch, length]; the first has the mean of the others."""
+        following = F.pad(tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
+        losses = self.segment_losses(hidden, following)[:, :-1]
+        mean = losses.sum(1, keepdim=True) / max(1, losses.shape[1])
+        return torch.cat([mean, losses], dim=1)
+
     def _auxiliary_losses(
         self, memories: list[Memory], layers: tuple[LayerRead, ...], lengths: Tensor | None
     ) -> dict[str, Tensor]:
@@ -532,14 +563,16 @@ def _compile_for_training(layers: list[nn.Module]) -> None:
         layer._compiled_call_impl = partial(choose, layer)
 
 
-def _next_cache(read: SegmentRead, before: SegmentCache | None, length: int) -> SegmentCache:
+def _next_cache(
+    read: SegmentRead, before: SegmentCache | None, length: int, scored: tuple[tuple[Tensor, Tensor], ...]
+) -> SegmentCache:
     """What is kept of a segment of which so many tokens have been read."""
     memories = []
     for number, layer in enumerate(read.layers):
         assert layer.hidden is not None
         pieces = () if before is None else before.memories[number].hidden
         memories.append(Earlier((*pieces, layer.hidden), layer.memory.projected))
-    return SegmentCache(read.attention, tuple(memories), length)
+    return SegmentCache(read.attention, tuple(memories), length, scored)
 
 
 def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryConfig | None:

@@ -21,6 +21,8 @@ class SegmentCache(NamedTuple):
     """What each layer keeps that has a memory, in their order."""
     length: int
     """How many tokens these are."""
+    scored: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Last hidden states and tokens, in pieces, where a memory asks for losses when the segment is complete."""
 
     def select_rows(self, index: Tensor) -> Self:
         """The rows that `index` (int64, [k], with repetitions if wished) names, in its order."""
@@ -30,8 +32,10 @@ class SegmentCache(NamedTuple):
             attention.reorder_cache(cast(LongTensor, index))
         else:
             attention = tuple(tensor.index_select(0, index) for tensor in attention)
-        memories = tree_map_only(Tensor, lambda tensor: tensor.index_select(0, index), self.memories)
-        return self._replace(attention=attention, memories=memories)
+        memories, scored = tree_map_only(
+            Tensor, lambda tensor: tensor.index_select(0, index), (self.memories, self.scored)
+        )
+        return self._replace(attention=attention, memories=memories, scored=scored)
 
 
 CacheT = TypeVar("CacheT", bound=Cache)

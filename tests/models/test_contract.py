@@ -74,6 +74,34 @@ class RunningMean(Memory):
         return state  # a mean knows no order
 
 
+@dataclass
+class LossMeanConfig(MemoryConfig):
+    """The same mean, in which a token counts as much as it was not expected."""
+
+    kind: ClassVar[str] = "loss_mean"
+
+    def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        return [LossMean(hidden_size) for _ in range(layers)]
+
+
+class LossMean(RunningMean):
+    needs_losses = True
+
+    def forward(self, hidden: Tensor, state: MeanState, context: SegmentContext, shared: Any) -> MemoryOutput:
+        read = super().forward(hidden, state, context._replace(complete=None), shared)
+        if context.complete is None:
+            return read
+        return read._replace(pending=(context.complete, context.written(hidden).to(state.mean)))
+
+    def write_by_losses(self, state: MeanState, pending: tuple[Tensor, Tensor], losses: Tensor) -> MeanState:
+        complete, hidden = pending
+        new = (hidden * losses.unsqueeze(-1)).mean(1).to(state.mean)
+        segments = state.segments + 1
+        return state.replace_rows(
+            complete, MeanState(state.mean + (new - state.mean) / segments.unsqueeze(-1), segments)
+        )
+
+
 SEGMENT, VOCABULARY, SAMPLES = 6, 50, 16
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 BACKBONES = {
@@ -120,13 +148,22 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "short-term and uniform slots": long_term(SEGMENT, read="slots", contraction="uniform"),
     "running mean": RunningMeanConfig(0),
     "short-term and running mean": RunningMeanConfig(SEGMENT),
+    "loss mean": LossMeanConfig(0),
+    "short-term and loss mean": LossMeanConfig(SEGMENT),
 }
 """Every kind; of the long-term memory's options each, but not each with each."""
 IN = {
-    "relative": ("short-term", "compressive", "long-term", "short-term and sticky moments"),
+    "relative": ("short-term", "compressive", "long-term", "short-term and sticky moments", "loss mean"),
     "rotary": ("none", "most used", "uniform sticky", "short-term and uniform slots", "short-term and running mean"),
     "gpt2": ("none", "long-term", "running mean"),
-    "llama": ("sticky moments", "uniform slots", "short-term", "short-term and sticky moments"),
+    "llama": (
+        "sticky moments",
+        "uniform slots",
+        "short-term",
+        "short-term and sticky moments",
+        "loss mean",
+        "short-term and loss mean",
+    ),
 }
 MODELS = {f"{kind}, {name}": (kind, MEMORIES[name]) for kind, names in IN.items() for name in names}
 REMEMBERING = {name: model for name, model in MODELS.items() if model[1] is not None}
@@ -340,14 +377,17 @@ class TestRows:
         assert_same_state(before, given)
 
     def test_a_row_without_its_memory_reads_as_a_new_row_and_is_written_as_always(self, model):
-        """Row 0 does; row 1 reads as always. What the first layer writes depends on no memory's reading."""
+        """Row 0 does; row 1 reads as always. What the first layer writes depends on no reading, but through losses."""
         state, segment = state_after(model), tokens(seed=5)
         read_without = model(segment, state=state, without_memory=torch.tensor([True, False]))
         fresh, went_on = model(segment), model(segment, state=state)
         assert torch.equal(read_without.logits[0], fresh.logits[0])
         assert torch.equal(read_without.logits[1], went_on.logits[1])
-        for layer, expected in list(zip(read_without.state.layers, went_on.state.layers, strict=True))[:1]:
-            assert_same_state(layer, expected)
+        first = list(zip(model.layer_memories().values(), read_without.state.layers, went_on.state.layers, strict=True))
+        for memory, layer, expected in first[:1]:
+            assert_same_row(layer, expected, 1)
+            if not memory.needs_losses:
+                assert_same_state(layer, expected)
         both = model(segment, state=state, without_memory=torch.tensor([True, True])).auxiliary_losses
         assert both.get("divergence") == fresh.auxiliary_losses.get("divergence")
         none = model(segment, state=state, without_memory=torch.tensor([False, False]))
@@ -706,6 +746,26 @@ class TestSaving:
         """It runs the first forward pass without a graph: the memory would lose its gradient and nobody would know."""
         with pytest.raises(UserError, match="use_reentrant"):
             own.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@of({name: model for name, model in MODELS.items() if isinstance(model[1], LossMeanConfig)})
+def test_a_memory_is_told_what_its_tokens_were_worth_when_they_are_written(own, monkeypatch):
+    """Losses within the segment; those of what leaves a short-term memory are of the segment in which it was read."""
+    told: list[Tensor] = []
+    literal = LossMean.write_by_losses
+
+    def write(memory: LossMean, state: MeanState, pending: Any, losses: Tensor) -> MeanState:
+        told.append(losses)
+        return literal(memory, state, pending, losses)
+
+    monkeypatch.setattr(LossMean, "write_by_losses", write)
+    expected = [torch.zeros(2, SEGMENT)] * (own.short_term_length // SEGMENT)
+    for output, segment in zip(read(own, document(3)), document(3), strict=True):
+        losses = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), segment[:, 1:].flatten(), reduction="none")
+        losses = losses.view(2, -1)
+        expected.append(torch.cat([losses.mean(1, keepdim=True), losses], dim=1))
+    found = told[:: len(own.layer_memories())]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected[:3]))
 
 
 def test_a_memory_is_the_same_beside_a_pretrained_model_and_in_the_decoder(monkeypatch):
