@@ -401,6 +401,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_place("output_dir", self.output_dir)
+        self.output_dir = self.output_dir.replace("${name}", self.name)  # which in Python nobody has filled in
         if self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name}: give the run a name, which its folder in outputs/ has too")
         if self.resume == "":

@@ -10,12 +10,13 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
+import logging
 from pathlib import Path
 
 import torch
 
 from infformer.config import CONF, EvaluationRunConfig
-from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.data.tokenization import TokenizedDocuments, beginning_of_documents, tokenize_documents
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.tasks.task import Material
@@ -24,6 +25,8 @@ from infformer.training.building import processes_of
 from infformer.training.command_line import start
 from infformer.training.folder import check_that_it_may_be_written, evaluation_folder, held, write_record
 from infformer.training.runtime import Accelerator, EngineError, init_distributed, resolve_engine
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -67,6 +70,8 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     if tokenizer is not None:
         first = accelerator.main_process_first()
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
+        if accelerator.is_main_process:
+            logger.info(beginning_of_documents(config.data, tokenizer))
     material = Material(evaluator, tokenizer, documents, config.data, controls=config.controls)
     evaluation = config.task.build_evaluation(material)
     results = evaluation.measure(config.checkpoint)

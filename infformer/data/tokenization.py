@@ -188,6 +188,18 @@ class TokenizedDocuments:
             )
 
 
+def beginning_of_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before the text of every document, in words: a chat model's token may surprise there.
+
+    Raises:
+        DataError: the tokenizer has no such token, and one is asked for.
+    """
+    if not config.beginning_of_document:
+        return "no token stands before a document (data.beginning_of_document=false)"
+    token = tokenizer.convert_ids_to_tokens(_first_token(tokenizer))
+    return f"every document begins with the token {token} (data.beginning_of_document=false: with its text)"
+
+
 def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Names what would be made; other documents, other options or another tokenizer give another name."""
     parts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from infformer.harness.generation import GenerationOptions, write_text
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.progress import follow
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -37,7 +40,7 @@ class InfformerLM(TemplateLM):
         short_term_length: tokens of a decoder's short-term memory; None: as in training.
         precision: autocast type; float32 for none.
         batch_size: texts read side by side, at most; the figures do not depend on it.
-        device: such as `cuda:0`; None: the accelerator if there is one.
+        device: such as `cuda:0`; None, or CUDA where there is none: the accelerator if there is one, else the CPU.
         others: of the harness's own models; they are an error here.
 
     Raises:
@@ -79,6 +82,9 @@ class InfformerLM(TemplateLM):
                 "end-of-sequence token, from which the first token of a text could be predicted: give it a bos_token"
             )
         length = model.choose_segment_length(segment_length)
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logger.info("device=%s: there is no CUDA device here, so another is taken", device)
+            device = None  # the harness's command asks for CUDA wherever nothing else is asked for
         place = torch.accelerator.current_accelerator(check_available=True) if device is None else device
         try:
             model.to("cpu" if place is None else place)  # type: ignore[arg-type] # whose decorator hides its own self

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from infformer.errors import ModelError
 from infformer.memory.options import MemoryConfig
@@ -154,8 +154,15 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or of a model on the hub."""
-    tokenizer = load(AutoTokenizer, model_folder(name), option)
+    """The tokenizer of a folder or of a model on the hub; of a folder that does not say which kind it is, a GPT-2's."""
+    folder = model_folder(name)
+    files = {file.name for file in Path(folder).expanduser().glob("*")}
+    is_bare = {"vocab.json", "merges.txt"} <= files and not files & {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    tokenizer = load(GPT2Tokenizer if is_bare else AutoTokenizer, folder, option)
     if len(tokenizer) < 2:
         raise ModelError(
             f"{option}={name}: the tokenizer there is empty; give a folder with tokenizer.json or vocab.json"

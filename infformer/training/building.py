@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.config import RunConfig
 from infformer.data.options import SPLITS
-from infformer.data.tokenization import TokenizedDocuments, tokenize_documents, warn_of_shared_documents
+from infformer.data.tokenization import (
+    TokenizedDocuments,
+    beginning_of_documents,
+    tokenize_documents,
+    warn_of_shared_documents,
+)
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.models.base import MemoryModel
@@ -24,6 +30,8 @@ from infformer.models.loading import (
 from infformer.models.memories import load_memories
 from infformer.tasks.task import Material
 from infformer.training.runtime import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> MemoryModel:
@@ -107,6 +115,7 @@ def build_material(
                 documents[split] = tokenize_documents(config.data, split, tokenizer, first)
                 documents[split].check_vocabulary(model.vocabulary_size)
         if accelerator.is_main_process:
+            logger.info(beginning_of_documents(config.data, tokenizer))
             warn_of_shared_documents(documents)
     return Material(
         evaluator=Evaluator(

@@ -375,6 +375,7 @@ class Trainer:
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
         self.tracker.log_text("sample", text, step)
+        logger.info("step %d  sample: %s", step, text)
 
     def _record(self, metrics: dict[str, float]) -> None:
         MetricsLog(self.folder / "metrics.jsonl").write(self.progress.step, self.progress.tokens, **metrics)

@@ -26,7 +26,7 @@ from infformer.data import (
     tokenization,
     tokenize_documents,
 )
-from infformer.data.tokenization import warn_of_shared_documents
+from infformer.data.tokenization import beginning_of_documents, warn_of_shared_documents
 
 Make = Callable[..., PreTrainedTokenizerFast]
 TEXTS = {"a": "Zwei Übel\n in a row", "b": "x", "c": "and the third one"}
@@ -164,6 +164,13 @@ def test_a_document_begins_with_the_beginning_or_the_end_of_texts(config, make_t
     config.beginning_of_document = True
     with pytest.raises(DataError, match=r"data.beginning_of_document=true: the tokenizer has neither"):
         tokenize_documents(config, "train", make_tokenizer())
+
+
+def test_the_token_before_every_document_is_said(make_tokenizer):
+    chat = make_tokenizer(bos_token="<|im_start|>", eos_token="<|im_end|>")
+    assert "begins with the token <|im_start|>" in beginning_of_documents(DataConfig(), chat)
+    assert "begins with the token </s>" in beginning_of_documents(DataConfig(), make_tokenizer(eos_token="</s>"))
+    assert "no token" in beginning_of_documents(DataConfig(beginning_of_document=False), make_tokenizer())
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -101,6 +101,15 @@ def test_a_tokenizer_may_come_from_elsewhere(checkpoints, tmp_path):
     assert model.tok_encode("a whale") == InfformerLM(str(checkpoints["memory"]), device="cpu").tok_encode("a whale")
 
 
+def test_the_processor_is_taken_where_there_is_no_cuda(checkpoints, monkeypatch, caplog):
+    """The harness's command asks for `cuda:0` on every machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with caplog.at_level("INFO"):
+        assert InfformerLM(str(checkpoints["memory"]), device="cuda:0").device == torch.device("cpu")
+    assert "device=cuda:0: there is no CUDA device here" in caplog.text
+
+
 def test_a_task_of_the_harness_measures_what_eval_does(checkpoints, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "texts.jsonl"

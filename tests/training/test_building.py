@@ -225,6 +225,11 @@ class TestWhatIsRead:
         first = ask({"data.shuffle": False, "data.beginning_of_document": beginning})[0].next_step()[0]
         assert (first.input_ids[0, 0] == 0) == beginning  # the tokenizer's <s>
 
+    def test_the_log_says_with_which_token_documents_begin(self, ask, caplog):
+        with caplog.at_level("INFO"):
+            ask()
+        assert "every document begins with the token <s>" in caplog.text
+
 
 class TestHowItIsMeasured:
     def test_all_of_it_is_measured_by_default(self, ask, shapes):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from infformer.config import CONF, RunConfig
+from infformer.config import CONF, ModelConfig, RunConfig
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.training import trainer
 from infformer.training.command_line import compose
@@ -137,9 +137,21 @@ class TestTheFolder:
         assert [sample["step"] for sample in samples] == [4, 8]
         assert all("⟶" in sample["text"] for sample in samples)
 
+    def test_samples_are_shown(self, configure, train, tmp_path, caplog):
+        with caplog.at_level("INFO"):
+            train(configure(tmp_path, {"training.max_steps": 1, "training.sample_every": 1, "data.test": None}))
+        (sample,) = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        assert f"step 1  sample: {sample['text']}" in caplog.text
+
     def test_samples_do_not_change_what_is_learned(self, finished, configure, train, tmp_path):
         train(configure(tmp_path, {"training.evaluate_every": None, "evaluation.before": False}))
         assert losses(tmp_path) == losses(finished)
+
+
+def test_a_run_that_is_configured_in_python_lies_in_the_folder_of_its_name():
+    model = ModelConfig(pretrained="gpt2")
+    assert RunConfig(model=model, name="mine").output_dir == "outputs/mine"
+    assert RunConfig(model=model, name="mine", output_dir="elsewhere").output_dir == "elsewhere"
 
 
 def test_a_run_ends_with_where_everything_lies(configure, train, tmp_path, capsys):
