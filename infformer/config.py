@@ -77,6 +77,8 @@ PUBLISHED_MEMORY = {
     "contraction_rate": 0.5,
     "ridge": 0.5,
     "read": "affine",
+    "points": None,
+    "sharpness": 1.0,
     "density": "gaussian",
     "sticky": True,
     "sticky_bins": 128,

@@ -3,7 +3,7 @@
 Each class answers the same three questions: `expectation(basis)`, the weights r_j = E_p[ψ_j] [..., N] with which a
 query reads the N coefficients; `read(grid, values)`, what it reads with them, rᵀV, of values [batch, heads, N, size] by
 densities [batch, heads, queries], as a product of the values' type; and `cumulative(positions, basis)`, the mass to the
-left of P positions [..., P].
+left of P positions [..., P]. What `Gibbs` reads are values of the signal, at its points.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infformer.continuous.basis import GaussianBasis, GaussianGrid, gaussian, standard_normal_cumulative
 from infformer.continuous.gaussian_read import gaussian_read
+from infformer.continuous.regression import even_points
 
 
 class Gaussian(NamedTuple):
@@ -110,7 +111,55 @@ class Slots(NamedTuple):
         return self.weights @ standard_normal_cumulative(z)
 
 
-Density = Gaussian | TruncatedParabola | Slots
+class Gibbs(NamedTuple):
+    """Softmax attention on a signal: p(t) ∝ exp(score(t)), with as many points of attention as the scores have peaks.
+
+    The scores are known at even points of [0, 1], ends included. Between two of them p is linear, so that integrals by
+    the trapezoid rule are those of p.
+    """
+
+    weights: Tensor
+    """The mass α of each point, its height times its part of the trapezoid rule, shape [..., points], of sum one."""
+
+    @classmethod
+    def of_scores(cls, scores: Tensor) -> Gibbs:
+        """Normalised by the trapezoid rule, in which both ends count half."""
+        halves = torch.zeros_like(scores[..., :1]) - math.log(2)
+        return cls(torch.softmax(torch.cat([halves, torch.zeros_like(scores[..., 2:]), halves], -1) + scores, dim=-1))
+
+    @property
+    def points(self) -> Tensor:
+        """Where the scores were known, shape [points]."""
+        return even_points(self.weights.shape[-1]).to(self.weights)
+
+    def expectation(self, basis: GaussianBasis) -> Tensor:
+        """E_p[ψ_j] by the trapezoid rule, shape [..., N]."""
+        return self.weights @ basis.evaluate(self.points)
+
+    def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
+        """E_p[V], shape [batch, heads, queries, size], of values at the points, [batch, heads, points, size]."""
+        return self.weights.to(values) @ values
+
+    def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
+        """Mass to the left of positions [P], shape [..., P].
+
+        A point's mass is spread over a triangle as wide as both its neighbours are apart; that of an end over half of
+        one.
+        """
+        last = self.weights.shape[-1] - 1
+        x = positions.clamp(0, 1) * last - torch.arange(last + 1, device=positions.device).unsqueeze(-1)
+        rising, falling = (1 + x.clamp(-1, 0)).square() / 2, (1 - x.clamp(0, 1)).square() / 2
+        left = torch.where(x < 0, rising, 1 - falling)  # of a whole triangle
+        left = torch.cat([2 * left[:1] - 1, left[1:-1], 2 * left[-1:]])
+        return self.weights @ left.to(self.weights)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [...] by the trapezoid rule."""
+        mean = self.weights @ self.points
+        return mean, (self.weights * (self.points - mean.unsqueeze(-1)).square()).sum(-1)
+
+
+Density = Gaussian | TruncatedParabola | Slots | Gibbs
 
 
 def match_moments(weights: Tensor, basis: GaussianBasis) -> tuple[Tensor, Tensor]:

@@ -185,22 +185,48 @@ def moments_read(
     heads: int,
     basis: Basis,
     expectation: Expectation = gaussian_expectation,
+    sharpness: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """α = softmax(s), μ = Σ α_j c_j, σ² = Σ α_j (c_j² + w_j²) − μ²: context [b, L, d], mean and variance [b, H, L]."""
+    """α = softmax(βs), μ = Σ α_j c_j, σ² = Σ α_j (c_j² + w_j²) − μ²: context [b, L, d], mean and variance [b, H, L]."""
     centres, widths = basis
-    alpha = torch.softmax(scores(hidden, coefficients, weights.query, weights.key, heads), dim=-1)
+    alpha = torch.softmax(sharpness * scores(hidden, coefficients, weights.query, weights.key, heads), dim=-1)
     mean = (alpha * centres).sum(-1)
     variance = (alpha * (centres**2 + widths**2)).sum(-1) - mean**2
     return context(expectation(mean, variance, basis), coefficients, weights), mean, variance
 
 
 def slots_read(
-    hidden: Tensor, coefficients: Tensor, weights: Weights, heads: int, basis: Basis
+    hidden: Tensor, coefficients: Tensor, weights: Weights, heads: int, basis: Basis, sharpness: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """α = softmax(s), r_j = α_j ψ_j(c_j): context [b, L, d] and α [b, H, L, N]."""
+    """α = softmax(βs), r_j = α_j ψ_j(c_j): context [b, L, d] and α [b, H, L, N]."""
     centres, widths = basis
-    alpha = torch.softmax(scores(hidden, coefficients, weights.query, weights.key, heads), dim=-1)
+    alpha = torch.softmax(sharpness * scores(hidden, coefficients, weights.query, weights.key, heads), dim=-1)
     return context(alpha * normal_density(centres, centres, widths**2), coefficients, weights), alpha
+
+
+def gibbs_read(
+    hidden: Tensor,
+    coefficients: Tensor,
+    weights: Weights,
+    heads: int,
+    basis: Basis,
+    points: Tensor,
+    sharpness: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """p(t) = exp(βs(t)) / ∫ exp(βs(t)) dt with s(t) = qᵀK(t)/√(d/H), z = ∫ p(t) V(t) dt, both by the trapezoid rule.
+
+    Args:
+        points: t, [P], ascending.
+
+    Returns:
+        Context [b, L, d] and p at the points [b, H, L, P].
+    """
+    signal = evaluate(points, basis) @ coefficients
+    height = torch.exp(sharpness * scores(hidden, signal, weights.query, weights.key, heads))
+    density = height / torch.trapezoid(height, points)[..., None]
+    values = split_heads(signal @ weights.value.T, heads)[:, :, None]
+    read = torch.trapezoid(density[..., None] * values, points, dim=-2)
+    return torch.cat([read[:, head] for head in range(heads)], dim=-1) @ weights.output.T, density
 
 
 def context(expected: Tensor, coefficients: Tensor, weights: Weights) -> Tensor:
@@ -244,6 +270,21 @@ def slots_cumulative(alpha: Tensor, basis: Basis) -> Cumulative:
     """Σ_j α_j Φ((t − c_j)/w_j)."""
     centres, widths = basis
     return lambda position: (alpha * normal_cumulative((position - centres) / widths)).sum(-1)
+
+
+def gibbs_cumulative(density: Tensor, points: Tensor) -> Cumulative:
+    """Panel by panel the integral of a density [..., P] that is linear between points."""
+
+    def cumulative(position: float) -> Tensor:
+        mass = torch.zeros_like(density[..., 0])
+        for place in range(len(points) - 1):
+            left, right = points[place], points[place + 1]
+            share = ((position - left) / (right - left)).clamp(0, 1)
+            here = density[..., place] + share * (density[..., place + 1] - density[..., place])
+            mass = mass + share * (right - left) * (density[..., place] + here) / 2
+        return mass
+
+    return cumulative
 
 
 def histogram(cumulative: Cumulative, bins: int) -> Tensor:

@@ -104,6 +104,11 @@ def even_middles(count: int) -> Tensor:
     return (torch.arange(1, count + 1, dtype=torch.float64) - 0.5) / count
 
 
+def even_points(count: int) -> Tensor:
+    """(m − 1)/(count − 1) for m = 1…count, float64: evenly over [0, 1], ends included."""
+    return torch.linspace(0, 1, count, dtype=torch.float64)
+
+
 def _even_positions(count: int, margin: float, basis: GaussianBasis) -> Tensor:
     """`count` positions spread evenly over [−½, 3/2], `margin` away from its ends."""
     centres = basis.centres

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from infformer.continuous.basis import GaussianBasis
-from infformer.continuous.density import Density, Gaussian, TruncatedParabola, match_moments
+from infformer.continuous.density import Density, Gaussian, Gibbs, TruncatedParabola, match_moments
 from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
@@ -399,6 +399,9 @@ def centre_and_width(attention: Density, basis: GaussianBasis) -> tuple[Tensor, 
     Those of the truncated parabola [a² − s²]₊/(2σ²), of which a³ = 3σ²/2, are μ and a/√5: ∫s²(a² − s²)ds / (2σ²) over
     its support is 2a⁵/(15σ²) = a²/5. Those of slots are the moments of their mixture.
     """
+    if isinstance(attention, Gibbs):
+        mean, variance = attention.moments()
+        return mean, variance.sqrt()
     if isinstance(attention, Gaussian):
         return attention.mean, attention.variance.sqrt()
     if isinstance(attention, TruncatedParabola):

@@ -8,7 +8,6 @@ signal and returns its expectation. The cost of both does not depend on how much
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, cast
 
@@ -16,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.continuous.basis import GaussianBasis, GaussianGrid
 from infformer.continuous.density import (
     Density,
     Gaussian,
+    Gibbs,
     Slots,
     TruncatedParabola,
     match_moments,
     variance_divergence,
 )
-from infformer.continuous.regression import even_middles, even_steps, first_operator, next_operators, rounded
+from infformer.continuous.regression import even_middles, even_steps
 from infformer.errors import UserError
-from infformer.memory.memory import DerivedBuffers, Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
+from infformer.memory.signal import ContinuousSignal, WriteOperators
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
-from infformer.memory.time_shuffle import shuffled_positions
 from infformer.options import check_finite
 
 MINIMAL_VARIANCE = 1e-4
@@ -62,7 +61,12 @@ class LongTermMemoryConfig(MemoryConfig):
     """λ, the penalty of the regression."""
     read: str = "affine"
     """`affine`: mean and variance of a query's density are affine in its scores. `moments`: they are those of the
-    softmax of the scores over the basis. `slots`: that softmax reads the coefficients themselves."""
+    softmax of the scores over the basis. `slots`: that softmax reads the coefficients themselves. `gibbs`: the softmax
+    of the scores of the signal itself, p(t) ∝ exp(qᵀK(t)/√d), which can look a place up, and have several."""
+    points: int | None = None
+    """For the Gibbs read: at how many even points the signal is looked at. Null: as many as basis functions."""
+    sharpness: float = 1.0
+    """By how much scores are multiplied before a softmax, in all reads but the affine one. ∞-Video takes 20."""
     density: str = "gaussian"
     """`gaussian` or `truncated_parabola`, for the affine and the moments read."""
     sticky: bool = False
@@ -87,7 +91,7 @@ class LongTermMemoryConfig(MemoryConfig):
         check_finite("model.memory.", self)
         choices = {
             "contraction": ("constant", "uniform"),
-            "read": ("affine", "moments", "slots"),
+            "read": ("affine", "moments", "slots", "gibbs"),
             "density": ("gaussian", "truncated_parabola"),
             "sticky_placement": ("sampled", "published"),
         }
@@ -97,8 +101,22 @@ class LongTermMemoryConfig(MemoryConfig):
         for name in ("basis_functions", "past_samples", "sticky_bins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
+        if self.points is not None and (self.read != "gibbs" or self.points < 2):
+            raise ValueError(
+                f"model.memory.points={self.points}: so many points of the signal, at least 2, are looked at by "
+                f"model.memory.read=gibbs alone, and here it is {self.read}; set it to null"
+            )
+        if self.read == "affine" and self.sharpness != 1:
+            raise ValueError(
+                f"model.memory.sharpness={self.sharpness}: model.memory.read=affine has no softmax to be sharper; take "
+                "moments, slots or gibbs, or leave it at 1"
+            )
         # Far outside of these, numbers of the regression and of the densities are 0 or infinite.
-        for name, lowest, highest in (("ridge", 1e-12, 1e12), ("prior_standard_deviation", 1e-6, 1e6)):
+        for name, lowest, highest in (
+            ("ridge", 1e-12, 1e12),
+            ("prior_standard_deviation", 1e-6, 1e6),
+            ("sharpness", 1e-6, 1e6),
+        ):
             if not lowest <= getattr(self, name) <= highest:
                 raise ValueError(
                     f"model.memory.{name}={getattr(self, name)}: must be positive, from {lowest:g} to {highest:g}"
@@ -167,15 +185,6 @@ class LongTermState(MemoryState):
     """How many segments each row has written; int64, shape [batch]; 0 is an empty memory."""
 
 
-class WriteOperators(NamedTuple):
-    """Regression operators of one write; rows differ where their number of segments does."""
-
-    past: Tensor
-    """From samples of the old signal to coefficients, shape [batch or 1, M, N]."""
-    new: Tensor
-    """From the tokens of a segment to coefficients, shape [batch, T, N]."""
-
-
 class Projected(NamedTuple):
     """What all tokens of a segment need of a state in order to read it."""
 
@@ -183,7 +192,7 @@ class Projected(NamedTuple):
     """By which a token finds its place: two directions in the space of hidden states for each head, shape
     [batch, 2, heads, hidden], with an affine read, else the keys, shape [batch, heads, N, head]."""
     values: Tensor
-    """Shape [batch, heads, N, head]."""
+    """Shape [batch, heads, N, head]. Of a Gibbs read keys and values are those of the signal at its points."""
 
 
 class Reading(NamedTuple):
@@ -193,132 +202,6 @@ class Reading(NamedTuple):
     """To be added to the output of self-attention, shape [batch, queries, hidden]."""
     attention: Density
     """Where each head of each query looked, shape [batch, heads, queries]."""
-
-
-class ContinuousSignal(DerivedBuffers):
-    """The fixed part of a long-term memory, one for all layers: the basis and the regression operators.
-
-    They follow from the configuration alone, so they are buffers that no checkpoint stores. They are computed in
-    float64 and kept in float32, also where the model is cast to a shorter type.
-
-    Args:
-        config: of the memories.
-        segment_length: T, tokens of a segment.
-    """
-
-    centres: Tensor
-    widths: Tensor
-    grid_centres: Tensor
-    past_places: Tensor
-    first: Tensor
-    past: Tensor
-    new: Tensor
-
-    def __init__(self, config: LongTermMemoryConfig, segment_length: int) -> None:
-        super().__init__()
-        self.config = config
-        self.segment_length = segment_length
-        for name, tensor in self._buffers_in(torch.device("cpu"), torch.float32).items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    @property
-    def basis(self) -> GaussianBasis:
-        return GaussianBasis(self.centres, self.widths)
-
-    @property
-    def grid(self) -> GaussianGrid:
-        """The same functions, by centre and width."""
-        return GaussianGrid(self.grid_centres, self.widths[: len(self.config.widths)])
-
-    @property
-    def past_steps(self) -> Tensor:
-        """Where the M samples of the past belong before it is contracted, float64: even steps as published, or middles.
-
-        A past that does not fade needs middles: steps that end at 1 and do not begin at 0 favour one end of it.
-        """
-        config = self.config
-        published = config.sticky_placement == "published" if config.sticky else config.contraction == "constant"
-        return (even_steps if published else even_middles)(config.past_samples)
-
-    def operators(self, segments: Tensor) -> WriteOperators:
-        """Operators for rows that have written `segments` (int64, [batch]) segments so far."""
-        config = self.config
-        past, new = self.past, self.new
-        if config.contraction == "uniform":
-            # Rows that have written equally much share their operators, and their operators' factorisation.
-            counts, rows = segments.clamp(min=1).unique(return_inverse=True)
-            contraction = counts.double() / (counts + 1)
-            past, new = (
-                rounded(operator, self.new.dtype)[rows]
-                for operator in next_operators(
-                    self._exact_basis(),
-                    self.segment_length,
-                    self.past_steps,
-                    contraction,
-                    config.ridge,
-                    # A sample stands for so many tokens. If it counted for one, the newest segment, of which there are
-                    # many more samples to a stretch, would outweigh the past around it, and tokens there would not
-                    # be remembered alike.
-                    past_weight=counts.double() * self.segment_length / config.past_samples,
-                    zeros=self._zeros,
-                )
-            )
-        return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
-
-    def time_shuffle(self) -> Tensor:
-        """The matrix [N, N] from a signal's coefficients to those of the signal with its past in another order.
-
-        The signal is sampled in the middle of 4N equal parts (at least), there where `shuffled_positions` says, and
-        fitted anew. Computed in float64 at every call.
-        """
-        samples = max(self.config.past_samples, 4 * self.config.basis_functions)
-        basis = self._exact_basis()
-        positions = shuffled_positions(even_middles(samples).to(basis.centres))
-        shuffle = first_operator(basis, samples, self.config.ridge, self._zeros).mT @ basis.evaluate(positions)
-        return shuffle.to(self.centres.dtype)
-
-    def reset_parameters(self) -> None:
-        """Compute the buffers anew where they are: after a loader has materialised them with arbitrary contents."""
-        for name, tensor in self._buffers_in(self.centres.device, self.centres.dtype).items():
-            setattr(self, name, tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContinuousSignal:
-        """Move with the model, but stay at least float32: operators rounded to bfloat16 would not fit anything."""
-        super()._apply(fn, recurse)
-        if self.centres.is_floating_point() and self.centres.dtype.itemsize < 4:
-            for name, tensor in self._buffers_in(self.centres.device, torch.float32).items():
-                setattr(self, name, tensor)
-        return self
-
-    @property
-    def _zeros(self) -> bool:
-        """Whether zeros are fitted outside [0, 1]: as published, but not to a past that has to last.
-
-        They take a little off its ends at every write, which nothing that fades lives to see.
-        """
-        return self.config.contraction == "constant"
-
-    def _exact_basis(self) -> GaussianBasis:
-        """The basis in float64, where the buffers are."""
-        basis = GaussianBasis.even_grid(self.config.basis_functions, self.config.widths)
-        return GaussianBasis(basis.centres.to(self.centres.device), basis.widths.to(self.centres.device))
-
-    def _buffers_in(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        config = self.config
-        with torch.device("cpu"):  # also where a loader builds the model on the meta device
-            basis = GaussianBasis.even_grid(config.basis_functions, config.widths)
-            rate = torch.tensor(config.contraction_rate, dtype=torch.float64)
-            past, new = next_operators(basis, self.segment_length, self.past_steps, rate, config.ridge)
-            first = first_operator(basis, self.segment_length, config.ridge, self._zeros)
-            buffers = {
-                "centres": basis.centres.to(dtype),
-                "widths": basis.widths.to(dtype),
-                "grid_centres": basis.centres[:: len(config.widths)].to(dtype),
-                "past_places": self.past_steps.to(dtype),
-            }
-            for name, operator in {"first": first, "past": past, "new": new}.items():
-                buffers[name] = rounded(operator, dtype).unsqueeze(0)
-        return {name: tensor.to(device) for name, tensor in buffers.items()}
 
 
 class LongTermMemory(Memory):
@@ -402,6 +285,7 @@ class LongTermMemory(Memory):
         coefficients = state.coefficients
         operands = _type_of_products(coefficients)
         with torch.autocast(coefficients.device.type, enabled=False):
+            coefficients = self.signal.looked_at(coefficients)
             if self.config.read == "affine":
                 mixtures = self.placement.weight.to(coefficients) @ coefficients  # [batch, 2, hidden]
                 keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
@@ -441,7 +325,10 @@ class LongTermMemory(Memory):
                 variance = F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
             else:
                 queries = self._split_heads(_project(self.query, hidden))
-                weights = torch.softmax(queries @ projected.placing.mT / math.sqrt(queries.shape[-1]), dim=-1)
+                scores = queries @ projected.placing.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
+                if self.config.read == "gibbs":
+                    return Gibbs.of_scores(scores)
+                weights = torch.softmax(scores, dim=-1)
                 if self.config.read == "slots":
                     return Slots(weights)
                 mean, variance = match_moments(weights, self.signal.basis)
@@ -532,8 +419,8 @@ class LongTermMemory(Memory):
             return replace(state, coefficients=shuffle @ state.coefficients)
 
     def divergence(self, attention: Density) -> Tensor:
-        """How far the densities' variance is from the prior's, mean over heads, shape [batch, queries]; 0 for slots."""
-        if isinstance(attention, Slots):
+        """How far the densities' variance is from the prior's, mean over heads, [batch, queries]; 0 without one."""
+        if isinstance(attention, Slots | Gibbs):
             return attention.weights.new_zeros(()).expand(attention.weights.shape[0], attention.weights.shape[2])
         return variance_divergence(attention.variance, self.config.prior_standard_deviation**2).mean(dim=1)
 

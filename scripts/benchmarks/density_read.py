@@ -20,7 +20,7 @@ from benchmarks.measuring import Contestant, peak_extra_bytes, take_turns
 from benchmarks.models import memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous.density import Gaussian
-from infformer.memory.long_term import ContinuousSignal
+from infformer.memory.signal import ContinuousSignal
 
 
 def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis, GaussianGrid
-from infformer.continuous.density import Gaussian, Slots, TruncatedParabola, match_moments, variance_divergence
+from infformer.continuous.density import (
+    Gaussian,
+    Gibbs,
+    Slots,
+    TruncatedParabola,
+    match_moments,
+    variance_divergence,
+)
 
 MEANS = [-0.2, 0.0, 0.31, 0.5, 1.0]
 VARIANCES = [1e-4, 2e-3, 0.05, 0.7, 3.0]
@@ -231,3 +238,47 @@ class TestGradients:
 
     def test_gradients_of_the_divergence_are_numerically_right(self, place):
         assert torch.autograd.gradcheck(lambda variance: variance_divergence(variance, 0.0025), place[1])
+
+
+def two_peaked_score(t: Tensor | float) -> Tensor:
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return 3 * torch.cos(13 * t) + t
+
+
+class TestGibbs:
+    def test_what_is_read_is_the_integral_over_a_density_of_two_peaks(self):
+        """Of exp(score)/∫exp(score): to 1e-4 with 400 points, as the trapezoid rule's error is of their distance²."""
+        points = torch.linspace(0, 1, 401, dtype=torch.float64)
+        attention = Gibbs.of_scores(two_peaked_score(points)[None, None, None])
+        values = torch.stack([torch.sin(9 * points), points.square()], dim=-1)[None, None]
+        total = integrate.quad(lambda t: float(two_peaked_score(t).exp()), 0, 1, limit=200)[0]
+
+        def mean_of(function: Callable[[float], float]) -> float:
+            return integrate.quad(lambda t: float(two_peaked_score(t).exp()) * function(t) / total, 0, 1, limit=200)[0]
+
+        read = attention.read(GaussianGrid(points, points), values).flatten().tolist()
+        assert read == pytest.approx([mean_of(lambda t: math.sin(9 * t)), mean_of(lambda t: t * t)], abs=1e-4)
+        centre, variance = (float(moment) for moment in attention.moments())
+        assert centre == pytest.approx(mean_of(lambda t: t), abs=1e-4)
+        assert variance == pytest.approx(mean_of(lambda t: (t - centre) ** 2), abs=1e-4)
+        expected = [mean_of(lambda t, j=j: float(BASIS.evaluate(torch.tensor(t).double())[j])) for j in (5, 8)]
+        assert attention.expectation(BASIS).flatten()[[5, 8]].tolist() == pytest.approx(expected, abs=1e-3)
+
+    def test_each_of_two_equal_places_is_read_at_once(self):
+        """Which no single normal density can: it would read what lies between them."""
+        scores = torch.full((1, 1, 1, 33), -50.0, dtype=torch.float64)
+        scores[..., [4, 28]] = 50.0
+        values = torch.randn(1, 1, 33, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        read = Gibbs.of_scores(scores).read(GaussianGrid(scores[0, 0, 0], scores[0, 0, 0]), values)
+        torch.testing.assert_close(read[0, 0, 0], (values[0, 0, 4] + values[0, 0, 28]) / 2)
+
+    @pytest.mark.parametrize("method", ["expectation", "cumulative"])
+    def test_gradients_by_scores_are_numerically_right(self, method):
+        positions = torch.tensor([-0.1, 0.0, 0.2, 0.77, 1.0], dtype=torch.float64)
+        scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+
+        def function(scores: Tensor) -> Tensor:
+            attention = Gibbs.of_scores(scores)
+            return attention.expectation(BASIS) if method == "expectation" else attention.cumulative(positions, BASIS)
+
+        assert torch.autograd.gradcheck(function, scores)

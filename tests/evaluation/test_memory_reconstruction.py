@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from infformer.continuous.density import Gaussian
 from infformer.evaluation.memory_instruments import WrittenPast
-from infformer.memory.long_term import ContinuousSignal, LongTermMemory, LongTermMemoryConfig, LongTermState
+from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig, LongTermState
+from infformer.memory.signal import ContinuousSignal
 
 WIDTH, HEADS, SEGMENTS = 256, 2, 5
 RIDGE, CONTRACTION = 0.5, 0.5

@@ -9,14 +9,9 @@ from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Gaussian
 from infformer.errors import UserError
-from infformer.memory.long_term import (
-    ContinuousSignal,
-    LongTermMemory,
-    LongTermMemoryConfig,
-    LongTermState,
-    WriteOperators,
-)
+from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig, LongTermState
 from infformer.memory.memory import MemoryOutput, SegmentContext
+from infformer.memory.signal import ContinuousSignal, WriteOperators
 from infformer.memory.sticky import attention_histogram
 
 READS = {
@@ -24,7 +19,10 @@ READS = {
     "affine-parabola": {"read": "affine", "density": "truncated_parabola"},
     "moments-gaussian": {"read": "moments", "density": "gaussian"},
     "moments-parabola": {"read": "moments", "density": "truncated_parabola"},
+    "moments-sharp": {"read": "moments", "sharpness": 3.0},
     "slots": {"read": "slots"},
+    "gibbs": {"read": "gibbs"},
+    "gibbs-sharp": {"read": "gibbs", "sharpness": 2.0, "points": 23},
 }
 WRITES = {
     "constant": {},
@@ -48,6 +46,9 @@ KINDS = {
         ("moments-parabola", "uniform-sticky"),
         ("slots", "constant-sticky"),
         ("slots", "uniform"),
+        ("moments-sharp", "constant"),
+        ("gibbs", "constant-sticky"),
+        ("gibbs-sharp", "uniform"),
     )
 }
 """A write knows of a read where it is sticky: each density decides on a sticky one, and on one that is not."""
@@ -164,6 +165,10 @@ def _naive_read(
     if config.read == "slots":
         context, alpha = naive.slots_read(hidden, coefficients, weights, heads, basis)
         return context, hidden.new_zeros(1, hidden.shape[1]), naive.slots_cumulative(alpha, basis)
+    if config.read == "gibbs":
+        points = torch.linspace(0, 1, config.points or config.basis_functions, dtype=torch.float64)
+        context, density = naive.gibbs_read(hidden, coefficients, weights, heads, basis, points, config.sharpness)
+        return context, hidden.new_zeros(1, hidden.shape[1]), naive.gibbs_cumulative(density, points)
     expectation, cumulative = {
         "gaussian": (naive.gaussian_expectation, naive.gaussian_cumulative),
         "truncated_parabola": (naive.truncated_parabola_expectation, naive.truncated_parabola_cumulative),
@@ -173,7 +178,9 @@ def _naive_read(
             hidden, coefficients, weights, *memory.placement.weight, heads, basis, expectation
         )
     else:
-        context, mean, variance = naive.moments_read(hidden, coefficients, weights, heads, basis, expectation)
+        context, mean, variance = naive.moments_read(
+            hidden, coefficients, weights, heads, basis, expectation, config.sharpness
+        )
     divergence = naive.variance_divergence(variance, config.prior_standard_deviation).mean(1)
     return context, divergence, cumulative(mean, variance)
 
@@ -442,6 +449,9 @@ class TestConfig:
             ("sticky_bins", 0),
             ("ridge", 0.0),
             ("prior_standard_deviation", -0.05),
+            ("points", 20),
+            ("sharpness", 0.0),
+            ("sharpness", 20.0),
             ("contraction_rate", 0.0),
             ("contraction_rate", 1.0),
             ("widths", [0.1, 0.0]),

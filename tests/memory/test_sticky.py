@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import integrate
 from torch import Tensor
 
 from infformer.continuous.basis import GaussianBasis
-from infformer.continuous.density import Density, Gaussian, Slots, TruncatedParabola
+from infformer.continuous.density import Density, Gaussian, Gibbs, Slots, TruncatedParabola
 from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
 
 BASIS = GaussianBasis.even_grid(6, [0.05, 0.2])
@@ -17,6 +18,8 @@ def densities(kind: str) -> Density:
     generator = torch.Generator().manual_seed(0)
     if kind == "slots":
         return Slots(torch.randn(2, 2, 3, 6, generator=generator, dtype=torch.float64).mul(2).softmax(-1))
+    if kind == "gibbs":
+        return Gibbs.of_scores(torch.randn(2, 2, 3, 9, generator=generator, dtype=torch.float64).mul(2))
     mean = torch.rand(2, 2, 3, generator=generator, dtype=torch.float64)
     variance = 10 ** (-4 + 4 * torch.rand(2, 2, 3, generator=generator, dtype=torch.float64))
     return Gaussian(mean, variance) if kind == "gaussian" else TruncatedParabola(mean, variance)
@@ -26,6 +29,10 @@ def literal_density(attention: Density, place: tuple[int, int, int], t: float) -
     if isinstance(attention, Slots):
         heights = torch.exp(-((t - BASIS.centres) ** 2) / (2 * BASIS.widths**2)) / BASIS.widths / math.sqrt(2 * math.pi)
         return float(attention.weights[place] @ heights)
+    if isinstance(attention, Gibbs):  # a straight line between two of 9 points, at which half of the ends' mass stands
+        heights = attention.weights[place] * 8
+        heights[[0, -1]] *= 2
+        return float(np.interp(t, np.linspace(0, 1, 9), heights))
     mean, variance = float(attention.mean[place]), float(attention.variance[place])
     if isinstance(attention, Gaussian):
         return math.exp(-((t - mean) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
@@ -33,7 +40,7 @@ def literal_density(attention: Density, place: tuple[int, int, int], t: float) -
     return max(0.0, -threshold - (t - mean) ** 2 / (2 * variance))
 
 
-every_density = pytest.mark.parametrize("kind", ["gaussian", "truncated_parabola", "slots"])
+every_density = pytest.mark.parametrize("kind", ["gaussian", "truncated_parabola", "slots", "gibbs"])
 
 
 class TestHistogram:
@@ -54,6 +61,8 @@ class TestHistogram:
             edges = [place / bins, (place + 1) / bins]
             if kind == "slots":
                 inner = BASIS.centres.tolist()
+            elif kind == "gibbs":
+                inner = [point / 8 for point in range(9)]
             else:  # where a narrow one is, and where a parabola ends
                 mean, reach = float(attention.mean[index]), float((1.5 * attention.variance[index]) ** (1 / 3))
                 inner = [mean, mean - reach, mean + reach]

@@ -144,6 +144,7 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "uniform sticky": long_term(contraction="uniform", sticky=True),
     "sticky moments": long_term(read="moments", sticky=True),
     "uniform slots": long_term(read="slots", contraction="uniform"),
+    "sticky gibbs": long_term(read="gibbs", sticky=True),
     "short-term and sticky moments": long_term(SEGMENT, read="moments", sticky=True),
     "short-term and uniform slots": long_term(SEGMENT, read="slots", contraction="uniform"),
     "running mean": RunningMeanConfig(0),
@@ -158,6 +159,7 @@ IN = {
     "gpt2": ("none", "long-term", "running mean"),
     "llama": (
         "sticky moments",
+        "sticky gibbs",
         "uniform slots",
         "short-term",
         "short-term and sticky moments",
@@ -175,6 +177,7 @@ NEW = {
     "affine uniform sticky": long_term(contraction="uniform", sticky=True),
     "moments uniform": long_term(read="moments", contraction="uniform"),
     "slots sticky": long_term(read="slots", sticky=True),
+    "gibbs": long_term(read="gibbs", points=5, sharpness=2.0),
 }
 """What can stand beside a pretrained model."""
 
@@ -533,7 +536,7 @@ class TestLosses:
         known = {"long_term": {"divergence"}, "compressive": {"reconstruction"}}
         assert whole.keys() == halves[0].keys() == known.get(getattr(memory, "kind", ""), set())
         for name, value in whole.items():
-            assert (value > 0) == (getattr(memory, "read", "") != "slots")
+            assert (value > 0) == (getattr(memory, "read", "") not in ("slots", "gibbs"))
             torch.testing.assert_close(value, (2 * halves[0][name] + halves[1][name]) / 3, rtol=1e-4, atol=1e-12)
 
     def test_intermediates_change_nothing_and_say_what_happened(self, own):
