@@ -8,10 +8,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from infformer.commands import generate
 from infformer.config import CONF, GenerationRunConfig
@@ -96,18 +98,29 @@ def test_the_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["output"].state.layers[0].segments.tolist() == [8]  # type: ignore[attr-defined]
 
 
+def below(heading: str) -> str:
+    """The example in Python under a heading."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return example
+
+
+def save_stand_in(model_folder: Path, place: Path) -> None:
+    """A model in place of that of the README's run, which takes minutes."""
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16)
+    folder = place / "outputs" / "tiny" / "checkpoints" / "best" / "model"
+    InfformerForCausalLM.from_backbone(model_folder, memory, segment_length=16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+
+
 def test_what_was_trained_is_loaded_and_writes(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for the run of the README, which takes minutes."""
-    memory = LongTermMemoryConfig(basis_functions=8, past_samples=16)
-    folder = tmp_path / "outputs" / "tiny" / "checkpoints" / "best" / "model"
-    InfformerForCausalLM.from_backbone(model_folder, memory, segment_length=16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    save_stand_in(model_folder, tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(EXAMPLES[1], names)
-    exec(EXAMPLES[2], names)
+    exec(below("Load what you trained"), names)
+    exec(below("Generate"), names)
     text = capsys.readouterr().out
     assert text.startswith("It was a dark and stormy night. " * 50)
     assert len(text) > 32 * 50 + 10
@@ -116,6 +129,61 @@ def test_what_was_trained_is_loaded_and_writes(
     generate.run(compose("generate", GenerationRunConfig, CONF, options(command)))
     assert capsys.readouterr().out
     assert (tmp_path / "book.safetensors").exists()
+
+
+def two_segments(model: Any) -> torch.Tensor:
+    """The logits of a second one, after what the first has left."""
+    tokens = torch.arange(1, 33).view(1, 32)
+    with torch.no_grad():
+        return model(tokens[:, 16:], state=model(tokens[:, :16]).state).logits
+
+
+@pytest.mark.needs("peft")
+def test_what_peft_trains_is_saved_and_loaded(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_stand_in(model_folder, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(below("Load what you trained"), names)
+    before, after = below("With PEFT").split("peft_model.save_pretrained")
+    exec(before, names)
+    model = names["peft_model"].eval()
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert {name.split(".memories.")[1][0] for name in trained if ".memories." in name} == {"0", "1"}
+    begun = {name: tensor.clone() for name, tensor in trained.items()}
+    tokens, optimizer = torch.arange(1, 33).view(1, 32), torch.optim.SGD(trained.values(), lr=10.0)
+    for _ in range(3):  # what begins at zero keeps what stands before it from learning at first
+        state = model(tokens[:, :16]).state
+        model(tokens[:, 16:], labels=tokens[:, 16:], state=state).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not [name for name, tensor in trained.items() if torch.equal(tensor, begun[name])]
+    exec("peft_model.save_pretrained" + after, names)
+    opened = names["model"].eval()
+    assert opened is not model
+    assert torch.equal(two_segments(opened), two_segments(model))
+    assert not torch.equal(
+        two_segments(model), two_segments(names["AutoModelForCausalLM"].from_pretrained(names["folder"]))
+    )
+
+
+def test_transformers_trainer_trains_a_memory(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model = InfformerForCausalLM.from_backbone(
+        model_folder, LongTermMemoryConfig(basis_functions=8, past_samples=16), segment_length=16
+    )
+    names: dict[str, Any] = {}
+    exec(below("With the Hugging Face Trainer"), names)
+    segments = [{"input_ids": (tokens := list(range(first, first + 16))), "labels": tokens} for first in range(1, 65)]
+    options = {"per_device_train_batch_size": 2, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    begun = {name: tensor.clone() for name, tensor in model.memories.named_parameters()}
+    names["MemoryTrainer"](
+        model, TrainingArguments(str(tmp_path), **options, report_to=[]), train_dataset=segments
+    ).train()
+    assert not [name for name, tensor in model.memories.named_parameters() if torch.equal(tensor, begun[name])]
 
 
 @pytest.fixture

@@ -34,6 +34,9 @@ from infformer.models.segment_cache import SegmentCache
 
 logger = logging.getLogger(__name__)
 
+PASSES_WITHOUT_STATE = 8
+"""Passes in training, one after the other, after which it is no chance that none of them was given a state."""
+
 
 class LayerRead(NamedTuple):
     """What happened in a layer that has a memory while it read a segment."""
@@ -99,6 +102,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
     """Only complete segments of this many tokens are written to memory. None: there is no memory to write to."""
     card: str | None = None
     """The model card of the folder that it was loaded from; None for a new model, and for one that is trained on."""
+    _passes_without_state = 0
 
     def forward(
         self,
@@ -140,6 +144,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         Raises:
             ModelError: what was given is not of so many rows of so many tokens.
         """
+        self._notice_empty_memories(state)
         state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask)
         memories = list(self.layer_memories().values())
         cached = 0 if segment_cache is None else segment_cache.length
@@ -407,6 +412,18 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             raise ModelError("segment_length=null: this model has no limit of positions; say how long a segment is")
         self.check_segment_length(length)
         return length
+
+    def _notice_empty_memories(self, state: ModelState | None) -> None:
+        """Warn of a loop, such as that of transformers' Trainer, that hands on no state: its memories learn nothing."""
+        if not (self.has_memory and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return
+        self._passes_without_state = self._passes_without_state + 1 if state is None else 0
+        if self._passes_without_state == PASSES_WITHOUT_STATE:
+            logger.warning(
+                "%d segments in a row were trained on without state=, and an empty memory learns nothing: give each "
+                "the output.state.detach() of the one before it, as examples/hugging_face_trainer.py does with "
+                "transformers' Trainer", PASSES_WITHOUT_STATE,
+            )  # fmt: skip
 
     def _init_weights(self, module: nn.Module) -> None:
         """What is computed instead of learned is never loaded."""
