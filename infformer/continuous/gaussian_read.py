@@ -41,7 +41,9 @@ def gaussian_read(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tenso
         [batch, heads, queries, size], of the values' type.
     """
     # What makes an operator of it costs a call three times as much of the processor as the function alone.
-    read = _operator if torch.compiler.is_compiling() else _Read.apply
+    read: Any = _operator
+    if not torch.compiler.is_compiling():
+        read = _Read.apply if torch.is_grad_enabled() else _read
     context: Tensor = read(mean, variance, centres, widths, values)
     return context
 

@@ -320,7 +320,8 @@ class LongTermMemory(Memory):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(projected.placing.dtype)
             if self.config.read == "affine":
-                logits = torch.einsum("bkhd,bld->bkhl", projected.placing, hidden)
+                directions = projected.placing.flatten(1, 2)
+                logits = (directions @ hidden.mT).unflatten(1, (2, self.heads))  # [batch, 2, heads, length]
                 mean = torch.sigmoid(logits[:, 0])
                 variance = F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
             else:
