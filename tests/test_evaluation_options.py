@@ -182,9 +182,9 @@ class TestATask:
 
     def test_texts_of_a_task_are_read_as_asked(self, evaluate_with):
         task = AssociativeRecallConfig(**ASKED, keys=40, values=8, queries=2)
-        found = evaluate_with(task=task, segment_length=8, precision="bfloat16", batch_size=2, controls=True)
+        found = evaluate_with(task=task, segment_length=8, precision="bfloat16", batch_size=4, controls=True)
         assert found.results["protocol"].items() >= {"segment": 8, "window": 8, "dtype": "bfloat16"}.items()
-        assert {rows for rows, _ in found.shapes} == {1, 2}  # of three texts two, and then one
+        assert {rows for rows, _ in found.shapes} == {2, 4}  # of three texts at two depths four, and then two
         assert max(tokens for _, tokens in found.shapes) == 8
         assert found.results["controls"].keys() == {"memory_off"}
 

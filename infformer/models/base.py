@@ -81,7 +81,7 @@ class MemoryModelOutput(ModelOutput):
     loss: Tensor | None = None
     """Mean of `token_losses` over scored tokens, plus the auxiliary losses; a scalar. With labels or targets only."""
     logits: Tensor | None = None
-    """Scores of the next token, [batch, length, vocabulary]."""
+    """Scores of the next token, [batch, length, vocabulary], or of the last positions alone."""
     state: ModelState | None = None
     """What the memories hold after this segment, to be handed to the next one."""
     token_losses: Tensor | None = None
@@ -117,6 +117,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         noise: Tensor | None = None,
         without_memory: Tensor | None = None,
         return_logits: bool | None = None,
+        logits_to_keep: int = 0,
         return_intermediates: bool = False,
         segment_cache: SegmentCache | None = None,
         use_cache: bool = False,
@@ -137,6 +138,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             without_memory: rows that read the segment as if their memory were empty, and write it as always, bool
                 [batch].
             return_logits: by default only where there are neither labels nor targets.
+            logits_to_keep: only those of so many last positions, as in transformers; 0: all.
             return_intermediates: what happened inside each layer, for the memories' instruments.
             segment_cache, use_cache: what is kept of the segment so far, to go on within it. The tokens that complete
                 the segment write all of it, so it does not matter in how many pieces it comes.
@@ -175,7 +177,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             scored = (targets != IGNORE_INDEX).sum().clamp(min=1)
             output.loss = output.token_losses.sum() / scored + sum(auxiliary.values())
         if return_logits or (return_logits is None and targets is None):
-            output.logits = self.logits(read.hidden)
+            output.logits = self.logits(read.hidden[:, -logits_to_keep:])
         return output
 
     def generate(

@@ -81,7 +81,7 @@ class Place(NamedTuple):
 
 @torch.no_grad()
 def read_on(
-    model: MemoryModel, tokens: Tensor, segment_length: int, place: Place, progress: bool = False
+    model: MemoryModel, tokens: Tensor, segment_length: int, place: Place, scored: int = 1, progress: bool = False
 ) -> tuple[Tensor, Place]:
     """Read the next tokens of some rows. It does not matter in how many pieces they come.
 
@@ -91,10 +91,11 @@ def read_on(
         tokens: [batch, length], at least one.
         segment_length: the memory's, or for a model without one the context, which then begins anew.
         place: where the rows stand.
+        scored: after how many of the last tokens it is asked what comes next.
         progress: show a progress bar.
 
     Returns:
-        The scores of what comes next, [batch, vocabulary], and where the rows stand then.
+        The scores of what comes next after each of these, [batch, scored, vocabulary], and where the rows stand then.
     """
     state, cache = place
     room = segment_length - (0 if cache is None else cache.length)
@@ -102,12 +103,19 @@ def read_on(
     pieces = [piece for piece in pieces if piece.shape[1]]
     # One token alone is nothing to follow, and is what is read most often.
     followed = follow(pieces, "reading", "segments", len(pieces)) if progress and len(pieces) > 1 else pieces
-    for number, piece in enumerate(followed):
-        is_last = number == len(pieces) - 1
+    scores, unread = [], tokens.shape[1]
+    for piece in followed:
+        unread -= piece.shape[1]
+        wanted = min(max(scored - unread, 0), piece.shape[1])
         is_whole = (0 if cache is None else cache.length) + piece.shape[1] == segment_length
-        output = model(piece, state=state, segment_cache=cache, use_cache=not is_whole, return_logits=is_last)
+        output = model(
+            piece, state=state, segment_cache=cache, use_cache=not is_whole,
+            return_logits=wanted > 0, logits_to_keep=wanted,
+        )  # fmt: skip
         state, cache = output.state, output.segment_cache
-    return output.logits[:, -1], Place(state, cache)
+        if wanted:
+            scores.append(output.logits)
+    return torch.cat(scores, dim=1), Place(state, cache)
 
 
 def continue_text(
@@ -156,7 +164,7 @@ def sample_tokens(
     unread, place = read.unfinished.to(model.device), Place(read.state)
     while True:
         scores, place = read_on(model, unread.unsqueeze(0), segment_length, place)
-        logits = scores.float().cpu()
+        logits = scores[:, -1].float().cpu()
         if temperature == 0:
             token = logits.argmax(dim=-1)
         else:
@@ -246,7 +254,7 @@ class Writer(nn.Module, GenerationMixin):
             rows.append((_Rows(numbers, place), scores))
         scores = torch.cat([found for _, found in rows])
         order = torch.cat([group.numbers for group, _ in rows]).argsort()
-        return _NextScores(scores[order].unsqueeze(1), [group for group, _ in rows])
+        return _NextScores(scores[order], [group for group, _ in rows])
 
     def _begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[_Rows, Tensor]]:
         """Read the prompts, those of one length side by side."""

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infformer.memory.state import ModelState
-from infformer.models.streaming import TextSegment, reading, remember, stream
+from infformer.models.generation import Place, read_on
+from infformer.models.streaming import reading
 from infformer.progress import Pace
 from infformer.tasks.questions import Integers, Questions
 
@@ -54,9 +54,8 @@ def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> For
     outcome = np.zeros((2, *questions.answers.shape))
     with reading(evaluator.model, evaluator.protocol.precision):
         for rows, counted, tokens in _batches(evaluator, questions, title):
-            memory, start = _read_text(evaluator, tokens, questions.answers.shape[1])
-            found = _answer_forced(evaluator, tokens, memory, start, questions.answers.shape[1])
-            outcome[:, rows[:counted]] = found[:, :counted]
+            text, end = tokens.split([tokens.shape[1] - outcome.shape[2], outcome.shape[2]], dim=1)
+            outcome[:, rows[:counted]] = _answer_forced(evaluator, end, *_read(evaluator, text, Place()))[:, :counted]
     right, nats = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Forced(right == 1, nats.astype(np.float32))
 
@@ -73,74 +72,57 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
     asked_anywhere = np.any(questions.asked, axis=0)
     with reading(evaluator.model, evaluator.protocol.precision):
         for rows, counted, tokens in _batches(evaluator, questions, title):
+            text, end = tokens.split([tokens.shape[1] - outcome.shape[2], outcome.shape[2]], dim=1)
             asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
-            memory, start = _read_text(evaluator, tokens, asked.shape[1])
-            forced = _answer_forced(evaluator, tokens, memory, start, asked.shape[1])
-            free = _answer_freely(evaluator, tokens, memory, start, asked, asked_anywhere).cpu()
-            outcome[:2, rows[:counted]] = forced[:, :counted]
-            outcome[2, rows[:counted]] = free[:counted]
+            scores, place = _read(evaluator, text, Place())
+            outcome[:2, rows[:counted]] = _answer_forced(evaluator, end, scores, place)[:, :counted]
+            free = _answer_freely(evaluator, end, scores, place, asked, asked_anywhere)
+            outcome[2, rows[:counted]] = free[:counted].cpu()
     right, nats, free_running = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Answers(Forced(right == 1, nats.astype(np.float32)), free_running.astype(np.int64))
 
 
-def _answer_forced(
-    evaluator: Evaluator, tokens: Tensor, memory: ModelState | None, start: int, end: int
-) -> NDArray[np.float64]:
-    """Whether the last `end` tokens are predicted, and their nats, [2, rows, end]; `memory` is the state at `start`."""
-    logits: list[Tensor] = []
-    first = tokens.shape[1] - 1 - end  # the input from which the first of them is predicted
-    for _, output in stream(evaluator.model, _segments(evaluator, tokens[:, start:-1]), memory):
-        logits.append(output.logits[:, max(first - start, 0) :])
-        start += output.logits.shape[1]
-    scores, true = torch.cat(logits, dim=1).float(), tokens[:, -end:]
-    nats = F.cross_entropy(scores.transpose(1, 2), true, reduction="none")
-    right = scores.argmax(dim=-1) == true
+def _read(evaluator: Evaluator, tokens: Tensor, place: Place, scored: int = 1) -> tuple[Tensor, Place]:
+    return read_on(evaluator.model, tokens, evaluator.protocol.segment_length, place, scored)
+
+
+def _answer_forced(evaluator: Evaluator, end: Tensor, scores: Tensor, place: Place) -> NDArray[np.float64]:
+    """Whether the last tokens are predicted, and their nats, [2, rows, end].
+
+    Args:
+        end: the last tokens, [rows, end].
+        scores: of the first of them.
+        place: where the rows stand before it.
+    """
+    if end.shape[1] > 1:
+        later, _ = _read(evaluator, end[:, :-1], place, scored=end.shape[1] - 1)
+        scores = torch.cat([scores, later], dim=1)
+    scores = scores.float()
+    nats = F.cross_entropy(scores.transpose(1, 2), end, reduction="none")
+    right = scores.argmax(dim=-1) == end
     return torch.stack([right.to(nats.dtype), nats]).cpu().numpy()
 
 
 def _answer_freely(
-    evaluator: Evaluator,
-    tokens: Tensor,
-    memory: ModelState | None,
-    start: int,
-    asked: Tensor,
-    asked_anywhere: NDArray[np.bool_],
+    evaluator: Evaluator, end: Tensor, scores: Tensor, place: Place, asked: Tensor, asked_anywhere: NDArray[np.bool_]
 ) -> Tensor:
     """The last tokens, [rows, end]: the model's own where they are asked for, the true ones elsewhere.
 
     Args:
+        end, scores, place: as above.
         asked: which tokens are asked for in each of these rows, bool [rows, end].
         asked_anywhere: which are in any row of any process, [end]; so all processes read the same number of times.
     """
-    first = tokens.shape[1] - asked.shape[1]
-    segment = tokens[:, start:first]
     given: list[Tensor] = []
-    for place in range(asked.shape[1]):
-        token = tokens[:, first + place]
-        whole = segment.shape[1] == evaluator.protocol.segment_length
-        if whole or asked_anywhere[place]:
-            ((_, output),) = stream(evaluator.model, [TextSegment(segment)], memory)
-            token = torch.where(asked[:, place], output.logits[:, -1].argmax(dim=-1), token)
-            if whole:
-                memory, segment = output.state, segment[:, :0]
+    read = 0
+    for number, token in enumerate(end.unbind(dim=1)):
+        if asked_anywhere[number]:
+            if read < number:
+                scores, place = _read(evaluator, torch.stack(given[read:], dim=1), place)
+                read = number
+            token = torch.where(asked[:, number], scores[:, -1].argmax(dim=-1), token)
         given.append(token)
-        segment = torch.cat([segment, token.unsqueeze(1)], dim=1)
     return torch.stack(given, dim=1)
-
-
-def _read_text(evaluator: Evaluator, tokens: Tensor, end: int) -> tuple[ModelState | None, int]:
-    """Read the segments before the one from which the first of the last `end` tokens is predicted.
-
-    Returns:
-        The memory, and the input that comes next.
-    """
-    start = (tokens.shape[1] - 1 - end) // evaluator.protocol.segment_length * evaluator.protocol.segment_length
-    text = _segments(evaluator, tokens[:, :start]) if start else ()
-    return remember(evaluator.model, text), start
-
-
-def _segments(evaluator: Evaluator, tokens: Tensor) -> Iterator[TextSegment]:
-    return map(TextSegment, tokens.split(evaluator.protocol.segment_length, dim=1))
 
 
 def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:

@@ -258,23 +258,20 @@ def measure_cells(
         title: of the progress bar.
         inputs: how many of the last tokens of each text are read; None: all.
     """
-    sums = np.zeros((6, len(depths)))
-    for shift in range(len(depths)):
-        # Where there are several answers to a text, their depths change places from one reading to the next.
-        depth_of = (shift + np.arange(source.answers)) % len(depths)
-        wanted = np.tile(np.asarray(depths, dtype=np.float64)[depth_of], (texts, 1))
-        questions = source.draw(split, np.arange(texts), HELD_OUT_SEED, length, wanted)
-        given = answer(evaluator, questions if inputs is None else questions.last(inputs), title)
-        right = given.free == questions.true_answers
-        rows, places = np.nonzero(questions.asked)
-        which = questions.answers[rows, places]
-        wrong = np.bincount(rows * source.answers + which, ~right, texts * source.answers)
-        # One answer of each text after the other.
-        sums[:2] += _by_depth(np.tile(depth_of, texts), len(depths), np.ones_like(wrong), wrong == 0)
-        sums[2:] += _by_depth(
-            depth_of[which], len(depths), np.ones_like(right), right, given.forced.right, given.forced.nats
-        )
-    answers, exact, tokens, free, forced, nats = sums
+    # Each text is read once for each depth; where it has several answers, their depths change places in between.
+    depth_of = (np.arange(len(depths))[:, np.newaxis] + np.arange(source.answers)) % len(depths)
+    depth_of = depth_of.repeat(texts, axis=0)
+    numbers = np.tile(np.arange(texts), len(depths))
+    questions = source.draw(split, numbers, HELD_OUT_SEED, length, np.asarray(depths, dtype=np.float64)[depth_of])
+    given = answer(evaluator, questions if inputs is None else questions.last(inputs), title)
+    right = given.free == questions.true_answers
+    rows, places = np.nonzero(questions.asked)
+    which = questions.answers[rows, places]
+    wrong = np.bincount(rows * source.answers + which, ~right, depth_of.size)
+    answers, exact = _by_depth(depth_of.ravel(), len(depths), np.ones_like(wrong), wrong == 0)
+    tokens, free, forced, nats = _by_depth(
+        depth_of[rows, which], len(depths), np.ones_like(right), right, given.forced.right, given.forced.nats
+    )
     return [
         {
             "length": length,

@@ -98,7 +98,7 @@ def test_a_beam_is_the_text_of_its_own_scores(model):
     unread = ids
     for token in found.sequences[0, ids.shape[1] :]:
         scores, place = read_on(model, unread, segment_length, place)
-        total += float(scores[0].log_softmax(-1)[token])
+        total += float(scores[0, -1].log_softmax(-1)[token])
         unread = token.view(1, 1)
     assert float(found.sequences_scores[0]) == pytest.approx(total, rel=1e-4)
 
@@ -113,6 +113,17 @@ def test_a_prompt_in_one_call_in_pieces_and_token_by_token_is_the_same(model):
         torch.testing.assert_close(scores, whole, rtol=1e-4, atol=1e-4)
         for name, tensor in expected.state.named_tensors().items():
             torch.testing.assert_close(place.state.named_tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_several_tokens_are_those_after_each_of_them(model):
+    ids, segment_length = prompts()[0][:1], model.choose_segment_length(None)
+    place, each = Place(), []
+    for token in ids.split(1, dim=1):
+        scores, place = read_on(model, token, segment_length, place)
+        each.append(scores)
+    for scored in (1, 5, SEGMENT + 3, ids.shape[1]):
+        together, _ = read_on(model, ids, segment_length, Place(), scored)
+        torch.testing.assert_close(together, torch.cat(each[-scored:], dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_that_are_equal_are_read_once(model):

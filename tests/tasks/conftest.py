@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModelOutput
+from infformer.models.segment_cache import SegmentCache
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,28 @@ class Model(nn.Module):
         self.segment_length = segment_length
 
     def forward(
-        self, input_ids: Tensor, state: Tally | None = None, return_logits: bool | None = None, **absent: None
+        self,
+        input_ids: Tensor,
+        state: Tally | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int = 0,
+        segment_cache: SegmentCache | None = None,
+        use_cache: bool = False,
     ) -> MemoryModelOutput:
         rows, length = input_ids.shape
+        length += 0 if segment_cache is None else segment_cache.length
         assert not self.training
-        assert set(absent.values()) <= {None}
         assert rows >= 1
         assert 1 <= length <= self.segment_length
         if state is None:
             state = Tally(*torch.zeros(3, rows, self.symbols, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
-        tally = state.map_tensors(Tensor.clone)
+        tally = (state if segment_cache is None else segment_cache.attention).map_tensors(Tensor.clone)
         answers = torch.stack([self.answer(tokens, tally) for tokens in input_ids.T], dim=1)
         output = MemoryModelOutput(state=tally if length == self.segment_length else state)
+        if use_cache and length < self.segment_length:
+            output.segment_cache = SegmentCache(tally, (), length)
         if return_logits is not False:
-            output.logits = 5.0 * nn.functional.one_hot(answers, self.vocabulary_size)
+            output.logits = 5.0 * nn.functional.one_hot(answers, self.vocabulary_size)[:, -logits_to_keep:]
         return output
 
     def answer(self, tokens: Tensor, tally: Tally) -> Tensor:
@@ -108,15 +117,25 @@ class Witness(nn.Module):
         self.segment_length = segment_length
 
     def forward(
-        self, input_ids: Tensor, state: Past | None = None, return_logits: bool | None = None, **absent: None
+        self,
+        input_ids: Tensor,
+        state: Past | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int = 0,
+        segment_cache: SegmentCache | None = None,
+        use_cache: bool = False,
     ) -> MemoryModelOutput:
+        length = input_ids.shape[1] + (0 if segment_cache is None else segment_cache.length)
         assert not self.training
-        assert set(absent.values()) <= {None}
-        assert 1 <= input_ids.shape[1] <= self.segment_length
-        tokens = input_ids if state is None else torch.cat([state.tokens, input_ids], dim=1)
-        output = MemoryModelOutput(state=Past(tokens) if input_ids.shape[1] == self.segment_length else state)
+        assert 1 <= length <= self.segment_length
+        read = state if segment_cache is None else segment_cache.attention
+        past = Past(input_ids if read is None else torch.cat([read.tokens, input_ids], dim=1))
+        output = MemoryModelOutput(state=past if length == self.segment_length else state)
+        if use_cache and length < self.segment_length:
+            output.segment_cache = SegmentCache(past, (), length)
         if return_logits is not False:
-            said = torch.from_numpy(np.stack([what_followed(row) for row in tokens.numpy()]))[:, -input_ids.shape[1] :]
+            said = torch.from_numpy(np.stack([what_followed(row) for row in past.tokens.numpy()]))
+            said = said[:, -input_ids.shape[1] :][:, -logits_to_keep:]
             output.logits = 5.0 * nn.functional.one_hot(said, self.vocabulary_size)
         return output
 

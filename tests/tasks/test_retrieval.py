@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from infformer.data import DataConfig, DataError, tokenize_documents
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.options import MemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.tasks.questions import Questions
 from infformer.tasks.retrieval import Retrieval, format_accuracy, measure_cells
 from infformer.tasks.task import Material
 
@@ -93,9 +96,36 @@ def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer
     assert retrieval.sample(0, 5) is None
 
 
+def seeing_all(memory: MemoryConfig) -> InfformerForCausalLM:
+    """A model with rotary positions."""
+    config = LlamaConfig(
+        vocab_size=CONFIG.vocabulary_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=1.0,
+    )  # fmt: skip
+    return InfformerForCausalLM.from_backbone(LlamaForCausalLM(config), memory, segment_length=SEGMENT)
+
+
+READERS = {
+    "gpt2, long-term": None,
+    "llama, short-term": lambda: seeing_all(MemoryConfig(short_term_length=16)),
+    "llama, both": lambda: seeing_all(LongTermMemoryConfig(short_term_length=16, basis_functions=8, past_samples=16)),
+    "decoder": lambda: DecoderForCausalLM(
+        DecoderConfig(
+            vocab_size=CONFIG.vocabulary_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            feed_forward_size=24, segment_length=SEGMENT, initializer_range=1.0,
+            memory=LongTermMemoryConfig(basis_functions=8, past_samples=16),
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
 @torch.no_grad()
-def test_answers_are_those_of_a_literal_loop(model):
+def test_answers_are_those_of_reading_everything_anew(model, name):
     """Where not every token is asked for, the true ones stand between the model's own."""
+    if READERS[name] is not None:
+        torch.manual_seed(1)
+        model = READERS[name]().eval()
     questions = SOURCE.draw("test", range(6), 0, 20, np.random.default_rng(0).random((6, 2)))
     nats, forced, free = [], [], []
     for row in questions.tokens.tolist():
@@ -114,6 +144,22 @@ def test_answers_are_those_of_a_literal_loop(model):
     assert given.free.tolist() == free != forced
     assert (given.forced.right == (np.array(forced) == questions.true_answers)).all()
     assert given.forced.nats == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [19, 20, 24, 33])
+def test_no_token_is_read_twice(model, length):
+    """The text once; then the answers once as they are, and once as the model gives them."""
+    random = np.random.default_rng(0)
+    answers = np.array([[0, 0, -1, 1, 1, 1, -1, 2]] * 3)
+    questions = Questions(random.integers(CONFIG.vocabulary_size, size=(3, length)), answers)
+    read, scored = [], []
+    with (
+        model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].shape[1])),
+        model.backbone.lm_head.register_forward_pre_hook(lambda _, arguments: scored.append(arguments[0].shape[1])),
+    ):
+        answer(reader(model), questions, "answers")
+    assert sum(read) == length - 8 + 7 + 7
+    assert sum(scored) == 8 + 5  # what is asked for first is known from the text
 
 
 def test_figures_do_not_depend_on_the_batch(model):
