@@ -83,6 +83,8 @@ PUBLISHED_MEMORY = {
     "sticky": True,
     "sticky_bins": 128,
     "sticky_placement": "published",  # half a sample late at every write
+    "stores": "hidden",
+    "combination": "gates",
     "input_gate": False,  # the published code has one switched on, the paper has none
     "divergence_weight": 1e-6,
     "prior_standard_deviation": 0.05,
@@ -238,6 +240,8 @@ class OptimizerConfig:
     """The backbone's."""
     memory_learning_rate: float = 2.5e-4
     """The memory's: its parameters start from nothing, the backbone's do not."""
+    gate_learning_rate: float = 1e-2
+    """That of the gates, one number a head, behind which some memories begin: slower ones hardly open."""
     weight_decay: float = _WEIGHT_DECAYS["adamw"]
     """Not for norms, biases and gates."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -246,7 +250,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_finite("optimizer.", self)
         _check_choice("optimizer.name", self.name, _WEIGHT_DECAYS)
-        for name in ("learning_rate", "memory_learning_rate", "weight_decay"):
+        for name in ("learning_rate", "memory_learning_rate", "gate_learning_rate", "weight_decay"):
             _check_at_least(f"optimizer.{name}", getattr(self, name), 0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: give two numbers in [0, 1)")

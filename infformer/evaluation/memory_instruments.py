@@ -250,7 +250,8 @@ class SignalInstruments:
             self.writing.setdefault("segment", []).append(segment.number)
             self.writing.setdefault("sampled_places", []).append(sampled)
         for past, hidden, read in zip(self.pasts, self._leaving.popleft(), reads, strict=True):
-            past.write(hidden, _reading(read).attention)
+            kept = _reading(read).written
+            past.write(hidden if kept is None else kept, _reading(read).attention)
         written += 1
         if written == self.writes or written & (written - 1) == 0:
             explained = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,15 @@ class LongTermMemoryConfig(MemoryConfig):
     """Where sample m of M of a sticky past is placed, which is taken at (m − ½)/M of the attention. `sampled`: at
     (m − ½)/M of its room, so that under even attention nothing moves. `published`: at m/M, half a sample later at every
     write, which a past that fades does not notice."""
+    stores: str = "hidden"
+    """`hidden`: hidden states, with projections of the memory's own, as published. `keys_values`: what the layer's own
+    attention makes of them, before any rotation by places; it is read with that attention's queries and goes through
+    its output projection, so that beside a pretrained model nothing has to be learned but how much of it to take."""
+    combination: str = "gates"
+    """Of keys and values with what attention reads. `gates`: tanh(g) times it is added, with a g for each head that
+    begins at 0. `joint`: one softmax over the memory and what attention sees, with a number for each head, at first −2,
+    added to the memory's scores, for a slots or Gibbs read; beside a pretrained model it changes something from the
+    first segment that is read from memory. Both learn at `optimizer.gate_learning_rate`."""
     input_gate: bool = False
     """Multiply what is written by sigmoid(Conv1d(kernel 3)) of it."""
     divergence_weight: float = 1e-6
@@ -92,6 +101,8 @@ class LongTermMemoryConfig(MemoryConfig):
         choices = {
             "contraction": ("constant", "uniform"),
             "read": ("affine", "moments", "slots", "gibbs"),
+            "stores": ("hidden", "keys_values"),
+            "combination": ("gates", "joint"),
             "density": ("gaussian", "truncated_parabola"),
             "sticky_placement": ("sampled", "published"),
         }
@@ -110,6 +121,17 @@ class LongTermMemoryConfig(MemoryConfig):
             raise ValueError(
                 f"model.memory.sharpness={self.sharpness}: model.memory.read=affine has no softmax to be sharper; take "
                 "moments, slots or gibbs, or leave it at 1"
+            )
+        if self.combination == "joint" and (self.stores != "keys_values" or self.read not in ("slots", "gibbs")):
+            raise ValueError(
+                f"model.memory.combination=joint: one softmax is over scores of keys, which stores={self.stores} with "
+                f"read={self.read} does not have; take model.memory.stores=keys_values with read=slots or gibbs, or "
+                "combination=gates"
+            )
+        if self.stores == "keys_values" and self.input_gate:
+            raise ValueError(
+                "model.memory.input_gate=true: keys and values are kept as attention has made them; leave the gate "
+                "out, or take model.memory.stores=hidden"
             )
         # Far outside of these, numbers of the regression and of the densities are 0 or infinite.
         for name, lowest, highest in (
@@ -161,7 +183,8 @@ class LongTermMemoryConfig(MemoryConfig):
     def numbers(self, hidden_size: int, layers: int, rows: int, rows_at_once: int, segment_length: int) -> int:
         """The states, the operators in float64, and the histograms of one layer."""
         states = super().numbers(hidden_size, layers, rows, rows_at_once, segment_length)
-        states += rows * layers * hidden_size * self.basis_functions
+        if self.stores == "hidden":  # keys and values may be fewer
+            states += rows * layers * hidden_size * self.basis_functions
         operators = 2 * self.basis_functions * (self.basis_functions + segment_length + self.past_samples)
         return states + operators + rows_at_once * segment_length * (self.sticky_bins if self.sticky else 0)
 
@@ -173,6 +196,20 @@ class LongTermMemoryConfig(MemoryConfig):
             )
         signal = ContinuousSignal(self, segment_length)
         return [LongTermMemory(self, hidden_size, heads, signal) for _ in range(layers)]
+
+    @property
+    def keeps_key_values(self) -> bool:
+        return self.stores == "keys_values"
+
+    def build_told(
+        self, hidden_size: int, heads: int, layers: int, segment_length: int, key_values: tuple[int, int]
+    ) -> list[Memory]:
+        if self.stores == "hidden":
+            return self.build_behind(hidden_size, heads, layers, segment_length)
+        from infformer.memory.key_value_signal import KeyValueSignal  # a kind of what is defined below
+
+        signal = ContinuousSignal(self, segment_length)
+        return [KeyValueSignal(self, heads, key_values, signal) for _ in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -193,6 +230,8 @@ class Projected(NamedTuple):
     [batch, 2, heads, hidden], with an affine read, else the keys, shape [batch, heads, N, head]."""
     values: Tensor
     """Shape [batch, heads, N, head]. Of a Gibbs read keys and values are those of the signal at its points."""
+    queries: Tensor | None = None
+    """Of the segment's earlier tokens, where they are asked for again; shape [batch, heads, earlier, head]."""
 
 
 class Reading(NamedTuple):
@@ -202,6 +241,8 @@ class Reading(NamedTuple):
     """To be added to the output of self-attention, shape [batch, queries, hidden]."""
     attention: Density
     """Where each head of each query looked, shape [batch, heads, queries]."""
+    written: Tensor | None = None
+    """What is written after it, [batch, T, width], if these are not hidden states."""
 
 
 class LongTermMemory(Memory):
@@ -218,6 +259,9 @@ class LongTermMemory(Memory):
         signal: basis and operators, shared between layers.
     """
 
+    gate: Any
+    """Of what is written, with an input gate."""
+
     def __init__(self, config: LongTermMemoryConfig, hidden_size: int, heads: int, signal: ContinuousSignal) -> None:
         super().__init__()
         self.config = config
@@ -226,10 +270,8 @@ class LongTermMemory(Memory):
         self.is_signal = True
         self.noise_size = config.past_samples if config.sticky else 0
         self.loss_weights = {"divergence": config.divergence_weight}
-        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.width = hidden_size
+        self._add_parameters()
         if config.read == "affine":
             # w_μ and w_σ: two linear functions of the N scores of a query.
             self.placement = nn.Linear(config.basis_functions, 2, bias=False)
@@ -237,23 +279,33 @@ class LongTermMemory(Memory):
             self.gate = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, padding=1)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def _add_parameters(self) -> None:
+        """Those that what is stored asks for."""
+        self.query = nn.Linear(self.width, self.width, bias=False)
+        self.key = nn.Linear(self.width, self.width, bias=False)
+        self.value = nn.Linear(self.width, self.width, bias=False)
+        self.output = nn.Linear(self.width, self.width, bias=False)
+
+    def _reset_own(self) -> None:
         """Small random projections; an output of zero, so that a new memory changes nothing until it is trained."""
         for projection in (self.query, self.key, self.value):
             nn.init.normal_(projection.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
+
+    def reset_parameters(self) -> None:
+        self._reset_own()
         if self.config.read == "affine":
             bound = 1 / math.sqrt(self.config.basis_functions)
             nn.init.uniform_(self.placement.weight, -bound, bound)
         if self.config.input_gate:
             nn.init.normal_(self.gate.weight, std=0.02)
-            nn.init.zeros_(cast(Tensor, self.gate.bias))
+            nn.init.zeros_(self.gate.bias)
 
     def initial_state(self, batch: int) -> LongTermState:
         """An empty memory for `batch` rows."""
         signal = self.signal.centres
         return LongTermState(
-            signal.new_zeros(batch, self.config.basis_functions, self.query.in_features),
+            signal.new_zeros(batch, self.config.basis_functions, self.width),
             torch.zeros(batch, dtype=torch.int64, device=signal.device),
         )
 
@@ -265,15 +317,28 @@ class LongTermMemory(Memory):
         self, hidden: Tensor, state: LongTermState, context: SegmentContext, shared: WriteOperators | None
     ) -> MemoryOutput:
         projected = self.project(state) if context.earlier is None else context.earlier.projected
-        reading = self.read(hidden, state, projected)
+        reading, projected = self.read_segment(hidden, state, context, projected)
         written = state
         if shared is not None:
-            whole = context.whole(hidden)
-            attention = reading.attention if whole is hidden else self.place(whole, projected)
-            new = context.written(hidden)
+            attention = reading.attention if context.earlier is None else self.place_whole(hidden, context, projected)
+            new = self.new_samples(hidden, context) if reading.written is None else reading.written
             written = self.write(new, state, shared, attention, context.noise, context.complete)
         divergence = self.divergence(reading.attention) * context.visible(state.segments.unsqueeze(-1) > 0)
         return MemoryOutput(written, reading.context, {"divergence": divergence}, reading, projected)
+
+    def read_segment(
+        self, hidden: Tensor, state: LongTermState, context: SegmentContext, projected: Projected
+    ) -> tuple[Reading, Projected]:
+        """What the tokens read, and what the next tokens of the segment will need."""
+        return self.read(hidden, state, projected), projected
+
+    def place_whole(self, hidden: Tensor, context: SegmentContext, projected: Projected) -> Density:
+        """Where all tokens of a segment looked that comes in pieces, of which `hidden` is the last."""
+        return self.place(context.whole(hidden), projected)
+
+    def new_samples(self, hidden: Tensor, context: SegmentContext) -> Tensor:
+        """What is written, [batch, T, width]."""
+        return context.written(hidden)
 
     def project(self, state: LongTermState) -> Projected:
         """What all tokens of a segment need of the memory before it, computed once.
@@ -283,7 +348,7 @@ class LongTermMemory(Memory):
         query projections they are two directions a head in the space of x.
         """
         coefficients = state.coefficients
-        operands = _type_of_products(coefficients)
+        operands = type_of_products(coefficients)
         with torch.autocast(coefficients.device.type, enabled=False):
             coefficients = self.signal.looked_at(coefficients)
             if self.config.read == "affine":
@@ -321,19 +386,32 @@ class LongTermMemory(Memory):
             hidden = hidden.to(projected.placing.dtype)
             if self.config.read == "affine":
                 directions = projected.placing.flatten(1, 2)
-                logits = (directions @ hidden.mT).unflatten(1, (2, self.heads))  # [batch, 2, heads, length]
-                mean = torch.sigmoid(logits[:, 0])
-                variance = F.softplus(logits[:, 1]).clamp(min=MINIMAL_VARIANCE)
-            else:
-                queries = self._split_heads(_project(self.query, hidden))
-                scores = queries @ projected.placing.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
-                if self.config.read == "gibbs":
-                    return Gibbs.of_scores(scores)
-                weights = torch.softmax(scores, dim=-1)
-                if self.config.read == "slots":
-                    return Slots(weights)
-                mean, variance = match_moments(weights, self.signal.basis)
-            return Gaussian(mean, variance) if self.config.density == "gaussian" else TruncatedParabola(mean, variance)
+                return self.density((directions @ hidden.mT).unflatten(1, (2, self.heads)))
+            queries = self._split_heads(_project(self.query, hidden))
+            return self.density(self.scores(queries, projected.placing))
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """βqᵀk/√d_h, of [batch, heads, queries, head] on [batch, heads, N, head]."""
+        return queries @ keys.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
+
+    def density(self, scores: Tensor) -> Density:
+        """Where it is looked, by scores.
+
+        Args:
+            scores: for each key, [batch, heads, queries, N]; with an affine read w_μ·s and w_σ·s alone,
+                [batch, 2, heads, queries].
+        """
+        config = self.config
+        if config.read == "affine":
+            mean, variance = torch.sigmoid(scores[:, 0]), F.softplus(scores[:, 1]).clamp(min=MINIMAL_VARIANCE)
+        elif config.read == "gibbs":
+            return Gibbs.of_scores(scores)
+        else:
+            weights = torch.softmax(scores, dim=-1)
+            if config.read == "slots":
+                return Slots(weights)
+            mean, variance = match_moments(weights, self.signal.basis)
+        return Gaussian(mean, variance) if config.density == "gaussian" else TruncatedParabola(mean, variance)
 
     def write(
         self,
@@ -370,7 +448,7 @@ class LongTermMemory(Memory):
         """What is written of a segment [batch, T, hidden]: X ⊙ sigmoid(Conv1d(X)) with an input gate, else X itself."""
         if not self.config.input_gate:
             return hidden
-        bias = cast(Tensor, self.gate.bias).to(hidden)
+        bias = self.gate.bias.to(hidden)
         convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), bias, padding=1)
         return hidden * torch.sigmoid(convolved.mT)
 
@@ -435,7 +513,7 @@ def _project(linear: nn.Linear, tensor: Tensor) -> Tensor:
     return F.linear(tensor, linear.weight.to(tensor))
 
 
-def _type_of_products(tensor: Tensor) -> torch.dtype:
+def type_of_products(tensor: Tensor) -> torch.dtype:
     """Of the operands of products with a tensor: that of autocast, where it is on and the tensor is float32."""
     kind = tensor.device.type
     under_autocast = torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32

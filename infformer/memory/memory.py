@@ -24,6 +24,21 @@ class KeyValues(NamedTuple):
     """[batch, heads, length, head]."""
 
 
+class LayerHeads(NamedTuple):
+    """What a layer's own attention asks, and where its answers go, for a memory that keeps keys and values."""
+
+    queries: Tensor
+    """Of the tokens that are read now, before any rotation by places, scaled so that a score is qᵀk/√head; shape
+    [batch, heads, length, head]."""
+    output: Callable[[Tensor], Tensor]
+    """The output projection without its bias, from heads [batch, heads, length, head] to [batch, length, hidden]."""
+    attended: Callable[[], tuple[Tensor, Tensor]]
+    """What attention reads of the segment, the shape of the queries, and the logarithm of the sum of its scores'
+    exponentials, [batch, heads, length]."""
+    project: Callable[[Tensor], KeyValues] | None = None
+    """From hidden states to their keys and values; None where `SegmentContext.key_values` are known."""
+
+
 class Earlier(NamedTuple):
     """What a layer keeps of the earlier tokens of an unfinished segment."""
 
@@ -45,9 +60,11 @@ class SegmentContext(NamedTuple):
     key_values: KeyValues | None = None
     """Those of the whole segment in this layer, where it is written; None in the own decoder, which sees hidden states.
     """
+    heads: LayerHeads | None = None
+    """The layer's own attention; None where no memory of the model asks for it."""
     leaving: Tensor | None = None
     """What leaves the short-term memory and is written instead of the segment, [batch, length, hidden]; None without
-    one."""
+    one. For a memory of keys and values beside a pretrained model it is these, side by side."""
     without_memory: Tensor | None = None
     """Rows that read the segment as if their memory were empty, and write it as always, bool [batch]; None: no row."""
 
@@ -123,6 +140,8 @@ class Memory(nn.Module):
     """Weights of the auxiliary losses, by their names."""
     needs_losses: bool = False
     """Whether it is told the losses of the tokens that it writes, by `write_by_losses`."""
+    keeps_key_values: bool = False
+    """Whether it keeps keys and values and is told of `SegmentContext.heads`, instead of hidden states."""
     is_signal: bool = False
     """Whether the past is a continuous signal that is read by densities: then more can be shown of it."""
 

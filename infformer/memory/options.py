@@ -87,7 +87,14 @@ class MemoryConfig:
             ValueError: something does not.
         """
 
-    def build(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+    def build(
+        self,
+        hidden_size: int,
+        heads: int,
+        layers: int,
+        segment_length: int,
+        key_values: tuple[int, int] | None = None,
+    ) -> list[Memory]:
         """A new memory for each layer, none where nothing is remembered.
 
         Args:
@@ -95,8 +102,11 @@ class MemoryConfig:
             heads: attention heads.
             layers: how many have a memory.
             segment_length: tokens of a segment; only complete ones are written.
+            key_values: heads of keys and values, and numbers of each head; the heads, which share the width, if not
+                given.
         """
-        behind = self.build_behind(hidden_size, heads, layers, segment_length)
+        key_values = key_values or (heads, hidden_size // heads)
+        behind = self.build_told(hidden_size, heads, layers, segment_length, key_values)
         if not self.short_term_length:
             return behind
         return [
@@ -124,7 +134,7 @@ class MemoryConfig:
             key_values: heads of keys and values, and numbers of each head.
             depth: how many layers there are.
         """
-        memories = self.build_behind(hidden_size, heads, len(layers), segment_length)
+        memories = self.build_told(hidden_size, heads, len(layers), segment_length, key_values)
         behind = dict(zip(layers, memories, strict=False))  # none where the short-term memory is all
         if not self.short_term_length:
             return behind
@@ -139,10 +149,21 @@ class MemoryConfig:
         """For each layer what stands behind its short-term memory; here nothing."""
         return []
 
+    def build_told(
+        self, hidden_size: int, heads: int, layers: int, segment_length: int, key_values: tuple[int, int]
+    ) -> list[Memory]:
+        """`build_behind`, told what keys and values the layers' own attention has: for memories that keep these."""
+        return self.build_behind(hidden_size, heads, layers, segment_length)
+
     @property
     def adds_to_attention(self) -> bool:
         """Whether something is added to what attention returns; otherwise attention looks at the memory itself."""
         return type(self) is not MemoryConfig
+
+    @property
+    def keeps_key_values(self) -> bool:
+        """Whether what is behind the short-term memory keeps keys and values and not hidden states."""
+        return False
 
     @property
     def key_values(self) -> int:

@@ -102,7 +102,7 @@ class ShortTermMemory(Memory):
         self.behind = behind
         if behind is not None:
             self.noise_size, self.loss_weights = behind.noise_size, behind.loss_weights
-            self.needs_losses = behind.needs_losses
+            self.needs_losses, self.keeps_key_values = behind.needs_losses, behind.keeps_key_values
 
     def initial_state(self, batch: int) -> ShortTermState:
         queue = Queue.empty(batch, self.length, self.numbers)
@@ -119,14 +119,18 @@ class ShortTermMemory(Memory):
         return own if older is None else Entries(*(torch.cat(pair, dim=1) for pair in zip(older, own, strict=True)))
 
     def kept(self, hidden: Tensor, context: SegmentContext) -> Tensor:
-        """What is kept of each token, [batch, length, numbers]; its hidden state first, if there is a memory behind."""
+        """What is kept of each token, [batch, length, numbers]; its hidden state first, if a memory behind wants it."""
         return hidden
+
+    def handed_on(self, leaving: Tensor, hidden_size: int) -> Tensor:
+        """What the memory behind is given of what leaves, [batch, length, numbers]."""
+        return leaving
 
     def forward(self, hidden: Tensor, state: ShortTermState, context: SegmentContext, shared: Any) -> MemoryOutput:
         queue, complete, leaving = state.short_term, context.complete, None
         if complete is not None:
             queue, leaving = queue.push(self.kept(context.whole(hidden), context), complete)
-            leaving = leaving[..., : hidden.shape[-1]]
+            leaving = self.handed_on(leaving, hidden.shape[-1])
             # All of a segment leaves, or nothing: the length is a multiple of the segment's.
             complete = complete & (state.short_term.filled == self.length)
         if self.behind is None:
@@ -195,7 +199,8 @@ class KeyValueMemory(ShortTermMemory):
         super().__init__(length, hidden_size, behind)
         self.sinks = sinks
         self.shape = shape
-        self.numbers = 2 * shape[0] * shape[1] + (0 if behind is None else hidden_size)
+        self.wants_hidden = behind is not None and not behind.keeps_key_values
+        self.numbers = 2 * shape[0] * shape[1] + (hidden_size if self.wants_hidden else 0)
 
     def initial_state(self, batch: int) -> KeyValueState:
         empty = super().initial_state(batch)
@@ -205,7 +210,10 @@ class KeyValueMemory(ShortTermMemory):
     def kept(self, hidden: Tensor, context: SegmentContext) -> Tensor:
         assert context.key_values is not None
         pair = [part.transpose(1, 2).flatten(2) for part in context.key_values]
-        return torch.cat(pair if self.behind is None else [hidden.to(pair[0].dtype), *pair], dim=-1)
+        return torch.cat([hidden.to(pair[0].dtype), *pair] if self.wants_hidden else pair, dim=-1)
+
+    def handed_on(self, leaving: Tensor, hidden_size: int) -> Tensor:
+        return leaving[..., :hidden_size] if self.wants_hidden else leaving
 
     def entries(self, state: ShortTermState) -> None:
         """None: attention sees keys and values, not hidden states."""

@@ -187,10 +187,14 @@ class Rotation:
         return self.turn(keys, torch.stack([cosines, -sines]))
 
 
-def find_rotations(backbone: PreTrainedModel) -> list[int]:
+def find_rotations(backbone: PreTrainedModel, move: bool = True) -> list[int]:
     """The layers whose keys are rotated by their places; in all others they do not depend on these.
 
     Found out by a look at the keys of some tokens at two distances from the beginning.
+
+    Args:
+        move: what was read has to be moved back. If not, keys may know the places of embeddings, as GPT-2's do, whose
+            attention rotates nothing.
 
     Raises:
         ModelError: in some layer they depend on places in another way, so what was read cannot be moved back.
@@ -215,6 +219,8 @@ def find_rotations(backbone: PreTrainedModel) -> list[int]:
         if rotation.known:
             table = rotation.table(shift + count, device)
             near, far = rotation.turn_back(near, table[:, :, :count]), rotation.turn_back(far, table[:, :, shift:])
+        elif not move and rotation.encoder is None and rotation.rotate is None:
+            continue
         if not (rotation.known and _alike(near, far)):
             raise ModelError(
                 f"model.memory.short_term_length: what a {backbone.config.model_type!r} has read cannot be moved back: "

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from infformer.memory.memory import KeyValues, LayerHeads
+
 
 @dataclass(frozen=True)
 class BlockSizes:
@@ -106,17 +108,40 @@ class Attention(nn.Module):
             allowed: which entry each query may see, bool [batch, 1, queries, length].
             encoding: of distances length − 1 … 0 (relative), or of places 0 … length − 1 (rotary); `encode_positions`.
         """
-        query, key = self._heads(self.query, hidden), self._heads(self.key, context)
-        value = self._heads(self.value, context)
-        mask = allowed
-        if self.rotary:
-            query, key = rotate(query, encoding[-query.shape[2] :]), rotate(key, encoding)
-        else:
-            mask = self.distance_scores(query, encoding).masked_fill(~allowed, -math.inf)
-            query = query + self.content_bias
+        query, key, value, mask = self._kernel_inputs(hidden, context, allowed, encoding)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.output(attended.transpose(1, 2).flatten(2))
+        return self._join(attended)
+
+    def heads_of(self, hidden: Tensor, context: Tensor, allowed: Tensor, encoding: Tensor) -> LayerHeads:
+        """What a memory of keys and values is told; the arguments are those of `forward`."""
+
+        def attended() -> tuple[Tensor, Tensor]:
+            query, key, value, mask = self._kernel_inputs(hidden, context, allowed, encoding)
+            scores = query @ key.mT / math.sqrt(query.shape[-1])
+            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
+            return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+        queries = self._heads(self.query, hidden)
+        queries = queries if self.rotary else queries + self.content_bias
+        return LayerHeads(queries, self._join, attended, self._key_values)
+
+    def _kernel_inputs(
+        self, hidden: Tensor, context: Tensor, allowed: Tensor, encoding: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [batch, heads, …, head], and what is added to scores, or which of them count."""
+        query, (key, value) = self._heads(self.query, hidden), self._key_values(context)
+        if self.rotary:
+            return rotate(query, encoding[-query.shape[2] :]), rotate(key, encoding), value, allowed
+        mask = self.distance_scores(query, encoding).masked_fill(~allowed, -math.inf)
+        return query + self.content_bias, key, value, mask
+
+    def _key_values(self, context: Tensor) -> KeyValues:
+        return KeyValues(self._heads(self.key, context), self._heads(self.value, context))
+
+    def _join(self, heads: Tensor) -> Tensor:
+        """[batch, heads, length, head] to [batch, length, hidden]."""
+        return self.output(heads.transpose(1, 2).flatten(2))
 
     def distance_scores(self, query: Tensor, encoding: Tensor) -> Tensor:
         """Transformer-XL's terms (b) and (d): (q_i + v)ᵀ W_R R_{i−j} / √d_h, [batch, heads, queries, length].

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.errors import ModelError
+from infformer.memory.key_value_signal import KeyValueSignal
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
@@ -192,6 +193,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         read: LayerRead | None = None
         if self.memory is not None:
             context = context._replace(attend=partial(self.attention.attend_by_content, segment))
+            if self.memory.keeps_key_values:
+                context = context._replace(heads=self.attention.heads_of(seen, visible, allowed, encoding))
             output = self.memory(seen, state, context, shared)
             if output.context is not None:
                 added = context.added(attended, output.context)
@@ -224,7 +227,8 @@ class DecoderForCausalLM(MemoryModel):
         layers = config.num_hidden_layers
         memories: list[Memory | None] = [None] * layers
         if memory is not None:
-            memories = [*memory.build(config.hidden_size, config.num_attention_heads, layers, config.segment_length)]
+            widths = config.hidden_size, config.num_attention_heads
+            memories = [*memory.build(*widths, layers, config.segment_length, (widths[1], config.head_size))]
         self.layers = nn.ModuleList(DecoderLayer(sizes, own) for own in memories)
         self.final_norm = sizes.new_norm() if config.normalization_placement == "pre" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -311,6 +315,8 @@ class DecoderForCausalLM(MemoryModel):
             initialization.ones_(module.weight)
         if isinstance(module, nn.LayerNorm):
             initialization.zeros_(module.bias)
+        if isinstance(module, KeyValueSignal):
+            initialization.constant_(module.gate, module.first_gate)
         if isinstance(module, Attention) and not module.rotary:
             initialization.zeros_(module.content_bias)
             initialization.zeros_(module.distance_bias)

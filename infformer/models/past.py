@@ -72,6 +72,11 @@ class Past(Cache):
         super().__init__(layers=list(layers))
         self.real = real
 
+    @property
+    def places(self) -> int:
+        """How many keys stand before the segment."""
+        return self.real.shape[1]
+
     def visible(self, length: int) -> Tensor:
         """Which tokens attention may see, so many new ones among them; int64 [batch, past + length]."""
         seen = self.get_seq_length() + length

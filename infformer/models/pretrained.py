@@ -46,6 +46,7 @@ from infformer.models.backbone import (
 from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.linear_loss import can_fuse, linear_token_losses
+from infformer.models.listening import Ear
 from infformer.models.past import Past, PastLayer
 from infformer.models.segment_cache import SegmentCache, copy_cache
 
@@ -137,6 +138,8 @@ class _LayerCall:
     return_intermediates: bool
     past: Past | None
     """What attention sees before the segment; None without a short-term memory."""
+    table: Tensor | None = None
+    """Of the places of the past and then of the segment, where the layer is listened to; see `Rotation.table`."""
     read: LayerRead | None = None
     over: bool = False
     """The pass is over: a recomputed layer has nobody to tell what it made."""
@@ -160,6 +163,7 @@ class _Attachment:
         self.place = place
         self.layer = layer
         self.rotation = rotation
+        self.ear = Ear(attention) if self.memory.keeps_key_values else None
         self.call: _LayerCall | None = None
         attention.register_forward_hook(self._add_memory, with_kwargs=True)
 
@@ -176,7 +180,10 @@ class _Attachment:
         hidden = args[0] if args else kwargs["hidden_states"]
         attended, *others = output
         context = call.context
-        if call.past is not None and context.complete is not None:
+        if self.ear is not None:
+            heads, pair = self.ear.heads(self.rotation, call.table, 0 if call.past is None else call.past.places)
+            context = context._replace(heads=heads, key_values=pair)
+        elif call.past is not None and context.complete is not None:
             context = context._replace(key_values=call.past.key_values(self.layer))
         read = call.memory(hidden, call.state, context, call.shared)
         if not call.over:
@@ -190,11 +197,15 @@ class _Attachment:
 def _told(attachments: Sequence[_Attachment], calls: Sequence[_LayerCall | None]) -> Iterator[None]:
     """Within it, each memory is told its part of a forward pass."""
     before = [attachment.call for attachment in attachments]
+    ears = [attachment.ear for attachment in attachments if attachment.ear is not None]
+    configs = [ear.listen() for ear in ears]
     for attachment, call in zip(attachments, calls, strict=True):
         attachment.call = call
     try:
         yield
     finally:
+        for ear, config in zip(ears, configs, strict=True):
+            ear.attention.config = config
         for attachment, call in zip(attachments, before, strict=True):
             attachment.call = call
 
@@ -248,6 +259,13 @@ class InfformerForCausalLM(MemoryModel):
             self.segment_length = config.segment_length
             self._seen = memory.key_values
             self._check_places(memory, config.segment_length)
+            window = getattr(config.backbone, "sliding_window", None)
+            if memory.keeps_key_values and window is not None and window < config.segment_length:
+                raise ModelError(
+                    f"training.segment_length={config.segment_length}: a segment in pieces loses its first keys where "
+                    f"attention sees {window} tokens, so model.memory.stores=keys_values cannot write it; take at most "
+                    f"{window}"
+                )
             attentions = find_attentions(self.backbone)
             layers = list(range(len(attentions))) if config.memory_layers is None else config.memory_layers
             if len(set(layers)) < len(layers) or not set(layers) <= set(range(len(attentions))):
@@ -313,8 +331,8 @@ class InfformerForCausalLM(MemoryModel):
             lora=lora,
             attn_implementation=backbone.config._attn_implementation,
         )
-        if config.memory_config is not None and config.memory_config.short_term_length:
-            config.rotated_layers = find_rotations(backbone)
+        if (own := config.memory_config) is not None and (own.short_term_length or own.keeps_key_values):
+            config.rotated_layers = find_rotations(backbone, move=bool(own.short_term_length))
         model = cls(config, backbone)
         if backbone.generation_config is not None:
             model.generation_config = backbone.generation_config
@@ -346,9 +364,11 @@ class InfformerForCausalLM(MemoryModel):
             past = self._past(state, context) if kept is None else cast(Past, kept)
             options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
         calls = []
+        tables = self._tables() if any(attachment.ear for attachment in self._attachments) else {}
         for number, (attachment, layer) in enumerate(zip(self._attachments, state.layers, strict=True)):
             own = context if segment_cache is None else context._replace(earlier=segment_cache.memories[number])
-            calls.append(_LayerCall(attachment.memory, layer, own, shared, return_intermediates, past))
+            table = None if attachment.rotation is None else tables.get(attachment.rotation.kind)
+            calls.append(_LayerCall(attachment.memory, layer, own, shared, return_intermediates, past, table))
         with _told(self._attachments, calls), _one_text_a_row(input_ids.device):
             if self.config.head_is_known:
                 read = self.backbone.base_model(input_ids, **options)
@@ -369,16 +389,23 @@ class InfformerForCausalLM(MemoryModel):
         Their M tokens have the places 0 … M − 1, however long ago the document began, and those of the segment the
         places M … M + T − 1.
         """
-        places = self._seen + self.config.segment_length
-        tables: dict[str, Tensor] = {}
+        tables = self._tables()
         layers = []
         for attachment, layer in zip(self._attachments, state.layers, strict=True):
             rotation = attachment.rotation
-            if rotation is not None and rotation.kind not in tables:
-                tables[rotation.kind] = rotation.table(places, self.device)
             key_values, real = cast(tuple[KeyValues, Tensor], attachment.memory.key_values(layer))
             layers.append(PastLayer(key_values, rotation, None if rotation is None else tables[rotation.kind]))
         return Past(layers, context.visible(real))
+
+    def _tables(self) -> dict[str, Tensor]:
+        """The rotations of all places of what stands before a segment, and of the segment, by their kinds."""
+        places = self._seen + self.config.segment_length
+        rotations = {
+            attachment.rotation.kind: attachment.rotation
+            for attachment in self._attachments
+            if attachment.rotation is not None
+        }
+        return {kind: rotation.table(places, self.device) for kind, rotation in rotations.items()}
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.logits)(hidden, targets)
@@ -408,8 +435,11 @@ class InfformerForCausalLM(MemoryModel):
         return [*layers, *self.memories]
 
     def compile_layers(self) -> None:
-        if self._seen:
-            logger.warning("layers behind a short-term memory are not compiled: each would be compiled by itself")
+        if self._seen or any(attachment.ear for attachment in self._attachments):
+            logger.warning(
+                "layers behind a short-term memory, or with a memory of keys and values, are not compiled: each would "
+                "be compiled by itself"
+            )
             return
         super().compile_layers()
 

@@ -16,10 +16,16 @@ ENDING_SCHEDULES = ("cosine", "linear")
 
 
 def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:
-    """Adam over four groups: backbone and memory, each with and without weight decay.
+    """Adam over backbone and memory, each with and without weight decay, and the gates behind which memories begin.
 
-    Groups are named `backbone`, `backbone_without_decay`, `memory`, `memory_without_decay`; empty ones are left out.
+    Groups are named `backbone`, `backbone_without_decay`, `gates`, `memory`, `memory_without_decay`; empty ones are
+    left out.
     """
+    rates = {
+        "backbone": config.learning_rate,
+        "gates": config.gate_learning_rate,
+        "memory": config.memory_learning_rate,
+    }
     in_memory = {id(parameter) for parameter in model.memory_parameters()}
     groups: dict[str, list[nn.Parameter]] = {}
     for place, parameter in model.named_parameters():
@@ -27,6 +33,7 @@ def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:
             name = "memory" if id(parameter) in in_memory else "backbone"
             # Norms and biases, which are not matrices, and the memory's input gates, which decay would pull half open.
             name += "_without_decay" if parameter.dim() < 2 or ".gate." in place else ""
+            name = "gates" if place.endswith(".gate") else name
             groups.setdefault(name, []).append(parameter)
     kind = AdamW if config.name == "adamw" else Adam
     return kind(
@@ -34,8 +41,8 @@ def make_optimizer(model: MemoryModel, config: OptimizerConfig) -> Optimizer:
             {
                 "name": name,
                 "params": parameters,
-                "lr": config.memory_learning_rate if name.startswith("memory") else config.learning_rate,
-                "weight_decay": 0.0 if name.endswith("_without_decay") else config.weight_decay,
+                "lr": rates[name.removesuffix("_without_decay")],
+                "weight_decay": 0.0 if name.endswith("_without_decay") or name == "gates" else config.weight_decay,
             }
             for name, parameters in sorted(groups.items())
         ],
@@ -65,5 +72,9 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int) 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The current rates by name, as metrics."""
     rates = {group["name"].removesuffix("_without_decay"): group["lr"] for group in optimizer.param_groups}
-    names = {"backbone": "train/learning_rate", "memory": "train/memory_learning_rate"}
+    names = {
+        "backbone": "train/learning_rate",
+        "gates": "train/gate_learning_rate",
+        "memory": "train/memory_learning_rate",
+    }
     return {names[name]: rate for name, rate in rates.items()}

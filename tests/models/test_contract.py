@@ -145,6 +145,11 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "sticky moments": long_term(read="moments", sticky=True),
     "uniform slots": long_term(read="slots", contraction="uniform"),
     "sticky gibbs": long_term(read="gibbs", sticky=True),
+    "keys and values": long_term(stores="keys_values"),
+    "joint sticky keys and values": long_term(
+        stores="keys_values", combination="joint", read="gibbs", sticky=True, contraction="uniform"
+    ),
+    "short-term and joint keys and values": long_term(SEGMENT, stores="keys_values", combination="joint", read="slots"),
     "short-term and sticky moments": long_term(SEGMENT, read="moments", sticky=True),
     "short-term and uniform slots": long_term(SEGMENT, read="slots", contraction="uniform"),
     "running mean": RunningMeanConfig(0),
@@ -154,12 +159,29 @@ MEMORIES: dict[str, MemoryConfig | None] = {
 }
 """Every kind; of the long-term memory's options each, but not each with each."""
 IN = {
-    "relative": ("short-term", "compressive", "long-term", "short-term and sticky moments", "loss mean"),
-    "rotary": ("none", "most used", "uniform sticky", "short-term and uniform slots", "short-term and running mean"),
-    "gpt2": ("none", "long-term", "running mean"),
+    "relative": (
+        "short-term",
+        "compressive",
+        "long-term",
+        "short-term and sticky moments",
+        "loss mean",
+        "keys and values",
+    ),
+    "rotary": (
+        "none",
+        "joint sticky keys and values",
+        "short-term and joint keys and values",
+        "most used",
+        "uniform sticky",
+        "short-term and uniform slots",
+        "short-term and running mean",
+    ),
+    "gpt2": ("none", "long-term", "running mean", "keys and values"),
     "llama": (
         "sticky moments",
         "sticky gibbs",
+        "joint sticky keys and values",
+        "short-term and joint keys and values",
         "uniform slots",
         "short-term",
         "short-term and sticky moments",
@@ -178,8 +200,15 @@ NEW = {
     "moments uniform": long_term(read="moments", contraction="uniform"),
     "slots sticky": long_term(read="slots", sticky=True),
     "gibbs": long_term(read="gibbs", points=5, sharpness=2.0),
+    "keys and values": long_term(stores="keys_values"),
+    "keys and values gibbs": long_term(stores="keys_values", read="gibbs"),
 }
 """What can stand beside a pretrained model."""
+
+
+def adds_nothing_at_zero(memory: MemoryConfig) -> bool:
+    """With all of its weights zero."""
+    return not memory.short_term_length and getattr(memory, "combination", "") != "joint"
 
 
 def of(models: dict[str, Any]) -> pytest.MarkDecorator:
@@ -320,7 +349,7 @@ class TestWhatIsAdded:
         else:
             assert torch.equal(outputs[2].logits, expected[2])
 
-    @of({name: model for name, model in WRAPPED.items() if not (model[1] and model[1].short_term_length)})
+    @of({name: model for name, model in WRAPPED.items() if not model[1] or adds_nothing_at_zero(model[1])})
     def test_two_models_around_one_backbone_do_not_touch_each_other(self, own):
         expected = [copy.deepcopy(own.backbone)(segment).logits for segment in document(2)]
         second = InfformerForCausalLM.from_backbone(own.backbone, own.config.memory_config, None, SEGMENT).eval()
