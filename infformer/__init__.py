@@ -34,7 +34,7 @@ def __dir__() -> list[str]:
 
 
 def _register_models() -> None:
-    for module in ("decoder", "pretrained"):
+    for module in ("decoder", "encoder", "pretrained"):
         import_module(f"infformer.models.{module}")
 
 

@@ -38,6 +38,20 @@ with torch.no_grad():
 `infformer-generate checkpoint=. document=book.txt prompt='And so'` reads a text of any length and goes on from it.
 """
 
+_USE_OF_A_CLASSIFIER = """## Use
+
+```python
+import infformer  # which makes transformers know the model
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or the model's name on the hub
+texts = torch.randint(1, {vocabulary}, (2, {length}))  # token {padding} is padding, behind a text
+with torch.no_grad():
+    classes = model(texts).logits.squeeze(1).argmax(dim=-1)
+```
+"""
+
 
 def model_card(
     model: MemoryModel,
@@ -55,6 +69,13 @@ def model_card(
         data: for `ModelCardData`, what the hub is told beside the text.
     """
     config = model.config
+    if config.model_type == "classifier":
+        told = ModelCardData(library_name="infformer", pipeline_tag="text-classification", tags=["infformer"], **data)
+        use = _USE_OF_A_CLASSIFIER.format(
+            vocabulary=config.vocab_size, length=model.positions, padding=config.pad_token_id
+        )
+        kind = f"A classifier of {config.classes} classes, by infformer. Its attention: {config.attention}."
+        return _card(told, name or "A classifier", kind, use, sections)
     stock = getattr(config, "backbone", None)
     kind = "A decoder" if stock is None else f"A `{stock.model_type}`"
     what = "with a memory of fixed size beside each attention" if config.memory else "without a memory"
@@ -68,13 +89,12 @@ def model_card(
     use = _USE.format(tokens=tokens, segment=config.segment_length)
     if not reads_text:
         use = use[: use.index("\n`infformer-generate")].replace(", AutoTokenizer", "")
-    parts = [
-        f"---\n{told.to_yaml()}\n---",
-        f"# {name or 'A language model'}",
-        f"{kind} {what}, by infformer. It reads a text segment by segment, in constant memory.",
-        use.strip(),
-        *_memory(config),
-    ]
+    kind = f"{kind} {what}, by infformer. It reads a text segment by segment, in constant memory."
+    return _card(told, name or "A language model", kind, use, {**_memory(config), **(sections or {})})
+
+
+def _card(told: ModelCardData, name: str, kind: str, use: str, sections: Mapping[str, Sequence[str]] | None) -> str:
+    parts = [f"---\n{told.to_yaml()}\n---", f"# {name}", kind, use.strip()]
     for heading, paragraphs in (sections or {}).items():
         parts += [f"## {heading}", *paragraphs]
     return "\n\n".join(parts) + "\n"
@@ -85,12 +105,12 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def _memory(config: Any) -> list[str]:
+def _memory(config: Any) -> dict[str, list[str]]:
     if config.memory is None:
-        return []
+        return {}
     layers = getattr(config, "memory_layers", None)
     rows = {"segment_length": config.segment_length, **config.memory}
     if layers is not None:
         rows["layers"] = ", ".join(map(str, layers))
     table = "\n".join(f"| `{option}` | {value} |" for option, value in rows.items() if value is not None)
-    return ["## Memory", f"| | |\n|---|---|\n{table}"]
+    return {"Memory": [f"| | |\n|---|---|\n{table}"]}

@@ -1,0 +1,251 @@
+"""Attention by fixed patterns: local blocks, Sparse Transformer, Longformer, BigBird; and the patterns as masks.
+
+Each costs what its pattern allows: keys are cut into blocks, shifted and gathered, never masked in a product of all
+pairs. `..._mask` says the same as a mask bool [length, length], for tests, figures and whoever wants to see it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infformer.attention.softmax import Part, attend_part, causal_mask, join_parts, softmax_attention
+
+
+def local_attention(
+    query: Tensor, key: Tensor, value: Tensor, block: int, real: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Each position attends within its block of so many."""
+    length = query.shape[2]
+    query, key, value = (_in_blocks(tensor, block) for tensor in (query, key, value))
+    allowed = None
+    if real is not None or query.shape[2] * block > length:
+        allowed = _blocks_of_real(real, length, block, query.device).unsqueeze(-2)
+    if causal:
+        causal_block = causal_mask(block, query.device)
+        allowed = causal_block if allowed is None else allowed & causal_block
+    return attend_part(query, key, value, allowed).attended.flatten(2, 3)[:, :, :length]
+
+
+def local_mask(length: int, block: int, causal: bool = False) -> Tensor:
+    """What `local_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return (query // block == key // block) & _before(query, key, causal)
+
+
+def strided_attention(
+    query: Tensor, key: Tensor, value: Tensor, stride: int, real: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Sparse Transformer (Child et al., arXiv 1904.10509), strided: the last positions and every so many before them.
+
+    Position i sees j where |i − j| ≤ stride, or where stride divides i − j.
+    """
+    length = query.shape[2]
+    places = _places(length, stride, query.device)
+    query, key, value = (_in_blocks(tensor, stride) for tensor in (query, key, value))
+    real = _blocks_of_real(real, length, stride, query.device)
+    near = _attend_window(query, key, value, real, places, stride, causal)
+    # A column holds the positions of one remainder.
+    query, key, value = (tensor.transpose(2, 3) for tensor in (query, key, value))
+    query_place, key_place = places.T.unsqueeze(-1), places.T.unsqueeze(-2)
+    allowed = real.transpose(2, 3).unsqueeze(-2) & ((query_place - key_place).abs() > stride)
+    far = attend_part(query, key, value, allowed & _before(query_place, key_place, causal))
+    far = Part(far.attended.transpose(2, 3), far.log_mass.transpose(2, 3))
+    return join_parts([near, far]).flatten(2, 3)[:, :, :length]
+
+
+def strided_mask(length: int, stride: int, causal: bool = False) -> Tensor:
+    """What `strided_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return (((query - key).abs() <= stride) | ((query - key) % stride == 0)) & _before(query, key, causal)
+
+
+def fixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: int,
+    summaries: int,
+    real: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Sparse Transformer, fixed: a position sees its block, and the last positions of every block, their summaries."""
+    length = query.shape[2]
+    places = _places(length, block, query.device)
+    query, key, value = (_in_blocks(tensor, block) for tensor in (query, key, value))
+    real = _blocks_of_real(real, length, block, query.device)
+    query_place = places.unsqueeze(-1)
+    own = attend_part(query, key, value, real.unsqueeze(-2) & _before(query_place, places.unsqueeze(-2), causal))
+    key_place = places[:, -summaries:].flatten()
+    elsewhere = key_place // block != query_place // block
+    key, value = (tensor[:, :, :, -summaries:].flatten(2, 3).unsqueeze(2) for tensor in (key, value))
+    real = real[..., -summaries:].flatten(2, 3)[:, :, None, None]
+    far = attend_part(query, key, value, real & elsewhere & _before(query_place, key_place, causal))
+    return join_parts([own, far]).flatten(2, 3)[:, :, :length]
+
+
+def fixed_mask(length: int, block: int, summaries: int, causal: bool = False) -> Tensor:
+    """What `fixed_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return ((query // block == key // block) | (key % block >= block - summaries)) & _before(query, key, causal)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reach: int,
+    seen_by_all: int = 0,
+    real: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Longformer (Beltagy et al., arXiv 2004.05150): |i − j| ≤ reach, and the first positions are seen by all.
+
+    What those first positions themselves see is everything, with projections of their own: see `Longformer`.
+    """
+    length = query.shape[2]
+    places = _places(length, reach, query.device)
+    first_key, first_value = (tensor[:, :, :seen_by_all].unsqueeze(2) for tensor in (key, value))
+    query, key, value = (_in_blocks(tensor, reach) for tensor in (query, key, value))
+    blocks_of_real = _blocks_of_real(real, length, reach, query.device)
+    parts = [_attend_window(query, key, value, blocks_of_real, places, reach, causal, places < seen_by_all)]
+    if seen_by_all:
+        allowed = _before(places.unsqueeze(-1), torch.arange(first_key.shape[3], device=query.device), causal)
+        if real is not None:
+            allowed = allowed & real[:, None, None, None, :seen_by_all]
+        parts.append(attend_part(query, first_key, first_value, allowed))
+    return join_parts(parts).flatten(2, 3)[:, :, :length]
+
+
+def window_mask(length: int, reach: int, seen_by_all: int = 0, causal: bool = False) -> Tensor:
+    """What `window_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return (((query - key).abs() <= reach) | (key < seen_by_all)) & _before(query, key, causal)
+
+
+def big_bird_attention(
+    query: Tensor, key: Tensor, value: Tensor, block: int, chosen: Tensor, real: Tensor | None = None
+) -> Tensor:
+    """BigBird (Zaheer et al., arXiv 2007.14062): blocks see their neighbours, the two outer blocks, and random ones.
+
+    The two outer blocks see everything.
+
+    Args:
+        block: positions of a block.
+        chosen: which other blocks each block sees, [blocks, random blocks], of `choose_blocks`.
+    """
+    length, blocks = query.shape[2], len(chosen)
+    rows, row_keys, row_values = (_in_blocks(tensor, block) for tensor in (query, key, value))
+    row_real = _blocks_of_real(real, length, block, query.device)
+    number = torch.arange(blocks, device=query.device).unsqueeze(-1)
+    is_outer = (number == 0) | (number == blocks - 1)
+    # Whole blocks are near or far: a position counts by the number of its block.
+    places = number.expand(-1, block)
+    parts = [_attend_window(rows, row_keys, row_values, row_real, places, 1, False, is_outer.expand(-1, block))]
+    outer = torch.tensor([0, blocks - 1] if blocks > 1 else [0], device=query.device)
+    outer_keys, outer_values = (_take_blocks(tensor, outer, 1) for tensor in (row_keys, row_values))
+    parts.append(attend_part(rows, outer_keys, outer_values, row_real[:, :, outer].flatten(2)[:, :, None, None]))
+    if chosen.shape[1]:
+        exists = (chosen >= 0).repeat_interleave(block, dim=1).unsqueeze(-2)
+        index = chosen.clamp(min=0).flatten()
+        found_keys, found_values = (_take_blocks(tensor, index, blocks) for tensor in (row_keys, row_values))
+        found_real = row_real[:, :, index].unflatten(2, (blocks, -1)).flatten(3).unsqueeze(-2)
+        parts.append(attend_part(rows, found_keys, found_values, found_real & exists))
+    attended = join_parts(parts).flatten(2, 3)
+    # The outer blocks themselves see everything.
+    last = (blocks - 1) * block
+    first = softmax_attention(query[:, :, :block], key, value, real)
+    if blocks == 1:
+        return first
+    return torch.cat([first, attended[:, :, block:last], softmax_attention(query[:, :, last:], key, value, real)], 2)
+
+
+def big_bird_mask(length: int, block: int, chosen: Tensor) -> Tensor:
+    """What `big_bird_attention` lets each position see, bool [length, length]."""
+    blocks = len(chosen)
+    number = torch.arange(blocks)
+    outer = (number == 0) | (number == blocks - 1)
+    seen = (number.unsqueeze(-1) - number).abs() <= 1
+    seen = seen | outer | outer.unsqueeze(-1)
+    for of_block, others in zip(seen, chosen.tolist(), strict=True):
+        of_block[[other for other in others if other >= 0]] = True
+    return seen.repeat_interleave(block, 0).repeat_interleave(block, 1)[:length, :length]
+
+
+def choose_blocks(blocks: int, count: int, seed: int) -> Tensor:
+    """Random blocks for each block, none of them outer or its neighbour, int64 [blocks, count]; −1 where there is none.
+
+    The same for the same arguments, so that no checkpoint has to keep them.
+    """
+    number = torch.arange(blocks)
+    known = ((number.unsqueeze(-1) - number).abs() <= 1) | (number == 0) | (number == blocks - 1)
+    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed)).masked_fill(known, 2.0)
+    drawn = order.sort(dim=-1)
+    found = drawn.indices.masked_fill(drawn.values > 1, -1)[:, :count]
+    return F.pad(found, (0, count - found.shape[1]), value=-1)
+
+
+def _attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor,
+    places: Tensor,
+    reach: int,
+    causal: bool,
+    hidden: Tensor | None = None,
+) -> Part:
+    """Attention of blocks [batch, heads, blocks, block, size] to themselves and their two neighbours.
+
+    Args:
+        real: [batch, 1, blocks, block].
+        places: of the positions, [blocks, block].
+        reach: how far away a place is seen.
+        hidden: keys that are not seen here, bool [blocks, block]; None: all are.
+    """
+    nowhere = torch.iinfo(places.dtype).max // 2  # the place of keys beyond the ends
+    key_places = _with_neighbours(places[None, None].unsqueeze(-1), nowhere).squeeze(-1)[0, 0].unsqueeze(-2)
+    shown = (
+        _with_neighbours((real if hidden is None else real & ~hidden).unsqueeze(-1), False).squeeze(-1).unsqueeze(-2)
+    )
+    query_places = places.unsqueeze(-1)
+    near = ((query_places - key_places).abs() <= reach) & _before(query_places, key_places, causal)
+    return attend_part(query, _with_neighbours(key, 0), _with_neighbours(value, 0), shown & near)
+
+
+def _with_neighbours(blocks: Tensor, beyond: float) -> Tensor:
+    """[batch, heads, blocks, block, size] to [batch, heads, blocks, 3 · block, size]: with those before and after."""
+    padded = F.pad(blocks, (0, 0, 0, 0, 1, 1), value=beyond)
+    return torch.cat([padded[:, :, :-2], blocks, padded[:, :, 2:]], dim=3)
+
+
+def _take_blocks(blocks: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Those blocks that each of the rows asks for, [batch, heads, rows, asked · block, size]."""
+    return blocks.index_select(2, index).unflatten(2, (rows, -1)).flatten(3, 4)
+
+
+def _in_blocks(tensor: Tensor, block: int) -> Tensor:
+    """[batch, heads, length, size] to [batch, heads, blocks, block, size], with zeros behind the end."""
+    return F.pad(tensor, (0, 0, 0, -tensor.shape[2] % block)).unflatten(2, (-1, block))
+
+
+def _blocks_of_real(real: Tensor | None, length: int, block: int, device: torch.device) -> Tensor:
+    """Which positions of all blocks are real, bool [batch or 1, 1, blocks, block]."""
+    known = torch.ones(1, length, dtype=torch.bool, device=device) if real is None else real
+    return F.pad(known, (0, -length % block), value=False).unflatten(1, (-1, block)).unsqueeze(1)
+
+
+def _places(length: int, block: int, device: torch.device) -> Tensor:
+    """The places of all positions, [blocks, block]."""
+    return torch.arange(length + -length % block, device=device).unflatten(0, (-1, block))
+
+
+def _pairs(length: int) -> tuple[Tensor, Tensor]:
+    places = torch.arange(length)
+    return places.unsqueeze(-1), places
+
+
+def _before(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """Which keys at these places a query may see, by their order."""
+    return key <= query if causal else torch.ones((), dtype=torch.bool, device=query.device)
