@@ -404,6 +404,8 @@ class RunConfig:
     resume: str | None = free(None)
     """`auto`: go on from the newest whole checkpoint of `output_dir`, if there is one. A path: from that checkpoint.
     Null: start; an `output_dir` that already holds a run is an error."""
+    dry_run: bool = free(False)
+    """Make three steps in a temporary folder, and say what the run will take: memory, time, and room on the disk."""
 
     def __post_init__(self) -> None:
         _check_place("output_dir", self.output_dir)

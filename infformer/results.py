@@ -138,6 +138,22 @@ class Cost(TypedDict):
     device: str
 
 
+class Sizes(TypedDict):
+    """How large the model of a run is, before an engine cuts it up; every run adds this to its `results.json`."""
+
+    backbone_parameters: int
+    memory_parameters: int
+    trained_parameters: int
+    """Of both."""
+    weight_bytes: int
+    optimizer_bytes: int
+    """Of two moments of each parameter that is trained."""
+    state_floats: list[int]
+    """How many floats the memory of each layer that has one holds of one row, which is one text."""
+    state_bytes: int
+    """Of all of them together, and of what is counted beside them."""
+
+
 class Results(Figures):
     """What `results.json` of language modelling holds."""
 
@@ -145,6 +161,7 @@ class Results(Figures):
     protocol: Measurement
     cost: NotRequired[Cost]
     """Not in the results of earlier versions."""
+    sizes: NotRequired[Sizes]
     before: NotRequired[Figures | None]
 
 
@@ -275,6 +292,7 @@ class RetrievalResults(TypedDict):
     chance: float
     """How often a whole answer is right by chance."""
     protocol: RetrievalProtocol
+    sizes: NotRequired[Sizes]
     before: NotRequired[None]
 
 
@@ -321,6 +339,7 @@ class SortingResults(TypedDict):
 
     lengths: list[SortingFigures]
     protocol: SortingProtocol
+    sizes: NotRequired[Sizes]
     before: NotRequired[None]
 
 

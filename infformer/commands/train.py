@@ -22,6 +22,8 @@ def main() -> None:
 
     def run(config: RunConfig) -> None:
         train(config)
+        if config.dry_run:
+            return
         folders.append(Path(config.output_dir))
 
     if start("train", RunConfig, CONF, run):

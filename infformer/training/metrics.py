@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+
+import torch
 
 from infformer.durable import replacing
 
@@ -59,6 +62,46 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, float]:
         **steps[-1].learning_rates,
         "train/tokens_per_second": sum(step.read_tokens for step in steps) / sum(step.seconds for step in steps),
     }
+
+
+@dataclass(frozen=True)
+class DeviceMeter:
+    """How much of a CUDA device a run uses; on other devices nobody asks."""
+
+    device: torch.device
+    flops_of_a_token: float
+    """Of a token that is learned from, an estimate: `models.sizes.flops_of_a_token`."""
+    peak_flops: float
+    """Operations a second that all devices reach together."""
+
+    def line(self, tokens_per_second: float) -> dict[str, float]:
+        """What is added to a line of metrics: most bytes allocated since the last line, and speed over the peak's."""
+        allocated = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return {
+            "train/device_bytes": allocated,
+            "train/flops_of_peak": self.flops_of_a_token * tokens_per_second / self.peak_flops,
+        }
+
+
+def matmul_flops(device: torch.device, precision: torch.dtype) -> float:
+    """Operations a second of a large product of matrices, the best of a few.
+
+    It is what the card reaches in this precision, as it is set and cooled, where its maker's table says what it could.
+    """
+    size = 4096 if precision == torch.float32 else 8192
+    matrix = torch.randn(size, size, device=device, dtype=precision)
+    product, seconds = torch.empty_like(matrix), []
+    for _ in range(8):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(matrix, matrix, out=product)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    del matrix, product
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return 2 * size**3 / min(seconds)
 
 
 class MetricsLog:

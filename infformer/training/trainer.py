@@ -12,8 +12,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,6 +24,8 @@ from infformer.data.segments import Segment
 from infformer.errors import UserError
 from infformer.evaluation.report import write_results
 from infformer.memory.state import ModelState
+from infformer.models.sizes import describe_sizes, flops_of_a_token, model_sizes
+from infformer.models.streaming import reading, stream
 from infformer.plots.memory import plot_inspection
 from infformer.plots.page import write_page
 from infformer.plots.run import plot_run
@@ -42,9 +46,18 @@ from infformer.training.checkpoint import (
     newest_checkpoint,
 )
 from infformer.training.folder import RunError, as_dictionary, held, open_record
-from infformer.training.metrics import MetricsLog, StepMetrics, summarise
+from infformer.training.forecast import (
+    Forecast,
+    checkpoints_to_keep,
+    format_forecast,
+    nowhere,
+    peak_of,
+    process_bytes,
+    tokens_to_measure,
+)
+from infformer.training.metrics import DeviceMeter, MetricsLog, StepMetrics, matmul_flops, summarise
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
-from infformer.training.recording import Recorder, check_recording
+from infformer.training.recording import EAGER_PASSES, Recorder, check_recording
 from infformer.training.resuming import find_checkpoint
 from infformer.training.runtime import (
     Accelerator,
@@ -125,6 +138,14 @@ def train(config: RunConfig) -> Mapping[str, object] | None:
             f"training.batch_size={training.batch_size} cannot be divided among {accelerator.num_processes} processes "
             f"with training.gradient_accumulation={training.gradient_accumulation}: take a multiple of {microbatches}"
         )
+    if config.dry_run:
+        with nowhere(config, accelerator) as run:
+            check_run(config, accelerator.num_processes, accelerator.is_main_process)
+            begin = decided_by_main(accelerator, lambda: find_checkpoint(run, Path(run.output_dir)))
+            forecast = Trainer(run, engine, accelerator, begin).forecast()
+        if accelerator.is_main_process:
+            print(format_forecast(forecast), flush=True)
+        return None
     with held(accelerator, folder, lambda: find_checkpoint(config, folder)) as checkpoint:
         if all_reduce_max(accelerator, int(checkpoint is not None and not checkpoint.is_dir())):
             raise RunError(f"output_dir={folder}: not all machines see {checkpoint}; give them a folder that all share")
@@ -182,9 +203,8 @@ class Trainer:
         material = build_material(config, tokenizer, model, accelerator, self.rank_rows, self._after_segment)
         self.evaluation = config.task.build_evaluation(material)
         self.stream = config.task.build_stream(material)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        numbers = sum(parameter.numel() for parameter in model.parameters())
-        in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
+        self.documents, self.sizes = material.documents, model_sizes(model)
+        of_a_token = flops_of_a_token(model, config.training.segment_length)
         shard(engine, accelerator, model)
         optimizer = make_optimizer(model, config.optimizer)
         schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
@@ -209,19 +229,22 @@ class Trainer:
             self.stream.load_state_dict(progress.task)
             logger.info("going on from %s: step %d, %s tokens", checkpoint, progress.step, f"{progress.tokens:,}")
         self.progress = progress
-        size = 4 * numbers + 8 * trained
+        size = self.sizes["weight_bytes"] + self.sizes["optimizer_bytes"]
         decided_by_main(accelerator, lambda: open_record(config, self.folder, progress.step, progress.best_step, size))
         self.tracker: Tracker = NoTracker()
         if accelerator.is_main_process:
-            logger.info(
-                "%s: %s; %s parameters trained, %s of them the memory's",
-                config.name, self.stream.describe(), f"{trained:,}", f"{in_memory:,}",
-            )  # fmt: skip
+            logger.info("%s: %s", config.name, self.stream.describe())
+            for line in describe_sizes(self.sizes, config.training.batch_size):
+                logger.info(line)
             self.tracker = open_tracker(config.tracker, config.name, self.folder, as_dictionary(config))
         self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._prefetched: Future[tuple[list[_Read], Mapping[str, object]]] | None = None
         self._taken: list[_TakenStep] = []
+        self._meter: DeviceMeter | None = None
+        if accelerator.device.type == "cuda" and accelerator.is_main_process:
+            peak = matmul_flops(accelerator.device, getattr(torch, config.training.precision))
+            self._meter = DeviceMeter(accelerator.device, of_a_token, accelerator.num_processes * peak)
 
     def run(self) -> Mapping[str, object] | None:
         """Train to the last step and measure; the figures of the test documents, if there are any."""
@@ -235,6 +258,60 @@ class Trainer:
                 raise TrainingStopped(stop.number, self.progress.step) from stop
             finally:
                 self.tracker.finish()
+
+    def forecast(self) -> Forecast:
+        """Make three steps, of which the first only warms up, and see what they take."""
+        config, device, sizes = self.config, self.accelerator.device, self.sizes
+
+        def step() -> None:
+            self._taken.append(self._timed_step())
+            self._collect()
+
+        def two_steps() -> None:
+            step()
+            step()
+
+        with self.watchdog:
+            done, on_cuda = self.progress.step, device.type == "cuda"
+            for _ in range(EAGER_PASSES if self._recorder is not None else 0):  # before a pass is recorded
+                step()
+            if on_cuda:
+                step()
+                peak = peak_of(two_steps, self.state.schedule.optimizer, device)
+            else:  # where it slows a step down that its memory is watched
+                peak = peak_of(step, self.state.schedule.optimizer, device)
+                two_steps()
+            timed = self.progress.unreported[-2:]
+            tokens = tokens_to_measure(config, self.documents, self.state.model.has_memory, done)
+            return Forecast(
+                sizes=sizes,
+                lanes=len(self.rank_rows),
+                processes=self.accelerator.num_processes,
+                peak_bytes=peak,
+                process_bytes=process_bytes(device),
+                on_cuda=on_cuda,
+                steps=config.training.max_steps - done,
+                seconds_per_step=fmean(step.seconds for step in timed),
+                tokens_per_second=summarise(timed)["train/tokens_per_second"],
+                measuring_seconds=None if tokens is None else tokens * self._seconds_to_read(),
+                checkpoints=checkpoints_to_keep(config, self.documents, done),
+            )
+
+    def _seconds_to_read(self) -> float:
+        """How long all processes together take for a token of held-out documents, by those that come next here."""
+        model, training = self.state.model, self.config.training
+        assert self._prefetched is not None
+        documents = max((len(found) for split, found in self.documents.items() if split != "train"), default=1)
+        rows = slice(0, min(self.config.evaluation.batch_size, documents))
+        segments = [segment.rows(rows) for segment in self._microbatch(self._prefetched.result()[0], 0).segments]
+        for _ in range(2):  # the first time warms up
+            start = time.perf_counter()
+            with reading(model, getattr(torch, training.precision)):
+                losses = [output.token_losses.sum() for _, output in stream(model, segments)]
+            float(sum(losses))  # the device has read
+            seconds = time.perf_counter() - start
+        read = sum(int(segment.lengths.sum()) for segment in segments)
+        return seconds / (read * self.accelerator.num_processes)
 
     def train(self) -> None:
         """Train until `training.max_steps`; the last step is always measured and saved."""
@@ -347,6 +424,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         metrics = summarise(steps)
+        if self._meter is not None:
+            metrics |= self._meter.line(metrics["train/tokens_per_second"])
         self._record(metrics)
         line = f"loss {metrics['train/loss']:.4f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
         bar.remark(line)
@@ -456,7 +535,9 @@ class Trainer:
             self.state.shards.put_weights(model_tensors(best, self.state.model))
         measured = best or root / f"step-{progress.step:08d}"
         results = self.evaluation.measure(str(measured))
-        return measured, None if results is None else {**results, "before": progress.results_before or None}
+        if results is None:
+            return measured, None
+        return measured, {**results, "sizes": self.sizes, "before": progress.results_before or None}
 
     def _tell(self, what: str) -> None:
         self.watchdog.tell(f"{what} (step {self.progress.step})")

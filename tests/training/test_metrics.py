@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from infformer.training.metrics import MetricsLog, StepMetrics, read_metrics, summarise
+from infformer.training.metrics import DeviceMeter, MetricsLog, StepMetrics, read_metrics, summarise
 
 
 def measured(loss: float, scored: int, read: int, seconds: float, **others: float) -> StepMetrics:
@@ -34,6 +34,14 @@ class TestSummary:
     def test_a_diverged_step_is_seen(self):
         assert math.isnan(summarise([measured(math.nan, 1, 1, 1), measured(1.0, 1, 1, 1)])["train/loss"])
         assert summarise([measured(1e6, 1, 1, 1)])["train/perplexity"] == math.exp(700)
+
+    def test_a_device_is_measured_by_what_it_reaches(self, monkeypatch):
+        allocated = [3 * 2**30, 2**30]
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated[0])
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.pop(0))
+        meter = DeviceMeter(torch.device("cuda"), flops_of_a_token=6e9, peak_flops=4e14)
+        assert meter.line(20_000) == {"train/device_bytes": 3 * 2**30, "train/flops_of_peak": pytest.approx(0.3)}
+        assert meter.line(20_000)["train/device_bytes"] == 2**30  # since the line before
 
     @pytest.mark.parametrize("loss", [0.1 + 0.2, 1e-320, 2**0.5, math.inf])
     def test_what_a_checkpoint_holds_of_a_step_is_that_step(self, loss):

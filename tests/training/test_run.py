@@ -100,7 +100,7 @@ class TestTheFolder:
 
     def test_results_hold_the_figures_with_their_controls(self, finished, texts):
         results = json.loads((finished / "results.json").read_text())
-        assert results.keys() == FIGURES | {"controls", "protocol", "before", "cost"}
+        assert results.keys() == FIGURES | {"controls", "protocol", "before", "cost", "sizes"}
         assert results["controls"].keys() == {"memory_off", "memory_of_another_document", "memory_shuffled_in_time"}
         for figures in (results, results["before"], *results["controls"].values()):
             assert figures.keys() >= FIGURES

@@ -1,0 +1,77 @@
+"""How large a model is, what its memories hold of a text, and how much it computes, by formula."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from infformer.memory.state import MemoryState
+from infformer.models.base import MemoryModel
+from infformer.results import Sizes
+
+
+def model_sizes(model: MemoryModel) -> Sizes:
+    """Of a whole model, as it is before an engine cuts it up; of a text, what is handed on from segment to segment."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    in_memory = sum(parameter.numel() for parameter in model.memory_parameters())
+    state = model.initial_state(1)
+    return {
+        "backbone_parameters": sum(parameter.numel() for parameter in parameters) - in_memory,
+        "memory_parameters": in_memory,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+        "optimizer_bytes": 2 * sum(parameter.nbytes for parameter in trained),
+        "state_floats": [_floats(layer) for layer in state.layers],
+        "state_bytes": state.nbytes,
+    }
+
+
+def describe_sizes(sizes: Sizes, lanes: int) -> list[str]:
+    """The same in lines of a log.
+
+    Args:
+        lanes: how many texts are read side by side.
+    """
+    lines = [
+        f"{sizes['backbone_parameters']:,} parameters of the backbone, {sizes['memory_parameters']:,} of the memory; "
+        f"{sizes['trained_parameters']:,} are trained; weights {in_bytes(sizes['weight_bytes'])}, moments "
+        f"{in_bytes(sizes['optimizer_bytes'])}"
+    ]
+    floats = sizes["state_floats"]
+    if floats:
+        each = f"{min(floats):,}" if len({*floats}) == 1 else f"{min(floats):,} to {max(floats):,}"
+        lines.append(
+            f"a layer's memory holds {each} floats a row, all {len(floats)} together {sum(floats):,} "
+            f"({in_bytes(sizes['state_bytes'])}); of {lanes} lanes {in_bytes(lanes * sizes['state_bytes'])}"
+        )
+    return lines
+
+
+def flops_of_a_token(model: MemoryModel, segment_length: int) -> float:
+    """Floating-point operations of a model for a token that is learned from, as an estimate.
+
+    Six for each parameter that a token is multiplied with: two forward, two for the gradient of what came in, and two
+    for that of the parameter, which a frozen one does not have. And twelve a layer for each number of each token that
+    attention sees, on average half a segment and all of a short-term memory. What a long-term memory reads beside its
+    own parameters is not counted, nor what is computed again.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if model.config.tie_word_embeddings:
+        looked_up -= {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    multiplied = [parameter for parameter in model.parameters() if id(parameter) not in looked_up]
+    weights = sum((6 if parameter.requires_grad else 4) * parameter.numel() for parameter in multiplied)
+    inner = getattr(model.config, "backbone", model.config).get_text_config()
+    seen = (segment_length + 1) / 2 + model.short_term_length
+    return weights + 12 * inner.num_hidden_layers * inner.hidden_size * seen
+
+
+def in_bytes(count: float) -> str:
+    """So many bytes, in the unit in which the number is short: `12.7 MB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
+def _floats(state: MemoryState) -> int:
+    return sum(tensor.numel() for tensor in state.named_tensors().values() if tensor.is_floating_point())
