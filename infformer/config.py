@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
@@ -97,6 +98,7 @@ MEMORIES: dict[str, DictConfig] = {
     "long_term": _memory(LongTermMemoryConfig, **_SIZES),
     "sticky": _memory(LongTermMemoryConfig, **_SIZES, sticky=True),
     "published": _memory(LongTermMemoryConfig, **PUBLISHED_MEMORY),
+    "fast_weight": _memory(FastWeightMemoryConfig),
 }
 """What `model/memory=` chooses, beside `none`. As published, a long-term memory has as many basis functions, and
 samples of the past, as a segment has tokens; a compressed one as many entries, each of four tokens."""
@@ -597,4 +599,7 @@ def register_schemas() -> None:
     for group, choices in CHOICES.items():
         for name, options in choices.items():
             package = group.replace("/", ".")
+            training = getattr(OmegaConf.get_type(options), "training", {}) if group == "model/memory" else {}
+            if training:
+                options, package = {"model": {"memory": options}, "training": training}, "_global_"
             store.store(group=group, name=name, node=options, package=package)

@@ -75,9 +75,9 @@ class SegmentContext(NamedTuple):
         """What is seen of a memory's entries, of which these are real, bool [batch, length]."""
         return real if self.without_memory is None else real & ~self.without_memory.unsqueeze(-1)
 
-    def added(self, attended: Tensor, context: Tensor) -> Tensor:
+    def added(self, attended: Tensor, context: Tensor, reads_segment: bool = False) -> Tensor:
         """What attention returned, and what the memory adds to it; all [batch, length, hidden]."""
-        if self.without_memory is not None:
+        if self.without_memory is not None and not reads_segment:
             context = context.masked_fill(self.without_memory.view(-1, 1, 1), 0)
         return attended + context.to(attended.dtype)
 
@@ -138,6 +138,10 @@ class Memory(nn.Module):
     """Random numbers that a row takes for each segment in training."""
     loss_weights: dict[str, float] = {}  # noqa: RUF012, nobody changes it
     """Weights of the auxiliary losses, by their names."""
+    learns_by_writing: bool = False
+    """Whether it learns from what later segments read: then gradients also flow through segments without targets."""
+    reads_segment: bool = False
+    """Whether it reads the segment as well, so that rows without memory are its own to read without a past."""
     needs_losses: bool = False
     """Whether it is told the losses of the tokens that it writes, by `write_by_losses`."""
     keeps_key_values: bool = False

@@ -20,6 +20,8 @@ class MemoryConfig:
 
     kind: ClassVar[str] = "short_term"
     """By which a stored configuration is known; each subclass has its own."""
+    training: ClassVar[dict[str, Any]] = {}
+    """What of `training` a run with it has, unless something else is said."""
 
     short_term_length: int | None = None
     """Transformer-XL: the last tokens that attention sees before the segment, as hidden states in a decoder, as keys

@@ -102,7 +102,8 @@ class ShortTermMemory(Memory):
         self.behind = behind
         if behind is not None:
             self.noise_size, self.loss_weights = behind.noise_size, behind.loss_weights
-            self.needs_losses, self.keeps_key_values = behind.needs_losses, behind.keeps_key_values
+            self.needs_losses, self.learns_by_writing = behind.needs_losses, behind.learns_by_writing
+            self.keeps_key_values = behind.keeps_key_values
 
     def initial_state(self, batch: int) -> ShortTermState:
         queue = Queue.empty(batch, self.length, self.numbers)

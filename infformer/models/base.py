@@ -258,6 +258,11 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         return max((memory.noise_size for memory in self.layer_memories().values()), default=0)
 
     @property
+    def learns_by_writing(self) -> bool:
+        """Whether gradients flow through segments without targets too, as a memory learns from what later ones read."""
+        return any(memory.learns_by_writing for memory in self.layer_memories().values())
+
+    @property
     def vocabulary_size(self) -> int:
         """How many tokens the model knows."""
         return self.get_input_embeddings().weight.shape[0]  # type: ignore[return-value, index]

@@ -197,7 +197,7 @@ class DecoderLayer(GradientCheckpointingLayer):
                 context = context._replace(heads=self.attention.heads_of(seen, visible, allowed, encoding))
             output = self.memory(seen, state, context, shared)
             if output.context is not None:
-                added = context.added(attended, output.context)
+                added = context.added(attended, output.context, self.memory.reads_segment)
             read = LayerRead.of(output, seen, attended, return_intermediates)
         hidden = self.attention_residual.leave(hidden, added)
 

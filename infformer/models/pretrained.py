@@ -190,7 +190,7 @@ class _Attachment:
             call.read = LayerRead.of(read, hidden, attended, call.return_intermediates)
         if read.context is None:
             return output
-        return (context.added(attended, read.context), *others)
+        return (context.added(attended, read.context, call.memory.reads_segment), *others)
 
 
 @contextmanager

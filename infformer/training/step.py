@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from infformer.data.segments import Segment
 from infformer.memory.state import ModelState
-from infformer.models.base import MemoryModelOutput
+from infformer.models.base import MemoryModel, MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.training.metrics import StepResult
 from infformer.training.runtime import Accelerator, is_zero
@@ -117,7 +117,8 @@ def train_step(
 
     A segment in which nothing is scored, in the whole global batch, reaches the loss through memory alone. It is read
     without a graph, so that a task which scores only the end of what is read pays for no backward pass through what
-    comes before: gradients flow neither through such a segment nor past it, and it adds no auxiliary loss.
+    comes before: gradients flow neither through such a segment nor past it, and it adds no auxiliary loss. A memory
+    that learns by writing learns from just these gradients: with one they flow.
 
     Args:
         model: the prepared model.
@@ -272,9 +273,10 @@ def _hold_back(optimizer: Any, numbers: Tensor) -> None:
 def _read(
     model: nn.Module, segment: Segment, memory: ModelState, noise: Tensor | None, without_memory: Tensor | None
 ) -> MemoryModelOutput:
-    """Read a segment; without a graph, losses and logits where nothing is scored in the whole global batch."""
+    """Read a segment; without losses, logits and perhaps a graph where nothing is scored in the whole global batch."""
     scored = segment.global_tokens > 0
-    with torch.set_grad_enabled(scored):
+    own = cast(MemoryModel, getattr(model, "module", model))
+    with torch.set_grad_enabled(scored or own.learns_by_writing):
         return model(
             segment.input_ids,
             state=memory,

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from infformer.config import CONF, RunConfig
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
@@ -156,6 +157,10 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "short-term and running mean": RunningMeanConfig(SEGMENT),
     "loss mean": LossMeanConfig(0),
     "short-term and loss mean": LossMeanConfig(SEGMENT),
+    "fast weights": FastWeightMemoryConfig(0),
+    "fast weights by loss": FastWeightMemoryConfig(0, strength="loss", rule="sum", key_convolution=0),
+    "fast weights within a segment": FastWeightMemoryConfig(0, within_segment=True, features="elu"),
+    "short-term and fast weights": FastWeightMemoryConfig(SEGMENT, strength="loss", features="dpfp"),
 }
 """Every kind; of the long-term memory's options each, but not each with each."""
 IN = {
@@ -166,6 +171,8 @@ IN = {
         "short-term and sticky moments",
         "loss mean",
         "keys and values",
+        "fast weights",
+        "short-term and fast weights",
     ),
     "rotary": (
         "none",
@@ -175,8 +182,16 @@ IN = {
         "uniform sticky",
         "short-term and uniform slots",
         "short-term and running mean",
+        "fast weights within a segment",
     ),
-    "gpt2": ("none", "long-term", "running mean", "keys and values"),
+    "gpt2": (
+        "none",
+        "long-term",
+        "running mean",
+        "keys and values",
+        "fast weights",
+        "fast weights within a segment",
+    ),
     "llama": (
         "sticky moments",
         "sticky gibbs",
@@ -187,6 +202,8 @@ IN = {
         "short-term and sticky moments",
         "loss mean",
         "short-term and loss mean",
+        "fast weights by loss",
+        "short-term and fast weights",
     ),
 }
 MODELS = {f"{kind}, {name}": (kind, MEMORIES[name]) for kind, names in IN.items() for name in names}
@@ -202,6 +219,9 @@ NEW = {
     "gibbs": long_term(read="gibbs", points=5, sharpness=2.0),
     "keys and values": long_term(stores="keys_values"),
     "keys and values gibbs": long_term(stores="keys_values", read="gibbs"),
+    "fast weights": FastWeightMemoryConfig(0),
+    "fast weights by loss": FastWeightMemoryConfig(0, strength="loss", features="dpfp"),
+    "fast weights within a segment": FastWeightMemoryConfig(0, within_segment=True),
 }
 """What can stand beside a pretrained model."""
 
@@ -338,6 +358,8 @@ class TestWhatIsAdded:
 
     def test_an_empty_memory_adds_nothing_and_a_full_one_something(self, own):
         model = exact(own)
+        if model.config.memory_config and getattr(model.config.memory_config, "within_segment", False):
+            pytest.skip("it reads the segment as well")
         without = without_memory(model)
         expected = [without(segment).logits for segment in document(3)]
         outputs = read(model, document(3), initial_state(model))
@@ -489,7 +511,7 @@ class TestRows:
             for name, tensor in shuffled.named_tensors().items():
                 torch.testing.assert_close(tensor[row], alone[name][0], msg=name)
         for name, tensor in shuffled.named_tensors().items():
-            knows_order = tensor.is_floating_point() and not name.endswith(("mean", "sinks"))
+            knows_order = tensor.is_floating_point() and not name.endswith(("mean", "sinks", "weights"))
             assert torch.equal(tensor[0], before.named_tensors()[name][0]) != knows_order, name
 
     @of(REMEMBERING)
@@ -633,7 +655,7 @@ class TestGradients:
         assert [
             name
             for name, parameter in untrained.named_parameters()
-            if parameter.grad is None and ".gate." not in name  # which shapes what later segments read
+            if parameter.grad is None and ".gate." not in name and ".writing." not in name  # what later segments read
         ] == []
 
     def test_gradients_reach_the_first_segment_through_what_no_short_term_memory_passed_on(self, own):
