@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from infformer.config import CHOICES as TYPED
 from infformer.config import CONF, PUBLISHED_MEMORY, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
@@ -112,7 +113,12 @@ def test_every_kind_of_model_can_have_every_memory_that_goes_with_it(model, memo
         return
     config = run_config(*options).model
     assert config.is_decoder == is_decoder
-    kinds = {"none": type(None), "short_term": MemoryConfig, "compressive": CompressiveMemoryConfig}
+    kinds = {
+        "none": type(None),
+        "short_term": MemoryConfig,
+        "compressive": CompressiveMemoryConfig,
+        "fast_weight": FastWeightMemoryConfig,
+    }
     assert type(config.memory) is kinds.get(memory, LongTermMemoryConfig)
     if memory not in ("none", "published"):
         sizes = [getattr(config.memory, name, 64) for name in ("length", "past_samples", "basis_functions")]

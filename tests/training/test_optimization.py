@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from infformer.config import OptimizerConfig, ScheduleConfig
+from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
@@ -54,6 +55,15 @@ class TestGroups:
             assert group["lr"] == (2.0 if group["name"].startswith("memory") else 0.5)
             assert group["weight_decay"] == (0.0 if group["name"].endswith("_without_decay") else 0.25)
             assert tuple(group["betas"]) == (0.9, 0.999)
+
+    def test_gates_learn_at_a_rate_of_their_own_and_do_not_decay(self, backbone):
+        some = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), FastWeightMemoryConfig(0), segment_length=16)
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES, gate_learning_rate=3.0))
+        found = groups(some, optimizer)
+        assert found["gates"] == {name for name, _ in some.named_parameters() if name.endswith(".gate")} != set()
+        (gates,) = (group for group in optimizer.param_groups if group["name"] == "gates")
+        assert (gates["lr"], gates["weight_decay"]) == (3.0, 0.0)
+        assert learning_rates(optimizer)["train/gate_learning_rate"] == 3.0
 
     def test_a_frozen_backbone_is_in_none(self, model):
         some = model()

@@ -33,6 +33,7 @@ from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.compressive import CompressiveMemoryConfig
+from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
@@ -311,6 +312,7 @@ DECODER_MEMORIES = {
     "compressive": CompressiveMemoryConfig(16, length=6, rate=4),
     "long-term": LongTermMemoryConfig(**LONG_TERM, sticky=False),
     "sticky": LongTermMemoryConfig(**LONG_TERM, sticky=True),
+    "fast weights": FastWeightMemoryConfig(16, strength="loss"),
 }
 
 
@@ -332,7 +334,9 @@ class TestDecodersGoOnExactly:
     @pytest.mark.parametrize("memory", DECODER_MEMORIES.values(), ids=DECODER_MEMORIES)
     def test_a_decoder_goes_on_exactly_in_documents(self, configure, train, one_layer_folder, tmp_path, memory):
         model = {"model.pretrained": None, "model.architecture": DECODER, "model.tokenizer": str(one_layer_folder)}
-        self.assert_goes_on(configure, train, tmp_path, {**model, "training.bptt_segments": 1, "model.memory": memory})
+        segments = memory.training.get("bptt_segments", 1)
+        changes = {**model, "training.bptt_segments": segments, "model.memory": memory}
+        self.assert_goes_on(configure, train, tmp_path, changes)
 
     def test_a_decoder_goes_on_exactly_in_sequences_to_sort(self, configure, train, tmp_path, monkeypatch):
         monkeypatch.setattr("infformer.plots.sorting.plot_accuracy", lambda results: [])

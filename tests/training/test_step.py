@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from infformer.data import Lanes, Segment, TokenizedDocuments
+from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import IGNORE_INDEX
@@ -244,6 +245,30 @@ class TestSegmentsInWhichNothingIsScored:
             return kept
 
         assert saved(0, 0, 2) == saved(0, 2) == saved(2) < saved(2, 2)
+
+    def test_a_memory_that_learns_by_writing_learns_from_what_is_not_scored(self, accelerator, backbone, segments):
+        """As if the losses of both segments were there, and only those of the second counted."""
+        memory = FastWeightMemoryConfig(0, strength="loss")
+        some = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
+        for attached in some.memories:
+            nn.init.constant_(attached.gate, 0.5)
+        read = [score_the_end(segments[0], 0), score_the_end(segments[1], 2)]
+        state = some(segments[0].input_ids, lengths=segments[0].lengths).state
+        output = some(
+            segments[1].input_ids,
+            state=state,
+            reset=segments[1].reset,
+            targets=read[1].targets,
+            lengths=segments[1].lengths,
+        )
+        (output.token_losses.sum() / (read[1].targets != IGNORE_INDEX).sum()).backward()
+        expected = {name: parameter.grad for name, parameter in some.named_parameters()}
+        some.zero_grad()
+        found = step(accelerator, some, read).gradients
+        assert_close(found, expected)
+        writing = [found[name].abs().max() for name in found if ".writing." in name]
+        assert len(writing) == 8 * len(some.memories)
+        assert min(writing) > 0
 
 
 def microbatch(
