@@ -75,6 +75,7 @@ PUBLISHED_MEMORY = {
     "widths": [0.005, 0.01],
     "past_samples": 512,
     "contraction": "constant",
+    "levels": 8,
     "contraction_rate": 0.5,
     "ridge": 0.5,
     "read": "affine",

@@ -104,6 +104,22 @@ def write(
     return operator.T @ torch.cat([past, hidden], dim=1)
 
 
+def dyadic_slots(tokens: Tensor, slots: int, levels: int) -> Tensor:
+    """All that was written, [b, total, d], in levels of equally many slots, the oldest first: [b, slots, d].
+
+    Slot i of level k, from the newest, is the mean of the 2ᵏ tokens from age (slots/levels)(2ᵏ − 1) + i·2ᵏ on; what is
+    before the beginning counts as zero.
+    """
+    found = []
+    for level in range(levels):
+        for slot in range(slots // levels):
+            first = slots // levels * (2**level - 1) + slot * 2**level
+            ages = [age for age in range(first, first + 2**level) if age < tokens.shape[1]]
+            total = sum((tokens[:, tokens.shape[1] - 1 - age] for age in ages), torch.zeros_like(tokens[:, 0]))
+            found.append(total / 2**level)
+    return torch.stack(found[::-1], dim=1)
+
+
 def gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """X ⊙ sigmoid(Conv1d(X)) over the tokens: hidden [b, T, d], weight [d, d, 3], bias [d]."""
     padded = F.pad(hidden, (0, 0, 1, 1))

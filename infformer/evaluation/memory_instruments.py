@@ -573,17 +573,16 @@ class WrittenPast:
         Args:
             state: the layer's memory after the last write, one row.
         """
-        coefficients, basis = state.coefficients[0], self.memory.signal.basis
+        coefficients, signal = state.coefficients[0], self.memory.signal
         mean = sum(hidden.to(coefficients).sum(0) for hidden in self._hidden) / len(self.places)
         errors, scatters = [], []
-        size, norm = basis.centres.shape[0], 0.0  # of the best fit the normal equations, in float64
+        size, norm = signal.centres.shape[0], 0.0  # of the best fit the normal equations, in float64
         gram = torch.zeros(size, size, dtype=torch.float64)
         product = torch.zeros(size, coefficients.shape[-1], dtype=torch.float64)
         for hidden, places in zip(self._hidden, self.places.chunk(len(self._hidden)), strict=True):
             written = hidden.to(coefficients)
-            heights = basis.evaluate(places.to(coefficients))
-            signal = heights @ coefficients
-            errors.append(float((written - signal).square().sum()))
+            heights = signal.heights(places.to(coefficients))
+            errors.append(float((written - heights @ coefficients).square().sum()))
             scatters.append(float((written - mean).square().sum()))
             exact, values = heights.cpu().double(), written.cpu().double()
             gram += exact.mT @ exact

@@ -59,7 +59,7 @@ class KeyValueSignal(LongTermMemory):
             )
             if self.config.read == "affine":
                 keys = (self.placement.weight.to(keys) @ keys).transpose(1, 2) / math.sqrt(keys.shape[-1])
-            return Projected(keys, values.to(operands).contiguous())
+            return Projected(keys, values.to(operands).contiguous(), real=self.signal.real(state.segments))
 
     def read_segment(
         self, hidden: Tensor, state: LongTermState, context: SegmentContext, projected: Projected
@@ -105,4 +105,4 @@ class KeyValueSignal(LongTermMemory):
         queries = queries.to(projected.placing.dtype)
         if self.config.read == "affine":
             return torch.einsum("bkhd,bhld->bkhl", projected.placing, queries)
-        return self.scores(queries, projected.placing)
+        return self.scores(queries, projected)

@@ -24,13 +24,13 @@ from infformer.continuous.density import (
     match_moments,
     variance_divergence,
 )
-from infformer.continuous.regression import even_middles, even_steps
 from infformer.errors import UserError
+from infformer.memory.dyadic import DyadicSignal
 from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 from infformer.memory.state import MemoryState
-from infformer.memory.sticky import attention_histogram, places_after_warp, warped_positions
+from infformer.memory.sticky import attention_histogram, warped_positions
 from infformer.options import check_finite
 
 MINIMAL_VARIANCE = 1e-4
@@ -54,7 +54,12 @@ class LongTermMemoryConfig(MemoryConfig):
     """`constant`: the past shrinks to `contraction_rate` at every write and fades geometrically. `uniform`: to n/(n+1)
     at write n, so that all segments keep equal room, and all their tokens equal weight in the regression, which then
     fits no zeros outside [0, 1]. In the mean of the signal each segment of hundreds counts the same within some per
-    cent, but for those within a function's width of an end: of 800 the oldest 0.8 of the mean, the newest 1.4."""
+    cent, but for those within a function's width of an end: of 800 the oldest 0.8 of the mean, the newest 1.4.
+    `dyadic`: to half of its resolution whenever it is twice as old, which is exact and fits nothing; see `levels`."""
+    levels: int = 8
+    """For the dyadic contraction: N/levels slots hold the newest tokens, as many each those before them, in pairs, in
+    fours …: with 6 levels 768 slots reach back 8,064 tokens. Exact if the segment is a multiple of 2 to the levels − 1;
+    if not, slots at the borders share tokens."""
     contraction_rate: float = 0.5
     """τ, the part of the memory that the past keeps, for the constant contraction."""
     ridge: float = 0.5
@@ -99,7 +104,7 @@ class LongTermMemoryConfig(MemoryConfig):
         super().__post_init__()
         check_finite("model.memory.", self)
         choices = {
-            "contraction": ("constant", "uniform"),
+            "contraction": ("constant", "uniform", "dyadic"),
             "read": ("affine", "moments", "slots", "gibbs"),
             "stores": ("hidden", "keys_values"),
             "combination": ("gates", "joint"),
@@ -109,7 +114,7 @@ class LongTermMemoryConfig(MemoryConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        for name in ("basis_functions", "past_samples", "sticky_bins"):
+        for name in ("basis_functions", "past_samples", "sticky_bins", "levels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
         if self.points is not None and (self.read != "gibbs" or self.points < 2):
@@ -156,6 +161,8 @@ class LongTermMemoryConfig(MemoryConfig):
                 "model.memory.contraction=uniform all of it is moved out of the memory in time: take "
                 "sticky_placement=sampled or contraction=constant"
             )
+        if self.contraction == "dyadic":
+            self._check_dyadic()
         if not self.widths and self.basis_functions < 4:
             raise ValueError(
                 f"model.memory.basis_functions={self.basis_functions}: must be at least 4, or give model.memory.widths="
@@ -172,6 +179,31 @@ class LongTermMemoryConfig(MemoryConfig):
                 f"model.memory.basis_functions={self.basis_functions} cannot be divided among the {len(self.widths)} "
                 f"widths {list(self.widths)}: take a multiple of their number, and two functions of each at least"
             )
+
+    def _check_dyadic(self) -> None:
+        """Make sure that slots are all there is, and give their functions the width with which they fill [0, 1]."""
+        if self.levels > 30 or self.basis_functions % self.levels or self.basis_functions < 2:
+            raise ValueError(
+                f"model.memory.levels={self.levels}: that many levels, 30 at most, have to divide "
+                f"model.memory.basis_functions={self.basis_functions} evenly"
+            )
+        if self.sticky:
+            raise ValueError(
+                "model.memory.sticky=true: with model.memory.contraction=dyadic the room of a token follows from its "
+                "age alone; set it to false, or take contraction=constant or uniform"
+            )
+        if self.points is not None:
+            raise ValueError(
+                f"model.memory.points={self.points}: with model.memory.contraction=dyadic the points are the slots; "
+                "set it to null"
+            )
+        width = round(1 / (math.sqrt(2 * math.pi) * (self.basis_functions - 1)), 9)
+        if self.widths not in ([], [width]):
+            raise ValueError(
+                f"model.memory.widths={list(self.widths)}: with model.memory.contraction=dyadic they follow from the "
+                "number of slots; set them to []"
+            )
+        self.widths = [width]
 
     def check_training(self, bptt_segments: int) -> None:
         if self.input_gate and bptt_segments == 1:
@@ -194,8 +226,12 @@ class LongTermMemoryConfig(MemoryConfig):
                 f"model.architecture.num_attention_heads={heads}: the heads of a long-term memory divide "
                 f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
             )
-        signal = ContinuousSignal(self, segment_length)
+        signal = self.build_signal(segment_length)
         return [LongTermMemory(self, hidden_size, heads, signal) for _ in range(layers)]
+
+    def build_signal(self, segment_length: int) -> ContinuousSignal:
+        """The fixed part, one for all layers."""
+        return (DyadicSignal if self.contraction == "dyadic" else ContinuousSignal)(self, segment_length)
 
     @property
     def keeps_key_values(self) -> bool:
@@ -208,7 +244,7 @@ class LongTermMemoryConfig(MemoryConfig):
             return self.build_behind(hidden_size, heads, layers, segment_length)
         from infformer.memory.key_value_signal import KeyValueSignal  # a kind of what is defined below
 
-        signal = ContinuousSignal(self, segment_length)
+        signal = self.build_signal(segment_length)
         return [KeyValueSignal(self, heads, key_values, signal) for _ in range(layers)]
 
 
@@ -230,6 +266,8 @@ class Projected(NamedTuple):
     [batch, 2, heads, hidden], with an affine read, else the keys, shape [batch, heads, N, head]."""
     values: Tensor
     """Shape [batch, heads, N, head]. Of a Gibbs read keys and values are those of the signal at its points."""
+    real: Tensor | None = None
+    """Which keys are looked at, bool [batch, N]; None: all."""
     queries: Tensor | None = None
     """Of the segment's earlier tokens, where they are asked for again; shape [batch, heads, earlier, head]."""
 
@@ -359,7 +397,8 @@ class LongTermMemory(Memory):
             else:
                 placing = self._split_heads(_project(self.key, coefficients))
             values = self._split_heads(_project(self.value, coefficients.to(operands)))
-            return Projected(placing, values.contiguous())  # which many tokens read, one by one
+            values = values.contiguous()  # which many tokens read, one by one
+            return Projected(placing, values, real=self.signal.real(state.segments))
 
     def read(self, hidden: Tensor, state: LongTermState, projected: Projected | None = None) -> Reading:
         """What tokens of a segment see of the past segments; exactly zero where the memory is empty.
@@ -388,11 +427,12 @@ class LongTermMemory(Memory):
                 directions = projected.placing.flatten(1, 2)
                 return self.density((directions @ hidden.mT).unflatten(1, (2, self.heads)))
             queries = self._split_heads(_project(self.query, hidden))
-            return self.density(self.scores(queries, projected.placing))
+            return self.density(self.scores(queries, projected))
 
-    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """βqᵀk/√d_h, of [batch, heads, queries, head] on [batch, heads, N, head]."""
-        return queries @ keys.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
+    def scores(self, queries: Tensor, projected: Projected) -> Tensor:
+        """βqᵀk/√d_h of queries [batch, heads, queries, head] on all keys, [batch, heads, queries, N]."""
+        scores = queries @ projected.placing.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
+        return scores if projected.real is None else scores.masked_fill(~projected.real[:, None, None], -math.inf)
 
     def density(self, scores: Tensor) -> Density:
         """Where it is looked, by scores.
@@ -433,10 +473,8 @@ class LongTermMemory(Memory):
             complete: rows to write, bool [batch]; the others stay as they are. All if not given.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            basis = self.signal.basis
             hidden = self.gated(hidden.to(state.coefficients.dtype))
-            # From coefficients to samples to coefficients: one matrix [batch or 1, N, N], which needs no gradient.
-            carried = operators.past.mT @ basis.evaluate(self.past_positions(attention, noise).to(hidden))
+            carried = self.signal.carried(operators, self.past_positions(attention, noise).to(hidden))
             coefficients = carried @ state.coefficients + operators.new.mT @ hidden
         segments = state.segments + 1
         if complete is not None:
@@ -462,8 +500,11 @@ class LongTermMemory(Memory):
         if not self.config.sticky:
             return self.signal.past_places
         with torch.no_grad():
-            histogram = attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
-            return warped_positions(histogram, self.config.past_samples, noise)
+            return warped_positions(self.histogram(attention), self.config.past_samples, noise)
+
+    def histogram(self, attention: Density) -> Tensor:
+        """By which a sticky past is resampled, [batch, bins]."""
+        return attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
 
     def moved_places(self, places: Tensor, segments: int, attention: Density) -> Tensor:
         """Where the tokens written so far lie after one more write.
@@ -478,24 +519,15 @@ class LongTermMemory(Memory):
             τx, with stickiness to τcdf(x), as published to τ(cdf(x) + ½/M); token i = 1…T of the segment comes to
             τ + (1 − τ)i/T, of a first segment to (i − ½)/T.
         """
-        config = self.config
-        if segments == 0:
-            return even_middles(self.signal.segment_length).to(places)
-        if config.sticky:
-            histogram = attention_histogram(attention, self.signal.basis, config.sticky_bins).to(places)
-            places = places_after_warp(histogram, places.unsqueeze(0)).squeeze(0)
-            if config.sticky_placement == "published":
-                places = (places + 0.5 / config.past_samples).clamp(max=1)
-        contraction = segments / (segments + 1) if config.contraction == "uniform" else config.contraction_rate
-        new = contraction + (1 - contraction) * even_steps(self.signal.segment_length).to(places)
-        return torch.cat([contraction * places, new])
+        histogram = self.histogram(attention) if self.config.sticky else None
+        return self.signal.moved_places(places, segments, histogram)
 
-    def time_shuffle(self) -> Tensor:
+    def time_shuffle(self) -> Tensor | None:
         return self.signal.time_shuffle()
 
-    def shuffle_time(self, state: LongTermState, shuffle: Tensor) -> LongTermState:
-        with torch.autocast(shuffle.device.type, enabled=False):
-            return replace(state, coefficients=shuffle @ state.coefficients)
+    def shuffle_time(self, state: LongTermState, shuffle: Any) -> LongTermState:
+        with torch.autocast(state.coefficients.device.type, enabled=False):
+            return replace(state, coefficients=self.signal.shuffle(state.coefficients, state.segments, shuffle))
 
     def divergence(self, attention: Density) -> Tensor:
         """How far the densities' variance is from the prior's, mean over heads, [batch, queries]; 0 without one."""

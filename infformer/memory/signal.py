@@ -21,6 +21,7 @@ from infformer.continuous.regression import (
     rounded,
 )
 from infformer.memory.memory import DerivedBuffers
+from infformer.memory.sticky import places_after_warp
 from infformer.memory.time_shuffle import shuffled_positions
 
 if TYPE_CHECKING:
@@ -107,6 +108,39 @@ class ContinuousSignal(DerivedBuffers):
             )
         return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
 
+    def carried(self, operators: WriteOperators, positions: Tensor) -> Tensor:
+        """From coefficients to the part of the new ones that is of the past: [batch or 1, N, N], without a gradient.
+
+        Args:
+            positions: where the old signal is sampled, [M] or [batch, M].
+        """
+        return operators.past.mT @ self.basis.evaluate(positions)
+
+    def real(self, segments: Tensor) -> Tensor | None:
+        """Which keys are looked at in rows that have written so many segments, bool [batch, keys]; None for all."""
+        return None
+
+    def heights(self, places: Tensor) -> Tensor:
+        """What the signal at places [P] is made of: [P, N], to be multiplied with coefficients."""
+        return self.basis.evaluate(places)
+
+    def moved_places(self, places: Tensor, segments: int, histogram: Tensor | None) -> Tensor:
+        """Where the tokens of `segments` segments, and of one more, lie after a write; see `LongTermMemory`.
+
+        Args:
+            histogram: by which the past is resampled, of one row; None without stickiness.
+        """
+        config = self.config
+        if segments == 0:
+            return even_middles(self.segment_length).to(places)
+        if histogram is not None:
+            places = places_after_warp(histogram.to(places), places.unsqueeze(0)).squeeze(0)
+            if config.sticky_placement == "published":
+                places = (places + 0.5 / config.past_samples).clamp(max=1)
+        contraction = segments / (segments + 1) if config.contraction == "uniform" else config.contraction_rate
+        new = contraction + (1 - contraction) * even_steps(self.segment_length).to(places)
+        return torch.cat([contraction * places, new])
+
     def looked_at(self, coefficients: Tensor) -> Tensor:
         """What keys and values are made of: coefficients [batch, N, width], or with a Gibbs read the signal at points.
 
@@ -115,7 +149,16 @@ class ContinuousSignal(DerivedBuffers):
         """
         return self.at_points @ coefficients if self.config.read == "gibbs" else coefficients
 
-    def time_shuffle(self) -> Tensor:
+    def shuffle(self, coefficients: Tensor, segments: Tensor, shuffle: Tensor) -> Tensor:
+        """Coefficients of a past in another order.
+
+        Args:
+            segments: how many each row has written, [batch].
+            shuffle: what `time_shuffle` returned.
+        """
+        return shuffle @ coefficients
+
+    def time_shuffle(self) -> Tensor | None:
         """The matrix [N, N] from a signal's coefficients to those of the signal with its past in another order.
 
         The signal is sampled in the middle of 4N equal parts (at least), there where `shuffled_positions` says, and

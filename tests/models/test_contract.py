@@ -146,6 +146,10 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "sticky moments": long_term(read="moments", sticky=True),
     "uniform slots": long_term(read="slots", contraction="uniform"),
     "sticky gibbs": long_term(read="gibbs", sticky=True),
+    "dyadic moments": long_term(contraction="dyadic", read="moments", levels=2),
+    "dyadic keys and values": long_term(
+        stores="keys_values", combination="joint", read="gibbs", contraction="dyadic", levels=2
+    ),
     "keys and values": long_term(stores="keys_values"),
     "joint sticky keys and values": long_term(
         stores="keys_values", combination="joint", read="gibbs", sticky=True, contraction="uniform"
@@ -180,6 +184,7 @@ IN = {
         "short-term and joint keys and values",
         "most used",
         "uniform sticky",
+        "dyadic moments",
         "short-term and uniform slots",
         "short-term and running mean",
         "fast weights within a segment",
@@ -195,6 +200,7 @@ IN = {
     "llama": (
         "sticky moments",
         "sticky gibbs",
+        "dyadic keys and values",
         "joint sticky keys and values",
         "short-term and joint keys and values",
         "uniform slots",
@@ -218,6 +224,7 @@ NEW = {
     "slots sticky": long_term(read="slots", sticky=True),
     "gibbs": long_term(read="gibbs", points=5, sharpness=2.0),
     "keys and values": long_term(stores="keys_values"),
+    "dyadic": long_term(contraction="dyadic", read="slots", levels=4),
     "keys and values gibbs": long_term(stores="keys_values", read="gibbs"),
     "fast weights": FastWeightMemoryConfig(0),
     "fast weights by loss": FastWeightMemoryConfig(0, strength="loss", features="dpfp"),
