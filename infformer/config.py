@@ -22,6 +22,7 @@ from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
+from infformer.models.quantization import QUANTIZATIONS
 from infformer.options import check_finite, free, measuring
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
@@ -104,6 +105,8 @@ MEMORIES: dict[str, DictConfig] = {
 """What `model/memory=` chooses, beside `none`. As published, a long-term memory has as many basis functions, and
 samples of the past, as a segment has tokens; a compressed one as many entries, each of four tokens."""
 
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
 
 @dataclass
 class ModelConfig:
@@ -128,8 +131,17 @@ class ModelConfig:
     writes it. Null: they are new."""
     attention: str | None = free(None)
     """The backbone's attention kernel, such as `sdpa` or `flash_attention_2`. Null: transformers' choice."""
+    dtype: str = "float32"
+    """Of the backbone's weights: `float32`, or if they are frozen `bfloat16` or `float16`, which take half the room.
+    What learns, memories and adapters, is always float32: a small step would be rounded away in the others."""
+    quantization: str | None = None
+    """`4bit` or `8bit`, by bitsandbytes: the linear maps of a frozen backbone take an eighth or a quarter of float32's
+    room. Null: as `dtype` says."""
 
     def __post_init__(self) -> None:
+        _check_choice("model.dtype", self.dtype, _PRECISIONS)
+        if self.quantization is not None:
+            _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
         for name in ("pretrained", "tokenizer", "attention", "memories"):
             if getattr(self, name) == "":
                 raise ValueError(f"model.{name}=: give a folder or a name, or null")
@@ -137,11 +149,13 @@ class ModelConfig:
             raise ValueError(
                 "give one of model.pretrained= (a folder or a hub name) and model.architecture= (a model from scratch)"
             )
-        for option, value in (("lora.rank", self.lora.rank), ("memories", self.memories)):
+        own = {"lora.rank": self.lora.rank, "memories": self.memories, "quantization": self.quantization}
+        for option, value in (*own.items(), ("dtype", None if self.dtype == "float32" else self.dtype)):
             if value is not None and self.pretrained is None:
                 raise ValueError(
                     f"model.{option}={value}: this stands beside a pretrained model, and a model from scratch is "
-                    "trained as a whole; set it to null, or choose a model by model.pretrained="
+                    f"trained as a whole; set it to {'float32' if option == 'dtype' else 'null'}, or choose a model by "
+                    "model.pretrained="
                 )
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
@@ -160,9 +174,6 @@ class ModelConfig:
     def is_decoder(self) -> bool:
         """Whether this is the project's own model from scratch."""
         return self.architecture.get("model_type") == "decoder"
-
-
-_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -436,6 +447,26 @@ class RunConfig:
             raise ValueError(
                 f"training.freeze_backbone=true model.lora.rank={self.model.lora.rank}: adapters are part of the "
                 "backbone, whose own weights are frozen beside them anyway; set one of the two to false or null"
+            )
+        is_frozen = self.training.freeze_backbone or self.model.lora.rank is not None
+        for option, usual in (("dtype", "float32"), ("quantization", None)):
+            value = getattr(self.model, option)
+            if value != usual and not is_frozen:
+                raise ValueError(
+                    f"model.{option}={value}: steps of training are too small for such weights, so they have to be "
+                    "frozen; set training.freeze_backbone=true or model.lora.rank=, or "
+                    f"model.{option}={'null' if usual is None else usual}"
+                )
+            if value != usual and self.engine.name not in ("auto", "ddp"):
+                raise ValueError(
+                    f"model.{option}={value} with engine={self.engine.name}: an engine that cuts up weights wants them "
+                    "all in float32; choose engine=ddp"
+                )
+        if self.model.dtype == "float16" and self.training.precision != "float16":
+            raise ValueError(
+                f"model.dtype=float16 with training.precision={self.training.precision}: small gradients would vanish "
+                "on their way through the backbone; set training.precision=float16, which scales them, or "
+                "model.dtype=bfloat16"
             )
         if self.training.memory_dropout and self.model.memory is None:
             raise ValueError(

@@ -90,6 +90,9 @@ def add_adapters(backbone: PreTrainedModel, lora: LoraConfig) -> None:
         fan_in_fan_out=isinstance(backbone.get_submodule(targets[0]), Conv1D),
     )
     peft.inject_adapter_in_model(options, backbone)
+    for name, parameter in backbone.named_parameters():
+        if is_of_adapter(name):  # float32, as all that learns, whatever the type of the weights beside it
+            parameter.data = parameter.data.float()
 
 
 def is_of_adapter(name: str) -> bool:
@@ -105,14 +108,28 @@ def freeze_all_but_adapters(backbone: PreTrainedModel) -> None:
 
 def merge_adapters(backbone: PreTrainedModel) -> None:
     """Add what the adapters have learned to the weights beside them: what is left is a stock model."""
+    for module in _take_out(backbone):
+        module.merge()
+    backbone.requires_grad_(True)
+
+
+def fit_adapters(backbone: PreTrainedModel, lora: LoraConfig) -> None:
+    """Make the adapters of a backbone anew that was quantised after it got them: peft has others for such weights."""
+    learned = {name: parameter for name, parameter in backbone.named_parameters() if is_of_adapter(name)}
+    _take_out(backbone)
+    add_adapters(backbone, lora)
+    backbone.load_state_dict(learned, strict=False)
+
+
+def _take_out(backbone: PreTrainedModel) -> list[Any]:
+    """Leave a backbone without its adapters, which are returned."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            backbone.set_submodule(name, module.get_base_layer())
+    adapters = [(name, module) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in adapters:
+        backbone.set_submodule(name, module.get_base_layer())
     del backbone.peft_config
-    backbone.requires_grad_(True)
+    return [module for _, module in adapters]
 
 
 def _is_called(name: str, target: str) -> bool:

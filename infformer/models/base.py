@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from infformer.errors import ModelError
@@ -297,9 +297,14 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(
-        cls, *args: Any, dtype: Any = torch.float32, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        dtype: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Load a model as transformers does, but in float32 unless another `dtype` is asked for.
+        """Load a model as transformers does, but in float32 unless another `dtype` is asked for or was the backbone's.
 
         Weights of a memory that the folder lacks are those of a new memory, and the log says so.
 
@@ -307,7 +312,11 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             ModelError: it lacks others.
         """
         dtype = kwargs.pop("torch_dtype", dtype)  # its old name
-        loaded: Any = super().from_pretrained(*args, dtype=dtype, output_loading_info=True, **kwargs)
+        name = pretrained_model_name_or_path
+        if dtype is None:
+            config, kind = kwargs.get("config"), cast(type[PreTrainedConfig], cls.config_class)
+            dtype = dtype_of(config if isinstance(config, PreTrainedConfig) else kind.from_pretrained(name, **kwargs))
+        loaded: Any = super().from_pretrained(name, *args, dtype=dtype, output_loading_info=True, **kwargs)
         model, report = loaded
         missing = set(report["missing_keys"])
         memories = {id(parameter) for parameter in model.memory_parameters()}
@@ -597,6 +606,11 @@ def _next_cache(
         pieces = () if before is None else before.memories[number].hidden
         memories.append(Earlier((*pieces, layer.hidden), layer.memory.projected))
     return SegmentCache(read.attention, tuple(memories), length, scored)
+
+
+def dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """In which a model's weights are loaded: that of the backbone when a memory was put beside it, else float32."""
+    return getattr(torch, getattr(config, "backbone_dtype", None) or "float32")
 
 
 def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryConfig | None:

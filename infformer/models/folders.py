@@ -20,7 +20,7 @@ from transformers import (
 
 from infformer.errors import ModelError
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
-from infformer.models.base import MemoryModel
+from infformer.models.base import MemoryModel, dtype_of
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = "infformer/checkpoints/"
@@ -66,7 +66,7 @@ def load_config(name: str, option: str) -> PreTrainedConfig:
 
 
 def load_weights(kind: Any, config: PreTrainedConfig, name: str, option: str, **kwargs: Any) -> Any:
-    """A model with all of its weights, in float32 unless asked otherwise.
+    """A model with all of its weights, in float32 unless asked otherwise, or the model was made otherwise.
 
     Args:
         kind: a class of models, or `AutoModelForCausalLM`.
@@ -77,7 +77,7 @@ def load_weights(kind: Any, config: PreTrainedConfig, name: str, option: str, **
         ModelError: the folder lacks weights, holds others than those of such a model, or some are not finite.
     """
     _check_size(config, name, option)
-    kwargs.setdefault("dtype", torch.float32)
+    kwargs.setdefault("dtype", dtype_of(config))
     model, report = load(kind, name, option, config=config, output_loading_info=True, **kwargs)
     ours = isinstance(model, MemoryModel)
     for what, names in (("lacks", report["missing_keys"]), ("also holds", report["unexpected_keys"] if ours else ())):

@@ -33,13 +33,21 @@ def load_pretrained(
     Args:
         name: a model's folder, a run's or its checkpoint if it has no memory, or the name of a model on the hub.
         lora: new adapters in it; those of a run that had some are part of its weights from then on.
-        kwargs: for `from_pretrained`.
+        kwargs: for `from_pretrained`, such as a `dtype` or a `quantization_config`.
 
     Raises:
         ModelError: no model there; the hub cannot be reached; or the model has a memory of its own already.
     """
     folder = model_folder(name)
     config = load_config(folder, "model.pretrained")
+    if isinstance(config, InfformerConfig) and (
+        kwargs.get("quantization_config") or hasattr(config, "quantization_config")
+    ):
+        raise ModelError(
+            f"model.pretrained={name} is a run's, and its backbone cannot be quantised, or quantised anew, as it lies "
+            "there; begin with the stock model, or export its backbone first: python scripts/export.py CHECKPOINT "
+            "FOLDER --what backbone"
+        )
     if isinstance(config, InfformerConfig) and config.memory is None:
         wrapped = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
         return InfformerForCausalLM.from_backbone(wrapped.stock_backbone(), memory, memory_layers, segment_length, lora)

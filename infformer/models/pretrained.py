@@ -29,7 +29,7 @@ from infformer.errors import ModelError
 from infformer.memory.memory import KeyValues, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState, ModelState
-from infformer.models.adapters import LoraConfig, add_adapters, freeze_all_but_adapters, merge_adapters
+from infformer.models.adapters import LoraConfig, add_adapters, fit_adapters, freeze_all_but_adapters, merge_adapters
 from infformer.models.backbone import (
     CACHE_ARGUMENTS,
     Rotation,
@@ -48,6 +48,7 @@ from infformer.models.chunked_loss import cross_entropy
 from infformer.models.linear_loss import can_fuse, linear_token_losses
 from infformer.models.listening import Ear
 from infformer.models.past import Past, PastLayer
+from infformer.models.quantization import adopt_quantization, check_quantized, copy_marks, is_quantized
 from infformer.models.segment_cache import SegmentCache, copy_cache
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class InfformerConfig(PreTrainedConfig):
         rotated_layers: layers of the backbone whose keys are rotated by their places; None where nobody has to know.
         head_is_known: the backbone's scores are those of `models.backbone.head`.
         lora: the adapters in the backbone; None for none.
+        backbone_dtype: of the backbone's weights, which are loaded in it again; None for float32.
     """
 
     model_type = "infformer"
@@ -78,6 +80,7 @@ class InfformerConfig(PreTrainedConfig):
         rotated_layers: list[int] | None = None,
         head_is_known: bool = True,
         lora: LoraConfig | dict[str, Any] | None = None,
+        backbone_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone, dict):
@@ -91,6 +94,7 @@ class InfformerConfig(PreTrainedConfig):
         self.rotated_layers = rotated_layers
         self.head_is_known = head_is_known
         self.lora = lora.to_json() if isinstance(lora, LoraConfig) else lora
+        self.backbone_dtype = backbone_dtype
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(token, getattr(self.backbone, token, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
@@ -236,7 +240,7 @@ class InfformerForCausalLM(MemoryModel):
     config_class = InfformerConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = {"memories"}  # noqa: RUF012, transformers declares it as an attribute
+    _keep_in_fp32_modules_strict = {"memories", "lora_A", "lora_B"}  # noqa: RUF012, transformers declares it as an attribute
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -329,6 +333,7 @@ class InfformerForCausalLM(MemoryModel):
             segment_length,
             head_is_known=is_head_known(backbone),
             lora=lora,
+            backbone_dtype=None if backbone.dtype == torch.float32 else str(backbone.dtype).removeprefix("torch."),
             attn_implementation=backbone.config._attn_implementation,
         )
         if (own := config.memory_config) is not None and (own.short_term_length or own.keeps_key_values):
@@ -337,11 +342,22 @@ class InfformerForCausalLM(MemoryModel):
         if backbone.generation_config is not None:
             model.generation_config = backbone.generation_config
         model.memories.to(backbone.device)
+        adopt_quantization(model, backbone)
         return model
 
     def stock_backbone(self) -> PreTrainedModel:
-        """The backbone as a stock model; what its adapters have learned is added to its weights, here too."""
+        """The backbone as a stock model; what its adapters have learned is added to its weights, here too.
+
+        Raises:
+            ModelError: these are quantised.
+        """
         if self.config.lora is not None:
+            if is_quantized(self):
+                raise ModelError(
+                    "what adapters have learned cannot be added to weights of four or eight bits without loss; save "
+                    "memories and adapters alone (save_memories, scripts/export.py --what memories), and attach them "
+                    "to the backbone in float32"
+                )
             merge_adapters(self.backbone)
             self.config.lora = None
         return self.backbone
@@ -470,7 +486,10 @@ class InfformerForCausalLM(MemoryModel):
         return checkpoint_told
 
     def _freeze(self) -> None:
-        if self.config.lora is not None:
+        if (lora := self.config.lora_config) is not None:
+            if is_quantized(self):
+                copy_marks(self, self.backbone)
+                fit_adapters(self.backbone, lora)
             freeze_all_but_adapters(self.backbone)
 
     @torch.no_grad()
@@ -505,14 +524,10 @@ def _checked(backbone: Any) -> PreTrainedModel:
         )
     if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is None:
         raise ModelError(f"backbone={kind}: give a causal language model of transformers, its folder or its name")
+    check_quantized(backbone)
     if backbone.config.is_encoder_decoder or not is_causal(backbone):
         raise ModelError(
             f"backbone={kind}: its tokens see those after them, or an encoder does; give a causal language model"
-        )
-    if getattr(backbone, "hf_quantizer", None) is not None or hasattr(backbone.config, "quantization_config"):
-        raise ModelError(
-            f"backbone={kind} is quantised, and what is saved of it beside a memory could not be loaded again; load it "
-            "without quantization_config, or call backbone.dequantize() first"
         )
     return backbone
 

@@ -11,13 +11,14 @@ import torch
 from infformer.config import EvaluationRunConfig, RunConfig
 from infformer.data.options import SPLITS
 from infformer.data.sources import check_sources
-from infformer.errors import UserError
+from infformer.errors import ModelError, UserError
 from infformer.memory.options import MemoryConfig
 from infformer.models.architecture import try_adapters, try_architecture, try_kernel
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import load_config
 from infformer.models.memories import check_memories
 from infformer.models.pretrained import InfformerConfig
+from infformer.models.quantization import check_installed
 from infformer.training.tracking import check_tracker
 
 GIB = 2.0**30
@@ -46,6 +47,13 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
     if chosen.pretrained is not None:
         shape: Any = load_config(chosen.pretrained, "model.pretrained")
         try_kernel(shape, chosen.attention)
+        if chosen.quantization is not None:
+            check_installed(chosen.quantization)
+        if hasattr(shape, "quantization_config") and not training.freeze_backbone and chosen.lora.rank is None:
+            raise ModelError(
+                f"model.pretrained={chosen.pretrained}: its weights are quantised, so they have to be frozen; set "
+                "training.freeze_backbone=true or model.lora.rank="
+            )
         stock = shape.backbone if isinstance(shape, InfformerConfig) else shape
         if chosen.lora.rank is not None:
             try_adapters(stock, chosen.lora)

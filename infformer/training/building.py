@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ from infformer.models.loading import (
     vocabulary_of,
 )
 from infformer.models.memories import load_memories
+from infformer.models.quantization import quantization_config
 from infformer.tasks.task import Material
 from infformer.training.runtime import Accelerator
 
@@ -46,9 +48,13 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     chosen, segment_length = config.model, config.training.segment_length
     model: MemoryModel
     if chosen.pretrained is not None:
-        kernel = {} if chosen.attention is None else {"attn_implementation": chosen.attention}
+        options: dict[str, Any] = {"dtype": getattr(torch, chosen.dtype)}
+        if chosen.attention is not None:
+            options["attn_implementation"] = chosen.attention
+        if chosen.quantization is not None:
+            options["quantization_config"] = quantization_config(chosen.quantization, options["dtype"])
         model = load_pretrained(
-            chosen.pretrained, chosen.memory, chosen.memory_layers, segment_length, chosen.lora, **kernel
+            chosen.pretrained, chosen.memory, chosen.memory_layers, segment_length, chosen.lora, **options
         )
         if chosen.memories is not None:
             load_memories(chosen.memories, model)

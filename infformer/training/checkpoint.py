@@ -40,6 +40,7 @@ from infformer.errors import UserError
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel
 from infformer.models.card import CARD
+from infformer.models.quantization import is_quantized
 from infformer.training.metrics import StepMetrics
 from infformer.training.runtime import Accelerator, all_reduce_max, gathered
 from infformer.training.shards import Shards
@@ -367,7 +368,11 @@ def load_weights(folder: Path, model: MemoryModel) -> None:
     Raises:
         CheckpointError: they cannot be read.
     """
-    model.load_state_dict(model_tensors(folder, model), strict=True)
+    tensors = model_tensors(folder, model)
+    if is_quantized(model):  # what is frozen is there already, in a form that transformers alone can load
+        learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in learned}
+    model.load_state_dict(tensors, strict=not is_quantized(model))
 
 
 def model_tensors(folder: Path, model: MemoryModel) -> dict[str, Tensor]:

@@ -370,6 +370,19 @@ class TestTrainingLessGoesOnExactly:
         assert any("backbone." in name for name in learned)
         assert not lora or all("memories." in name or ".lora_" in name for name in learned)
 
+    @pytest.mark.parametrize(
+        "weights",
+        [{"model.dtype": "bfloat16"}]
+        + [
+            pytest.param({"model.quantization": bits}, marks=pytest.mark.needs("bitsandbytes"))
+            for bits in ("4bit", "8bit")
+        ],
+    )
+    def test_a_run_beside_a_frozen_backbone_of_few_bits_goes_on_exactly(self, configure, train, tmp_path, weights):
+        TestDecodersGoOnExactly.assert_goes_on(
+            configure, train, tmp_path, {"training.freeze_backbone": True, **weights}
+        )
+
 
 LONGER = {"training.max_steps": 24, "evaluation.before": False, "data.test": None, "data.validation": None}
 
