@@ -26,6 +26,7 @@ from infformer.models.quantization import QUANTIZATIONS
 from infformer.options import check_finite, free, measuring
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.tasks.ruler import MultikeyConfig, VariableTrackingConfig
 from infformer.tasks.sorting import SortingConfig
 from infformer.tasks.task import LanguageModellingConfig, TaskConfig
 
@@ -53,11 +54,14 @@ TASKS: dict[str, TaskConfig] = {
     "sorting": SortingConfig(),
     "passkey": PasskeyConfig(),
     "needle": NeedleConfig(),
+    "multikey": MultikeyConfig(),
+    "variable_tracking": VariableTrackingConfig(),
     "associative_recall": AssociativeRecallConfig(lengths=[512, 256, 1024], training_lengths=[256, 512, 1024]),
 }
-"""What `task=` chooses. The texts of `passkey` and `needle` are those of `data`; a needle's text is one document or a
-part of it, so longer ones than `data=sample` cuts its novels to want data.max_held_out_characters=null. Sorting and
-recall are for models from scratch: experiment=sorting_…, associative_recall_small."""
+"""What `task=` chooses. The texts of `passkey`, `needle`, `multikey` and `variable_tracking` are those of `data`; a
+needle's text is one document or a part of it, so longer ones than `data=sample` cuts its novels to want
+data.max_held_out_characters=null. Sorting and recall are for models from scratch: experiment=sorting_…,
+associative_recall_small."""
 
 
 def _memory(kind: type[MemoryConfig], **values: Any) -> DictConfig:

@@ -246,9 +246,11 @@ class TestRetrieval:
         assert [cell["depth"] for cell in results["controls"]["memory_off"]] == [0, 1]
         return [(cell["length"], cell["depth"], cell["answers"], cell["nll"]) for cell in results["cells"]]
 
-    @pytest.mark.parametrize("task", ["passkey", "needle"])
+    @pytest.mark.parametrize(
+        "task", ["passkey", "needle", "multikey task.keys=2", "variable_tracking task.chains=2 task.hops=1"]
+    )
     def test_a_model_is_trained_and_measured_again(self, start, one_layer_folder, books, tmp_path, task):
-        asked = [f"task={task}", *self.ASKED, *books]
+        asked = [*f"task={task}".split(), *self.ASKED, *books]
         options = [*asked, "task.training_lengths=[230]", *self.TRAINING, *self.MODEL]
         model = f"model.pretrained={one_layer_folder}"
         code, text = start(train_command, *options, model, f"output_dir={tmp_path / 'run'}")

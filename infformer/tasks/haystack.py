@@ -58,12 +58,21 @@ ENDS = len(PASTIMES) * len(PLACES)
 
 @dataclass(frozen=True)
 class Needle:
-    """A sentence to be hidden, and how it is asked for."""
+    """Sentences to be hidden, and how they are asked for."""
 
-    sentence: str
+    sentences: Sequence[str]
+    """The first stands at the depth that is asked for, those after it at random places behind it, in their order."""
     question: str
     answer: str
     """What follows the question."""
+    others: Sequence[Sequence[str]] = ()
+    """Sentences that nobody asks for, at random places anywhere, in the order of each sequence."""
+
+
+def occasion(number: int) -> str:
+    """One of `BEGINNINGS`."""
+    city, time = divmod(number, len(TIMES))
+    return f"{CITIES[city]} {TIMES[time]}"
 
 
 @lru_cache(maxsize=1)
@@ -107,14 +116,16 @@ class Haystack:
         for number, wanted in zip(numbers, depths, strict=True):
             random = random_of(seed, split, length, number)
             needles = self._write(random)
-            hidden = [self._encode(f"\n{needle.sentence}\n") for needle in needles]
+            sequences = [sequence for needle in needles for sequence in (needle.sentences, *needle.others)]
+            hidden = [self._encode(f"\n{sentence}\n") for sequence in sequences for sentence in sequence]
             asked = [self._encode_question(needle) for needle in needles]
             beginning = self._documents[split].tokens(0, 0, self._first)
             questions = [question for question, _ in asked]
             rest = sum(map(len, [beginning, *hidden, *questions]))
             self._check(split, length, rest)
             text = self._text(split, random, length - rest)
-            tokens.append(np.concatenate([beginning, *self._hide(hidden, text, wanted), *questions]))
+            places = _places(random, needles, wanted)
+            tokens.append(np.concatenate([beginning, *self._hide(hidden, text, places), *questions]))
             answers.append(
                 np.concatenate(
                     [
@@ -165,15 +176,15 @@ class Haystack:
         return whole, int(different[0]) if different.size else shorter
 
     def _hide(self, hidden: list[Integers], text: Integers, depths: Floats) -> list[Integers]:
-        """The text in pieces, with the needles between them."""
+        """The text in pieces, with what is hidden between them."""
         ends = np.concatenate([[0], 1 + np.flatnonzero(self._ends_sentence[text]), [len(text)]])
         pieces, done = [], 0
-        for needle in np.argsort(depths, kind="stable"):
-            wanted = depths[needle] * len(text)
+        for which in np.argsort(depths, kind="stable"):
+            wanted = depths[which] * len(text)
             place = int(ends[np.abs(ends - wanted).argmin()])
             if abs(place - wanted) > MOST_SHIFT * len(text):
                 place = round(wanted)
-            pieces += [text[done:place], hidden[needle]]
+            pieces += [text[done:place], hidden[which]]
             done = place
         return [*pieces, text[done:]]
 
@@ -211,6 +222,17 @@ class Haystack:
         return np.concatenate(parts)
 
 
+def _places(random: np.random.Generator, needles: Sequence[Needle], wanted: Floats) -> Floats:
+    """The depths of all that is hidden, one needle after the other, of which each begins where it is wanted."""
+    places: list[float] = []
+    for needle, depth in zip(needles, wanted, strict=True):
+        later = np.sort(random.random(len(needle.sentences) - 1))
+        places += [depth, *(depth + (1 - depth) * later)]
+        for sequence in needle.others:
+            places += [*np.sort(random.random(len(sequence)))]
+    return np.array(places)
+
+
 @dataclass
 class PasskeyConfig(RetrievalConfig):
     """The task of finding a number in the text of `data`, of several documents where one is too short."""
@@ -233,7 +255,7 @@ class PasskeyConfig(RetrievalConfig):
         key = random.integers(10 ** (self.digits - 1), 10**self.digits)
         return [
             Needle(
-                sentence=f"The pass key is {key}. Remember it. {key} is the pass key.",
+                sentences=[f"The pass key is {key}. Remember it. {key} is the pass key."],
                 question="What is the pass key? The pass key is",
                 answer=f" {key}",
             )
@@ -262,9 +284,8 @@ class NeedleConfig(RetrievalConfig):
         """Sentences that begin differently and end independently of that."""
         needles = []
         for beginning in random.choice(BEGINNINGS, size=self.needles, replace=False):
-            city, time = divmod(int(beginning), len(TIMES))
             pastime, place = divmod(int(random.integers(ENDS)), len(PLACES))
-            question = f"The best thing to do in {CITIES[city]} {TIMES[time]} is"
+            question = f"The best thing to do in {occasion(int(beginning))} is"
             answer = f" to {PASTIMES[pastime]} {PLACES[place]}."
-            needles.append(Needle(question + answer, question, answer))
+            needles.append(Needle([question + answer], question, answer))
         return needles

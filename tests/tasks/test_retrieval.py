@@ -20,6 +20,7 @@ from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
 from infformer.tasks.questions import Questions
 from infformer.tasks.retrieval import Retrieval, format_accuracy, measure_cells
+from infformer.tasks.ruler import MultikeyConfig
 from infformer.tasks.task import Material
 
 SEGMENT = 8
@@ -80,13 +81,13 @@ def test_without_memory_only_the_last_segment_is_known(witness):
     assert make(witness(CONFIG.vocabulary_size, SEGMENT), controls=False).measure("here")["controls"] == {}
 
 
-@pytest.mark.parametrize("kind", [PasskeyConfig, NeedleConfig])
-def test_who_remembers_all_finds_what_is_hidden_in_text(kind, witness, tokenizer, tmp_path):
+@pytest.mark.parametrize(("kind", "length"), [(PasskeyConfig, 301), (NeedleConfig, 301), (MultikeyConfig, 401)])
+def test_who_remembers_all_finds_what_is_hidden_in_text(kind, length, witness, tokenizer, tmp_path):
     (tmp_path / "book.txt").write_text("The white whale rose, and nobody saw it. " * 30)
     data = DataConfig(source="files", test=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
     documents = {"test": tokenize_documents(data, "test", tokenizer)}
     evaluator = reader(witness(len(tokenizer), 64), segment_length=64)
-    retrieval = kind(lengths=[301], depths=[0, 0.5, 1], test_questions=1).build_evaluation(
+    retrieval = kind(lengths=[length], depths=[0, 0.5, 1], test_questions=1).build_evaluation(
         Material(evaluator, tokenizer, documents, controls=False)
     )
     cells = retrieval.measure("here")["cells"]
