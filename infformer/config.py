@@ -88,6 +88,7 @@ PUBLISHED_MEMORY = {
     "sharpness": 1.0,
     "density": "gaussian",
     "sticky": True,
+    "sticky_by": "attention",
     "sticky_bins": 128,
     "sticky_placement": "published",  # half a sample late at every write
     "stores": "hidden",

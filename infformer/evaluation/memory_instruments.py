@@ -251,7 +251,7 @@ class SignalInstruments:
             self.writing.setdefault("sampled_places", []).append(sampled)
         for past, hidden, read in zip(self.pasts, self._leaving.popleft(), reads, strict=True):
             kept = _reading(read).written
-            past.write(hidden if kept is None else kept, _reading(read).attention)
+            past.write(hidden if kept is None else kept, _reading(read).attention, _reading(read).losses)
         written += 1
         if written == self.writes or written & (written - 1) == 0:
             explained = [
@@ -429,7 +429,7 @@ def sampled_places(memory: LongTermMemory, reading: Reading) -> list[float]:
     from (m − 1)/M to m/M and lies in its middle; between two samples it is linear, so that parts of fewer samples than
     one get their share too.
     """
-    positions = memory.past_positions(reading.attention).flatten().double().cpu().numpy()
+    positions = memory.past_positions(reading.attention, losses=reading.losses).flatten().double().cpu().numpy()
     middles = (np.arange(len(positions)) + 0.5) / len(positions)
     edges = np.linspace(0, 1, PLACES + 1)
     below = np.interp(edges, [0, *positions, 1], [0, *middles, 1])
@@ -531,14 +531,15 @@ class WrittenPast:
         """How many were written."""
         return len(self._hidden)
 
-    def write(self, hidden: Tensor, attention: Density) -> None:
+    def write(self, hidden: Tensor, attention: Density, losses: Tensor | None = None) -> None:
         """Follow a write.
 
         Args:
             hidden: what was written, before the input gate, [1, T, hidden].
             attention: where the segment looked that was read at that moment.
+            losses: of the past, as they were then, where it is given room by them.
         """
-        self.places = self.memory.moved_places(self.places, len(self._hidden), attention)
+        self.places = self.memory.moved_places(self.places, len(self._hidden), attention, losses)
         self._hidden.append(self.memory.gated(hidden.float())[0].half().cpu())
 
     def tokens_back(self, places: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 from infformer.memory.state import MemoryState
-from infformer.memory.sticky import attention_histogram, warped_positions
+from infformer.memory.sticky import attention_histogram, moved_losses, warped_positions, with_new_losses
+from infformer.memory.time_shuffle import shuffled_bins
 from infformer.options import check_finite
 
 MINIMAL_VARIANCE = 1e-4
@@ -78,8 +79,11 @@ class LongTermMemoryConfig(MemoryConfig):
     """Resample the past where it was attended to. With the uniform contraction, a place that alone is attended to for
     hundreds of segments spreads over all of the memory, and the ridge makes it smaller: a constant of 1 is 0.5 after
     300 segments of attention of mean 0.3 and deviation 0.2."""
+    sticky_by: str = "attention"
+    """What a sticky past is given room by. `attention`, as published. `loss`: how badly its tokens were predicted,
+    which is known when they are written, and costs the scores of each segment once more. `both`: the product."""
     sticky_bins: int = 128
-    """Resolution of the histogram of attention on [0, 1]."""
+    """Resolution of the histogram of attention, or of losses, on [0, 1]."""
     sticky_placement: str = "sampled"
     """Where sample m of M of a sticky past is placed, which is taken at (m − ½)/M of the attention. `sampled`: at
     (m − ½)/M of its room, so that under even attention nothing moves. `published`: at m/M, half a sample later at every
@@ -110,6 +114,7 @@ class LongTermMemoryConfig(MemoryConfig):
             "combination": ("gates", "joint"),
             "density": ("gaussian", "truncated_parabola"),
             "sticky_placement": ("sampled", "published"),
+            "sticky_by": ("attention", "loss", "both"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -137,6 +142,11 @@ class LongTermMemoryConfig(MemoryConfig):
             raise ValueError(
                 "model.memory.input_gate=true: keys and values are kept as attention has made them; leave the gate "
                 "out, or take model.memory.stores=hidden"
+            )
+        if self.sticky_by != "attention" and not self.sticky:
+            raise ValueError(
+                f"model.memory.sticky_by={self.sticky_by}: without model.memory.sticky=true nothing is given more "
+                "room; set that, or leave this out"
             )
         # Far outside of these, numbers of the regression and of the densities are 0 or infinite.
         for name, lowest, highest in (
@@ -256,6 +266,17 @@ class LongTermState(MemoryState):
     """B, float32, shape [batch, N, hidden]."""
     segments: Tensor
     """How many segments each row has written; int64, shape [batch]; 0 is an empty memory."""
+    losses: Tensor | None = None
+    """Nats of the tokens in each bin of [0, 1], shape [batch, bins]; None where nobody asks for them."""
+
+
+class PendingLosses(NamedTuple):
+    """What waits for the losses of a segment's tokens."""
+
+    written: Tensor
+    """Rows that were written, bool [batch]."""
+    contraction: Tensor
+    """Where their segment begins, [batch]."""
 
 
 class Projected(NamedTuple):
@@ -281,6 +302,8 @@ class Reading(NamedTuple):
     """Where each head of each query looked, shape [batch, heads, queries]."""
     written: Tensor | None = None
     """What is written after it, [batch, T, width], if these are not hidden states."""
+    losses: Tensor | None = None
+    """Those of the past, as `LongTermState` has them."""
 
 
 class LongTermMemory(Memory):
@@ -307,6 +330,7 @@ class LongTermMemory(Memory):
         self.signal = signal
         self.is_signal = True
         self.noise_size = config.past_samples if config.sticky else 0
+        self.needs_losses = config.sticky_by != "attention"
         self.loss_weights = {"divergence": config.divergence_weight}
         self.width = hidden_size
         self._add_parameters()
@@ -345,6 +369,7 @@ class LongTermMemory(Memory):
         return LongTermState(
             signal.new_zeros(batch, self.config.basis_functions, self.width),
             torch.zeros(batch, dtype=torch.int64, device=signal.device),
+            signal.new_zeros(batch, self.config.sticky_bins) if self.needs_losses else None,
         )
 
     def prepare(self, state: LongTermState, context: SegmentContext) -> WriteOperators | None:
@@ -356,13 +381,22 @@ class LongTermMemory(Memory):
     ) -> MemoryOutput:
         projected = self.project(state) if context.earlier is None else context.earlier.projected
         reading, projected = self.read_segment(hidden, state, context, projected)
-        written = state
+        written, pending = state, None
+        if state.losses is not None:
+            reading = reading._replace(losses=state.losses)
         if shared is not None:
             attention = reading.attention if context.earlier is None else self.place_whole(hidden, context, projected)
             new = self.new_samples(hidden, context) if reading.written is None else reading.written
             written = self.write(new, state, shared, attention, context.noise, context.complete)
+            if state.losses is not None and context.complete is not None:
+                pending = PendingLosses(context.complete, self.signal.contraction(state.segments))
         divergence = self.divergence(reading.attention) * context.visible(state.segments.unsqueeze(-1) > 0)
-        return MemoryOutput(written, reading.context, {"divergence": divergence}, reading, projected)
+        return MemoryOutput(written, reading.context, {"divergence": divergence}, reading, projected, pending)
+
+    def write_by_losses(self, state: LongTermState, pending: PendingLosses, losses: Tensor) -> LongTermState:
+        assert state.losses is not None
+        new = with_new_losses(state.losses, losses.to(state.losses), pending.contraction.to(state.losses))
+        return replace(state, losses=torch.where(pending.written.unsqueeze(-1), new, state.losses))
 
     def read_segment(
         self, hidden: Tensor, state: LongTermState, context: SegmentContext, projected: Projected
@@ -474,13 +508,19 @@ class LongTermMemory(Memory):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = self.gated(hidden.to(state.coefficients.dtype))
-            carried = self.signal.carried(operators, self.past_positions(attention, noise).to(hidden))
+            positions = self.past_positions(attention, noise, state.losses).to(hidden)
+            carried = self.signal.carried(operators, positions)
             coefficients = carried @ state.coefficients + operators.new.mT @ hidden
+            losses = state.losses
+            if losses is not None:
+                losses = moved_losses(losses, positions, self.signal.contraction(state.segments).to(losses))
         segments = state.segments + 1
         if complete is not None:
             coefficients = torch.where(complete.view(-1, 1, 1), coefficients, state.coefficients)
             segments = torch.where(complete, segments, state.segments)
-        return LongTermState(coefficients, segments)
+            if losses is not None and state.losses is not None:
+                losses = torch.where(complete.unsqueeze(-1), losses, state.losses)
+        return LongTermState(coefficients, segments, losses)
 
     def gated(self, hidden: Tensor) -> Tensor:
         """What is written of a segment [batch, T, hidden]: X ⊙ sigmoid(Conv1d(X)) with an input gate, else X itself."""
@@ -490,36 +530,44 @@ class LongTermMemory(Memory):
         convolved = F.conv1d(hidden.mT, self.gate.weight.to(hidden), bias, padding=1)
         return hidden * torch.sigmoid(convolved.mT)
 
-    def past_positions(self, attention: Density, noise: Tensor | None = None) -> Tensor:
+    def past_positions(self, attention: Density, noise: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         """Where a write samples the old signal: ascending, shape [M], or [batch, M] with stickiness.
 
         Args:
             attention: where the segment looked,
-            noise: and the random offsets, as for `write`.
+            noise: the random offsets, as for `write`,
+            losses: and those of the past, if room is given by them.
         """
         if not self.config.sticky:
             return self.signal.past_places
         with torch.no_grad():
-            return warped_positions(self.histogram(attention), self.config.past_samples, noise)
+            return warped_positions(self.histogram(attention, losses), self.config.past_samples, noise)
 
-    def histogram(self, attention: Density) -> Tensor:
+    def histogram(self, attention: Density, losses: Tensor | None = None) -> Tensor:
         """By which a sticky past is resampled, [batch, bins]."""
-        return attention_histogram(attention, self.signal.basis, self.config.sticky_bins)
+        config = self.config
+        if config.sticky_by == "attention" or losses is None:
+            return attention_histogram(attention, self.signal.basis, config.sticky_bins)
+        mass = losses.clamp(min=1e-3)  # where all is foreseen, all is alike
+        if config.sticky_by == "both":
+            mass = mass * attention_histogram(attention, self.signal.basis, config.sticky_bins)
+        return mass / mass.sum(-1, keepdim=True)
 
-    def moved_places(self, places: Tensor, segments: int, attention: Density) -> Tensor:
+    def moved_places(self, places: Tensor, segments: int, attention: Density, losses: Tensor | None = None) -> Tensor:
         """Where the tokens written so far lie after one more write.
 
         Args:
             places: where they lie now, in the order of the text, shape [segments · T]; empty before the first write.
             segments: how many segments were written so far.
             attention: where the segment looked, one row; the past is resampled with the deterministic offsets.
+            losses: of the past, [1, bins], if room is given by them.
 
         Returns:
             Their places and behind them those of the new segment, shape [(segments + 1) · T]. The past moves from x to
             τx, with stickiness to τcdf(x), as published to τ(cdf(x) + ½/M); token i = 1…T of the segment comes to
             τ + (1 − τ)i/T, of a first segment to (i − ½)/T.
         """
-        histogram = self.histogram(attention) if self.config.sticky else None
+        histogram = self.histogram(attention, losses) if self.config.sticky else None
         return self.signal.moved_places(places, segments, histogram)
 
     def time_shuffle(self) -> Tensor | None:
@@ -527,7 +575,9 @@ class LongTermMemory(Memory):
 
     def shuffle_time(self, state: LongTermState, shuffle: Any) -> LongTermState:
         with torch.autocast(state.coefficients.device.type, enabled=False):
-            return replace(state, coefficients=self.signal.shuffle(state.coefficients, state.segments, shuffle))
+            coefficients = self.signal.shuffle(state.coefficients, state.segments, shuffle)
+        losses = None if state.losses is None else shuffled_bins(state.losses)
+        return replace(state, coefficients=coefficients, losses=losses)
 
     def divergence(self, attention: Density) -> Tensor:
         """How far the densities' variance is from the prior's, mean over heads, [batch, queries]; 0 without one."""

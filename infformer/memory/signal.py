@@ -108,6 +108,13 @@ class ContinuousSignal(DerivedBuffers):
             )
         return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
 
+    def contraction(self, segments: Tensor) -> Tensor:
+        """τ of a row that has written so many segments, float32 [batch]; 0 where it has written none."""
+        rate = torch.full_like(segments, self.config.contraction_rate, dtype=torch.float32)
+        if self.config.contraction == "uniform":
+            rate = segments / (segments + 1)
+        return torch.where(segments == 0, 0, rate)
+
     def carried(self, operators: WriteOperators, positions: Tensor) -> Tensor:
         """From coefficients to the part of the new ones that is of the past: [batch or 1, N, N], without a gradient.
 

@@ -49,6 +49,48 @@ def warped_positions(histogram: Tensor, samples: int, offsets: Tensor | None = N
     return (index + within) / bins
 
 
+def moved_losses(losses: Tensor, positions: Tensor, contraction: Tensor) -> Tensor:
+    """What the losses of the past are in each bin after it has been resampled and contracted.
+
+    Args:
+        losses: mean nats of the tokens in each equal bin of [0, 1], shape [batch, bins].
+        positions: where the past is sampled, ascending, shape [batch, samples].
+        contraction: τ, shape [batch].
+
+    Returns:
+        Shape [batch, bins]; bins behind τ have no meaning.
+    """
+    bins, samples = losses.shape[-1], positions.shape[-1]
+    before = (_middles(losses) / contraction.unsqueeze(-1)).clamp(max=1)  # also of a row without a past
+    taken = positions.gather(-1, (before * samples).long().clamp(max=samples - 1))
+    return losses.gather(-1, (taken * bins).long().clamp(max=bins - 1))
+
+
+def with_new_losses(losses: Tensor, new: Tensor, contraction: Tensor) -> Tensor:
+    """Losses by bin, of which those behind τ are the means of a new segment's.
+
+    Args:
+        losses: shape [batch, bins].
+        new: of the segment's tokens, which divide [τ, 1] among them, shape [batch, T].
+        contraction: τ, shape [batch]; 0 for a row's first segment.
+    """
+    bins, length = losses.shape[-1], new.shape[-1]
+    edges = torch.arange(bins + 1, device=losses.device).to(losses) / bins
+    first = contraction.unsqueeze(-1)
+    tokens = ((edges - first) / (1 - first)).clamp(0, 1) * length  # how many stand to the left of each edge
+    whole = tokens.long().clamp(max=length - 1)
+    sums = torch.cat([torch.zeros_like(new[:, :1]), new.cumsum(-1)], dim=-1)
+    left = sums.gather(-1, whole) + (tokens - whole) * new.gather(-1, whole)
+    means = left.diff(dim=-1) / tokens.diff(dim=-1).clamp(min=torch.finfo(left.dtype).tiny)
+    return torch.where(_middles(losses) > first, means, losses)
+
+
+def _middles(losses: Tensor) -> Tensor:
+    """Of the bins, [bins]."""
+    bins = losses.shape[-1]
+    return (torch.arange(bins, device=losses.device).to(losses) + 0.5) / bins
+
+
 def places_after_warp(histogram: Tensor, positions: Tensor) -> Tensor:
     """Where positions of the past lie once it has been resampled: what was at t comes to cdf(t).
 

@@ -19,6 +19,13 @@ def shuffled_positions(positions: Tensor) -> Tensor:
     return positions + (_source(blocks) - blocks) / BLOCKS
 
 
+def shuffled_bins(values: Tensor) -> Tensor:
+    """The same for values of equal bins of [0, 1], [batch, bins]."""
+    bins = values.shape[-1]
+    middles = (torch.arange(bins, device=values.device, dtype=torch.float64) + 0.5) / bins
+    return values[:, (shuffled_positions(middles) * bins).long().clamp(max=bins - 1)]
+
+
 def shuffled_entries(filled: Tensor, length: int) -> Tensor:
     """The same for queues: which old entry each place of the result is taken from.
 

@@ -146,6 +146,8 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "sticky moments": long_term(read="moments", sticky=True),
     "uniform slots": long_term(read="slots", contraction="uniform"),
     "sticky gibbs": long_term(read="gibbs", sticky=True),
+    "sticky by loss": long_term(sticky=True, sticky_by="both", read="gibbs"),
+    "short-term and sticky by loss": long_term(SEGMENT, sticky=True, sticky_by="loss", contraction="uniform"),
     "dyadic moments": long_term(contraction="dyadic", read="moments", levels=2),
     "dyadic keys and values": long_term(
         stores="keys_values", combination="joint", read="gibbs", contraction="dyadic", levels=2
@@ -184,6 +186,7 @@ IN = {
         "short-term and joint keys and values",
         "most used",
         "uniform sticky",
+        "short-term and sticky by loss",
         "dyadic moments",
         "short-term and uniform slots",
         "short-term and running mean",
@@ -200,6 +203,7 @@ IN = {
     "llama": (
         "sticky moments",
         "sticky gibbs",
+        "sticky by loss",
         "dyadic keys and values",
         "joint sticky keys and values",
         "short-term and joint keys and values",
