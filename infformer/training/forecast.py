@@ -44,7 +44,7 @@ class Forecast:
     measuring_seconds: float | None
     """For all readings of held-out documents; None where nobody knows."""
     checkpoints: int
-    """How many will be kept."""
+    """How many will be kept, at most."""
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -91,7 +91,7 @@ def format_forecast(forecast: Forecast) -> str:
         ),
         (
             "checkpoints", in_bytes(forecast.checkpoints * forecast.checkpoint_bytes),
-            f"{forecast.checkpoints} are kept, each {in_bytes(forecast.checkpoint_bytes)}",
+            f"at most {forecast.checkpoints} kept, each {in_bytes(forecast.checkpoint_bytes)}",
         ),
     ]  # fmt: skip
     return "\n".join(f"{name:<28} {value:>14}  {said}".rstrip() for name, value, said in rows)
@@ -174,11 +174,13 @@ def tokens_to_measure(
 
 
 def checkpoints_to_keep(config: RunConfig, documents: Mapping[str, TokenizedDocuments], done: int) -> int:
-    """How many checkpoints a run leaves behind at most: its last ones, and the best."""
+    """How many checkpoints a run leaves behind at most: its last ones, and the best, which a validation may find."""
     training = config.training
     saved = _times(training.max_steps, training.checkpoint_every, done)
-    best = 1 if "validation" in documents or not config.task.is_language_modelling else 0
-    return min(saved, training.keep_checkpoints) + best
+    if "validation" not in documents and config.task.is_language_modelling:
+        return min(saved, training.keep_checkpoints)
+    validated = _times(training.max_steps, training.evaluate_every, done)
+    return min(saved + validated - 1, training.keep_checkpoints + 1)  # the last step is saved once
 
 
 def _times(steps: int, every: int | None, done: int) -> int:

@@ -90,7 +90,8 @@ def matmul_flops(device: torch.device, precision: torch.dtype) -> float:
     It is what the card reaches in this precision, as it is set and cooled, where its maker's table says what it could.
     """
     size = 4096 if precision == torch.float32 else 8192
-    matrix = torch.randn(size, size, device=device, dtype=precision)
+    drawn = torch.Generator(device).manual_seed(0)  # its own: what the run draws is as it was
+    matrix = torch.randn(size, size, device=device, dtype=precision, generator=drawn)
     product, seconds = torch.empty_like(matrix), []
     for _ in range(8):
         torch.cuda.synchronize(device)

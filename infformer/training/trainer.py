@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -304,14 +304,15 @@ class Trainer:
         documents = max((len(found) for split, found in self.documents.items() if split != "train"), default=1)
         rows = slice(0, min(self.config.evaluation.batch_size, documents))
         segments = [segment.rows(rows) for segment in self._microbatch(self._prefetched.result()[0], 0).segments]
-        for _ in range(2):  # the first time warms up
+        seconds = []
+        for _ in range(4):
             start = time.perf_counter()
             with reading(model, getattr(torch, training.precision)):
                 losses = [output.token_losses.sum() for _, output in stream(model, segments)]
             float(sum(losses))  # the device has read
-            seconds = time.perf_counter() - start
+            seconds.append(time.perf_counter() - start)
         read = sum(int(segment.lengths.sum()) for segment in segments)
-        return seconds / (read * self.accelerator.num_processes)
+        return median(seconds[1:]) / (read * self.accelerator.num_processes)
 
     def train(self) -> None:
         """Train until `training.max_steps`; the last step is always measured and saved."""

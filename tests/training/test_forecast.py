@@ -130,8 +130,9 @@ class TestWhatIsToCome:
         ("changes", "count"),
         [
             ({}, 3),
-            ({"training.keep_checkpoints": 9}, 5),
-            ({"training.checkpoint_every": None}, 2),
+            ({"training.keep_checkpoints": 9}, 6),  # after 2, 3, 4, 6 and 8, which is not known so exactly
+            ({"training.checkpoint_every": None}, 3),
+            ({"training.checkpoint_every": None, "training.evaluate_every": None}, 1),
             ({"data.validation": None}, 2),
         ],
     )
