@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from benchmarks import (
+    answering,
     density_read,
     evaluating,
     generating,
@@ -55,6 +56,7 @@ ROWS_ON_CPU = {
     "save": "save",
     "stream": "stream",
     "generate": "generate",
+    "answers": "answers",
 }
 """What `all` runs without a GPU: its rows by name, each in a process of its own."""
 
@@ -133,7 +135,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, dest="command")
     memory_layer.add_commands(commands, [measured])
     for comparison in (
-        density_read, training_step, training_loop, saving, streaming, generating, short_term, evaluating,
+        density_read, training_step, training_loop, saving, streaming, generating, short_term, evaluating, answering,
     ):  # fmt: skip
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])

@@ -477,6 +477,13 @@ class TestCommands:
         _, lines = run(capsys, f"evaluation {options} --rounds 1 --warmup 0")
         assert lines["evaluation"]["tokens_per_second"] == pytest.approx(32 / lines["evaluation"]["median_seconds"])
 
+    def test_answers_are_measured_beside_reading(self, run, capsys):
+        options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --texts 2 --length 200"
+        _, lines = run(capsys, f"answers {options} --rounds 2 --warmup 0")
+        assert lines["answers / reading"]["ratio"] == [
+            one / other for one, other in zip(lines["answers"]["seconds"], lines["reading"]["seconds"], strict=True)
+        ]
+
     def test_the_loop_is_measured_beside_a_bare_step(self, run, capsys):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
