@@ -82,6 +82,7 @@ PUBLISHED_MEMORY = {
     "contraction": "constant",
     "levels": 8,
     "contraction_rate": 0.5,
+    "training_rates": [],
     "ridge": 0.5,
     "read": "affine",
     "points": None,

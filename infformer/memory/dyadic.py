@@ -28,8 +28,8 @@ class DyadicSignal(ContinuousSignal):
     ages: Tensor
     """Of the newest token that each slot may hold, in tokens, int64 [N]."""
 
-    def operators(self, segments: Tensor) -> WriteOperators:
-        return WriteOperators(self.past, self.new)
+    def operators(self, segments: Tensor, noise: Tensor | None = None) -> WriteOperators:
+        return WriteOperators(self.past, self.new, torch.zeros_like(segments, dtype=torch.float32))
 
     def carried(self, operators: WriteOperators, positions: Tensor) -> Tensor:
         return operators.past.mT

@@ -63,6 +63,10 @@ class LongTermMemoryConfig(MemoryConfig):
     if not, slots at the borders share tokens."""
     contraction_rate: float = 0.5
     """τ, the part of the memory that the past keeps, for the constant contraction."""
+    training_rates: list[float] = field(default_factory=list)
+    """For the constant contraction: in training each write of each row takes one of these at random, so that the memory
+    is read at many resolutions, where it would learn only one; a measurement takes `contraction_rate`. Empty: so does
+    training."""
     ridge: float = 0.5
     """λ, the penalty of the regression."""
     read: str = "affine"
@@ -165,6 +169,15 @@ class LongTermMemoryConfig(MemoryConfig):
             )
         if not 0 < self.contraction_rate < 1:
             raise ValueError(f"model.memory.contraction_rate={self.contraction_rate}: must lie between 0 and 1")
+        if not all(0 < rate < 1 for rate in self.training_rates):
+            raise ValueError(
+                f"model.memory.training_rates={list(self.training_rates)}: each must lie between 0 and 1; [] draws none"
+            )
+        if self.training_rates and self.contraction != "constant":
+            raise ValueError(
+                f"model.memory.training_rates={list(self.training_rates)}: with model.memory.contraction="
+                f"{self.contraction} the rate of a write is not free; set it to [], or take contraction=constant"
+            )
         if self.sticky_placement == "published" and self.contraction == "uniform":
             raise ValueError(
                 "model.memory.sticky_placement=published moves the past by half a sample at every write, and with "
@@ -329,7 +342,7 @@ class LongTermMemory(Memory):
         self.heads = heads
         self.signal = signal
         self.is_signal = True
-        self.noise_size = config.past_samples if config.sticky else 0
+        self.noise_size = config.past_samples * config.sticky + bool(config.training_rates)
         self.needs_losses = config.sticky_by != "attention"
         self.loss_weights = {"divergence": config.divergence_weight}
         self.width = hidden_size
@@ -374,7 +387,7 @@ class LongTermMemory(Memory):
 
     def prepare(self, state: LongTermState, context: SegmentContext) -> WriteOperators | None:
         """The operators of the write: all layers have written equally many segments."""
-        return None if context.complete is None else self.signal.operators(state.segments)
+        return None if context.complete is None else self.signal.operators(state.segments, context.noise)
 
     def forward(
         self, hidden: Tensor, state: LongTermState, context: SegmentContext, shared: WriteOperators | None
@@ -389,7 +402,7 @@ class LongTermMemory(Memory):
             new = self.new_samples(hidden, context) if reading.written is None else reading.written
             written = self.write(new, state, shared, attention, context.noise, context.complete)
             if state.losses is not None and context.complete is not None:
-                pending = PendingLosses(context.complete, self.signal.contraction(state.segments))
+                pending = PendingLosses(context.complete, shared.contraction)
         divergence = self.divergence(reading.attention) * context.visible(state.segments.unsqueeze(-1) > 0)
         return MemoryOutput(written, reading.context, {"divergence": divergence}, reading, projected, pending)
 
@@ -513,7 +526,7 @@ class LongTermMemory(Memory):
             coefficients = carried @ state.coefficients + operators.new.mT @ hidden
             losses = state.losses
             if losses is not None:
-                losses = moved_losses(losses, positions, self.signal.contraction(state.segments).to(losses))
+                losses = moved_losses(losses, positions, operators.contraction.to(losses))
         segments = state.segments + 1
         if complete is not None:
             coefficients = torch.where(complete.view(-1, 1, 1), coefficients, state.coefficients)
@@ -541,7 +554,9 @@ class LongTermMemory(Memory):
         if not self.config.sticky:
             return self.signal.past_places
         with torch.no_grad():
-            return warped_positions(self.histogram(attention, losses), self.config.past_samples, noise)
+            samples = self.config.past_samples
+            offsets = None if noise is None else noise[:, :samples]
+            return warped_positions(self.histogram(attention, losses), samples, offsets)
 
     def histogram(self, attention: Density, losses: Tensor | None = None) -> Tensor:
         """By which a sticky past is resampled, [batch, bins]."""

@@ -35,6 +35,8 @@ class WriteOperators(NamedTuple):
     """From samples of the old signal to coefficients, shape [batch or 1, M, N]."""
     new: Tensor
     """From the tokens of a segment to coefficients, shape [batch, T, N]."""
+    contraction: Tensor
+    """τ of each row, 0 where nothing has been written, float32 [batch]."""
 
 
 class ContinuousSignal(DerivedBuffers):
@@ -56,6 +58,8 @@ class ContinuousSignal(DerivedBuffers):
     past: Tensor
     new: Tensor
     at_points: Tensor
+    drawn_past: Tensor
+    drawn_new: Tensor
 
     def __init__(self, config: LongTermMemoryConfig, segment_length: int) -> None:
         super().__init__()
@@ -83,14 +87,23 @@ class ContinuousSignal(DerivedBuffers):
         published = config.sticky_placement == "published" if config.sticky else config.contraction == "constant"
         return (even_steps if published else even_middles)(config.past_samples)
 
-    def operators(self, segments: Tensor) -> WriteOperators:
-        """Operators for rows that have written `segments` (int64, [batch]) segments so far."""
+    def operators(self, segments: Tensor, noise: Tensor | None = None) -> WriteOperators:
+        """Operators for rows that have written `segments` (int64, [batch]) segments so far.
+
+        Args:
+            noise: random numbers in [0, 1), [batch, noise_size], of which the last draws a rate, if they are drawn.
+        """
         config = self.config
-        past, new = self.past, self.new
+        past, new, rate = self.past, self.new, torch.full_like(segments, config.contraction_rate, dtype=torch.float32)
+        if config.training_rates and noise is not None:
+            chosen = (noise[:, -1] * len(config.training_rates)).long().clamp(max=len(config.training_rates) - 1)
+            past, new = self.drawn_past[chosen], self.drawn_new[chosen]
+            rate = rate.new_tensor(config.training_rates)[chosen]
         if config.contraction == "uniform":
             # Rows that have written equally much share their operators, and their operators' factorisation.
             counts, rows = segments.clamp(min=1).unique(return_inverse=True)
             contraction = counts.double() / (counts + 1)
+            rate = contraction.float()[rows]
             past, new = (
                 rounded(operator, self.new.dtype)[rows]
                 for operator in next_operators(
@@ -106,14 +119,8 @@ class ContinuousSignal(DerivedBuffers):
                     zeros=self._zeros,
                 )
             )
-        return WriteOperators(past, torch.where((segments == 0).view(-1, 1, 1), self.first, new))
-
-    def contraction(self, segments: Tensor) -> Tensor:
-        """τ of a row that has written so many segments, float32 [batch]; 0 where it has written none."""
-        rate = torch.full_like(segments, self.config.contraction_rate, dtype=torch.float32)
-        if self.config.contraction == "uniform":
-            rate = segments / (segments + 1)
-        return torch.where(segments == 0, 0, rate)
+        begins = segments == 0
+        return WriteOperators(past, torch.where(begins.view(-1, 1, 1), self.first, new), rate.masked_fill(begins, 0))
 
     def carried(self, operators: WriteOperators, positions: Tensor) -> Tensor:
         """From coefficients to the part of the new ones that is of the past: [batch or 1, N, N], without a gradient.
@@ -216,6 +223,13 @@ class ContinuousSignal(DerivedBuffers):
                 "grid_centres": basis.centres[:: len(config.widths)].to(dtype),
                 "past_places": self.past_steps.to(dtype),
             }
+            if config.training_rates:
+                drawn = (
+                    next_operators(basis, self.segment_length, self.past_steps, rate.new_tensor(own), config.ridge)
+                    for own in config.training_rates
+                )
+                for name, operators in zip(("drawn_past", "drawn_new"), zip(*drawn, strict=True), strict=True):
+                    buffers[name] = torch.stack([rounded(operator, dtype) for operator in operators])
             if config.read == "gibbs":
                 points = even_points(config.points or config.basis_functions)
                 buffers["at_points"] = rounded(basis.evaluate(points), dtype)

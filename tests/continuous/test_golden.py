@@ -61,7 +61,7 @@ def replay(memory: LongTermMemory, golden: Golden) -> list[dict[str, Tensor]]:
     for k in STEPS:
         operators = memory.signal.operators(state.segments)
         state = memory.write(golden[f"step{k}.hidden"], state, operators, attention)
-        context, attention = memory.read(golden[f"step{k}.query"].transpose(1, 2).flatten(2), state)
+        context, attention, *_ = memory.read(golden[f"step{k}.query"].transpose(1, 2).flatten(2), state)
         steps.append(
             {
                 "coefficients": state.coefficients,

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -251,6 +251,27 @@ class TestAgainstTheLiteralEquations:
         assert not torch.equal(after.coefficients, step(memory, hidden, state)[1].coefficients)
 
 
+class TestDrawnRates:
+    RATES: ClassVar[list[float]] = [0.25, 0.5, 0.875]
+
+    @pytest.mark.parametrize("sticky", [False, True])
+    def test_each_row_is_written_at_the_rate_that_its_last_random_number_draws(self, build_memory, sticky):
+        """As a memory is that has no other, and without random numbers at its own."""
+        memory = build_memory(training_rates=self.RATES, contraction_rate=0.6, sticky=sticky)
+        hidden, state = random(4, 12, 6), used_state(memory, [2, 1, 0, 3])
+        assert memory.noise_size == 1 + 20 * sticky
+        noise = torch.rand(4, memory.noise_size, generator=torch.Generator().manual_seed(0)).double()
+        noise[:, -1] = torch.tensor([0.0, 0.5, 0.9, 0.999])
+        _, after = step(memory, hidden, state, noise)
+        for row, rate in enumerate([0.25, 0.5, 0.875, 0.875]):
+            alone = build_memory(contraction_rate=rate, sticky=sticky)
+            _, expected = step(alone, hidden, state, noise[:, :20] if sticky else None)
+            assert_close(after.coefficients[row], expected.coefficients[row])
+        _, measured = step(memory, hidden, state)
+        _, own = step(build_memory(contraction_rate=0.6, sticky=sticky), hidden, state)
+        assert torch.equal(measured.coefficients, own.coefficients)
+
+
 class TestPrecision:
     @every_kind
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -364,7 +385,7 @@ class TestContraction:
         weights = []
         samples = signal.basis.evaluate(signal.past_steps)
         # Backwards: what the integral sees of each segment when it is written.
-        for past, new in reversed(list(zip(*signal.operators(torch.arange(segments)), strict=True))):
+        for past, new in reversed(list(zip(*signal.operators(torch.arange(segments))[:2], strict=True))):
             weights.append((new.double() @ integral).sum())
             integral = samples.T @ (past.double() @ integral)
         shares = torch.stack(weights) * segments
@@ -384,10 +405,10 @@ class TestManySegments:
     def read_all(self, memory: LongTermMemory, segments: int, attention: Gaussian) -> tuple[Tensor, Tensor, Tensor]:
         """What the memory holds on an even grid [400, 2], what at the places of all tokens, and these places."""
         state, places = memory.initial_state(1), torch.zeros(0, dtype=torch.float64)
-        past, new = memory.signal.operators(torch.arange(segments))  # all at once, which is much faster
+        past, new, rates = memory.signal.operators(torch.arange(segments))  # all at once, which is much faster
         past = past.expand(segments, -1, -1)
         for segment in range(segments):
-            operators = WriteOperators(past[[segment]], new[[segment]])
+            operators = WriteOperators(past[[segment]], new[[segment]], rates[[segment]])
             stamps = segment + (torch.arange(32) + 0.5) / 32
             hidden = torch.stack([torch.ones(32), stamps], dim=-1).unsqueeze(0)
             state = memory.write(hidden, state, operators, attention)
@@ -450,6 +471,7 @@ class TestConfig:
             ("ridge", 0.0),
             ("prior_standard_deviation", -0.05),
             ("points", 20),
+            ("training_rates", [0.5, 1.0]),
             ("sharpness", 0.0),
             ("sharpness", 20.0),
             ("contraction_rate", 0.0),
@@ -467,6 +489,11 @@ class TestConfig:
             ValueError, match=r"^model.memory.sticky_placement=published .* take sticky_placement=sampled"
         ):
             small_config(contraction="uniform", sticky_placement="published")
+
+    @pytest.mark.parametrize("contraction", ["uniform", "dyadic"])
+    def test_a_rate_that_is_not_free_cannot_be_drawn(self, contraction):
+        with pytest.raises(ValueError, match=r"^model.memory.training_rates=\[0.5\]: .*take contraction=constant"):
+            LongTermMemoryConfig(training_rates=[0.5], contraction=contraction)
 
     def test_heads_that_do_not_divide_the_width_are_refused(self, small_config):
         with pytest.raises(UserError, match=r"num_attention_heads=4: .*hidden_size=6 among them"):

@@ -143,7 +143,7 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "most used": CompressiveMemoryConfig(SEGMENT, length=5, rate=2, function="most_used"),
     "long-term": long_term(input_gate=True),
     "uniform sticky": long_term(contraction="uniform", sticky=True),
-    "sticky moments": long_term(read="moments", sticky=True),
+    "sticky moments": long_term(read="moments", sticky=True, training_rates=[0.25, 0.5, 0.75]),
     "uniform slots": long_term(read="slots", contraction="uniform"),
     "sticky gibbs": long_term(read="gibbs", sticky=True),
     "sticky by loss": long_term(sticky=True, sticky_by="both", read="gibbs"),
@@ -409,7 +409,8 @@ class TestWhatIsAdded:
         assert model.short_term_length == (0 if memory is None else memory.short_term_length)
         assert model.positions == getattr(getattr(model.config, "backbone", None), "max_position_embeddings", None)
         assert model.vocabulary_size == VOCABULARY
-        assert model.noise_size == (SAMPLES if getattr(memory, "sticky", False) else 0)
+        drawn = SAMPLES * getattr(memory, "sticky", False) + bool(getattr(memory, "training_rates", []))
+        assert model.noise_size == drawn
         memories = {id(parameter) for parameter in model.memory_parameters()}
         named = {name for name, parameter in model.named_parameters() if id(parameter) in memories}
         assert named == {name for name, _ in model.named_parameters() if "memory." in name or "memories." in name}
@@ -528,10 +529,11 @@ class TestRows:
     @of(REMEMBERING)
     def test_noise_matters_to_those_that_ask_for_it(self, model):
         """Half of it is none."""
-        state, noise = state_after(model), torch.rand(2, SAMPLES, generator=torch.Generator().manual_seed(0))
+        size = max(SAMPLES, model.noise_size)
+        state, noise = state_after(model), torch.rand(2, size, generator=torch.Generator().manual_seed(0))
         plain, again, noisy = (
             model(tokens(seed=3), state=state, noise=chosen).state
-            for chosen in (None, torch.full((2, SAMPLES), 0.5), noise)
+            for chosen in (None, torch.full((2, size), 0.5), noise)
         )
         assert_same_state(plain, again)
         ours, theirs = plain.named_tensors(), noisy.named_tensors()
