@@ -53,9 +53,8 @@ def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> For
     """
     outcome = np.zeros((2, *questions.answers.shape))
     with reading(evaluator.model, evaluator.protocol.precision):
-        for rows, counted, tokens in _batches(evaluator, questions, title):
-            text, end = tokens.split([tokens.shape[1] - outcome.shape[2], outcome.shape[2]], dim=1)
-            outcome[:, rows[:counted]] = _answer_forced(evaluator, end, *_read(evaluator, text, Place()))[:, :counted]
+        for rows, counted, end, scores, place in _batches(evaluator, questions, title):
+            outcome[:, rows[:counted]] = _answer_forced(evaluator, end, scores, place)[:, :counted]
     right, nats = _of_all_processes(evaluator, outcome)[:, questions.asked]
     return Forced(right == 1, nats.astype(np.float32))
 
@@ -71,10 +70,8 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
     outcome = np.zeros((3, *questions.answers.shape))
     asked_anywhere = np.any(questions.asked, axis=0)
     with reading(evaluator.model, evaluator.protocol.precision):
-        for rows, counted, tokens in _batches(evaluator, questions, title):
-            text, end = tokens.split([tokens.shape[1] - outcome.shape[2], outcome.shape[2]], dim=1)
-            asked = torch.from_numpy(questions.asked[rows]).to(tokens.device)
-            scores, place = _read(evaluator, text, Place())
+        for rows, counted, end, scores, place in _batches(evaluator, questions, title):
+            asked = torch.from_numpy(questions.asked[rows]).to(end.device)
             outcome[:2, rows[:counted]] = _answer_forced(evaluator, end, scores, place)[:, :counted]
             free = _answer_freely(evaluator, end, scores, place, asked, asked_anywhere)
             outcome[2, rows[:counted]] = free[:counted].cpu()
@@ -125,14 +122,17 @@ def _answer_freely(
     return torch.stack(given, dim=1)
 
 
-def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator[tuple[Integers, int, Tensor]]:
-    """The questions of this process, as many side by side as the evaluator allows.
+def _batches(
+    evaluator: Evaluator, questions: Questions, title: str
+) -> Iterator[tuple[Integers, int, Tensor, Tensor, Place]]:
+    """Read the questions of this process up to what is asked, as many side by side as the evaluator allows.
 
     Every process gets the same number of batches: one that has no more questions reads the first of all once more, and
     it does not count.
 
     Returns:
-        Which questions, how many of them count, and their tokens.
+        Which questions, how many of them count, their last tokens, the scores of the first of these, and where the rows
+        stand before it.
     """
     processes = evaluator.processes
     own = np.arange(processes.rank, len(questions.tokens), processes.world_size)
@@ -143,9 +143,15 @@ def _batches(evaluator: Evaluator, questions: Questions, title: str) -> Iterator
             rows = own[first : first + side_by_side]
             read = rows if len(rows) else np.zeros(1, dtype=np.int64)
             tokens = torch.from_numpy(questions.tokens[read]).to(evaluator.model.device)
-            yield read, len(rows), tokens
+            length = questions.answers.shape[1]
+            text, end = tokens.split([tokens.shape[1] - length, length], dim=1)
+            place = Place()
+            for segment in text.split(evaluator.protocol.segment_length, dim=1):
+                scores, place = _read(evaluator, segment, place)
+                pace.advance(len(rows) * segment.shape[1])
+            yield read, len(rows), end, scores, place
             processes.after_segment()
-            pace.advance(len(rows) * tokens.shape[1])
+            pace.advance(len(rows) * length)
 
 
 def _of_all_processes(evaluator: Evaluator, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
