@@ -536,6 +536,8 @@ class BenchmarkFigures(TypedDict, total=False):
     """How large is what is remembered."""
     peak_extra_bytes: int
     peak_process_bytes: int
+    text_tokens: int
+    """How long the text is."""
     reach_tokens: int
     """How many tokens of the document are in reach when the contestant reads."""
     times_early_by_segment: list[tuple[int, float]]

@@ -6,8 +6,9 @@ python scripts/benchmark.py step --parts          # a training step with memory,
 python scripts/benchmark.py stream                # an endless document: late segments against early ones
 
 Contestants take turns, round by round, in one process. A command prints medians, quartiles and ratios, and writes them
-with every round's seconds as JSON lines; `stream` and `step --parts` draw a figure. A floor is the time that the
-arithmetic takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at the end.
+with every round's seconds as JSON lines; `stream`, `attention` and `step --parts` draw a figure. A floor is the time
+that the arithmetic takes at the speed of a large matrix product, or the bytes at that of a large copy, both measured at
+the end.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from benchmarks import (
     answering,
+    attentions,
     density_read,
     evaluating,
     generating,
@@ -43,7 +45,7 @@ from benchmarks.measuring import Clock
 
 from infformer.durable import check_place
 from infformer.errors import UserError
-from infformer.plots.benchmark import plot_context, plot_parts
+from infformer.plots.benchmark import plot_attentions, plot_context, plot_parts
 
 ROWS_ON_CPU = {
     "read": "read",
@@ -57,6 +59,7 @@ ROWS_ON_CPU = {
     "stream": "stream",
     "generate": "generate",
     "answers": "answers",
+    "attention": "attention --alone 8192 16384",
 }
 """What `all` runs without a GPU: its rows by name, each in a process of its own."""
 
@@ -84,6 +87,7 @@ ROWS_ON_GPU = {
     "step_windows": "step --backbone rotary --windows 2 4 8 --precision bfloat16 --batch 8 --rounds 10",
     "stream": f"stream {_SMALL} --precision bfloat16 --segments 300",
     "generate": f"generate {_SMALL} --precision bfloat16 --windows 8 --warmup 1 --rounds 2",
+    "attention": "attention --batch 8 --alone 8192 16384",
 }
 """The same on one, what says most first; each in less than a minute (owed: on a GPU none was timed yet)."""
 
@@ -107,6 +111,8 @@ def main() -> None:
     print(f"written: {path}")
     if options.command == "stream":
         print(f"drawn: {plot_context(path)}")
+    if options.command == "attention":
+        print(f"drawn: {plot_attentions(path)}")
     if options.command == "step" and options.parts:
         print(f"drawn: {plot_parts(path)}")
 
@@ -135,7 +141,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, dest="command")
     memory_layer.add_commands(commands, [measured])
     for comparison in (
-        density_read, training_step, training_loop, saving, streaming, generating, short_term, evaluating, answering,
+        attentions, density_read, training_step, training_loop, saving, streaming, generating, short_term, evaluating,
+        answering,
     ):  # fmt: skip
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])

@@ -24,7 +24,7 @@ import infformer.training
 ROWS = (
     "step_graphs", "step_graphs_32", "loop_32", "loop_llama", "density", "step_compiled", "step_compiled_32", "step",
     "step_32", "loop", "step_llama", "density_wide", "step_parts", "read", "layer", "step_windows", "stream",
-    "generate",
+    "generate", "attention",
 )  # fmt: skip
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 LAYER = "--batch 2 --segment 12 --functions 8 --samples 10 --hidden 16 --heads 4 --rounds 3 --warmup 0"
@@ -362,6 +362,38 @@ class TestDensity:
         assert lines["eager / ours, time"]["ratio"] == [one / other for one, other in zip(eager, ours, strict=True)]
 
 
+class TestAttentions:
+    def test_the_exponent_is_the_power_by_which_time_grows(self):
+        seconds = {length: 3e-6 * length**1.5 for length in (100, 200, 700)}
+        assert module("attentions").growth_exponent(seconds) == pytest.approx(1.5)
+
+    def test_every_mechanism_is_measured_beside_softmax_and_drawn(self, run, capsys):
+        options = "--attentions linear bigbird --lengths 24 48 --alone 96 --hidden 16 --heads 2 --rounds 2 --warmup 0"
+        printed, lines = run(capsys, f"attention {options}")
+        for baseline in ("softmax", "softmax written out"):
+            above, below = lines[f"{baseline} 48"], lines["linear 48"]
+            rounds = [one / other for one, other in zip(above["seconds"], below["seconds"], strict=True)]
+            assert lines[f"{baseline} / linear, time at 48"]["ratio"] == rounds
+            memory = below["peak_extra_bytes"] / above["peak_extra_bytes"]
+            assert lines[f"linear / {baseline}, memory at 48"]["ratio"] == [memory]
+        assert lines["bigbird 96"]["text_tokens"] == 96
+        assert "softmax 96" not in lines
+        assert lines.keys() >= {"softmax, exponent of time", "linear, exponent of time"}
+        assert imread(printed.split("drawn: ")[1].strip()).std() > 0
+
+    def test_weights_that_are_written_out_take_the_square_of_the_length(self, run, capsys):
+        sizes = "--hidden 16 --heads 2 --feed-forward 16 --rounds 1 --warmup 0"
+        _, lines = run(capsys, f"attention --attentions local --lengths 512 1024 {sizes}")
+
+        def growth(name: str) -> float:
+            return lines[f"{name} 1024"]["peak_extra_bytes"] / lines[f"{name} 512"]["peak_extra_bytes"]
+
+        # Twice the length: 4 times the square of it, and twice what is linear.
+        assert growth("softmax written out") > 3.5
+        assert growth("softmax") < 3
+        assert growth("local") < 3
+
+
 class TestModels:
     def test_the_window_moves_with_the_tokens(self):
         """A token sees as many tokens as the window has, whatever their segment, and none before."""
@@ -576,12 +608,15 @@ class TestAllRows:
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         row = script.ROWS_ON_GPU[name]
-        small = "--segment 16 --hidden 18 --heads 9 --functions 8 --rounds 2 --warmup 0"
-        small += "" if row.startswith("density") else " --samples 8"
-        small += {"density": "", "read": "", "layer": ""}.get(row.split()[0], " --layers 2 --vocabulary 4096")
-        small += {"stream": " --segments 70", "generate": "", "loop": " --every 2"}.get(row.split()[0], "")
-        small += "" if row.startswith(("stream", "generate")) else " --batch 2"
+        command = row.split()[0]
+        small = "--hidden 18 --heads 9 --rounds 2 --warmup 0"
+        small += " --lengths 40 80 --alone 160" if command == "attention" else " --segment 16 --functions 8"
+        small += "" if command in ("attention", "density") else " --samples 8"
+        small += "" if command in ("attention", "density", "read", "layer") else " --layers 2 --vocabulary 4096"
+        small += {"stream": " --segments 70", "generate": "", "loop": " --every 2"}.get(command, "")
+        small += "" if command in ("stream", "generate") else " --batch 2"
         _, lines = run(capsys, f"{row} {small}")
-        ratios = [line["median_ratio"] for line in lines.values() if line["kind"] == "ratio"]
+        found = {name: line["median_ratio"] for name, line in lines.items() if line["kind"] == "ratio"}
+        ratios = [ratio for name, ratio in found.items() if "exponent" not in name]
         assert ratios
         assert min(ratios) > 0

@@ -13,17 +13,19 @@ CHUNK = 128
 
 
 def feature_attention(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, smallest: float = 1e-6
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None, causal: bool = False, least: float = 1e-6
 ) -> Tensor:
-    """Σ_j (φ(q)·φ(k_j)) v_j / Σ_j φ(q)·φ(k_j), [batch, heads, length, size], in time that is linear in the length.
+    """Σ_j s_j (φ(q)·φ(k_j)) v_j / Σ_j s_j φ(q)·φ(k_j), [batch, heads, length, size], in time linear in the length.
 
     Args:
         query: φ(Q), not negative, [batch, heads, length, features].
-        key: φ(K); zero where padding is.
+        key: φ(K), like the query.
+        weight: s, of each key, [batch, 1 or heads, length]; 1 if not given, 0 for padding.
         causal: by sums over chunks, and within a chunk by all pairs of it.
-        smallest: added to the denominator.
+        least: added to the denominator.
     """
     value = F.pad(value, (0, 1), value=1.0)  # its last entry sums the weights
+    value = value if weight is None else value * weight.unsqueeze(-1)
     if causal:
         length = query.shape[2]
         query, key, value = (
@@ -34,14 +36,15 @@ def feature_attention(
         attended = (query @ before + (query @ key.mT).tril() @ value).flatten(2, 3)[:, :, :length]
     else:
         attended = query @ (key.mT @ value)
-    return attended[..., :-1] / (attended[..., -1:] + smallest)
+    return attended[..., :-1] / (attended[..., -1:] + least)
 
 
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, real: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Linear Transformer (Katharopoulos et al., arXiv 2006.16236): φ(x) = elu(x) + 1."""
-    return feature_attention(F.elu(query) + 1, _hide(F.elu(key) + 1, real), value, causal)
+    weight = None if real is None else real.unsqueeze(1).to(value)
+    return feature_attention(F.elu(query) + 1, F.elu(key) + 1, value, weight, causal)
 
 
 def performer_attention(
@@ -49,24 +52,29 @@ def performer_attention(
 ) -> Tensor:
     """Performer (Choromanski et al., arXiv 2009.14794): positive random features of the softmax kernel.
 
+    Features are φ(x) = exp(w·x' − ‖x'‖²/2) with x' = x/d^¼. What depends on a query alone cancels in the quotient; what
+    depends on a key alone is its weight, so that no feature overflows.
+
     Args:
-        directions: [features, size], of `orthogonal_directions`.
+        directions: w, [features, size], of `orthogonal_directions`.
     """
-    of_queries, of_keys = _exponents(query, directions), _exponents(key, directions)
-    # What is subtracted cancels in the quotient: per query, and per head over all keys.
-    of_queries = of_queries - of_queries.detach().amax(dim=-1, keepdim=True)
-    of_keys = of_keys - of_keys.detach().amax(dim=(2, 3), keepdim=True)
-    return feature_attention(of_queries.exp(), _hide(of_keys.exp(), real), value, causal, smallest=1e-9)
+    query, key = (tensor / tensor.shape[-1] ** 0.25 for tensor in (query, key))
+    of_query, of_key = query @ directions.mT, key @ directions.mT
+    highest_of_query, highest_of_key = (tensor.detach().amax(dim=-1, keepdim=True) for tensor in (of_query, of_key))
+    log_weight = highest_of_key.squeeze(-1) - key.square().sum(dim=-1) / 2
+    if real is not None:
+        log_weight = log_weight.masked_fill(~real.unsqueeze(1), -math.inf)
+    weight = torch.exp(log_weight - log_weight.detach().amax(dim=-1, keepdim=True))
+    # In place: new memory costs more than the arithmetic.
+    of_query, of_key = of_query.sub_(highest_of_query).exp_(), of_key.sub_(highest_of_key).exp_()
+    return feature_attention(of_query, of_key, value, weight, causal, least=1e-9)
 
 
 def softmax_features(tensor: Tensor, directions: Tensor) -> Tensor:
     """φ(x) with E[φ(q)·φ(k)] = exp(q·k/√d), [..., features]: exp(w·x' − ‖x'‖²/2)/√m, x' = x/d^¼."""
-    return torch.exp(_exponents(tensor, directions)) / math.sqrt(len(directions))
-
-
-def _exponents(tensor: Tensor, directions: Tensor) -> Tensor:
     scaled = tensor / tensor.shape[-1] ** 0.25
-    return scaled @ directions.mT - scaled.square().sum(dim=-1, keepdim=True) / 2
+    exponents = scaled @ directions.mT - scaled.square().sum(dim=-1, keepdim=True) / 2
+    return torch.exp(exponents) / math.sqrt(len(directions))
 
 
 def orthogonal_directions(features: int, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -81,7 +89,3 @@ def orthogonal_directions(features: int, size: int, generator: torch.Generator |
     directions = (orthogonal * signs).mT.flatten(0, 1)[:features]
     lengths = torch.randn(features, size, generator=generator).norm(dim=1, keepdim=True)
     return directions * lengths
-
-
-def _hide(features: Tensor, real: Tensor | None) -> Tensor:
-    return features if real is None else features * real[:, None, :, None]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from infformer.plots.style import BLUE, GREY, ORANGE, label, new_figure, save
 from infformer.results import BenchmarkLine
@@ -78,6 +78,50 @@ def plot_parts(path: Path) -> Path:
     label(axes, "A training step with memory, and its parts", "seconds; bars between the quartiles", "")
     axes.legend(frameon=False, fontsize=9)
     figure.suptitle(_machine(whole), fontsize=8)
+    return save(figure, Path(path).with_suffix(".png"))
+
+
+def plot_attentions(path: Path) -> Path:
+    """Draw time and memory of each mechanism of attention against the length of the text.
+
+    Args:
+        path: results of `attention`.
+
+    Returns:
+        The figure written, beside the file and under its name.
+    """
+    lines = [line for line in _read(path) if line["kind"] == "contestant"]
+    tracks: dict[str, list[BenchmarkLine]] = {}
+    for line in lines:
+        tracks.setdefault(line["name"].rsplit(" ", 1)[0], []).append(line)
+    figure = new_figure(11, 5)
+    panels = {
+        "Time": ("milliseconds, log scale", lambda line: 1e3 * line["median_seconds"]),
+        "Memory beside the weights": ("MiB at the peak, log scale", lambda line: line["peak_extra_bytes"] / MEBIBYTE),
+    }
+    for number, (title, (unit, value)) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, 2, number)
+        for place, (name, track) in enumerate(tracks.items()):
+            is_baseline = name.startswith("softmax")
+            axes.plot(
+                [line["text_tokens"] for line in track],
+                [value(line) for line in track],
+                color="black" if is_baseline else f"C{place % 10}",
+                linestyle="--" if name == "softmax written out" else "-",
+                marker="osv^D<>ph*Xd"[place % 12],
+                markersize=4,
+                linewidth=1.2,
+                label=name,
+            )
+        label(axes, title, "tokens of a text", unit)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        lengths = sorted({line["text_tokens"] for line in lines})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(_machine(lines[0]), fontsize=8)
     return save(figure, Path(path).with_suffix(".png"))
 
 
