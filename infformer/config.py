@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from infformer.data.options import DATA, SPLITS, DataConfig
+from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -107,6 +108,7 @@ MEMORIES: dict[str, DictConfig] = {
     "sticky": _memory(LongTermMemoryConfig, **_SIZES, sticky=True),
     "published": _memory(LongTermMemoryConfig, **PUBLISHED_MEMORY),
     "fast_weight": _memory(FastWeightMemoryConfig),
+    "cache": _memory(CacheConfig, length=_AS_A_SEGMENT),
 }
 """What `model/memory=` chooses, beside `none`. As published, a long-term memory has as many basis functions, and
 samples of the past, as a segment has tokens; a compressed one as many entries, each of four tokens."""

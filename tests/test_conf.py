@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from infformer.config import CHOICES as TYPED
 from infformer.config import CONF, PUBLISHED_MEMORY, TASKS, EngineConfig, EvaluationRunConfig, RunConfig, TrainingConfig
+from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -118,6 +119,7 @@ def test_every_kind_of_model_can_have_every_memory_that_goes_with_it(model, memo
         "short_term": MemoryConfig,
         "compressive": CompressiveMemoryConfig,
         "fast_weight": FastWeightMemoryConfig,
+        "cache": CacheConfig,
     }
     assert type(config.memory) is kinds.get(memory, LongTermMemoryConfig)
     if memory not in ("none", "published"):

@@ -51,7 +51,7 @@ class MemoryConfig:
     def beside_pretrained(self, segment_length: int) -> Self:
         """The same beside a pretrained model: without a short-term memory, unless it is asked for or all there is."""
         memory = self.with_short_term_length(0 if self.adds_to_attention else segment_length)
-        if memory.short_term_length and memory.sink_tokens is None:
+        if memory.entries and memory.sink_tokens is None:
             return replace(memory, sink_tokens=min(4, segment_length))
         return memory
 
@@ -66,7 +66,7 @@ class MemoryConfig:
                 f"model.memory.sink_tokens={self.sink_tokens}: they are of a document's first segment, which has "
                 f"training.segment_length={segment_length} tokens; take 4"
             )
-        if type(self) is not MemoryConfig and (self.short_term_length or 0) % segment_length:
+        if not self.stands_alone and (self.short_term_length or 0) % segment_length:
             raise ValueError(
                 f"model.memory.short_term_length={self.short_term_length}: what leaves it is written segment by "
                 f"segment; make it a multiple of training.segment_length={segment_length}"
@@ -157,10 +157,28 @@ class MemoryConfig:
         """`build_behind`, told what keys and values the layers' own attention has: for memories that keep these."""
         return self.build_behind(hidden_size, heads, layers, segment_length)
 
+    def matched(self, layers: int, depth: int, floats: int) -> Self:
+        """The same with its size chosen, where it is said by its floats.
+
+        Args:
+            layers: how many have this memory,
+            depth: of how many.
+            floats: of one token in one layer.
+
+        Raises:
+            ValueError: there is no such size.
+        """
+        return self
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether there is nothing but what attention sees of the last tokens, and nothing behind that."""
+        return type(self) is MemoryConfig
+
     @property
     def adds_to_attention(self) -> bool:
         """Whether something is added to what attention returns; otherwise attention looks at the memory itself."""
-        return type(self) is not MemoryConfig
+        return not self.stands_alone
 
     @property
     def keeps_key_values(self) -> bool:
@@ -170,7 +188,7 @@ class MemoryConfig:
     @property
     def key_values(self) -> int:
         """How many keys and values a pretrained model's attention sees before the segment."""
-        return self.short_term_length + (self.sink_tokens or 0) if self.short_term_length else 0
+        return self.entries + (self.sink_tokens or 0) if self.entries else 0
 
     @property
     def entries(self) -> int:

@@ -104,7 +104,11 @@ class DecoderConfig(PreTrainedConfig):
                 raise ValueError(
                     f"model.memory.sink_tokens={memory.sink_tokens}: a decoder learns without them; set it to null"
                 )
-            memory = memory.with_short_term_length(segment_length).to_json()
+            memory = memory.with_short_term_length(segment_length)
+            try:
+                memory = memory.matched(num_hidden_layers, num_hidden_layers, hidden_size).to_json()
+            except ValueError as error:
+                raise ModelError(str(error)) from error
         self.memory = memory
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):
             _check_size(name, getattr(self, name))

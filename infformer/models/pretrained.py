@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -87,7 +88,7 @@ class InfformerConfig(PreTrainedConfig):
             backbone = AutoConfig.for_model(**backbone)
         self.backbone = backbone if backbone is not None else AutoConfig.for_model("gpt2")
         if isinstance(memory, MemoryConfig):
-            memory = memory.beside_pretrained(segment_length).to_json()
+            memory = _matched(memory.beside_pretrained(segment_length), self.backbone, memory_layers).to_json()
         self.memory = memory
         self.segment_length = segment_length
         self.memory_layers = memory_layers
@@ -129,6 +130,21 @@ class InfformerConfig(PreTrainedConfig):
             raise ModelError(
                 f"the adapters in this model's config.json are not such as this version knows: {error}"
             ) from error
+
+
+def _matched(memory: MemoryConfig, backbone: PreTrainedConfig, layers: list[int] | None) -> MemoryConfig:
+    """The same with its size chosen, if that is said by the floats that it holds.
+
+    Raises:
+        ModelError: there is no such size.
+    """
+    if getattr(memory, "match_floats", None) is None:
+        return memory
+    (heads, width), depth = key_value_shape(backbone), backbone.num_hidden_layers
+    try:
+        return memory.matched(depth if layers is None else len(layers), depth, 2 * heads * width)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 @dataclass
@@ -231,6 +247,16 @@ def _one_text_a_row(device: torch.device) -> Iterator[None]:
             setattr(masking_utils, name, function)
 
 
+def _see_less(
+    layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hook before the attention of a layer that sees fewer tokens before a segment than others do: its own mask."""
+    past = next((kwargs[name] for name in CACHE_ARGUMENTS if isinstance(kwargs.get(name), Past)), None)
+    if past is None:
+        return None
+    return args, {**kwargs, "attention_mask": past.mask_in(layer, kwargs["attention_mask"])}
+
+
 class InfformerForCausalLM(MemoryModel):
     """A stock causal language model with memories beside its attentions.
 
@@ -286,6 +312,10 @@ class InfformerForCausalLM(MemoryModel):
                 depth=len(attentions),
             )
             self.memories.extend(memories.values())
+            if len({getattr(memories.get(layer), "length", 0) for layer in range(len(attentions))}) > 1 and self._seen:
+                self._check_rotated(config, len(attentions))
+                for layer, attention in enumerate(attentions):
+                    attention.register_forward_pre_hook(partial(_see_less, layer), with_kwargs=True)
             for place, layer in enumerate(memories):
                 is_rotated = layer in (config.rotated_layers or ())
                 rotation = Rotation(self.backbone, attentions[layer], layer) if is_rotated else None
@@ -336,8 +366,8 @@ class InfformerForCausalLM(MemoryModel):
             backbone_dtype=None if backbone.dtype == torch.float32 else str(backbone.dtype).removeprefix("torch."),
             attn_implementation=backbone.config._attn_implementation,
         )
-        if (own := config.memory_config) is not None and (own.short_term_length or own.keeps_key_values):
-            config.rotated_layers = find_rotations(backbone, move=bool(own.short_term_length))
+        if (own := config.memory_config) is not None and (own.key_values or own.keeps_key_values):
+            config.rotated_layers = find_rotations(backbone, move=bool(own.key_values))
         model = cls(config, backbone)
         if backbone.generation_config is not None:
             model.generation_config = backbone.generation_config
@@ -406,12 +436,18 @@ class InfformerForCausalLM(MemoryModel):
         places M … M + T − 1.
         """
         tables = self._tables()
-        layers = []
+        found: dict[int, PastLayer] = {}
         for attachment, layer in zip(self._attachments, state.layers, strict=True):
             rotation = attachment.rotation
             key_values, real = cast(tuple[KeyValues, Tensor], attachment.memory.key_values(layer))
-            layers.append(PastLayer(key_values, rotation, None if rotation is None else tables[rotation.kind]))
-        return Past(layers, context.visible(real))
+            table = None if rotation is None else tables[rotation.kind][:, :, self._seen - real.shape[1] :]
+            found[attachment.layer] = PastLayer(key_values, rotation, table, context.visible(real))
+        nothing = KeyValues(*(part[:, :, :0] for part in key_values))
+        layers = [
+            found.get(layer) or PastLayer(nothing, None, None, real[:, :0])
+            for layer in range(self.config.backbone.num_hidden_layers)
+        ]
+        return Past(layers, max((layer.real for layer in layers), key=lambda real: real.shape[1]))
 
     def _tables(self) -> dict[str, Tensor]:
         """The rotations of all places of what stands before a segment, and of the segment, by their kinds."""
@@ -462,10 +498,20 @@ class InfformerForCausalLM(MemoryModel):
     def _check_places(self, memory: MemoryConfig, segment_length: int) -> None:
         if memory.key_values and self.positions is not None and memory.key_values + segment_length > self.positions:
             most = self.positions - segment_length - (memory.sink_tokens or 0)
+            option, value = "short_term_length", memory.short_term_length or 0
+            if memory.entries > value:
+                option, value, most = "length", memory.entries - value, most - value
             raise ModelError(
-                f"model.memory.short_term_length={memory.short_term_length}: with a segment of {segment_length} tokens "
-                f"and {memory.sink_tokens} first ones these are more than the {self.positions} positions of the "
-                f"backbone; set it to {max(0, most)} at most"
+                f"model.memory.{option}={value}: with a segment of {segment_length} tokens and {memory.sink_tokens} "
+                f"first ones these are more than the {self.positions} positions of the backbone; set it to "
+                f"{max(0, most)} at most"
+            )
+
+    def _check_rotated(self, config: InfformerConfig, depth: int) -> None:
+        if set(config.rotated_layers or ()) != set(range(depth)):
+            raise ModelError(
+                f"model.memory_layers={config.memory_layers}: a {config.backbone.model_type!r} knows places by "
+                "distances that all layers share, so that all must see equally many tokens; set it to null"
             )
 
     def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -140,7 +140,7 @@ class TestConfig:
         text = "from infformer.memory.options import MemoryConfig; print(*(kind.kind for kind in MemoryConfig.kinds()))"
         command, root = [sys.executable, "-c", text], Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=True)
-        assert set(done.stdout.split()) == {"short_term", "compressive", "long_term", "fast_weight"}
+        assert set(done.stdout.split()) == {"short_term", "compressive", "long_term", "fast_weight", "cache"}
 
     @pytest.mark.parametrize("stored", [{"kind": "nothing"}, {}, {"kind": "long_term", "no_such": 1}])
     def test_a_stored_configuration_of_another_kind_is_refused(self, stored):

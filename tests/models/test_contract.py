@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from infformer.config import CONF, RunConfig
 from infformer.errors import UserError
+from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -166,6 +167,8 @@ MEMORIES: dict[str, MemoryConfig | None] = {
     "fast weights": FastWeightMemoryConfig(0),
     "fast weights by loss": FastWeightMemoryConfig(0, strength="loss", rule="sum", key_convolution=0),
     "fast weights within a segment": FastWeightMemoryConfig(0, within_segment=True, features="elu"),
+    "cache": CacheConfig(length=8),
+    "short-term and cache": CacheConfig(4, length=6, sink_tokens=2),
     "short-term and fast weights": FastWeightMemoryConfig(SEGMENT, strength="loss", features="dpfp"),
 }
 """Every kind; of the long-term memory's options each, but not each with each."""
@@ -191,6 +194,7 @@ IN = {
         "short-term and uniform slots",
         "short-term and running mean",
         "fast weights within a segment",
+        "cache",
     ),
     "gpt2": (
         "none",
@@ -214,6 +218,7 @@ IN = {
         "short-term and loss mean",
         "fast weights by loss",
         "short-term and fast weights",
+        "short-term and cache",
     ),
 }
 MODELS = {f"{kind}, {name}": (kind, MEMORIES[name]) for kind, names in IN.items() for name in names}
@@ -678,11 +683,11 @@ class TestGradients:
         first.register_forward_hook(lambda module, args, output: embedded.append(output))
         output = read(own, document(2))[1]
         (gradient,) = torch.autograd.grad(output.loss, embedded[0], materialize_grads=True)
-        reached = remembers(own) and own.short_term_length == 0
+        reached = remembers(own) and own.config.memory_config.entries == 0
         assert (gradient.abs().sum(-1) > 0).all() == (gradient != 0).any() == reached
         assert not any(tensor.requires_grad for tensor in output.state.detach().named_tensors().values())
 
-    @of({name: model for name, model in REMEMBERING.items() if not model[1].short_term_length})
+    @of({name: model for name, model in REMEMBERING.items() if not model[1].entries})
     @pytest.mark.parametrize("own_loss", [False, True])
     def test_a_state_that_is_passed_on_after_its_backward_pass_is_refused(self, own, own_loss):
         def loss_of(output: MemoryModelOutput) -> Tensor:
