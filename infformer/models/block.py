@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from infformer.memory.memory import KeyValues, LayerHeads
+from infformer.models.mechanisms import Mechanism
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,20 @@ class Attention(nn.Module):
 
     Args:
         sizes: of the layer.
+        mechanism: causal, of a context that is the segment alone, at rotary positions; None for softmax.
     """
 
-    def __init__(self, sizes: BlockSizes) -> None:
+    def __init__(self, sizes: BlockSizes, mechanism: Mechanism | None = None) -> None:
         super().__init__()
+        self.mechanism = mechanism
         self.heads = heads = sizes.heads
         self.rotary = sizes.positions == "rotary"
         self.dropout = sizes.attention_dropout
         hidden_size, head_size = sizes.hidden_size, sizes.head_size
         width = heads * head_size
         self.query = nn.Linear(hidden_size, width, bias=False)
-        self.key = nn.Linear(hidden_size, width, bias=False)
+        has_keys = mechanism is None or mechanism.has_keys
+        self.key = nn.Linear(hidden_size, width, bias=False) if has_keys else None
         self.value = nn.Linear(hidden_size, width, bias=False)
         self.output = nn.Linear(width, hidden_size, bias=False)
         if not self.rotary:
@@ -108,6 +112,11 @@ class Attention(nn.Module):
             allowed: which entry each query may see, bool [batch, 1, queries, length].
             encoding: of distances length − 1 … 0 (relative), or of places 0 … length − 1 (rotary); `encode_positions`.
         """
+        if self.mechanism is not None:
+            # What the last queries see may depend on those before them.
+            query, (key, value) = self._heads(self.query, context), self._key_values(context)
+            attended = self.mechanism(context, rotate(query, encoding), rotate(key, encoding), value, None)
+            return self._join(attended[:, :, -hidden.shape[1] :])
         query, key, value, mask = self._kernel_inputs(hidden, context, allowed, encoding)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -137,7 +146,12 @@ class Attention(nn.Module):
         return query + self.content_bias, key, value, mask
 
     def _key_values(self, context: Tensor) -> KeyValues:
-        return KeyValues(self._heads(self.key, context), self._heads(self.value, context))
+        return KeyValues(self._heads(self._key_projection, context), self._heads(self.value, context))
+
+    @property
+    def _key_projection(self) -> nn.Linear:
+        """That of the queries, where a mechanism has no keys of their own."""
+        return self.query if self.key is None else self.key
 
     def _join(self, heads: Tensor) -> Tensor:
         """[batch, heads, length, head] to [batch, length, hidden]."""
@@ -164,7 +178,11 @@ class Attention(nn.Module):
         """
         query, key, value = (
             F.linear(source, projection.weight.detach()).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection, source in ((self.query, hidden.detach()), (self.key, entries), (self.value, entries))
+            for projection, source in (
+                (self.query, hidden.detach()),
+                (self._key_projection, entries),
+                (self.value, entries),
+            )
         )
         weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
         return (weights @ value).transpose(1, 2).flatten(2), weights

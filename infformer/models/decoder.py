@@ -9,7 +9,7 @@ norms, whose sizes all stand in `DecoderConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -28,6 +28,7 @@ from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
 from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, encode_positions
+from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_cache import SegmentCache
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
@@ -52,8 +53,10 @@ class DecoderConfig(PreTrainedConfig):
         positions: `relative`, Transformer-XL's scheme; `rotary`, with which the scores need no bias.
         normalization: `layer` or `rms`.
         normalization_placement: `post`, after the residual sum, as in Transformer-XL; `pre`, before each part.
+        attention: a mechanism by its name, or its name as `kind` with its own options: see `models.mechanisms`. Another
+            than `softmax` takes rotary positions, and no memory that attention itself looks at.
         dropout: of embeddings, of what each part adds to the residual stream, and inside the feed-forward part.
-        attention_dropout: of attention weights.
+        attention_dropout: of attention weights, for softmax.
         initializer_range: standard deviation of new weights; None: 1/√inputs of each matrix, better for small widths.
         adaptive_cutoffs: where the bands of an adaptive vocabulary begin; empty for a plain one.
         adaptive_divisor: by how much each band of it is narrower than the one before.
@@ -75,6 +78,7 @@ class DecoderConfig(PreTrainedConfig):
         positions: str = "relative",
         normalization: str = "layer",
         normalization_placement: str = "post",
+        attention: str | Mapping[str, Any] = "softmax",
         dropout: float = 0.1,
         attention_dropout: float = 0.0,
         initializer_range: float | None = 0.02,
@@ -93,6 +97,7 @@ class DecoderConfig(PreTrainedConfig):
         self.positions = positions
         self.normalization = normalization
         self.normalization_placement = normalization_placement
+        self.attention = attention if isinstance(attention, str) else dict(attention)
         self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
@@ -130,6 +135,8 @@ class DecoderConfig(PreTrainedConfig):
             raise ModelError(
                 f"model.architecture.head_size={self.head_size}: rotary positions turn pairs; make it even"
             )
+        if attention != "softmax":
+            self._check_mechanism()
         kwargs.setdefault("tie_word_embeddings", False)  # the vocabulary is one module and ties its own
         super().__init__(**kwargs)
 
@@ -137,6 +144,20 @@ class DecoderConfig(PreTrainedConfig):
     def memory_config(self) -> MemoryConfig | None:
         """What each layer remembers, as its own type; an unknown option in a stored one is an error."""
         return stored_memory(self.memory, self.segment_length)
+
+    def _check_mechanism(self) -> None:
+        """Make sure that attention of another kind than softmax has what it needs."""
+        said = f"model.architecture.attention={self.attention}"
+        if self.positions != "rotary":
+            raise ModelError(f"{said}: it knows no distances; set model.architecture.positions=rotary")
+        if self.attention_dropout:
+            raise ModelError(f"{said}: it has no weights to drop; set model.architecture.attention_dropout=0")
+        memory = self.memory_config
+        if memory is not None and memory.entries:
+            raise ModelError(
+                f"{said}: it looks at the segment alone, and this memory is looked at by attention itself; set "
+                "model/memory=none, or model.memory.short_term_length=0 with one that adds to what attention returns"
+            )
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -155,11 +176,12 @@ class DecoderLayer(GradientCheckpointingLayer):
     Args:
         sizes: of its parts.
         memory: of this layer; None for none.
+        mechanism: of its attention; None for softmax.
     """
 
-    def __init__(self, sizes: BlockSizes, memory: Memory | None) -> None:
+    def __init__(self, sizes: BlockSizes, memory: Memory | None, mechanism: Mechanism | None) -> None:
         super().__init__()
-        self.attention = Attention(sizes)
+        self.attention = Attention(sizes, mechanism)
         self.memory = memory
         self.feed_forward = FeedForward(sizes)
         self.attention_residual = Residual(sizes)
@@ -233,7 +255,9 @@ class DecoderForCausalLM(MemoryModel):
         if memory is not None:
             widths = config.hidden_size, config.num_attention_heads
             memories = [*memory.build(*widths, layers, config.segment_length, (widths[1], config.head_size))]
-        self.layers = nn.ModuleList(DecoderLayer(sizes, own) for own in memories)
+        self.layers = nn.ModuleList(
+            DecoderLayer(sizes, own, _mechanism(config, layer)) for layer, own in enumerate(memories)
+        )
         self.final_norm = sizes.new_norm() if config.normalization_placement == "pre" else None
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
@@ -324,6 +348,14 @@ class DecoderForCausalLM(MemoryModel):
         if isinstance(module, Attention) and not module.rotary:
             initialization.zeros_(module.content_bias)
             initialization.zeros_(module.distance_bias)
+
+
+def _mechanism(config: DecoderConfig, layer: int) -> Mechanism | None:
+    """That of a layer's attention; None for softmax."""
+    if config.attention == "softmax":
+        return None
+    sizes = config.hidden_size, config.num_attention_heads, config.head_size, config.segment_length
+    return build_mechanism(config.attention, AttentionShape(*sizes, causal=True, layer=layer))
 
 
 def causal_mask(real: Tensor | None, queries: int, length: int, device: torch.device) -> Tensor:

@@ -10,9 +10,10 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infformer.attention.features import linear_attention, orthogonal_directions, performer_attention
@@ -30,7 +31,11 @@ from infformer.attention.sinkhorn import sinkhorn_attention
 from infformer.attention.softmax import softmax_attention
 from infformer.continuous.attention import continuous_attention
 from infformer.errors import ModelError
+from infformer.memory.fast_weights import Writes, advance
 from infformer.memory.memory import DerivedBuffers
+
+NOTHING = -1e4
+"""Before a sigmoid or a softplus: no strength, no forgetting."""
 
 
 @dataclass(frozen=True)
@@ -390,6 +395,43 @@ class Continuous(Mechanism):
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         return continuous_attention(query, key, value, self.functions, self.widths, self.ridge, real)
+
+
+class FastWeight(Mechanism):
+    """Fast weights: each position writes its value under its key, and reads what was written until then.
+
+    Where nothing is hidden from a position, every other head reads the text backwards.
+
+    Args:
+        rule: `delta`, a value replaces what its key finds; `sum`, it is added to it.
+    """
+
+    kind = "fast_weight"
+
+    def __init__(self, shape: AttentionShape, rule: str = "delta") -> None:
+        super().__init__(shape)
+        if rule not in ("delta", "sum"):
+            raise ModelError(f"model.architecture.attention.rule={rule}: choose one of delta, sum")
+        self.rule = rule
+        self.strength = nn.Linear(shape.hidden_size, shape.heads)
+
+    def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+        strength = self.strength(hidden).mT
+        if real is not None:
+            strength = strength.masked_fill(~real.unsqueeze(1), NOTHING)
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        if self.causal:
+            return self._read(query, key, value, strength)
+        back = [tensor[:, 1::2].flip(2) for tensor in (query, key, value, strength)]
+        attended = torch.empty_like(value)
+        attended[:, ::2] = self._read(query[:, ::2], key[:, ::2], value[:, ::2], strength[:, ::2])
+        attended[:, 1::2] = self._read(*back).flip(2)
+        return attended
+
+    def _read(self, query: Tensor, key: Tensor, value: Tensor, strength: Tensor) -> Tensor:
+        empty = key.new_zeros(*key.shape[:2], key.shape[3], value.shape[3])
+        writes = Writes(key, value, strength, torch.full_like(strength, NOTHING))
+        return cast(Tensor, advance(empty, writes, self.rule, query)[1])
 
 
 def mechanism_kinds() -> dict[str, type[Mechanism]]:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from infformer.errors import ModelError
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.mechanisms import mechanism_kinds
 
 SEGMENT, VOCABULARY, HIDDEN, HEADS, HEAD, SAMPLES = 6, 50, 12, 3, 6, 16
 
@@ -397,6 +399,38 @@ class TestSaving:
 
 def test_heads_need_not_divide_the_width_without_a_long_term_memory():
     assert trained(MemoryConfig(8), num_attention_heads=5, head_size=4)(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", sorted(name for name, kind in mechanism_kinds().items() if kind.has_causal_form))
+@pytest.mark.parametrize("memory", [None, LONG])
+def test_with_any_causal_mechanism_a_segment_may_come_in_pieces_and_nothing_is_seen_of_later_tokens(kind, memory):
+    model = trained(memory, attention=kind, positions="rotary", attention_dropout=0.0, segment_length=24)
+    tokens = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens)
+    first = model(tokens[:, :15], use_cache=True)
+    rest = model(tokens[:, 15:], segment_cache=first.segment_cache)
+    if kind != "reformer":  # which tokens attend together depends on all that there are
+        torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole.logits, atol=1e-4, rtol=1e-4)
+        later = tokens.clone()
+        later[:, 15:] = (later[:, 15:] + 1) % VOCABULARY
+        torch.testing.assert_close(model(later).logits[:, :15], whole.logits[:, :15], atol=1e-4, rtol=1e-4)
+    model(tokens, labels=tokens).loss.backward()
+    used = dict(model.named_parameters()) if memory is None else {}  # what an empty memory reads teaches it nothing
+    assert [name for name, parameter in used.items() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "linformer"}, "attention=linformer: it has no form that hides what comes after a position"),
+        ({"attention": "linear", "positions": "relative"}, "it knows no distances; set model.architecture.positions=r"),
+        ({"attention": "linear", "attention_dropout": 0.1}, "it has no weights to drop"),
+        ({"attention": "linear", "memory": MemoryConfig(SEGMENT)}, "it looks at the segment alone"),
+    ],
+)
+def test_attention_that_a_decoder_cannot_have_is_refused(options, message):
+    with pytest.raises(ModelError, match=message):
+        DecoderForCausalLM(configure(**{"positions": "rotary", "attention_dropout": 0.0, **options}))
 
 
 def test_without_memory_there_is_no_longest_segment():
