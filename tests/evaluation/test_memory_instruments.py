@@ -388,3 +388,26 @@ def test_sampled_places_are_counted(wrapped):
     # 0.38 to 0.42 are one standard deviation either way: bins 24 to 26 of 64, and what lies beside them.
     assert sum(share[22:29]) > 0.99
     assert share[25] == max(share)
+
+
+KINDS_OF_SIGNALS = {
+    "gibbs": {"read": "gibbs", "sharpness": 2.0},
+    "keys and values": {"stores": "keys_values", "read": "gibbs", "sticky": True},
+    "joint and dyadic": {"stores": "keys_values", "read": "slots", "combination": "joint", "contraction": "dyadic"},
+    "sticky by loss": {"sticky": True, "sticky_by": "both", "contraction": "uniform"},
+}
+
+
+@pytest.mark.parametrize("options", KINDS_OF_SIGNALS.values(), ids=KINDS_OF_SIGNALS)
+@pytest.mark.parametrize("short_term_length", [None, SEGMENT])
+def test_every_kind_of_signal_is_looked_into(wrapped, decoder, options, short_term_length):
+    """What was written is what the reconstruction is held against, be it hidden states or keys and values."""
+    model = wrapped(**options) if short_term_length is None else decoder(short_term_length, **options)
+    found = inspect_document(model, document(6 * SEGMENT + 3), 7, progress=False)
+    assert found["reading"]["nats"] != found["reading"]["nats_without_memory"]
+    assert ("sampled_places" in found["writing"]) == options.get("sticky", False)
+    last = found["reconstruction"][-1]
+    assert last["segments"] == (6 if short_term_length is None else 5)
+    for total, best, by_age in zip(last["total"], last["best"], last["by_age"], strict=True):
+        assert total <= best + 1e-6
+        assert by_age[0] > by_age[-1] or options.get("contraction") == "uniform"

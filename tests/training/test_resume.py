@@ -312,6 +312,12 @@ DECODER_MEMORIES = {
     "compressive": CompressiveMemoryConfig(16, length=6, rate=4),
     "long-term": LongTermMemoryConfig(**LONG_TERM, sticky=False),
     "sticky": LongTermMemoryConfig(**LONG_TERM, sticky=True),
+    "keys and values, sticky by loss, of drawn rates": LongTermMemoryConfig(
+        **LONG_TERM, stores="keys_values", read="gibbs", sticky=True, sticky_by="both", training_rates=[0.25, 0.75]
+    ),
+    "dyadic keys and values": LongTermMemoryConfig(
+        16, 8, stores="keys_values", read="slots", combination="joint", contraction="dyadic", levels=4
+    ),
     "fast weights": FastWeightMemoryConfig(16, strength="loss"),
 }
 
