@@ -21,7 +21,7 @@ from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term import LongTermMemoryConfig
-from infformer.memory.options import MemoryConfig
+from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.adapters import LoraConfig
 from infformer.models.quantization import QUANTIZATIONS
 from infformer.options import check_finite, free, measuring
@@ -129,8 +129,8 @@ class ModelConfig:
     """A folder, a name on the hub, or `words`: every word of the training documents. Null: the pretrained model's."""
     memory: MemoryConfig | None = None
     """What each layer remembers, one of `MEMORIES`. Null: nothing."""
-    memory_layers: list[int] | None = None
-    """Layers of a Hugging Face model that get one, from 0. Null: all."""
+    memory_layers: Any = None
+    """Layers of a Hugging Face model that get one: a list, from 0, or `middle:6`, so many in the middle. Null: all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """LoRA: adapters for a pretrained model, if `rank` is set. With them and the memory alone, all else stays as it
     was."""
@@ -165,6 +165,7 @@ class ModelConfig:
                     f"trained as a whole; set it to {'float32' if option == 'dtype' else 'null'}, or choose a model by "
                     "model.pretrained="
                 )
+        check_layers(self.memory_layers)
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
                 "model.memory_layers=[]: name the layers that have a memory, from 0; null is all of them, and "
@@ -174,7 +175,7 @@ class ModelConfig:
             self.memory.check_pretrained()
         if self.is_decoder and self.memory_layers is not None:
             raise ValueError(
-                f"model.memory_layers={list(self.memory_layers)}: all layers of a decoder have the same memories; set "
+                f"model.memory_layers={self.memory_layers}: all layers of a decoder have the same memories; set "
                 "it to null"
             )
 

@@ -102,6 +102,7 @@ REFUSED = [
     ("train", "model.memory.widths=[0.1,1e300]", "model.memory.widths=[0.1, 1e+300]", "positive, from"),
     ("train", "model.memory.basis_functions=2", "", "at least 4"),
     ("train", "model.memory_layers=[]", "", "model/memory=none"),
+    ("train", "model.memory_layers=middle:0", "", "such as middle:6"),
     ("train", "training.segment_length=1", "", "at least 2"),
     ("train", "training.segment_length=2", "", "at least 4"),
     ("train", "training.segment_length=65", "", "take a multiple"),

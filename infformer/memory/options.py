@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -229,3 +230,34 @@ class MemoryConfig:
             return kind(**fields)
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def check_layers(said: Any) -> None:
+    """Make sure that this says layers: a list of numbers, so many in the middle (`middle:6`), or None for all.
+
+    Raises:
+        ValueError: it does not.
+    """
+    in_middle = isinstance(said, str) and re.fullmatch(r"middle:[1-9]\d*", said)
+    listed = isinstance(said, Sequence) and not isinstance(said, str) and all(type(layer) is int for layer in said)
+    if not (said is None or in_middle or listed):
+        raise ValueError(
+            f"model.memory_layers={said}: list the layers that have a memory, from 0, such as [3,4], or say how many "
+            "in the middle have one, such as middle:6; null is all of them"
+        )
+
+
+def choose_layers(said: Sequence[int] | str | None, depth: int) -> list[int] | None:
+    """The layers that `check_layers` has let pass, as a list, of so many; None for all.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if not isinstance(said, str):
+        return None if said is None else list(said)
+    check_layers(said)
+    count = int(said.removeprefix("middle:"))
+    if count > depth:
+        raise ValueError(f"model.memory_layers={said}: this backbone has {depth} layers; take at most middle:{depth}")
+    first = (depth - count) // 2
+    return list(range(first, first + count))

@@ -23,7 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 def load_pretrained(
     name: str,
     memory: MemoryConfig | None = None,
-    memory_layers: list[int] | None = None,
+    memory_layers: list[int] | str | None = None,
     segment_length: int = 512,
     lora: LoraConfig | None = None,
     **kwargs: Any,
@@ -110,7 +110,7 @@ def load_trained(
 def new_model(
     architecture: dict[str, Any],
     memory: MemoryConfig | None = None,
-    memory_layers: list[int] | None = None,
+    memory_layers: list[int] | str | None = None,
     segment_length: int = 512,
     attention: str | None = None,
 ) -> InfformerForCausalLM:

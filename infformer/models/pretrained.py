@@ -28,7 +28,7 @@ from transformers import (
 
 from infformer.errors import ModelError
 from infformer.memory.memory import KeyValues, Memory, SegmentContext
-from infformer.memory.options import MemoryConfig
+from infformer.memory.options import MemoryConfig, choose_layers
 from infformer.memory.state import MemoryState, ModelState
 from infformer.models.adapters import LoraConfig, add_adapters, fit_adapters, freeze_all_but_adapters, merge_adapters
 from infformer.models.backbone import (
@@ -61,7 +61,7 @@ class InfformerConfig(PreTrainedConfig):
     Args:
         backbone: the stock model's configuration.
         memory: what a layer remembers; None for a model without memory.
-        memory_layers: indices of the layers that have one, from 0; None for all.
+        memory_layers: indices of the layers that have one, from 0, or `middle:6`, six in the middle; None for all.
         segment_length: tokens of a segment; memories are written by complete ones.
         rotated_layers: layers of the backbone whose keys are rotated by their places; None where nobody has to know.
         head_is_known: the backbone's scores are those of `models.backbone.head`.
@@ -76,7 +76,7 @@ class InfformerConfig(PreTrainedConfig):
         self,
         backbone: PreTrainedConfig | dict[str, Any] | None = None,
         memory: MemoryConfig | dict[str, Any] | None = None,
-        memory_layers: list[int] | None = None,
+        memory_layers: list[int] | str | None = None,
         segment_length: int = 512,
         rotated_layers: list[int] | None = None,
         head_is_known: bool = True,
@@ -87,6 +87,11 @@ class InfformerConfig(PreTrainedConfig):
         if isinstance(backbone, dict):
             backbone = AutoConfig.for_model(**backbone)
         self.backbone = backbone if backbone is not None else AutoConfig.for_model("gpt2")
+        if isinstance(memory_layers, str):
+            try:
+                memory_layers = choose_layers(memory_layers, self.backbone.num_hidden_layers)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
         if isinstance(memory, MemoryConfig):
             memory = _matched(memory.beside_pretrained(segment_length), self.backbone, memory_layers).to_json()
         self.memory = memory
@@ -329,7 +334,7 @@ class InfformerForCausalLM(MemoryModel):
         cls,
         backbone: PreTrainedModel | str | os.PathLike[str],
         memory: MemoryConfig | None = None,
-        memory_layers: list[int] | None = None,
+        memory_layers: list[int] | str | None = None,
         segment_length: int = 512,
         lora: LoraConfig | None = None,
         **kwargs: Any,
@@ -339,7 +344,7 @@ class InfformerForCausalLM(MemoryModel):
         Args:
             backbone: a model, a folder, or the name of a model on the hub.
             memory: what a layer remembers; None wraps the model without any memory.
-            memory_layers: layers that get one; all if not given.
+            memory_layers: layers that get one, a list or `middle:6`; all if not given.
             segment_length: tokens of a segment; memories are written by complete ones.
             lora: adapters for the backbone, which then alone of it are trained.
             kwargs: for the backbone's `from_pretrained`; its weights come in float32 unless there is a `dtype`.

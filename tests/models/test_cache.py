@@ -13,7 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from infformer.errors import ModelError
 from infformer.memory.cache import CacheConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
-from infformer.memory.options import MemoryConfig
+from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -38,7 +38,9 @@ def stock(attention: str = "sdpa") -> LlamaForCausalLM:
     return model
 
 
-def beside(memory: MemoryConfig, layers: list[int] | None = None, attention: str = "sdpa") -> InfformerForCausalLM:
+def beside(
+    memory: MemoryConfig, layers: list[int] | str | None = None, attention: str = "sdpa"
+) -> InfformerForCausalLM:
     return InfformerForCausalLM.from_backbone(stock(attention), memory, layers, SEGMENT).eval()
 
 
@@ -135,6 +137,20 @@ def test_a_decoder_has_it_in_all_layers_by_its_floats():
     model = DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=SEGMENT))
     assert model.config.memory_config.length == 1000 // 24
     assert floats(model) == 1000 // 24 * 24
+
+
+def test_layers_in_the_middle_are_chosen_by_their_number():
+    assert beside(CacheConfig(length=7), "middle:1").config.memory_layers == [1]
+    assert beside(CacheConfig(length=7), "middle:2").config.memory_layers == [0, 1]
+    assert list(beside(CacheConfig(length=7), "middle:3").layer_memories()) == [0, 1, 2]
+    with pytest.raises(ModelError, match=r"model\.memory_layers=middle:4: this backbone has 3 layers"):
+        beside(CacheConfig(length=7), "middle:4")
+
+
+@pytest.mark.parametrize("said", ["middle:0", "middle", "last:2", "middle:x", [1.5], 3])
+def test_what_says_no_layers_is_refused(said):
+    with pytest.raises(ValueError, match=r"^model\.memory_layers=.* such as middle:6"):
+        check_layers(said)
 
 
 def test_too_few_floats_are_refused():
