@@ -60,6 +60,7 @@ class ContinuousSignal(DerivedBuffers):
     at_points: Tensor
     drawn_past: Tensor
     drawn_new: Tensor
+    drawn_rates: Tensor
 
     def __init__(self, config: LongTermMemoryConfig, segment_length: int) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class ContinuousSignal(DerivedBuffers):
         if config.training_rates and noise is not None:
             chosen = (noise[:, -1] * len(config.training_rates)).long().clamp(max=len(config.training_rates) - 1)
             past, new = self.drawn_past[chosen], self.drawn_new[chosen]
-            rate = rate.new_tensor(config.training_rates)[chosen]
+            rate = self.drawn_rates[chosen]
         if config.contraction == "uniform":
             # Rows that have written equally much share their operators, and their operators' factorisation.
             counts, rows = segments.clamp(min=1).unique(return_inverse=True)
@@ -228,6 +229,7 @@ class ContinuousSignal(DerivedBuffers):
                     next_operators(basis, self.segment_length, self.past_steps, rate.new_tensor(own), config.ridge)
                     for own in config.training_rates
                 )
+                buffers["drawn_rates"] = torch.tensor(config.training_rates, dtype=torch.float32)
                 for name, operators in zip(("drawn_past", "drawn_new"), zip(*drawn, strict=True), strict=True):
                     buffers[name] = torch.stack([rounded(operator, dtype) for operator in operators])
             if config.read == "gibbs":
