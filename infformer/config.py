@@ -26,6 +26,7 @@ from infformer.models.adapters import LoraConfig
 from infformer.models.quantization import QUANTIZATIONS
 from infformer.options import check_finite, free, measuring
 from infformer.tasks.associative_recall import AssociativeRecallConfig
+from infformer.tasks.classification import ClassificationConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
 from infformer.tasks.ruler import MultikeyConfig, VariableTrackingConfig
 from infformer.tasks.sorting import SortingConfig
@@ -58,11 +59,19 @@ TASKS: dict[str, TaskConfig] = {
     "multikey": MultikeyConfig(),
     "variable_tracking": VariableTrackingConfig(),
     "associative_recall": AssociativeRecallConfig(lengths=[512, 256, 1024], training_lengths=[256, 512, 1024]),
+    "classification": ClassificationConfig(),
+    "lra_listops": ClassificationConfig("listops", 2000),
+    "lra_text": ClassificationConfig("bytes", 4000),
+    "lra_retrieval": ClassificationConfig("pairs", 8000),
+    "lra_image": ClassificationConfig("pixels", 1024),
+    "lra_pathfinder": ClassificationConfig("pathfinder", 1024),
+    "lra_path_x": ClassificationConfig("path_x", 128 * 128),
 }
 """What `task=` chooses. The texts of `passkey`, `needle`, `multikey` and `variable_tracking` are those of `data`; a
 needle's text is one document or a part of it, so longer ones than `data=sample` cuts its novels to want
 data.max_held_out_characters=null. Sorting and recall are for models from scratch: experiment=sorting_…,
-associative_recall_small."""
+associative_recall_small. `classification`: your own
+texts and their classes, data.train=mine.csv; `lra_…`: the tasks of Long-Range Arena, experiment=lra_…."""
 
 
 def _memory(kind: type[MemoryConfig], **values: Any) -> DictConfig:
@@ -166,6 +175,11 @@ class ModelConfig:
                     "model.pretrained="
                 )
         check_layers(self.memory_layers)
+        if self.is_classifier and (self.memory is not None or self.tokenizer is not None):
+            raise ValueError(
+                "model/memory= and model.tokenizer= of a classifier: it takes a text at once, as bytes; set both to "
+                "null, or choose a model that remembers, such as model=decoder"
+            )
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
                 "model.memory_layers=[]: name the layers that have a memory, from 0; null is all of them, and "
@@ -178,6 +192,11 @@ class ModelConfig:
                 f"model.memory_layers={self.memory_layers}: all layers of a decoder have the same memories; set "
                 "it to null"
             )
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether this is the project's own encoder, which knows classes and no next token."""
+        return self.architecture.get("model_type") == "classifier"
 
     @property
     def is_decoder(self) -> bool:
@@ -439,7 +458,7 @@ class RunConfig:
             raise ValueError("resume=: set it to auto, to a checkpoint, or to null")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
-        if self.task.vocabulary_size is None and self.model.pretrained is None and self.model.tokenizer is None:
+        if self.has_tokenizer and self.model.pretrained is None and self.model.tokenizer is None:
             raise ValueError(
                 "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words; the "
                 "tasks of symbols, which need none, are chosen by task=sorting or task=associative_recall"
@@ -447,6 +466,11 @@ class RunConfig:
         if self.model.memory is not None:
             self.model.memory.check_segment_length(self.training.segment_length)
             self.model.memory.check_training(self.training.bptt_segments)
+        if self.model.is_classifier and not self.task.has_examples:
+            raise ValueError(
+                "model=classifier tells classes apart and predicts no token: choose task=classification, or one of the "
+                "tasks lra_…, or another model"
+            )
         if self.training.freeze_backbone and (self.model.memory is None or self.model.is_decoder):
             raise ValueError(
                 "training.freeze_backbone=true trains a memory beside a pretrained model, and this run has none: set "
@@ -482,6 +506,17 @@ class RunConfig:
                 f"training.memory_dropout={self.training.memory_dropout}: this run has no memory that could be left "
                 "out; set it to 0, or choose one by model/memory="
             )
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer cuts texts up: always, but for tasks of symbols, and for bytes where a model has none."""
+        if self.task.vocabulary_size is None:
+            return True
+        return (
+            self.task.takes_tokenizer
+            and not self.model.is_classifier
+            and (self.model.pretrained or self.model.tokenizer) is not None
+        )
 
 
 @dataclass
@@ -589,6 +624,24 @@ class GenerationRunConfig:
             raise ValueError(f"top_p={self.top_p}: a probability, more than 0 and at most 1")
 
 
+ARENA = {
+    "lra_listops": "sample",
+    "lra_text": "imdb",
+    "lra_retrieval": "sample",
+    "lra_image": "cifar10",
+    "lra_pathfinder": "sample",
+    "lra_path_x": "sample",
+}
+"""The experiments of Long-Range Arena, each called like its task, with `data` where that comes from the hub. Models are
+model=lra_small, lra_release and lra_paper."""
+
+
+def _by_kind(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """Of values by the kind of a classification the one of this run's; texts of one's own are like bytes."""
+    kind = _root_.task.get("kind")
+    return values[kind] if kind in values else values["bytes"]
+
+
 CHOICES: dict[str, Mapping[str, Any]] = {
     "task": TASKS,
     "data": DATA,
@@ -637,6 +690,11 @@ def register_schemas() -> None:
     store.store(name="run_schema", node=schema_of(RunConfig))
     store.store(name="evaluation_schema", node=schema_of(EvaluationRunConfig))
     store.store(name="generation_schema", node=schema_of(GenerationRunConfig))
+    OmegaConf.register_new_resolver("by_kind", _by_kind, replace=True)
+    for name, data in ARENA.items():
+        defaults = [{"override /task": name}, {"override /data": data}, {"override /model": "lra_small"}]
+        node = {"defaults": defaults, "name": "${hydra:runtime.choices.experiment}"}
+        store.store(group="experiment", name=name, node=node, package="_global_")
     for group, choices in CHOICES.items():
         for name, options in choices.items():
             package = group.replace("/", ".")

@@ -1,7 +1,8 @@
 """What the files of results hold: their names, said once for who writes, compares and draws them.
 
 A value is handed on as it is written, a mapping of known keys. In this order: `results.json` of language modelling and
-`comparison.json` of two of them; `results.json` of retrieval, and of sorting; `inspection.json`; a benchmark's lines.
+`comparison.json` of two of them; `results.json` of retrieval, of classification and of sorting; `inspection.json`; a
+benchmark's lines.
 """
 
 from __future__ import annotations
@@ -293,6 +294,33 @@ class RetrievalResults(TypedDict):
     """How often a whole answer is right by chance."""
     protocol: RetrievalProtocol
     sizes: NotRequired[Sizes]
+    before: NotRequired[None]
+
+
+class ClassificationProtocol(TypedDict):
+    """Which examples were read, how, and by which model."""
+
+    task: str
+    length: int
+    """Tokens of a text, at most."""
+    segment: int
+    dtype: str
+    checkpoint: str
+
+
+class ClassificationResults(TypedDict):
+    """What `results.json` of classification holds."""
+
+    examples: int
+    classes: int
+    nll: float
+    """Nats per example."""
+    accuracy: float
+    accuracy_interval: Interval
+    """Of the share of independent examples, by Wilson."""
+    baselines: dict[str, float]
+    """What is right without reading: `majority`, and of lists by their first operation `root_operator`."""
+    protocol: ClassificationProtocol
     before: NotRequired[None]
 
 

@@ -25,8 +25,11 @@ FOLLOWING = {*(str(path.relative_to(CONF)) for path in CONF.glob("model/*_memory
 """Groups that nobody chooses: what is in them comes with a model and a memory."""
 GROUPS = sorted({str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml")} - {"."} - FOLLOWING | {*TYPED})
 CHOICES = [(group, choice) for group in GROUPS for choice in choices_of(group, CONF)]
+CLASSIFIERS = ("classifier", "lra_small", "lra_release", "lra_paper")
+"""Models that learn no text and have no memory."""
 MODELS, MEMORIES, EXPERIMENTS = (
-    [choice for group, choice in CHOICES if group == wanted] for wanted in ("model", "model/memory", "experiment")
+    [choice for group, choice in CHOICES if group == wanted and choice not in CLASSIFIERS]
+    for wanted in ("model", "model/memory", "experiment")
 )
 EXPERIMENTS_WITHOUT_TEXT = {"sorting": "sorting_4k", "sorting_small": "sorting_small"}
 """By their model, which is one without text: alone it has nothing to learn."""

@@ -18,7 +18,7 @@ import torch
 from infformer.config import CONF, EvaluationRunConfig
 from infformer.data.tokenization import TokenizedDocuments, beginning_of_documents, tokenize_documents
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
-from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
+from infformer.models.loading import check_vocabulary, has_tokenizer, load_tokenizer, load_trained
 from infformer.tasks.task import Material
 from infformer.training.before import check_evaluation
 from infformer.training.building import processes_of
@@ -52,9 +52,10 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     check_evaluation(config)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
     tokenizer, documents = None, dict[str, TokenizedDocuments]()
-    if config.task.vocabulary_size is None:
+    name = config.tokenizer or config.checkpoint
+    if config.task.vocabulary_size is None or (config.task.takes_tokenizer and has_tokenizer(name)):
         option = "tokenizer" if config.tokenizer else "checkpoint"
-        tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, option)
+        tokenizer = load_tokenizer(name, option)
         check_vocabulary(model, tokenizer, "tokenizer")
     evaluator = Evaluator(
         model=model.to(accelerator.device),
@@ -67,12 +68,14 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
         batch_size=config.batch_size,
         processes=processes_of(accelerator),
     )
-    if tokenizer is not None:
-        first = accelerator.main_process_first()
+    first = accelerator.main_process_first()
+    examples = config.task.read_examples(config.data, tokenizer, first, [config.split])
+    if tokenizer is not None and not config.task.has_examples:
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
         if accelerator.is_main_process:
             logger.info(beginning_of_documents(config.data, tokenizer))
-    material = Material(evaluator, tokenizer, documents, config.data, controls=config.controls)
+    asked = {"test": examples[config.split]} if examples else {}
+    material = Material(evaluator, tokenizer, documents, config.data, controls=config.controls, examples=asked)
     evaluation = config.task.build_evaluation(material)
     results = evaluation.measure(config.checkpoint)
     assert results is not None  # there are documents, or none are asked for

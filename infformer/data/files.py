@@ -1,5 +1,6 @@
 """Local files, one by one: what is in them, whatever their format and compression."""
 
+import csv
 import glob
 import io
 import json
@@ -18,6 +19,8 @@ from infformer.errors import DataError
 
 TEXT = (".txt", ".text", ".md", ".tokens", ".raw")
 JSON_LINES = (".jsonl", ".json")
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""What stands between the columns; the first line names them."""
 PARQUET = (".parquet",)
 COMPRESSED = (".gz", ".zst")
 
@@ -139,6 +142,8 @@ def read_rows(path: Path, name: str, text_field: str) -> Iterator[Row]:
         yield Row(str(path), name, {text_field: "".join(read_lines(path))})
     elif _kind(path) in JSON_LINES:
         yield from _json_rows(path, name)
+    elif _kind(path) in TABLES:
+        yield from _table_rows(path, name)
     else:
         number = 0
         for number, fields in enumerate(_saved_rows(path) if path.is_dir() else _parquet_rows(path), start=1):
@@ -162,6 +167,25 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
         if not isinstance(fields, dict):
             raise DataError(f"{place}: JSON, but a {type(fields).__name__} and not an object; {remedy}.")
         yield Row(place, f"{name}:{number}", fields)
+
+
+def _table_rows(path: Path, name: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a field may be a whole book
+    reader = csv.DictReader(read_lines(path), delimiter=TABLES[_kind(path)], strict=True)
+    number = 0
+    try:
+        for number, fields in enumerate(reader, start=1):
+            place = f"{path}, line {reader.line_num}"
+            if None in fields or None in fields.values():
+                raise DataError(
+                    f"{place}: this row has not the {len(reader.fieldnames or ())} columns that the first line names; "
+                    "put quotes around text that holds separators."
+                )
+            yield Row(place, f"{name}:{number}", fields)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not a table ({error}); save the file anew.") from error
+    if number == 0:
+        raise DataError(f"{path}: the file names columns and has no rows; fill it, or leave it out.")
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -202,8 +226,8 @@ def _empty(path: Path) -> DataError:
 
 def _check_kind(path: Path, option: str) -> None:
     if not path.is_dir():
-        if _kind(path) not in TEXT + JSON_LINES + PARQUET:
-            known = " ".join(TEXT + JSON_LINES)
+        if _kind(path) not in (*TEXT, *JSON_LINES, *TABLES, *PARQUET):
+            known = " ".join([*TEXT, *JSON_LINES, *TABLES])
             raise DataError(
                 f"{option}: {path} is of no kind that can be read; known are {known} (each also with "
                 f"{' or '.join(COMPRESSED)}), {' '.join(PARQUET)} and folders written by save_to_disk; rename or "

@@ -31,6 +31,10 @@ class DataConfig:
     repository: str | None = None
     """For `source=hub`: the dataset's name on the hub, or a local folder laid out like one (it needs no network)."""
 
+    path: str | None = None
+    """For tasks of Long-Range Arena: the folder `lra_release` of its archive, as it was unpacked. Null: their examples
+    are drawn here, or come from the hub or from files."""
+
     subset: str | None = None
     """For `source=hub`: the dataset's configuration, such as `wikitext-103-raw-v1`; null where there is but one."""
 
@@ -98,6 +102,7 @@ class DataConfig:
             raise DataError("data.text_field=: name the field that holds the text, such as data.text_field=text.")
         for option, without in (
             ("id_field", "null for `id` or the row"),
+            ("path", "null for no archive"),
             ("subset", "null where there is but one"),
             ("cache_dir", "null for the usual place"),
         ):
@@ -159,14 +164,23 @@ DATA = {
         name: DataConfig("hub", "Salesforce/wikitext", subset, articles=True)
         for name, subset in (("wikitext2", "wikitext-2-raw-v1"), ("wikitext103", "wikitext-103-raw-v1"))
     },
+    # The reviews lie there by class, of which a tenth is held out; the benchmark held the test out twice.
+    "imdb": DataConfig(
+        "hub",
+        "stanfordnlp/imdb",
+        train="train[:45%]+train[50%:95%]",
+        validation="train[45%:50%]+train[95%:]",
+    ),
+    "cifar10": DataConfig("hub", "uoft-cs/cifar10", train="train[:90%]", validation="train[90%:]", text_field="img"),
     # Two books may have one title; none have one address.
     "pg19": DataConfig("hub", "emozilla/pg19", id_field="url", segments_per_visit=_VISIT),
 }
 """What `data=` chooses. `sample`: the novels that come with the package; of those held out, which are measured several
 times over, only the first 60,000 characters. `text`: your own documents, .txt (a document each), .jsonl (a document a
-line), both also as .gz or .zst, .parquet, or folders written by save_to_disk, for example
+line), .csv, .tsv, all these also as .gz or .zst, .parquet, or folders written by save_to_disk, for example
 
     data=text 'data.train=books/train/*.txt' 'data.validation=[books/held_out.jsonl,more.parquet]'
 
 `wikitext2`, `wikitext103`: 600 and about 28,500 articles to learn from, and the same 60 + 60 to measure on. `pg19`:
-28,602 books published before 1919, and 50 + 100 to measure on, some 11 GB; a copy as tables, which `datasets` reads."""
+28,602 books published before 1919, and 50 + 100 to measure on, some 11 GB; a copy as tables, which `datasets` reads.
+`imdb`, `cifar10`: reviews and images with their classes, for task=lra_text and lra_image."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -112,7 +112,7 @@ def _documents(config: DataConfig, split: str) -> Iterator[tuple[str, Document]]
 def _lines(config: DataConfig, split: str) -> Iterator[str]:
     """All the lines of a split, one file after another: an article may begin in one file and end in the next."""
     if config.source == "hub":
-        yield from (_text(row, config) for row in _hub_rows(config, split))
+        yield from (_text(row, config) for row in _hub_rows(config, split, _wanted(config)))
         return
     for path, name in _files(config, split):
         if is_text(path):
@@ -121,24 +121,46 @@ def _lines(config: DataConfig, split: str) -> Iterator[str]:
             yield from (_text(row, config) for row in read_rows(path, name, config.text_field))
 
 
-def _rows(config: DataConfig, split: str) -> Iterator[Row]:
+def read_fields(config: DataConfig, split: str, wanted: Mapping[str, str]) -> Iterator[Row]:
+    """The records of one split, in a fixed order, each with some fields.
+
+    Args:
+        wanted: the fields, by the options that name them.
+
+    Raises:
+        DataError: a record has not one of them, or the source cannot be read.
+    """
+    for row in islice(_rows(config, split, wanted), config.max_documents):
+        for option, field in wanted.items():
+            if row.fields.get(field) is None:
+                raise _no_field(row.place, option, field, row.fields)
+        yield row
+
+
+def _wanted(config: DataConfig) -> dict[str, str]:
+    """The fields of a document, by the options that name them; the first has to be there."""
+    return {"data.text_field": config.text_field, "data.id_field": config.id_field or "id"}
+
+
+def _rows(config: DataConfig, split: str, wanted: Mapping[str, str] | None = None) -> Iterator[Row]:
     if config.source == "hub":
-        yield from _hub_rows(config, split)
+        yield from _hub_rows(config, split, wanted or _wanted(config))
         return
     for path, name in _files(config, split):
         yield from read_rows(path, name, config.text_field)
 
 
-def _hub_rows(config: DataConfig, split: str) -> Iterator[Row]:
+def _hub_rows(config: DataConfig, split: str, fields: Mapping[str, str]) -> Iterator[Row]:
     repository, subset, place = _hub_names(config, split)
     dataset = load_split(repository, subset, place)
     source = f"{repository}, split {place}"
-    wanted = {config.text_field, config.id_field or "id"} & set(dataset.column_names)
-    if config.text_field not in wanted:
-        raise _no_field(source, "text_field", config.text_field, dataset.column_names)
+    wanted = {*fields.values()} & set(dataset.column_names)
+    option, needed = next(iter(fields.items()))
+    if needed not in wanted:
+        raise _no_field(source, option, needed, dataset.column_names)
     try:
-        for number, fields in enumerate(valid_rows(dataset.select_columns(sorted(wanted))), start=1):
-            yield Row(f"{source}, row {number}", f"{place}:{number}", fields)
+        for number, found in enumerate(valid_rows(dataset.select_columns(sorted(wanted))), start=1):
+            yield Row(f"{source}, row {number}", f"{place}:{number}", found)
     except (OSError, pa.ArrowInvalid) as error:
         files = ", ".join(sorted({str(Path(file["filename"]).parent) for file in dataset.cache_files}))
         raise DataError(f"{source}: damaged ({error}); remove {files}, from where it is then made anew.") from error
@@ -164,7 +186,7 @@ def _files(config: DataConfig, split: str) -> list[tuple[Path, str]]:
 
 def _text(row: Row, config: DataConfig) -> str:
     if config.text_field not in row.fields:
-        raise _no_field(row.place, "text_field", config.text_field, row.fields)
+        raise _no_field(row.place, "data.text_field", config.text_field, row.fields)
     text = row.fields[config.text_field]
     if not isinstance(text, str):
         raise DataError(
@@ -180,13 +202,13 @@ def _id(row: Row, config: DataConfig) -> str:
         return str(row.fields[field])
     if config.id_field is None:
         return row.name
-    raise _no_field(row.place, "id_field", config.id_field, row.fields)
+    raise _no_field(row.place, "data.id_field", config.id_field, row.fields)
 
 
 def _no_field(place: str, option: str, field: str, fields: Iterable[str]) -> DataError:
     return DataError(
-        f"{place}: data.{option}={field}, and there is no such field (or nothing in it); there are "
-        f"{', '.join(fields) or 'none'}; set data.{option}= to one of them."
+        f"{place}: {option}={field}, and there is no such field (or nothing in it); there are "
+        f"{', '.join(fields) or 'none'}; set {option}= to one of them."
     )
 
 

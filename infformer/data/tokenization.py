@@ -217,12 +217,12 @@ def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> 
             )
         },
         "most_characters": config.most_characters(split),
-        "tokenizer": _describe_tokenizer(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """Everything that decides which tokens a text becomes, as JSON."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     # Truncation and padding are left behind by earlier calls, and are not used here.

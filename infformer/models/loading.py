@@ -14,6 +14,7 @@ from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.folders import load, load_config, load_weights, model_folder
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
 
@@ -56,10 +57,10 @@ def load_pretrained(
             f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
             "backbone alone export that first: python scripts/export.py CHECKPOINT FOLDER --what backbone"
         )
-    if isinstance(config, DecoderConfig):
+    if isinstance(config, DecoderConfig | ClassifierConfig):
         raise ModelError(
-            f"model.pretrained={name} is a decoder from scratch, which brings its own memories; to go on training it "
-            "use resume="
+            f"model.pretrained={name} is a {config.model_type} from scratch, beside which no memory stands; to go on "
+            "training it use resume="
         )
     backbone = load_weights(AutoModelForCausalLM, config, folder, "model.pretrained", **kwargs)
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length, lora)
@@ -67,7 +68,7 @@ def load_pretrained(
 
 def load_trained(
     name: str, segment_length: int | None = None, short_term_length: int | None = None
-) -> InfformerForCausalLM | DecoderForCausalLM:
+) -> InfformerForCausalLM | DecoderForCausalLM | TextClassifier:
     """A model to be measured: one of ours with its memory, or any causal language model without.
 
     Args:
@@ -80,6 +81,8 @@ def load_trained(
     """
     folder = model_folder(name)
     config = load_config(folder, "checkpoint")
+    if isinstance(config, ClassifierConfig) and short_term_length is None:
+        return load_weights(TextClassifier, config, folder, "checkpoint")
     ours = isinstance(config, DecoderConfig | InfformerConfig)
     memory: MemoryConfig | None = config.memory_config if ours else None
     if memory is None and not isinstance(config, DecoderConfig):
@@ -176,6 +179,12 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
             f"{option}={name}: the tokenizer there is empty; give a folder with tokenizer.json or vocab.json"
         )
     return tokenizer
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a tokenizer lies in a folder, or belongs to a model on the hub, where every language model has one."""
+    folder = Path(model_folder(name)).expanduser()
+    return not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def check_vocabulary(model: MemoryModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.tokenizer") -> None:

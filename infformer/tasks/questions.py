@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from infformer.data.options import SPLITS
 from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
 from infformer.errors import DataError
-from infformer.tasks.task import Material, cut_texts
+from infformer.tasks.task import Material, cut_texts, numbers_of_step
 
 HELD_OUT_SEED = 0
 """All runs are measured on the same questions, whatever their own seed; no question of training is among them."""
@@ -164,11 +164,7 @@ class QuestionStream:
 
     def _numbers(self) -> Integers:
         """The numbers of the questions that the lanes of the global batch read in this step."""
-        places = np.arange(self._step * self._material.lanes, (self._step + 1) * self._material.lanes)
-        size = self._sequences
+        size, lanes = self._sequences, self._material.lanes
         if size is None:
-            return places
-        epochs, places = np.divmod(places, size)
-        first, last = epochs[0], epochs[-1]
-        orders = [np.random.default_rng([self._seed, epoch]).permutation(size) for epoch in range(first, last + 1)]
-        return np.stack(orders)[epochs - first, places]
+            return np.arange(self._step * lanes, (self._step + 1) * lanes)
+        return numbers_of_step(self._step, lanes, size, self._seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.options import DataConfig
+from infformer.data.examples import Examples
+from infformer.data.options import SPLITS, DataConfig
 from infformer.data.segments import IGNORE_INDEX, Segment
+from infformer.data.sources import check_sources
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.results import Inspection
 
@@ -54,6 +57,8 @@ class Material:
     controls: bool = True
     inspected_segments: int = 0
     max_validation_tokens: int | None = None
+    examples: Mapping[str, Examples] = field(default_factory=dict)
+    """By split, of a task that has some instead of documents."""
 
 
 @dataclass
@@ -62,11 +67,46 @@ class TaskConfig(ABC):
 
     is_language_modelling = False
     """Whether its texts are documents, each read from its beginning."""
+    has_examples = False
+    """Whether its texts are examples, each of a class, and no documents."""
 
     @property
     def vocabulary_size(self) -> int | None:
         """How many tokens there are, for a task of symbols; None for a task of text, which a tokenizer cuts up."""
         return None
+
+    def sizes(self, of_classifier: bool) -> dict[str, Any]:
+        """What the configuration of a model from scratch says of the tokens of a task of symbols."""
+        return {"vocab_size": self.vocabulary_size}
+
+    @property
+    def takes_tokenizer(self) -> bool:
+        """Whether a task of symbols has the model's tokenizer cut its texts up, where there is one."""
+        return False
+
+    def check_data(self, data: DataConfig, splits: Sequence[str] | None = None) -> None:
+        """Make sure, before any work, that there is something to read for these splits, or for all that are named.
+
+        Raises:
+            DataError: there is not.
+        """
+        named = [split for split in SPLITS if split == "train" or getattr(data, split) is not None]
+        if self.vocabulary_size is None:
+            check_sources(data, named if splits is None else splits)
+
+    def read_examples(
+        self,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        main_process_first: AbstractContextManager[Any] | None = None,
+        splits: Sequence[str] | None = None,
+    ) -> Mapping[str, Examples]:
+        """The examples of these splits, or of all that are named, of a task that has some.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        return {}
 
     @abstractmethod
     def build_stream(self, material: Material) -> TrainingStream[Any]:
@@ -143,21 +183,28 @@ class TrainingStream(Protocol[State]):
 
 
 def cut_texts(
-    inputs: Tensor, targets: Tensor, numbers: Sequence[int] | NDArray[np.int64], material: Material, reads: int
+    inputs: Tensor,
+    targets: Tensor,
+    numbers: Sequence[int] | NDArray[np.int64],
+    material: Material,
+    reads: int,
+    lengths: Tensor | None = None,
 ) -> list[Segment]:
     """The lanes of this process read whole texts from an empty memory, in segments, of which the last may be shorter.
 
     Args:
-        inputs, targets: of all lanes of the global batch, equally long, [lanes, length].
+        inputs, targets: of all lanes of the global batch, [lanes, length].
         numbers: what each lane's text is called, [lanes].
         reads: how many segments each lane has read before.
+        lengths: how much of each lane's text is real, [lanes]; all of it if not given.
     """
     rows, length = torch.tensor(material.rank_rows), material.segment_length
+    real = torch.full((len(inputs),), inputs.shape[1]) if lengths is None else lengths
     return [
         Segment(
             input_ids=own[rows],
             targets=labels[rows],
-            lengths=torch.full_like(rows, own.shape[1]),
+            lengths=(real[rows] - index * length).clamp(0, own.shape[1]),
             reset=torch.full_like(rows, index == 0, dtype=torch.bool),
             documents=torch.as_tensor(numbers)[rows],
             starts=torch.full_like(rows, index * length),
@@ -169,6 +216,14 @@ def cut_texts(
             zip(inputs.split(length, dim=1), targets.split(length, dim=1), strict=True)
         )
     ]
+
+
+def numbers_of_step(step: int, lanes: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Which of `size` texts the lanes read in a step: epoch after epoch, each in an order of its own."""
+    epochs, places = np.divmod(np.arange(step * lanes, (step + 1) * lanes), size)
+    first, last = epochs[0], epochs[-1]
+    orders = [np.random.default_rng([seed, epoch]).permutation(size) for epoch in range(first, last + 1)]
+    return np.stack(orders)[epochs - first, places]
 
 
 class Evaluation(Generic[Measured]):

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from infformer.config import EvaluationRunConfig, RunConfig
-from infformer.data.options import SPLITS
-from infformer.data.sources import check_sources
 from infformer.errors import ModelError, UserError
 from infformer.memory.options import MemoryConfig
 from infformer.models.architecture import try_adapters, try_architecture, try_kernel
@@ -36,10 +34,7 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
     Raises:
         UserError: the message names the option.
     """
-    if config.task.vocabulary_size is None:
-        check_sources(
-            config.data, [split for split in SPLITS if split == "train" or getattr(config.data, split) is not None]
-        )
+    config.task.check_data(config.data)
     if is_main_process:
         check_tracker(config.tracker)
     chosen, training = config.model, config.training
@@ -65,7 +60,9 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
     else:
         # A vocabulary that a tokenizer will have is not known yet; an adaptive one only has to be larger than its cuts.
         unknown = 10**6 if chosen.architecture.get("adaptive_cutoffs") else 1000
-        vocabulary = {"vocab_size": config.task.vocabulary_size or unknown, "bos_token_id": None, "eos_token_id": None}
+        vocabulary = {"vocab_size": unknown} if config.has_tokenizer else config.task.sizes(chosen.is_classifier)
+        if not chosen.is_classifier:
+            vocabulary |= {"bos_token_id": None, "eos_token_id": None}
         model = try_architecture({**vocabulary, **chosen.architecture}, chosen.attention)
         shape = model.config
         trained = 1 if training.freeze_backbone else 4  # gradients and two moments beside them
@@ -112,8 +109,7 @@ def check_evaluation(config: EvaluationRunConfig) -> None:
     Raises:
         UserError: the message names the option.
     """
-    if config.task.vocabulary_size is None:
-        check_sources(config.data, [config.split])
+    config.task.check_data(config.data, [config.split])
     shape: Any = load_config(config.checkpoint, "checkpoint")
     ours = isinstance(shape, DecoderConfig | InfformerConfig)
     memory = shape.memory_config if ours else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from infformer.config import RunConfig
+from infformer.data.examples import Examples
 from infformer.data.options import SPLITS
 from infformer.data.tokenization import (
     TokenizedDocuments,
@@ -20,6 +21,7 @@ from infformer.data.tokenization import (
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.models.base import MemoryModel
+from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.loading import (
     check_vocabulary,
     load_pretrained,
@@ -36,11 +38,14 @@ from infformer.training.runtime import Accelerator
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> MemoryModel:
+def build_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, examples: Mapping[str, Examples] | None = None
+) -> MemoryModel:
     """The model that a run trains.
 
     Args:
         tokenizer: None for a task without text.
+        examples: of a task that has some.
 
     Raises:
         ModelError, ValueError: it cannot be loaded or does not fit the tokenizer or the segment.
@@ -62,9 +67,12 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
         if tokenizer is not None:
             vocabulary = vocabulary_of(tokenizer)
         else:
-            vocabulary = {"vocab_size": config.task.vocabulary_size}
+            vocabulary = config.task.sizes(chosen.is_classifier)
         architecture = {**vocabulary, **chosen.architecture}
-        if chosen.is_decoder:
+        if chosen.is_classifier:
+            classes = len(examples["train"].classes) if examples else 2
+            model = TextClassifier(ClassifierConfig(**{"classes": classes, **architecture}))
+        elif chosen.is_decoder:
             model = new_decoder(architecture, chosen.memory, segment_length)
         else:
             model = new_model(architecture, chosen.memory, chosen.memory_layers, segment_length, chosen.attention)
@@ -80,7 +88,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) ->
 
 def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the documents; None for a task without text."""
-    if config.task.vocabulary_size is not None:
+    if not config.has_tokenizer:
         return None
     if config.model.tokenizer == "words":
         return word_tokenizer(config.data, accelerator.main_process_first())
@@ -106,15 +114,17 @@ def build_material(
     accelerator: Accelerator,
     rank_rows: range,
     after_segment: Callable[[], None],
+    examples: Mapping[str, Examples] | None = None,
 ) -> Material:
     """What the task of a run is made of: its documents as tokens, the lanes of this process, and what measures.
 
     Args:
         after_segment: called whenever a measurement has read a segment.
+        examples: of a task that has some.
     """
     training, evaluation = config.training, config.evaluation
     documents: dict[str, TokenizedDocuments] = {}
-    if tokenizer is not None:
+    if tokenizer is not None and not config.task.has_examples:
         for split in SPLITS:
             if split == "train" or getattr(config.data, split) is not None:
                 first = accelerator.main_process_first()
@@ -132,6 +142,7 @@ def build_material(
         ),
         tokenizer=tokenizer,
         documents=documents,
+        examples=examples or {},
         data=config.data,
         lanes=training.batch_size,
         rank_rows=rank_rows,

@@ -203,11 +203,13 @@ def _row(name: str, group: Sequence[Run]) -> SweepRow:
 
 
 def _accuracy(results: Mapping[str, Any]) -> float:
-    """Of all answers of a retrieval task, of all lengths of sorting."""
+    """Of all answers of a retrieval task, of all lengths of sorting, of all examples."""
     if "cells" in results:
         cells = results["cells"]
         return float(np.average([cell["exact_match"] for cell in cells], weights=[cell["answers"] for cell in cells]))
-    return float(np.mean([figures["accuracy"] for figures in results["lengths"]]))
+    if "lengths" in results:
+        return float(np.mean([figures["accuracy"] for figures in results["lengths"]]))
+    return float(results["accuracy"])
 
 
 def _behind(nats: np.ndarray[Any, Any], best: np.ndarray[Any, Any], figures: Results) -> Difference:

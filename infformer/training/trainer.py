@@ -197,10 +197,11 @@ class Trainer:
         self.rank_rows = rows_of_rank(accelerator, config.training.batch_size)
         seed_everything(config.seed)  # the new weights are the same on all processes
         tokenizer = build_tokenizer(config, accelerator)
-        model = build_model(config, tokenizer)
+        examples = config.task.read_examples(config.data, tokenizer, accelerator.main_process_first())
+        model = build_model(config, tokenizer, examples)
         if checkpoint is not None:
             load_weights(checkpoint, model)
-        material = build_material(config, tokenizer, model, accelerator, self.rank_rows, self._after_segment)
+        material = build_material(config, tokenizer, model, accelerator, self.rank_rows, self._after_segment, examples)
         self.evaluation = config.task.build_evaluation(material)
         self.stream = config.task.build_stream(material)
         self.documents, self.sizes = material.documents, model_sizes(model)

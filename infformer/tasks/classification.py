@@ -1,0 +1,388 @@
+"""Classification: a model reads an example to its end, and is asked there for its class.
+
+The classes are the first tokens of a language model's vocabulary, or all that a classifier knows. An example is as
+many segments as it takes, of which only the last has a target: a classifier takes it whole, a model with a memory may
+read it piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infformer.data.examples import Examples
+from infformer.data.long_range_arena import KINDS, ExampleSource
+from infformer.data.options import DataConfig
+from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
+from infformer.errors import DataError
+from infformer.models.streaming import TextSegment, reading, stream
+from infformer.options import measuring
+from infformer.progress import Pace
+from infformer.results import ClassificationResults, Interval
+from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation, cut_texts, numbers_of_step
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedTokenizerBase
+
+    from infformer.evaluation.streaming import Evaluator
+
+
+@dataclass
+class ClassificationConfig(TaskConfig):
+    """The task of saying which class an example is of: a text, a pair of texts, or an image."""
+
+    kind: str = "text"
+    """`text`: texts with labels of `data`, cut up by the model's tokenizer if it has one. `bytes`: the same as bytes.
+    `pairs`: of two texts, as bytes. `pixels`: images, in levels of grey. `listops`, `pathfinder`, `path_x`: what
+    Long-Range Arena calls so; drawn here, unless `data.path` says where its archive is."""
+    length: int = 1024
+    """Tokens of an example, at most: longer texts are cut, and each of a pair to half of it. Pixels of an image."""
+    label_field: str = "label"
+    """The field, or the column, that holds the class, a number or a word."""
+    training_examples: int | None = None
+    """How many to learn from, taken from all. Null: all."""
+    validation_examples: int | None = measuring(None)
+    """How many are measured during training. Null: all."""
+    test_examples: int | None = measuring(None)
+    """How many are measured at the end. Null: all."""
+    pad_to_length: bool = False
+    """Pad all texts to `length`, so that every step has the same shape: for training.compile. False: to the longest
+    one of the step."""
+    examples_seed: int = 0
+    """Of examples that are drawn: another one gives other lists and images, for all runs that share it."""
+
+    has_examples = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"task.kind={self.kind}: choose one of {', '.join(KINDS)}")
+        for name in ("length", "training_examples", "validation_examples", "test_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"task.{name}={value}: must be at least 1")
+        if self.length % self.texts:
+            raise ValueError(f"task.length={self.length}: the texts of a pair have half each; choose an even number")
+        if self.examples_seed < 0:
+            raise ValueError(f"task.examples_seed={self.examples_seed}: must be at least 0")
+        if not self.label_field.strip():
+            raise ValueError("task.label_field=: name the field that holds the class, such as task.label_field=label")
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are, where no tokenizer cuts texts up."""
+        return self.source.vocabulary_size
+
+    @property
+    def takes_tokenizer(self) -> bool:
+        """Whether the model's own tokenizer cuts texts up, if it has one."""
+        return self.kind == "text"
+
+    def sizes(self, of_classifier: bool) -> dict[str, Any]:
+        if not of_classifier:
+            return super().sizes(of_classifier)
+        return {"vocab_size": self.vocabulary_size, "texts": self.texts, "longest": self.length // self.texts}
+
+    @property
+    def texts(self) -> int:
+        """How many texts an example has."""
+        return 2 if self.kind == "pairs" else 1
+
+    @property
+    def source(self) -> ExampleSource:
+        """Where the examples come from."""
+        return ExampleSource(self.kind, self.length // self.texts, self.label_field, self.examples_seed)  # type: ignore[arg-type]
+
+    def check_data(self, data: DataConfig, splits: Sequence[str] | None = None) -> None:
+        self.source.check(data, self.source.splits(data) if splits is None else splits)
+
+    def read_examples(
+        self,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        main_process_first: AbstractContextManager[Any] | None = None,
+        splits: Sequence[str] | None = None,
+    ) -> dict[str, Examples]:
+        most = {
+            "train": self.training_examples,
+            "validation": self.validation_examples,
+            "test": self.test_examples,
+        }
+        chosen = self.source.splits(data) if splits is None else splits
+        return self.source.read(data, chosen, most.__getitem__, tokenizer, main_process_first)
+
+    def build_stream(self, material: Material) -> ExampleStream:
+        least = self.length // self.texts if self.pad_to_length else 1
+        return ExampleStream(material.examples["train"], material, least)
+
+    def build_evaluation(self, material: Material) -> Classification:
+        return Classification(self, material)
+
+
+class ExamplesState(TypedDict):
+    """Where a stream of examples stands, as JSON."""
+
+    identity: dict[str, object]
+    """What decides on the examples, by the options that say it."""
+    step: int
+    reads: int
+    """How many segments each lane has read."""
+
+
+class ExampleStream:
+    """Examples epoch after epoch, each epoch in an order of its own: in one step every lane reads one, from its start.
+
+    Args:
+        examples: to learn from.
+        material: the lanes, the segment and the seed.
+        least: to which length texts are padded at least.
+    """
+
+    def __init__(self, examples: Examples, material: Material, least: int = 1) -> None:
+        self._examples = examples
+        self._least = least
+        self._material = material
+        self._step = 0
+        self._reads = 0
+        self._identity: dict[str, object] = {
+            "training.batch_size": material.lanes,
+            "training.segment_length": material.segment_length,
+            "seed": material.seed,
+            "data": examples.fingerprint,
+        }
+
+    def next_step(self) -> list[Segment]:
+        """The next example of every lane of this process, in segments."""
+        material = self._material
+        numbers = numbers_of_step(self._step, material.lanes, len(self._examples), material.seed)
+        tokens, lengths, targets = _with_targets(self._examples, numbers, self._least)
+        segments = cut_texts(tokens, targets, numbers, material, self._reads, lengths)
+        self._step += 1
+        self._reads += len(segments)
+        return segments
+
+    def state_dict(self) -> ExamplesState:
+        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
+
+    def load_state_dict(self, state: ExamplesState) -> None:
+        """Go on exactly where the state was taken.
+
+        Raises:
+            DataError: the state was taken with other examples or options.
+        """
+        check_identity(state["identity"], self._identity, "stream")
+        self._step, self._reads = state["step"], state["reads"]
+
+    def locate(self, segment: Segment) -> list[str]:
+        return segment.places(lambda number: f"example {number}")
+
+    def describe(self) -> str:
+        examples = self._examples
+        return f"{len(examples):,} examples of {len(examples.classes)} classes to learn from"
+
+
+def _with_targets(examples: Examples, numbers: NDArray[np.int64], least: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Examples side by side, how long they are, and their classes at their last tokens, [examples, length]."""
+    tokens, lengths = map(torch.from_numpy, examples.batch(numbers, least))
+    labels = torch.from_numpy(examples.labels[numbers]).unsqueeze(1)
+    return tokens, lengths, torch.full_like(tokens, IGNORE_INDEX).scatter_(1, lengths.unsqueeze(1) - 1, labels)
+
+
+class Measured(TypedDict):
+    """How well the examples of one split are told apart."""
+
+    examples: int
+    nll: float
+    """Nats per example."""
+    accuracy: float
+    accuracy_interval: Interval
+
+
+class Classification(Evaluation[ClassificationResults]):
+    """How often a model says the right class.
+
+    Args:
+        config: which examples.
+        material: the examples, and how they are read, by which model.
+
+    Raises:
+        DataError: the model does not know as many classes, or cannot see a whole example.
+    """
+
+    def __init__(self, config: ClassificationConfig, material: Material) -> None:
+        self._config = config
+        self._evaluator = material.evaluator
+        self._examples = material.examples
+        model, length = material.evaluator.model, material.evaluator.protocol.segment_length
+        for split, examples in self._examples.items():
+            longest = examples.longest * examples.texts
+            if not model.has_memory and longest > length:
+                raise DataError(
+                    f"training.segment_length={length}: an example of data.{split} has {longest:,} tokens, and a model "
+                    f"without memory would see only a piece of it: set it to {longest} (and model.architecture.longest "
+                    "of a classifier), shorten examples by task.length=, or choose a memory by model/memory="
+                )
+            classes = len(examples.classes)
+            known = getattr(model.config, "classes", model.vocabulary_size)
+            if classes > known:
+                raise DataError(
+                    f"data.{split} has {classes} classes, and the model knows {known}: choose a model with more "
+                    "(model.architecture.vocab_size, or classes of a classifier)"
+                )
+
+    def validate(self) -> Validation | None:
+        if "validation" not in self._examples:
+            return None
+        figures = measure(self._evaluator, self._examples["validation"], "validation")
+        loss, accuracy = figures["nll"], figures["accuracy"]
+        return Validation(
+            loss,
+            {"validation/loss": loss, "validation/accuracy": accuracy},
+            f"validation accuracy {accuracy:.3f}, loss {loss:.3f}",
+        )
+
+    def measure(self, checkpoint: str) -> ClassificationResults | None:
+        if "test" not in self._examples:
+            return None
+        test = self._examples["test"]
+        protocol = self._evaluator.protocol
+        return {
+            **measure(self._evaluator, test, "test"),
+            "classes": len(test.classes),
+            "baselines": baselines(self._examples.get("train", test), test, self._config.kind),
+            "protocol": {
+                "task": self._config.kind,
+                "length": self._config.length,
+                "segment": protocol.segment_length,
+                "dtype": protocol.dtype,
+                "checkpoint": checkpoint,
+            },
+        }
+
+    def report(self, results: ClassificationResults, folder: Path) -> list[Path]:
+        from infformer.evaluation.report import write_results  # this loads for seconds
+
+        write_results(folder / "results.json", results)
+        print(self.table(results), flush=True)
+        return []
+
+    def table(self, results: ClassificationResults) -> str:
+        return format_classification(results)
+
+    def headline(self, results: ClassificationResults) -> dict[str, float]:
+        return {"test/loss": results["nll"], "test/accuracy": results["accuracy"]}
+
+
+def measure(evaluator: Evaluator, examples: Examples, title: str) -> Measured:
+    """Ask a model for the class of every example; it is left in evaluation mode. All processes together."""
+    outcome = np.zeros((2, len(examples)))
+    with reading(evaluator.model, evaluator.protocol.precision):
+        for numbers, counted in _batches(evaluator, examples, title):
+            outcome[:, numbers[:counted]] = _answer(evaluator, examples, numbers)[:, :counted]
+    own = torch.from_numpy(outcome.astype(np.float32)).to(evaluator.model.device)
+    right, nats = evaluator.processes.reduce(own).cpu().numpy()  # each is another process's zero but in one of them
+    count = int(right.sum())
+    return {
+        "examples": len(examples),
+        "nll": float(nats.mean(dtype=np.float64)),
+        "accuracy": count / len(examples),
+        "accuracy_interval": share_interval(count, len(examples)),
+    }
+
+
+def share_interval(count: int, total: int) -> Interval:
+    """Wilson's interval of 95 % of a share of independent examples."""
+    share, z = count / total, 1.959964
+    middle = share + z * z / (2 * total)
+    half = z * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    return [(middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)]
+
+
+def baselines(train: Examples, test: Examples, kind: str) -> dict[str, float]:
+    """What is right without reading: the most frequent class; of lists, that of all with the same first operation."""
+    most = np.bincount(train.labels, minlength=len(train.classes)).argmax()
+    found = {"majority": float((test.labels == most).mean())}
+    if kind == "listops":
+        counts = np.zeros((256, len(train.classes)), dtype=np.int64)
+        np.add.at(counts, (_first_tokens(train), train.labels), 1)
+        found["root_operator"] = float((counts.argmax(axis=1)[_first_tokens(test)] == test.labels).mean())
+    return found
+
+
+def _first_tokens(examples: Examples) -> NDArray[np.int64]:
+    return np.array([examples.text(number)[0] for number in range(len(examples))], dtype=np.int64)
+
+
+def format_classification(results: ClassificationResults) -> str:
+    """A line for the model and for each baseline."""
+    low, high = results["accuracy_interval"]
+    protocol = results["protocol"]
+    lines = [
+        f"{'accuracy':<16} {'':>7} {'(95 %)':>15} {'nats':>8}",
+        f"{'this model':<16} {results['accuracy']:>7.3f} {f'{low:.3f} – {high:.3f}':>15} {results['nll']:>8.4f}",
+    ]
+    lines += [f"{name.replace('_', ' '):<16} {value:>7.3f}" for name, value in results["baselines"].items()]
+    lines.append(
+        f"{results['examples']:,} examples of {results['classes']} classes, up to {protocol['length']:,} tokens; "
+        f"segments of {protocol['segment']:,}, {protocol['dtype']}"
+    )
+    return "\n".join(lines)
+
+
+def _answer(evaluator: Evaluator, examples: Examples, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Whether the true class of each example is the most likely one, and its nats, [2, examples]."""
+    tokens, lengths, targets = _with_targets(examples, numbers)
+    labels = torch.from_numpy(examples.labels[numbers])
+    found = torch.zeros(2, len(numbers), dtype=torch.float64)
+    length, ends = evaluator.protocol.segment_length, targets != IGNORE_INDEX
+    pieces = list(zip(tokens.split(length, dim=1), ends.split(length, dim=1), strict=True))
+    for (_, ending), (_, output) in zip(
+        pieces, stream(evaluator.model, _segments(evaluator, pieces, lengths)), strict=True
+    ):
+        if output.logits is None:
+            continue
+        rows, places = ending.nonzero(as_tuple=True)
+        scores = output.logits[rows, places.clamp(max=output.logits.shape[1] - 1)].float().cpu()  # a classifier has one
+        found[0, rows] = (scores[:, : len(examples.classes)].argmax(dim=-1) == labels[rows]).double()
+        found[1, rows] = F.cross_entropy(scores, labels[rows], reduction="none").double()
+    return found.numpy()
+
+
+def _segments(evaluator: Evaluator, pieces: Sequence[tuple[Tensor, Tensor]], lengths: Tensor) -> Iterator[TextSegment]:
+    """Pieces of examples, with what is real of each; scores are asked for where an example ends."""
+    device, start = evaluator.model.device, 0
+    for tokens, ending in pieces:
+        real = (lengths - start).clamp(0, tokens.shape[1])
+        unscored = None if ending.any() else torch.full_like(tokens, IGNORE_INDEX).to(device)
+        yield TextSegment(tokens.to(device), unscored, real.to(device))
+        start += tokens.shape[1]
+
+
+def _batches(evaluator: Evaluator, examples: Examples, title: str) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """The examples of this process, as many side by side as the evaluator allows, alike in length.
+
+    Every process gets the same number of batches: one that has no more examples reads the first of all once more, and
+    it does not count.
+
+    Returns:
+        Which examples, and how many of them count.
+    """
+    processes = evaluator.processes
+    order = np.argsort(-examples.lengths.sum(axis=1), kind="stable")
+    own = order[processes.rank :: processes.world_size]
+    side_by_side = -(-evaluator.batch_size // processes.world_size)
+    with Pace(title, len(own), "examples", processes.progress) as pace:
+        for first in range(0, -(-len(order) // processes.world_size), side_by_side):
+            numbers = own[first : first + side_by_side]
+            yield (numbers if len(numbers) else np.zeros(1, dtype=np.int64)), len(numbers)
+            processes.after_segment()
+            pace.advance(len(numbers))
