@@ -158,6 +158,10 @@ class DecoderConfig(PreTrainedConfig):
                 f"{said}: it looks at the segment alone, and this memory is looked at by attention itself; set "
                 "model/memory=none, or model.memory.short_term_length=0 with one that adds to what attention returns"
             )
+        if memory is not None and memory.keeps_key_values:
+            raise ModelError(
+                f"{said}: a memory of keys and values is asked as softmax asks; set model.memory.stores=hidden"
+            )
 
 
 def _check_size(name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from infformer.memory.key_value_signal import KeyValueSignal
 from infformer.memory.long_term import LongTermMemoryConfig, LongTermState
 from infformer.memory.memory import KeyValues, LayerHeads, SegmentContext
 from infformer.memory.signal import ContinuousSignal
+from infformer.models.decoder import DecoderConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.optimization import make_optimizer
 
@@ -249,6 +250,12 @@ def test_a_segment_longer_than_a_sliding_window_is_refused():
     )  # fmt: skip
     with pytest.raises(UserError, match=r"segment_length=12: .* take at most 11"):
         wrapped(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_decoder_of_another_attention_is_refused():
+    memory = LongTermMemoryConfig(0, basis_functions=8, stores="keys_values")
+    with pytest.raises(UserError, match=r"attention=linear: .* set model.memory.stores=hidden"):
+        DecoderConfig(attention="linear", positions="rotary", memory=memory, segment_length=LENGTH)
 
 
 class TestOptions:
