@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.errors import ModelError
+from infformer.memory.fast_weights import FORGETTING, FastWeightMemory, Writing
 from infformer.memory.key_value_signal import KeyValueSignal
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
@@ -347,6 +348,14 @@ class DecoderForCausalLM(MemoryModel):
             initialization.ones_(module.weight)
         if isinstance(module, nn.LayerNorm):
             initialization.zeros_(module.bias)
+        if isinstance(module, FastWeightMemory):
+            initialization.ones_(module.scale)
+            initialization.zeros_(module.gate)
+        if isinstance(module, Writing):
+            initialization.zeros_(module.strength_offset)
+            initialization.constant_(module.forgetting_offset, FORGETTING)
+            if module.config.strength == "loss":
+                initialization.ones_(module.surprise)
         if isinstance(module, KeyValueSignal):
             initialization.constant_(module.gate, module.first_gate)
         if isinstance(module, Attention) and not module.rotary:
