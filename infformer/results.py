@@ -552,6 +552,17 @@ class BenchmarkOptions(TypedDict, total=False):
     segment: int
 
 
+class ArenaRun(TypedDict):
+    """A row of `accuracy.json` of Long-Range Arena: one run."""
+
+    task: str
+    attention: str
+    seed: int
+    accuracy: float
+    examples: int
+    baselines: dict[str, float]
+
+
 class BenchmarkFigures(TypedDict, total=False):
     """What else was measured or counted of a contestant, each figure where it makes sense."""
 

@@ -55,6 +55,11 @@ def sorting(grid) -> ModuleType:
 
 
 @pytest.fixture
+def arena(grid) -> ModuleType:
+    return import_module("reproduce_long_range_arena")
+
+
+@pytest.fixture
 def from_scratch(grid) -> ModuleType:
     return import_module("reproduce_from_scratch")
 
@@ -168,6 +173,70 @@ def test_the_table_of_accuracies_has_a_line_for_each_memory(sorting):
     ]
     assert "9 sequences" in lines[-1]
     assert "seeds 0, 1" in lines[-1]
+
+
+def arena_rows() -> list[dict]:
+    """Two seeds of softmax on two tasks, and one of a mechanism that was not published."""
+    return [
+        {"task": task, "attention": attention, "seed": seed, "accuracy": accuracy, "examples": 50}
+        | {"baselines": {"majority": 0.2} | ({"root_operator": 0.37} if task == "listops" else {})}
+        for task, attention, seed, accuracy in [
+            ("listops", "softmax", 0, 0.36),
+            ("listops", "softmax", 1, 0.38),
+            ("listops", "continuous", 0, 0.3),
+            ("image", "softmax", 0, 0.4),
+            ("image", "continuous", 0, 0.5),
+        ]
+    ]
+
+
+def test_the_table_of_long_range_arena_has_published_accuracies_and_what_is_right_without_reading(arena):
+    assert arena.format_table(arena_rows()).splitlines()[:6] == [
+        "| attention | listops | image | mean |",
+        "|---|---|---|---|",
+        "| softmax | 37.0 ± 1.0 (36.4) | 40.0 (42.4) | 38.5 |",
+        "| continuous | 30.0 | 50.0 | 40.0 |",
+        "| *majority* | 20.0 | 20.0 | |",
+        "| *root operator* | 37.0 | – | |",
+    ]
+
+
+def test_each_task_mechanism_and_seed_of_long_range_arena_is_a_run(arena, monkeypatch, capsys, tmp_path):
+    runs = {}
+
+    def run_all(asked, folder):
+        runs.update(asked)
+        folder.mkdir(parents=True)
+        figures = {"accuracy": 0.25, "examples": 4, "baselines": {"majority": 0.2}}
+        return dict.fromkeys(asked, figures)
+
+    monkeypatch.setattr(arena, "run_all", run_all)
+    speeds = tmp_path / "attention.jsonl"
+    lines = [
+        {
+            "kind": "contestant",
+            "name": f"{name} 64",
+            "text_tokens": 64,
+            "median_seconds": taken,
+            "peak_extra_bytes": held,
+        }
+        for name, taken, held in (("softmax", 3.0, 100), ("softmax written out", 4.0, 400), ("linear", 1.0, 80))
+    ]
+    speeds.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--tasks", "image", "--attentions", "softmax", "linear", "--seeds", "0", "2", "--set", "lra_paper"]
+    command += ["--folder", str(tmp_path / "arena"), "--speed", str(speeds), "--", "training.max_steps=3"]
+    monkeypatch.setattr(sys, "argv", ["reproduce_long_range_arena.py", *command])
+    arena.main()
+    assert list(runs) == ["image_softmax_seed0", "image_linear_seed0", "image_softmax_seed2", "image_linear_seed2"]
+    assert runs["image_linear_seed2"] == [
+        "experiment=lra_image",
+        "model=lra_paper",
+        "seed=2",
+        "model.architecture.attention=linear",
+        "training.max_steps=3",
+    ]
+    assert "| linear | 25.0 (42.3) | 25.0 |" in capsys.readouterr().out
+    assert imread(tmp_path / "arena" / "trade_off.png").std() > 0.02
 
 
 def test_the_table_of_perplexities_has_a_line_for_each_experiment(from_scratch):
