@@ -284,6 +284,9 @@ class OptimizerConfig:
     """The memory's: its parameters start from nothing, the backbone's do not."""
     gate_learning_rate: float = 1e-2
     """That of the gates, one number a head, behind which some memories begin: slower ones hardly open."""
+    layer_decay: float = 1.0
+    """By how much a layer of the backbone learns more slowly than the one above it, and embeddings than the first; 2.6
+    in ULMFiT. 1: all alike."""
     weight_decay: float = _WEIGHT_DECAYS["adamw"]
     """Not for norms, biases and gates."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -294,6 +297,7 @@ class OptimizerConfig:
         _check_choice("optimizer.name", self.name, _WEIGHT_DECAYS)
         for name in ("learning_rate", "memory_learning_rate", "gate_learning_rate", "weight_decay"):
             _check_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        _check_at_least("optimizer.layer_decay", self.layer_decay, 1)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: give two numbers in [0, 1)")
         if self.epsilon <= 0:
@@ -302,7 +306,7 @@ class OptimizerConfig:
 
 OPTIMIZERS = {name: OptimizerConfig(name, weight_decay=decay) for name, decay in _WEIGHT_DECAYS.items()}
 
-_WARMUP_STEPS = {"cosine": 0, "linear": 0, "constant": 0, "inverse_sqrt": 1000}
+_WARMUP_STEPS = {"cosine": 0, "linear": 0, "constant": 0, "inverse_sqrt": 1000, "slanted_triangular": 0}
 """Of each schedule, if nothing else is said."""
 
 
@@ -312,16 +316,32 @@ class ScheduleConfig:
 
     name: str = "cosine"
     """`cosine`: down half a cosine to `final_ratio` at the last step. `linear`: down a straight line to zero there.
-    `constant`: the same factor throughout. `inverse_sqrt`: 1/sqrt(step) after the warm-up, which it needs."""
+    `constant`: the same factor throughout. `inverse_sqrt`: 1/sqrt(step) after the warm-up, which it needs.
+    `slanted_triangular`: ULMFiT's, up a line until `cut` and down a flatter one."""
     warmup_steps: int = 0
-    """Steps of linear growth from zero."""
+    """Steps of linear growth from zero; `slanted_triangular` rises by itself."""
     final_ratio: float = 0.0
     """For `cosine`: where it ends, as a part of the highest rate."""
+    cut: float = 0.1
+    """For `slanted_triangular`: which part of the steps goes up."""
+    ratio: float = 32.0
+    """For `slanted_triangular`: the highest rate over that of the first step."""
+    unfreeze_every: int | None = None
+    """Gradual unfreezing: at first the head and the memories learn alone, and after each so many steps one more layer
+    of the backbone, from the last one down to the embeddings. Null: all from the beginning."""
+    restart: bool = False
+    """Begin the schedule anew whenever a layer joins, over the steps until the next does."""
 
     def __post_init__(self) -> None:
         check_finite("schedule.", self)
         _check_choice("schedule.name", self.name, _WARMUP_STEPS)
         _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        _check_at_least("schedule.ratio", self.ratio, 1)
+        _check_at_least("schedule.unfreeze_every", self.unfreeze_every, 1)
+        if not 0 < self.cut < 1:
+            raise ValueError(f"schedule.cut={self.cut}: must lie between 0 and 1")
+        if self.restart and self.unfreeze_every is None:
+            raise ValueError("schedule.restart=true: it begins anew where layers join; set schedule.unfreeze_every too")
         if not 0 <= self.final_ratio <= 1:
             raise ValueError(f"schedule.final_ratio={self.final_ratio}: must lie between 0 and 1")
 

@@ -48,7 +48,7 @@ REFUSED = [
     ("train", "~nothing", "~nothing", "there is no option nothing"),
     ("train", "model=tinny", "", "did you mean tiny?"),
     ("train", "model/memory=stiky", "", "did you mean sticky?"),
-    ("train", "experiment=nothing", "", "choose one of associative_recall_small"),
+    ("train", "experiment=nothing", "", "choose one of associative_recall_segment"),
     ("train", "+model=gpt2", "", "type it without +"),
     ("train", "task=passkey task.nothing=1", "", "digits"),
     ("train", "task.length=20", "", "choose task=sorting"),

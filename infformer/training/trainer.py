@@ -207,7 +207,8 @@ class Trainer:
         self.documents, self.sizes = material.documents, model_sizes(model)
         of_a_token = flops_of_a_token(model, config.training.segment_length)
         shard(engine, accelerator, model)
-        optimizer = make_optimizer(model, config.optimizer)
+        by_layer = config.schedule.unfreeze_every is not None
+        optimizer = make_optimizer(model, config.optimizer, by_layer)
         schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
         if is_compiled(config.training.compile, engine, accelerator):
             logger.info("the layers are compiled in the first step (training.compile=false: they are not)")

@@ -147,3 +147,84 @@ class TestSchedules:
         assert learning_rates(optimizer) == pytest.approx(
             {"train/learning_rate": 0.5 * 0.5, "train/memory_learning_rate": 2.0 * 0.5}
         )
+
+
+def slanted(**options) -> ScheduleConfig:
+    return ScheduleConfig(name="slanted_triangular", **options)
+
+
+class TestLayers:
+    """ULMFiT's three: rates by depth, a slanted triangle, layers that join one after the other."""
+
+    def test_each_layer_learns_more_slowly_than_the_one_above_by_the_same_ratio(self, model):
+        some = model()
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES, layer_decay=2.6))
+        rate = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        layers = some.backbone.transformer.h
+        of_layers = [{rate[id(parameter)] for parameter in layer.parameters()} for layer in reversed(layers)]
+        assert of_layers == [{0.5 / 2.6**depth} for depth in range(1, len(layers) + 1)]
+        assert rate[id(some.backbone.transformer.ln_f.weight)] == 0.5
+        assert rate[id(some.backbone.transformer.wte.weight)] == 0.5 / 2.6 ** (len(layers) + 1)
+        assert {rate[id(parameter)] for parameter in some.memory_parameters()} == {2.0}
+        assert learning_rates(optimizer) == {"train/learning_rate": 0.5, "train/memory_learning_rate": 2.0}
+
+    def test_the_triangle_has_its_highest_rate_at_the_cut_and_its_lowest_at_the_ends(self):
+        found = factors(slanted(cut=0.1, ratio=32), 101)
+        assert found[0] == pytest.approx(1 / 32, abs=0)
+        assert found[10] == 1.0
+        assert found[100] == pytest.approx(1 / 32)
+        assert found[:11] == sorted(found[:11])
+        assert found[10:] == sorted(found[10:], reverse=True)
+        assert found[5] == pytest.approx((1 + 0.5 * 31) / 32)
+        assert factors(slanted(), 5)[0] == pytest.approx(1 / 32)  # where the cut would be at no step
+
+    @pytest.mark.parametrize("name", ["adamw", "adam"])
+    def test_a_layer_that_has_not_joined_keeps_every_bit_in_spite_of_gradients_and_decay(self, model, name):
+        some = model()
+        optimizer = make_optimizer(some, OptimizerConfig(name=name, **RATES), by_layer=True)
+        schedule = make_schedule(optimizer, ScheduleConfig(name="constant", unfreeze_every=2), 100)
+        layers = some.backbone.transformer.h
+        parts = [some.backbone.transformer.ln_f, *reversed(layers), some.backbone.transformer.wte]
+        before = [{key: value.clone() for key, value in part.state_dict().items()} for part in parts]
+        generator = torch.Generator().manual_seed(0)
+        for step in range(2 * len(parts)):
+            for depth, (part, old) in enumerate(zip(parts, before, strict=True)):
+                same = all(torch.equal(value, old[key]) for key, value in part.state_dict().items())
+                assert same == (step <= 2 * depth), (step, depth)
+            for parameter in some.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            schedule.step()
+
+    def test_a_schedule_that_restarts_is_whole_in_every_stage_and_in_what_is_left(self, model):
+        some = model()
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES), by_layer=True)
+        schedule = make_schedule(optimizer, slanted(unfreeze_every=20, restart=True), 200)
+        depths = len(some.backbone.transformer.h) + 1
+        found = []
+        for _ in range(200):
+            found.append(learning_rates(optimizer)["train/memory_learning_rate"] / 2.0)
+            optimizer.step()
+            schedule.step()
+        stage, rest = factors(slanted(), 20), factors(slanted(), 200 - 20 * depths)
+        assert found == pytest.approx(stage * depths + rest)
+
+    def test_a_run_that_ends_before_all_layers_have_joined_says_so(self, model, caplog):
+        optimizer = make_optimizer(model(), OptimizerConfig(**RATES), by_layer=True)
+        make_schedule(optimizer, ScheduleConfig(unfreeze_every=50), 100)
+        assert "schedule.unfreeze_every=50: the lowest of" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"cut": 1.0}, "schedule.cut=1.0"),
+            ({"ratio": 0.5}, "schedule.ratio=0.5"),
+            ({"unfreeze_every": 0}, "schedule.unfreeze_every=0"),
+            ({"restart": True}, "schedule.restart=true"),
+        ],
+    )
+    def test_options_that_cannot_be_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ScheduleConfig(**options)
+        with pytest.raises(ValueError, match=r"optimizer.layer_decay=0.5"):
+            OptimizerConfig(layer_decay=0.5)
