@@ -360,6 +360,10 @@ class EvaluationConfig:
     controls: bool = True
     """In the final evaluation, measure again without the memory, with the memory of another document, and with a memory
     shuffled in time."""
+    baselines: bool = False
+    """In the final evaluation, also measure a continuous cache and the document's unigram in place of the memory, which
+    need no training; how they are mixed in is chosen on the validation documents. It takes as long as reading the test
+    documents twice more and the validation documents once."""
     inspected_segments: int = 16
     """In the end, look into the memory along so many segments of the longest test document. 0: do not."""
     max_validation_tokens: int | None = None
@@ -564,6 +568,9 @@ class EvaluationRunConfig:
     """Documents read side by side; the figures do not depend on it."""
     controls: bool = True
     """Measure again without the memory, with the memory of another document, and with a memory shuffled in time."""
+    baselines: bool = False
+    """Also measure a continuous cache and the document's unigram in place of the memory, as chosen on the validation
+    documents of `data`."""
     short_term_length: int | None = None
     """Tokens of the short-term memory, which may be longer than in training; a model without memory gets one, if its
     positions are rotary or distances. Null: as in training."""

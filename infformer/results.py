@@ -13,6 +13,9 @@ MEMORY_OFF = "memory_off"
 MEMORY_OF_ANOTHER_DOCUMENT = "memory_of_another_document"
 MEMORY_SHUFFLED_IN_TIME = "memory_shuffled_in_time"
 
+CONTINUOUS_CACHE = "continuous_cache"
+DOCUMENT_UNIGRAM = "document_unigram"
+
 RECENCY = {"within_window": "within the window", "beyond_window": "before the window", "never": "nowhere"}
 """Where the token to be predicted occurred last in its document, and the same in words: among the tokens that attention
 sees (the window and the short-term memory), before these, or nowhere. A long-term memory has to show in the second."""
@@ -55,7 +58,8 @@ class Recency(TypedDict):
 
 
 class Document(TypedDict):
-    """The figures of one document; in the classes of position and of recency its tokens and nats, [classes, 2]."""
+    """The figures of one document; in the classes of position, of place and of recency its tokens and nats,
+    [classes, 2]."""
 
     id: str
     tokens: int
@@ -63,6 +67,7 @@ class Document(TypedDict):
     bytes: int
     nll: float
     by_position: list[list[float]]
+    by_place: list[list[float]]
     by_recency: list[list[float]]
 
 
@@ -80,6 +85,8 @@ class Figures(TypedDict):
     bits_per_byte: float
     by_position: list[Position]
     """Classes of tokens by their distance from the document's beginning."""
+    by_place: list[Position]
+    """By their place in the window in which they are predicted: at its first, attention sees the least."""
     by_recency: list[Recency]
     per_document: list[Document]
 
@@ -105,6 +112,24 @@ class Control(Figures):
     """The figures of a situation in which the memory cannot help, and by how much they are worse."""
 
     difference: Difference
+
+
+class BaselineSettings(TypedDict):
+    """By what a baseline was mixed in, as chosen on the validation documents."""
+
+    size: int | None
+    """How many tokens it goes back; None: all of the document's."""
+    sharpness: float
+    weight: float
+    floats: int
+    """How many numbers it holds of a text: states, or how often each token occurred."""
+
+
+class Baseline(Figures):
+    """The figures without the memory, but with a baseline that needs no training; and by how much they are worse."""
+
+    difference: Difference
+    settings: BaselineSettings
 
 
 class Protocol(TypedDict):
@@ -159,6 +184,7 @@ class Results(Figures):
     """What `results.json` of language modelling holds."""
 
     controls: dict[str, Control]
+    baselines: NotRequired[dict[str, Baseline]]
     protocol: Measurement
     cost: NotRequired[Cost]
     """Not in the results of earlier versions."""
@@ -221,9 +247,41 @@ class Comparison(TypedDict):
     parts: GainParts | None
     """Of the difference; None where it is not known, and where neither has a memory."""
     by_position: list[PositionRatio]
+    by_place: list[PositionRatio]
     by_recency: list[RecencyRatio]
-    """Without the classes that hold other tokens in one than in the other, as windows of other lengths make them."""
+    """This and the one before without the classes that hold other tokens in one than in the other, as windows of other
+    lengths make them."""
     per_document: list[DocumentDifference]
+
+
+class StudyRow(TypedDict):
+    """Runs of a study that differ in their seed alone, and their differences from their opponents; pooled over seeds.
+
+    A difference is None where one of the two has not been run.
+    """
+
+    name: str
+    seeds: list[int]
+    perplexity: list[float]
+    """Per token, of each seed."""
+    against_none: Comparison | None
+    against_cache: Comparison | None
+    """Against a cache of as many floats."""
+    on_short_term: Comparison | None
+    """Of the memory behind a short-term memory, against that alone."""
+    shuffled: list[float]
+    """How many nats per token more it costs with its memory shuffled in time, of each seed."""
+    floats: int
+    """Of all memories together, of one text."""
+    memory_parameters: int
+    seconds_per_token: float | None
+    """Of reading; None of a baseline, which was not timed."""
+
+
+class Study(TypedDict):
+    """What `study.json` holds."""
+
+    rows: list[StudyRow]
 
 
 class SweepRow(TypedDict):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -16,33 +18,42 @@ from infformer.progress import follow
 TRAIN = Path(__file__).parents[1] / "train.py"
 
 
-def run_all(runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+def run_all(runs: dict[str, list[str]], folder: Path, until: float = math.inf) -> dict[str, Any]:
     """Make every run, or what is left of it; one that has its results, by the same options, is not made again.
 
     Args:
         runs: the options of each run, by its name.
         folder: where the runs' folders are.
+        until: by `time.monotonic`; then the run that is under way writes a checkpoint and ends, and no other begins.
 
     Returns:
-        What `results.json` of each run holds.
+        What `results.json` of each run holds that is whole.
 
     Raises:
         SystemExit: a run failed or was stopped.
     """
+    whole = []
     for name, options in follow(runs.items(), "training", "runs", len(runs)):
         done, asked = folder / name / "options.json", json.dumps(options, indent=1)
         if done.exists() and done.read_text(encoding="utf-8") == asked:
+            whole.append(name)
             continue
+        if time.monotonic() >= until:
+            break
         print(f"== {name}: {' '.join(options)}", flush=True)
-        status = _train([*options, f"name={name}", f"output_dir={json.dumps(str(folder / name))}", "resume=auto"])
+        where = [f"name={name}", f"output_dir={json.dumps(str(folder / name))}", "resume=auto"]
+        status = _train([*options, *where], until)
+        if status != 0 and time.monotonic() >= until:
+            break
         if status != 0:
             sys.exit(f"error: the run {name} ended with exit status {status}; the same command goes on with it")
         # What is written last says that the run is whole. Asked for something else, train.py goes on or says why not.
         done.write_text(asked, encoding="utf-8")
-    return {name: json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in runs}
+        whole.append(name)
+    return {name: json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in whole}
 
 
-def _train(options: list[str]) -> int:
+def _train(options: list[str], until: float) -> int:
     """One run of train.py: its exit status. Who stops this script stops the run, which writes a checkpoint first."""
     process = subprocess.Popen([sys.executable, str(TRAIN), *options])
 
@@ -57,7 +68,11 @@ def _train(options: list[str]) -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # or `nohup` said that both go on
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, pass_on)
     try:
-        return process.wait()
+        try:
+            return process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -12,7 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 from infformer.memory.long_term import LongTermMemoryConfig
@@ -131,6 +133,19 @@ class TestGrid:
         send(signal.SIGINT)
         assert grid.run_all({"one": ["then=wait"]}, tmp_path).keys() == {"one"}
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    @pytest.mark.usefixtures("signals_heard")
+    def test_when_time_is_over_the_run_is_ended_and_no_other_begins(self, grid, tmp_path, started):
+        grid.run_all({"whole": []}, tmp_path)
+        runs = {"whole": [], "cut": ["then=wait"], "later": []}
+        assert grid.run_all(runs, tmp_path, time.monotonic() + 3).keys() == {"whole"}
+        assert started() in (["whole", "cut"], ["whole"])  # a machine may take three seconds to start a process
+        (tmp_path / "signalled").touch()
+        assert grid.run_all(runs, tmp_path).keys() == runs.keys()
+
+    def test_when_time_is_over_nothing_begins(self, grid, tmp_path, started):
+        assert grid.run_all({"one": []}, tmp_path, time.monotonic() - 1) == {}
+        assert started() == []
 
     @pytest.mark.parametrize(
         ("values", "text"),
@@ -259,6 +274,141 @@ def test_the_table_of_perplexities_has_a_line_for_each_experiment(from_scratch):
         "| without | 99 | 0 | 55.00 | 65.00 | – | – |",
     ]
     assert "seeds 0, 2" in lines[-1]
+
+
+def study_results(nats: float, floats: int, memory: bool = True) -> dict:
+    """Of two documents of 10 and 20 tokens, half of them in each class; `nats` a token, half of that in the second."""
+
+    def documents(level: float) -> list[dict]:
+        return [
+            {"id": str(tokens), "tokens": tokens, "words": tokens, "bytes": tokens, "nll": tokens * level * part}
+            | {name: [[tokens / 2, tokens * level * part / 2]] * 2 for name in ("by_position", "by_place")}
+            | {"by_recency": [[tokens / 2, tokens * level * part / 2]] * 2 + [[0, 0.0]]}
+            for tokens, part in ((10, 1.0), (20, 0.5))
+        ]
+
+    edges = [{"from": 0, "to": 4}, {"from": 4, "to": 16}]
+    control = {"difference": {"nats_per_token": 0.125}, "per_document": documents(nats + 0.25)}
+    names = ("memory_off", "memory_of_another_document", "memory_shuffled_in_time")
+    return {
+        "per_document": documents(nats),
+        "documents": 2, "tokens": 30, "words": 30, "bytes": 30,
+        "perplexity": {"token": 10 * nats, "word": 1.0},
+        "by_position": edges, "by_place": edges,
+        "by_recency": [{"previous_occurrence": name} for name in ("within_window", "beyond_window", "never")],
+        "controls": dict.fromkeys(names, control) if memory else {},
+        "protocol": {
+            "segment": 16, "stride": 16, "warmup_documents": 0, "dtype": "float32", "documents": "these",
+            "memory": {"kind": "long_term"} if memory else None, "checkpoint": "somewhere",
+        },
+        "cost": {"seconds_per_token": 0.002},
+        "sizes": {"state_floats": [floats] if floats else [], "memory_parameters": 7},
+    }  # fmt: skip
+
+
+class TestStudy:
+    @pytest.fixture
+    def study(self, grid) -> ModuleType:
+        return import_module("study")
+
+    @pytest.fixture
+    def found(self) -> dict:
+        levels = {"none": 3.0, "short_term": 2.5, "gibbs": 2.75, "cache_64": 2.5, "gibbs_behind_short_term": 2.25}
+        rows = {
+            name: {
+                seed: study_results(level + seed, 0 if name == "none" else 64, name not in ("none", "short_term"))
+                for seed in (0, 1)
+            }
+            for name, level in levels.items()
+        }
+        del rows["gibbs_behind_short_term"][1]
+        return rows
+
+    def test_a_cache_holds_as_many_floats_as_the_memory_before_it(self, study):
+        handed: dict[str, dict] = {}
+        runs = []
+        for name, options in study._plan({"gibbs": ["a"], "affine": ["b"], "fast_weight": ["c"]}, 32, handed):
+            runs.append((name, options))
+            handed[name] = study_results(1.0, 99 if name == "fast_weight" else 64)
+        assert [name for name, _ in runs] == [
+            "none", "short_term", "gibbs", "cache_64", "gibbs_behind_short_term", "affine",
+            "affine_behind_short_term", "fast_weight", "cache_99", "fast_weight_behind_short_term",
+        ]  # fmt: skip
+        assert dict(runs)["cache_99"] == ["model/memory=cache", "model.memory.match_floats=99"]
+        assert dict(runs)["affine_behind_short_term"] == ["b", "model.memory.short_term_length=32"]
+
+    def test_three_differences_are_those_of_the_seeds_that_both_have(self, study, found):
+        row = study.describe("gibbs", found)
+        a_token = 20 / 30  # the second document's tokens cost half
+        for against, difference in (("none", -0.25), ("cache", 0.25)):
+            assert row[f"against_{against}"]["difference"]["nats_per_token"] == pytest.approx(difference * a_token)
+        assert row["on_short_term"]["difference"]["nats_per_token"] == pytest.approx(-0.25 * a_token)
+        assert row["perplexity"] == [27.5, 37.5]
+        assert row["floats"] == 64
+        none = study.describe("none", found)
+        assert none["against_none"] is none["against_cache"] is none["on_short_term"] is None
+
+    def test_the_table_has_a_line_for_each_row(self, study, found):
+        first, second = study.format_table([study.describe(name, found) for name in found]).split("\n\n")[:2]
+        assert [line.split(" | ")[0].strip("| ") for line in first.splitlines()[2:]] == list(found)
+        gibbs = first.splitlines()[4]
+        assert gibbs.startswith("| gibbs | 2 | 32.50 ± 5.00 | -0.1667 (")
+        assert gibbs.count("|") == first.splitlines()[0].count("|")
+        assert gibbs.endswith("| 0.1250 |")
+        assert "places 0 to 4 | places 4 to 16" in second
+        assert {line.count("|") for line in second.splitlines()} == {second.splitlines()[0].count("|")}
+
+    def test_baselines_are_rows_beside_the_model_without_memory(self, study, found):
+        none = found["none"][0]
+        better = study_results(2.0, 0, memory=False)
+        settings = {"size": 8, "sharpness": 1.0, "weight": 0.5, "floats": 80}
+        none["baselines"] = {"continuous_cache": {**better, "settings": settings}}
+        ((name, row),) = study._baselines({"none": none})
+        described = study.describe(name, {**found, name: {0: row}})
+        assert described["against_none"]["difference"]["nats_per_token"] == pytest.approx(-20 / 30)
+        assert described["floats"] == 80
+        assert described["seconds_per_token"] is None
+
+    def test_what_is_gained_is_drawn_beside_what_it_costs(self, study, found, tmp_path):
+        rows = [study.describe(name, found) for name in found]
+        study.write_results(tmp_path / "study.json", {"rows": rows})
+        (path,) = study.plot_study(tmp_path / "study.json")
+        assert imread(path).std() > 0.05
+        study.write_results(tmp_path / "study.json", {"rows": rows[:1]})
+        assert study.plot_study(tmp_path / "study.json") == []
+
+
+class TestContext:
+    @pytest.fixture
+    def context(self, grid) -> ModuleType:
+        return import_module("context")
+
+    def test_each_segment_is_read_with_the_tokens_before_it(self, context, tmp_path):
+        model = new_decoder(
+            {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "feed_forward_size": 16}, None,
+        )  # fmt: skip
+        document = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
+        found = context.losses(model, document, 16, 5)
+        assert len(found) == 39
+        for start in (0, 16, 32):
+            window = document[max(0, start - 5) : start + 17]
+            with torch.no_grad():
+                scores = model(window[None, :-1]).logits[0].log_softmax(-1)
+            expected = -scores.gather(1, window[1:, None])[-len(window[1:]) + min(start, 5) :, 0]
+            assert found[start : start + 16] == pytest.approx(expected.numpy(), rel=1e-4)
+
+    def test_classes_are_by_place_and_by_the_last_occurrence(self, context):
+        documents = [np.array([1, 2, 1, 3, 2, 1]), np.array([4, 4, 5, 6, 7, 7])]
+        nats = {0: [np.arange(5.0), np.ones(5)], 8: [np.arange(5.0) - 1, np.ones(5) / 2]}
+        first, second = context.describe(documents, nats, 4)
+        told = {cell["name"]: (cell["tokens"], cell["nats_per_token"]) for cell in first["classes"]}
+        assert told["all"] == (10, 1.5)
+        assert told["places 0 to 4"] == (10, 1.5)
+        assert told["nowhere before"] == (5, pytest.approx((0 + 2 + 3) / 5))
+        assert told["last 1 to 64 tokens back"] == (5, pytest.approx((1 + 3 + 4 + 2) / 5))
+        assert second["classes"][0]["difference"] == pytest.approx((-5 - 2.5) / 10)
+        assert "| nowhere before | 5 |" in context.format_tables([first, second])
 
 
 def test_parameters_are_counted_in_the_file(from_scratch, tmp_path):

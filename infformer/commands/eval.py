@@ -72,10 +72,20 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     examples = config.task.read_examples(config.data, tokenizer, first, [config.split])
     if tokenizer is not None and not config.task.has_examples:
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
+        if config.baselines and config.data.validation is not None:
+            documents["validation"] = tokenize_documents(config.data, "validation", tokenizer, first)
         if accelerator.is_main_process:
             logger.info(beginning_of_documents(config.data, tokenizer))
     asked = {"test": examples[config.split]} if examples else {}
-    material = Material(evaluator, tokenizer, documents, config.data, controls=config.controls, examples=asked)
+    material = Material(
+        evaluator,
+        tokenizer,
+        documents,
+        config.data,
+        controls=config.controls,
+        baselines=config.baselines,
+        examples=asked,
+    )
     evaluation = config.task.build_evaluation(material)
     results = evaluation.measure(config.checkpoint)
     assert results is not None  # there are documents, or none are asked for

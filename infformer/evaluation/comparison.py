@@ -67,10 +67,18 @@ def compare(a: Results, b: Results, across_protocols: bool = False) -> Compariso
             for index, place in enumerate(a["by_position"])
             for tokens, ratio in [_difference_in_class(documents, "by_position", index)]
         ],
+        "by_place": [
+            {"from": place["from"], "to": place["to"], "tokens": tokens, **ratio}
+            for index, place in enumerate(
+                a.get("by_place", []) if "by_place" in b else []
+            )  # not in those of earlier versions
+            if _same_tokens(documents, "by_place", index)
+            for tokens, ratio in [_difference_in_class(documents, "by_place", index)]
+        ],
         "by_recency": [
             {"previous_occurrence": place["previous_occurrence"], "tokens": tokens, **ratio}
             for index, place in enumerate(a["by_recency"])
-            if _same_tokens(documents, index)
+            if _same_tokens(documents, "by_recency", index)
             for tokens, ratio in [_difference_in_class(documents, "by_recency", index)]
         ],
         "per_document": [
@@ -320,13 +328,18 @@ def _difference(differences: NDArray[Any], tokens: NDArray[Any]) -> Difference:
     }
 
 
-def _same_tokens(documents: list[tuple[Document, Document]], index: int) -> bool:
-    """Whether a class of recency holds the same tokens in both: other windows see other tokens."""
-    return all(one["by_recency"][index][0] == other["by_recency"][index][0] for one, other in documents)
+def _same_tokens(
+    documents: list[tuple[Document, Document]], breakdown: Literal["by_place", "by_recency"], index: int
+) -> bool:
+    """Whether a class holds the same tokens in both: other windows see other tokens."""
+    return all(
+        index < len(other[breakdown]) and one[breakdown][index][0] == other[breakdown][index][0]
+        for one, other in documents
+    )
 
 
 def _difference_in_class(
-    documents: list[tuple[Document, Document]], breakdown: Literal["by_position", "by_recency"], index: int
+    documents: list[tuple[Document, Document]], breakdown: Literal["by_position", "by_place", "by_recency"], index: int
 ) -> tuple[int, Ratio]:
     """In one class of tokens, such as the first 64 of each document."""
     pairs = [(one[breakdown][index], other[breakdown][index]) for one, other in documents]

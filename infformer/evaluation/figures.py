@@ -28,12 +28,15 @@ def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenL
     """
     tokens = documents.token_counts - 1
     words, bytes_ = documents.word_counts, documents.byte_counts
-    edges = position_edges(int(tokens.max()))
+    edges, places = position_edges(int(tokens.max())), place_edges(evaluator.protocol.segment_length)
     by_position = np.zeros((2, len(documents), len(edges) - 1))
+    by_place = np.zeros((2, len(documents), len(places) - 1))
     by_recency = np.zeros((2, len(documents), len(RECENCY)))
     for document, losses in enumerate(np.split(nats.astype(np.float64), np.cumsum(tokens)[:-1])):
         bins = np.searchsorted(edges, np.arange(len(losses)), side="right") - 1
         by_position[:, document] = _count(bins, losses, len(edges) - 1)
+        place = np.arange(len(losses)) - _windows(evaluator, len(losses))
+        by_place[:, document] = _count(np.searchsorted(places, place, side="right") - 1, losses, len(places) - 1)
         text = documents.tokens(document, 0, len(losses) + 1)
         by_recency[:, document] = _count(_recency(evaluator, text), losses, len(RECENCY))
     by_document = by_position[1].sum(axis=1)
@@ -51,6 +54,10 @@ def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenL
             {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
             for first, last, count, loss in zip(edges[:-1], edges[1:], *by_position.sum(axis=1), strict=True)
         ],
+        "by_place": [
+            {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
+            for first, last, count, loss in zip(places[:-1], places[1:], *by_place.sum(axis=1), strict=True)
+        ],
         "by_recency": [
             {"previous_occurrence": name, "tokens": int(count), "nll": float(loss)}
             for name, count, loss in zip(RECENCY, *by_recency.sum(axis=1), strict=True)
@@ -63,6 +70,7 @@ def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenL
                 "bytes": int(bytes_[document]),
                 "nll": float(by_document[document]),
                 "by_position": by_position[:, document].T.tolist(),
+                "by_place": by_place[:, document].T.tolist(),
                 "by_recency": by_recency[:, document].T.tolist(),
             }
             for document in range(len(documents))
@@ -76,6 +84,14 @@ def position_edges(longest: int) -> NDArray[np.int64]:
     while edges[-1] < longest:
         edges.append(2 * edges[-1])
     return np.array(edges, dtype=np.int64)
+
+
+def place_edges(segment_length: int) -> NDArray[np.int64]:
+    """Edges of the bins of places in a window: 0, 4, 16, 64, … and its end; the first tokens stand apart."""
+    edges = [0, 4]
+    while edges[-1] < segment_length:
+        edges.append(4 * edges[-1])
+    return np.array([*edges[:-1], segment_length], dtype=np.int64)
 
 
 def interval_of_ratio(values: NDArray[Any], counts: NDArray[Any]) -> tuple[float, float] | None:
@@ -109,12 +125,15 @@ def _count(classes: NDArray[np.int64], losses: NDArray[np.float64], number: int)
 def _recency(evaluator: Evaluator, text: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each token of a document but the first, the index in `RECENCY`, [tokens]."""
     previous = previous_occurrences(text)[1:]
-    inputs = np.arange(len(text) - 1)
-    segment, stride = evaluator.protocol.segment_length, evaluator.protocol.step
-    # Of the window in which the token is predicted: the first to reach so far.
-    window = np.maximum(0, -(-(inputs + 1 - segment) // stride)) * stride
-    visible = np.maximum(0, window - evaluator.model.short_term_length)
+    visible = np.maximum(0, _windows(evaluator, len(previous)) - evaluator.model.short_term_length)
     return np.where(previous < 0, 2, np.where(previous >= visible, 0, 1))
+
+
+def _windows(evaluator: Evaluator, tokens: int) -> NDArray[np.int64]:
+    """Where the window begins in which each token is predicted, the first to reach so far, [tokens]."""
+    inputs = np.arange(tokens)
+    segment, stride = evaluator.protocol.segment_length, evaluator.protocol.step
+    return np.maximum(0, -(-(inputs + 1 - segment) // stride)) * stride
 
 
 def previous_occurrences(text: NDArray[np.int64]) -> NDArray[np.int64]:

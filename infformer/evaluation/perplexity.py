@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infformer.data.tokenization import TokenizedDocuments
+from infformer.evaluation.baselines import measure_baselines
 from infformer.evaluation.comparison import paired_difference
 from infformer.evaluation.figures import figures_of
 from infformer.evaluation.streaming import (
@@ -31,18 +32,25 @@ from infformer.results import (
 )
 
 
-def measure(evaluator: Evaluator, documents: TokenizedDocuments, controls: bool, checkpoint: str) -> Results:
+def measure(
+    evaluator: Evaluator,
+    documents: TokenizedDocuments,
+    controls: bool,
+    checkpoint: str,
+    choose_baselines_on: TokenizedDocuments | None = None,
+) -> Results:
     """All that `results.json` says of a model: the figures, those of the controls if wished, and the protocol.
 
     Args:
         checkpoint: where the model comes from, for the record.
+        choose_baselines_on: validation documents; with them the baselines are measured too.
     """
     start = time.perf_counter()
     nats = read_documents(evaluator, documents, with_memory(evaluator), "test")
     seconds = time.perf_counter() - start
     figures = figures_of(evaluator, documents, nats)
     found = evaluate_controls(evaluator, documents) if controls else {}
-    return {
+    results: Results = {
         **figures,
         "controls": {
             name: {**control, "difference": paired_difference(figures["per_document"], control["per_document"])}
@@ -56,6 +64,9 @@ def measure(evaluator: Evaluator, documents: TokenizedDocuments, controls: bool,
         },
         "cost": _cost(evaluator, seconds, figures["tokens"]),
     }
+    if choose_baselines_on is not None:
+        results["baselines"] = measure_baselines(evaluator, documents, choose_baselines_on, figures)
+    return results
 
 
 def evaluate(evaluator: Evaluator, documents: TokenizedDocuments, title: str = "reading") -> Figures:

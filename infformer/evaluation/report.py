@@ -11,11 +11,14 @@ from infformer.durable import write_text
 from infformer.evaluation.comparison import tally, verdict, verdict_on_memory
 from infformer.evaluation.streaming import describe_protocol
 from infformer.results import (
+    CONTINUOUS_CACHE,
+    DOCUMENT_UNIGRAM,
     MEMORY_OF_ANOTHER_DOCUMENT,
     MEMORY_OFF,
     MEMORY_SHUFFLED_IN_TIME,
     PARTS,
     RECENCY,
+    BaselineSettings,
     Comparison,
     Difference,
     Figures,
@@ -32,13 +35,15 @@ def write_results(path: Path, results: Mapping[str, object]) -> None:
 
 def format_table(results: Results) -> str:
     """The figures of a run, one situation a line, each beside the protocol that it was measured by."""
-    controls = results["controls"]
+    controls, baselines = results["controls"], results.get("baselines", {})
     situations: dict[str, Figures | None] = {
         "before training": results.get("before"),
         "after training" if results.get("before") else "this model": results,
         "  its memory off": controls.get(MEMORY_OFF),
         "  another document's memory": controls.get(MEMORY_OF_ANOTHER_DOCUMENT),
         "  its memory shuffled in time": controls.get(MEMORY_SHUFFLED_IN_TIME),
+        "  a continuous cache instead": baselines.get(CONTINUOUS_CACHE),
+        "  the document's unigram instead": baselines.get(DOCUMENT_UNIGRAM),
     }
     protocol = describe_protocol(results["protocol"])
     lines = [f"{'perplexity':<30} {'per token':>11} {'(95 %)':>19} {'per word':>11} {'bits/byte':>11}  protocol"]
@@ -50,12 +55,13 @@ def format_table(results: Results) -> str:
                 f"{name:<30} {perplexity['token']:>11.3f} {spread:>19} {perplexity['word']:>11.2f} "
                 f"{figures['bits_per_byte']:>11.4f}  {protocol}"
             )
-    for name, control in controls.items():
+    for name, control in [*controls.items(), *baselines.items()]:
         difference = control["difference"]
         interval = difference["interval"]
         spread = "" if interval is None else f" (95 %: {interval[0]:+.4f} to {interval[1]:+.4f})"
+        chosen = _tell_settings(baselines[name]["settings"]) if name in baselines else ""
         lines.append(
-            f"{name.replace('_', ' ')}: {difference['nats_per_token']:+.4f} nats per token{spread}, "
+            f"{name.replace('_', ' ')}{chosen}: {difference['nats_per_token']:+.4f} nats per token{spread}, "
             f"{tally(difference, 'worse')}"
         )
     judged = verdict_on_memory(results)
@@ -72,6 +78,13 @@ def format_table(results: Results) -> str:
         f"{results['bytes']:,} bytes; {results['protocol']['reset']}; intervals over documents"
     )
     return "\n".join(lines)
+
+
+def _tell_settings(settings: BaselineSettings) -> str:
+    share = f"a share of {settings['weight']:g}"
+    if settings["size"] is None:
+        return f" ({share})"
+    return f" (of {settings['size']:,} tokens, sharpness {settings['sharpness']:g}, {share})"
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -91,6 +91,9 @@ class MemoryModelOutput(ModelOutput):
     """Scalars by name, already weighted."""
     intermediates: tuple[LayerRead, ...] | None = None
     """What happened in each layer that has a memory, in their order. With `return_intermediates` only."""
+    hidden: Tensor | None = None
+    """The last hidden states, of which the scores are made, [batch, length, hidden]. With `return_intermediates`
+    only."""
     segment_cache: SegmentCache | None = None
     """What is kept of the segment so far, to go on within it: with `use_cache=True`, until the segment is complete."""
 
@@ -166,6 +169,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             state=after,
             auxiliary_losses=auxiliary,
             intermediates=read.layers if return_intermediates else None,
+            hidden=read.hidden if return_intermediates else None,
         )
         if use_cache and context.complete is None:
             output.segment_cache = _next_cache(read, segment_cache, cached + input_ids.shape[1], kept)

@@ -68,6 +68,12 @@ class LanguageModelling(Evaluation[Results]):
         self._test = material.documents.get("test")
         self._before = material.before
         self._controls = material.controls
+        self._baselines = material.baselines
+        if self._baselines and self._validation is None:
+            raise EvaluationError(
+                "baselines=true with data.validation=null: how they are mixed in is chosen on validation documents; "
+                "name some by data.validation=, or leave the baselines out"
+            )
         self._inspected_segments = material.inspected_segments
 
     def measure_before(self) -> Figures | None:
@@ -88,7 +94,10 @@ class LanguageModelling(Evaluation[Results]):
         )
 
     def measure(self, checkpoint: str) -> Results | None:
-        return None if self._test is None else measure(self._evaluator, self._test, self._controls, checkpoint)
+        if self._test is None:
+            return None
+        chosen_on = self._validation if self._baselines else None
+        return measure(self._evaluator, self._test, self._controls, checkpoint, chosen_on)
 
     def report(self, results: Results, folder: Path) -> list[Path]:
         write_results(folder / "results.json", results)

@@ -55,6 +55,7 @@ class Material:
     before: bool = True
     """Measure before training too; this and what follows are as in `evaluation.*`."""
     controls: bool = True
+    baselines: bool = False
     inspected_segments: int = 0
     max_validation_tokens: int | None = None
     examples: Mapping[str, Examples] = field(default_factory=dict)

@@ -151,6 +151,7 @@ def build_material(
         seed=config.seed,
         before=evaluation.before,
         controls=evaluation.controls,
+        baselines=evaluation.baselines,
         inspected_segments=evaluation.inspected_segments,
         max_validation_tokens=evaluation.max_validation_tokens,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from infformer.evaluation.figures import figures_of, interval_of_ratio, previous_occurrences
+from infformer.evaluation.figures import figures_of, interval_of_ratio, place_edges, previous_occurrences
 from infformer.evaluation.perplexity import evaluate
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
@@ -104,6 +104,30 @@ def test_figures_by_recency_are_sums_over_what_occurred_last_there(
     for index, entry in enumerate(figures["by_recency"]):
         total = np.sum([one["by_recency"][index] for one in figures["per_document"]], axis=0)
         assert total.tolist() == pytest.approx([entry["tokens"], entry["nll"]])
+
+
+@pytest.mark.parametrize("stride", [16, 4, 1])
+def test_figures_by_place_are_sums_over_places_in_the_window(model, documents, evaluator, nats, stride):
+    figures = figures_of(evaluator(model, stride=stride), documents, nats)
+    expected = [[0, 0.0], [0, 0.0]]
+    for _, position, loss in places(documents, nats):
+        begin = 0
+        while position >= begin + SEGMENT:
+            begin += stride
+        expected[position - begin >= 4][0] += 1
+        expected[position - begin >= 4][1] += loss
+    assert [(entry["from"], entry["to"]) for entry in figures["by_place"]] == [(0, 4), (4, SEGMENT)]
+    for index, (tokens, loss) in enumerate(expected):
+        assert tokens > 0
+        total = np.sum([one["by_place"][index] for one in figures["per_document"]], axis=0)
+        found = figures["by_place"][index]
+        assert total.tolist() == pytest.approx([tokens, loss])
+        assert [found["tokens"], found["nll"]] == pytest.approx([tokens, loss])
+
+
+@pytest.mark.parametrize(("length", "edges"), [(3, [0, 3]), (8, [0, 4, 8]), (64, [0, 4, 16, 64])])
+def test_the_first_places_of_a_window_stand_apart(length, edges):
+    assert place_edges(length).tolist() == edges
 
 
 def test_previous_occurrences_are_the_last_before():

@@ -26,7 +26,7 @@ from infformer.training.resuming import RunError
 ROOT = Path(__file__).parents[2]
 FIGURES = {
     "tokens", "words", "bytes", "documents", "nll", "perplexity", "perplexity_interval", "bits_per_byte", "by_position",
-    "by_recency", "per_document",
+    "by_place", "by_recency", "per_document",
 }  # fmt: skip
 
 

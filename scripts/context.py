@@ -1,0 +1,140 @@
+"""What more text before each segment is worth to a model as it is: the ceiling of what a memory could give it.
+
+python scripts/context.py --model FOLDER books/*.txt
+python scripts/context.py --model FOLDER books/*.txt --characters 8000 --before 0 128 512 1024 1536
+
+Every segment is read with so many of the tokens before it, each time anew: exact context, at its full cost. Prints
+tables by the place in the segment and by how far back a token occurred last; writes context.json and context.md.
+"""
+
+from __future__ import annotations
+
+from infformer import command
+
+if __name__ == "__main__":
+    command.begin()  # what follows is imported for seconds
+
+import argparse
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infformer.durable import write_text
+from infformer.evaluation.figures import interval_of_ratio, place_edges, previous_occurrences
+from infformer.evaluation.report import write_results
+from infformer.models.loading import load_tokenizer, load_trained
+from infformer.models.streaming import reading
+from infformer.progress import follow
+
+DISTANCES = (1, 64, 512, 1024, 1536, 2048)
+"""Edges of how many tokens before a token it occurred last."""
+
+
+def main() -> None:
+    """Read the texts with each context, count, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT")
+    parser.add_argument("--model", required=True, metavar="FOLDER")
+    parser.add_argument("--characters", type=int, metavar="N", help="of the beginning of each text; default: all")
+    parser.add_argument("--segment", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--before", nargs="+", type=int, default=(0, 128, 512, 1024, 1536), metavar="TOKENS")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/context"))
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_trained(arguments.model), load_tokenizer(arguments.model, "--model")
+    texts = [path.read_text(encoding="utf-8")[: arguments.characters] for path in arguments.texts]
+    documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    nats = {
+        before: [losses(model, document, arguments.segment, before) for document in documents]
+        for before in follow(arguments.before, "reading", "contexts", len(arguments.before))
+    }
+    rows = describe([document.numpy() for document in documents], nats, arguments.segment)
+    write_results(arguments.folder / "context.json", {"segment": arguments.segment, "rows": rows})
+    table = format_tables(rows)
+    write_text(arguments.folder / "context.md", table)
+    print(table)
+
+
+def losses(model: Any, document: torch.Tensor, segment: int, before: int) -> NDArray[np.float64]:
+    """The nats of every token of a document but the first, each segment read with so many tokens before it."""
+    found = []
+    with reading(model):
+        for start in range(0, len(document) - 1, segment):
+            first, stop = max(0, start - before), min(start + segment, len(document) - 1)
+            inputs, targets = document[None, first:stop], document[None, first + 1 : stop + 1]
+            output = model(inputs, targets=targets, return_logits=False)
+            found.append(output.token_losses[0, start - first :].double().numpy())
+    return np.concatenate(found)
+
+
+def describe(
+    documents: list[NDArray[np.int64]], nats: dict[int, list[NDArray[np.float64]]], segment: int
+) -> list[dict[str, Any]]:
+    """For each context the nats of all tokens and of each class, and their differences from the first context's."""
+    places, edges = place_edges(segment), [*DISTANCES, math.inf]
+    classes: list[list[NDArray[np.bool_]]] = []  # of each class its tokens in each document
+    names = ["all"]
+    classes.append([np.ones(len(document) - 1, dtype=bool) for document in documents])
+    for low, high in pairwise(places):
+        names.append(f"places {low} to {high}")
+        within = [np.arange(len(document) - 1) % segment for document in documents]
+        classes.append([(low <= place) & (place < high) for place in within])
+    back = []
+    for document in documents:
+        previous = previous_occurrences(document)[1:]
+        back.append(np.where(previous < 0, 0, np.arange(1, len(document)) - previous))
+    for low, high in pairwise(edges):
+        names.append(f"last {low} to {high:g} tokens back" if high < math.inf else f"last {low} or more tokens back")
+        classes.append([(low <= distance) & (distance < high) for distance in back])
+    names.append("nowhere before")
+    classes.append([distance == 0 for distance in back])
+    first = next(iter(nats.values()))
+    rows = []
+    for before, found in nats.items():
+        cells = []
+        for name, chosen in zip(names, classes, strict=True):
+            counts = np.array([which.sum() for which in chosen])
+            sums = np.array([each[which].sum() for each, which in zip(found, chosen, strict=True)])
+            base = np.array([each[which].sum() for each, which in zip(first, chosen, strict=True)])
+            total = int(counts.sum())
+            interval = interval_of_ratio(sums - base, counts)
+            cells.append(
+                {
+                    "name": name,
+                    "tokens": total,
+                    "nats_per_token": float(sums.sum() / total) if total else None,
+                    "difference": float((sums - base).sum() / total) if total else None,
+                    "interval": None if interval is None else list(interval),
+                }
+            )
+        rows.append({"before": before, "classes": cells})
+    return rows
+
+
+def format_tables(rows: list[dict[str, Any]]) -> str:
+    """One line for each class of tokens, a column for each context."""
+    names = [f"{row['before']:,} before" for row in rows]
+    lines = [f"| tokens | how many | {' | '.join(names)} |", f"|{'---|' * (len(names) + 2)}"]
+    for index, cell in enumerate(rows[0]["classes"]):
+        if not cell["tokens"]:
+            continue
+        told = [f"{cell['nats_per_token']:.3f}"]
+        for row in rows[1:]:
+            other = row["classes"][index]
+            interval = other["interval"]
+            spread = "" if interval is None else f" ({interval[0]:+.3f} to {interval[1]:+.3f})"
+            told.append(f"{other['difference']:+.3f}{spread}")
+        lines.append(f"| {cell['name']} | {cell['tokens']:,} | {' | '.join(told)} |")
+    perplexities = [f"{math.exp(row['classes'][0]['nats_per_token']):.3f}" for row in rows]
+    lines.insert(2, f"| *perplexity* | {rows[0]['classes'][0]['tokens']:,} | {' | '.join(perplexities)} |")
+    lines += ["", "Nats per token with the first context, then differences from it, with 95 % over documents."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    command.run(main)
