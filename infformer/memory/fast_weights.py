@@ -50,6 +50,8 @@ class FastWeightMemoryConfig(MemoryConfig):
     within_segment: bool = False
     """A token also reads what the tokens before it, and itself, have written of its own segment. It then stands beside
     attention as linear attention, also where there is no past."""
+    heads: int | None = None
+    """How many matrices share the model's width. Null: as many as attention has heads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +66,8 @@ class FastWeightMemoryConfig(MemoryConfig):
         for name, least in (("dpfp_order", 1), ("key_convolution", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least {least}")
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"model.memory.heads={self.heads}: give a number of at least 1, or null")
         if self.within_segment and self.strength == "loss":
             raise ValueError(
                 "model.memory.strength=loss with model.memory.within_segment=true: within a segment losses are not "
@@ -87,9 +91,11 @@ class FastWeightMemoryConfig(MemoryConfig):
         return super().with_short_term_length(0 if self.within_segment else default)
 
     def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        option = "architecture.num_attention_heads" if self.heads is None else "memory.heads"
+        heads = self.heads or heads
         if hidden_size % heads:
             raise UserError(
-                f"model.architecture.num_attention_heads={heads}: the heads of fast weights divide "
+                f"model.{option}={heads}: the heads of fast weights divide "
                 f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
             )
         return [FastWeightMemory(self, hidden_size, heads) for _ in range(layers)]

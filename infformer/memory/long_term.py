@@ -107,6 +107,8 @@ class LongTermMemoryConfig(MemoryConfig):
     """Weight of the divergence of the densities' variance from `prior_standard_deviation`²."""
     prior_standard_deviation: float = 0.05
     """σ₀ of that divergence."""
+    heads: int | None = None
+    """By how many heads hidden states are read, which divide the model's width. Null: as many as attention has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +143,11 @@ class LongTermMemoryConfig(MemoryConfig):
                 f"model.memory.combination=joint: one softmax is over scores of keys, which stores={self.stores} with "
                 f"read={self.read} does not have; take model.memory.stores=keys_values with read=slots or gibbs, or "
                 "combination=gates"
+            )
+        if self.heads is not None and (self.heads < 1 or self.stores == "keys_values"):
+            raise ValueError(
+                f"model.memory.heads={self.heads}: give a number of at least 1, or null; keys and values "
+                "(model.memory.stores=keys_values) are read by the heads of attention, so there it is null"
             )
         if self.stores == "keys_values" and self.input_gate:
             raise ValueError(
@@ -244,9 +251,11 @@ class LongTermMemoryConfig(MemoryConfig):
         return states + operators + rows_at_once * segment_length * (self.sticky_bins if self.sticky else 0)
 
     def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
+        option = "architecture.num_attention_heads" if self.heads is None else "memory.heads"
+        heads = self.heads or heads
         if hidden_size % heads:
             raise UserError(
-                f"model.architecture.num_attention_heads={heads}: the heads of a long-term memory divide "
+                f"model.{option}={heads}: the heads of a long-term memory divide "
                 f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
             )
         signal = self.build_signal(segment_length)

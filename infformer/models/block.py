@@ -22,18 +22,20 @@ class BlockSizes:
     hidden_size: int
     heads: int
     head_size: int
+    key_size: int
     feed_forward_size: int
     activation: str
     positions: str
     normalization: str
     normalization_placement: str
+    norm_epsilon: float
     dropout: float
     attention_dropout: float
 
     def new_norm(self) -> nn.Module:
         """A norm of the residual stream."""
         kind = nn.LayerNorm if self.normalization == "layer" else nn.RMSNorm
-        return kind(self.hidden_size, eps=1e-5)
+        return kind(self.hidden_size, eps=self.norm_epsilon)
 
 
 class Residual(nn.Module):
@@ -91,17 +93,17 @@ class Attention(nn.Module):
         self.heads = heads = sizes.heads
         self.rotary = sizes.positions == "rotary"
         self.dropout = sizes.attention_dropout
-        hidden_size, head_size = sizes.hidden_size, sizes.head_size
-        width = heads * head_size
-        self.query = nn.Linear(hidden_size, width, bias=False)
+        hidden_size = sizes.hidden_size
+        keys, values = heads * sizes.key_size, heads * sizes.head_size
+        self.query = nn.Linear(hidden_size, keys, bias=False)
         has_keys = mechanism is None or mechanism.has_keys
-        self.key = nn.Linear(hidden_size, width, bias=False) if has_keys else None
-        self.value = nn.Linear(hidden_size, width, bias=False)
-        self.output = nn.Linear(width, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, keys, bias=False) if has_keys else None
+        self.value = nn.Linear(hidden_size, values, bias=False)
+        self.output = nn.Linear(values, hidden_size, bias=False)
         if not self.rotary:
-            self.distance = nn.Linear(hidden_size, width, bias=False)
-            self.content_bias = nn.Parameter(torch.zeros(heads, 1, head_size))
-            self.distance_bias = nn.Parameter(torch.zeros(heads, 1, head_size))
+            self.distance = nn.Linear(hidden_size, keys, bias=False)
+            self.content_bias = nn.Parameter(torch.zeros(heads, 1, sizes.key_size))
+            self.distance_bias = nn.Parameter(torch.zeros(heads, 1, sizes.key_size))
 
     def forward(self, hidden: Tensor, context: Tensor, allowed: Tensor, encoding: Tensor) -> Tensor:
         """Attend.

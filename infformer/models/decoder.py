@@ -49,11 +49,13 @@ class DecoderConfig(PreTrainedConfig):
         num_hidden_layers: layers.
         num_attention_heads: heads of each attention, also of the long-term memory, where they must divide the width.
         head_size: width of a head; by default the heads divide the hidden size.
+        key_size: width of its queries and keys, if another than that of its values.
         feed_forward_size: width inside the feed-forward part.
         activation: of the feed-forward part, by its name in transformers.
         positions: `relative`, Transformer-XL's scheme; `rotary`, with which the scores need no bias.
         normalization: `layer` or `rms`.
         normalization_placement: `post`, after the residual sum, as in Transformer-XL; `pre`, before each part.
+        norm_epsilon: what norms add to the variance.
         attention: a mechanism by its name, or its name as `kind` with its own options: see `models.mechanisms`. Another
             than `softmax` takes rotary positions, and no memory that attention itself looks at.
         dropout: of embeddings, of what each part adds to the residual stream, and inside the feed-forward part.
@@ -74,11 +76,13 @@ class DecoderConfig(PreTrainedConfig):
         num_hidden_layers: int = 6,
         num_attention_heads: int = 8,
         head_size: int | None = None,
+        key_size: int | None = None,
         feed_forward_size: int = 2048,
         activation: str = "relu",
         positions: str = "relative",
         normalization: str = "layer",
         normalization_placement: str = "post",
+        norm_epsilon: float = 1e-5,
         attention: str | Mapping[str, Any] = "softmax",
         dropout: float = 0.1,
         attention_dropout: float = 0.0,
@@ -98,6 +102,7 @@ class DecoderConfig(PreTrainedConfig):
         self.positions = positions
         self.normalization = normalization
         self.normalization_placement = normalization_placement
+        self.norm_epsilon = norm_epsilon
         self.attention = attention if isinstance(attention, str) else dict(attention)
         self.dropout = dropout
         self.attention_dropout = attention_dropout
@@ -120,10 +125,13 @@ class DecoderConfig(PreTrainedConfig):
             _check_size(name, getattr(self, name))
         self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
         _check_size("head_size", self.head_size)
+        self.key_size = self.head_size if key_size is None else key_size
+        _check_size("key_size", self.key_size)
         for name in ("dropout", "attention_dropout"):
             _check_number(name, getattr(self, name), "0 or more and less than 1", lambda value: 0 <= value < 1)
         if initializer_range is not None:
             _check_number("initializer_range", initializer_range, "more than 0, or null", lambda value: value > 0)
+        _check_number("norm_epsilon", norm_epsilon, "0 or more", lambda value: value >= 0)
         _check_number("adaptive_divisor", adaptive_divisor, "at least 1", lambda value: value >= 1)
         for cutoff in self.adaptive_cutoffs:
             _check_size("adaptive_cutoffs", cutoff)
@@ -132,12 +140,16 @@ class DecoderConfig(PreTrainedConfig):
                 raise ModelError(f"model.architecture.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         if activation not in ACT2FN:
             raise ModelError(f"model.architecture.activation={activation}: transformers knows no such activation")
-        if positions == "rotary" and self.head_size % 2:
-            raise ModelError(
-                f"model.architecture.head_size={self.head_size}: rotary positions turn pairs; make it even"
-            )
+        if positions == "rotary" and self.key_size % 2:
+            option = "head_size" if key_size is None else "key_size"
+            raise ModelError(f"model.architecture.{option}={self.key_size}: rotary positions turn pairs; make it even")
         if attention != "softmax":
             self._check_mechanism()
+        if self.key_size != self.head_size and (kept := self.memory_config) is not None and kept.keeps_key_values:
+            raise ModelError(
+                f"model.architecture.key_size={self.key_size}: model.memory.stores=keys_values keeps keys and values "
+                f"of one width, and that of values is {self.head_size}; make them equal"
+            )
         kwargs.setdefault("tie_word_embeddings", False)  # the vocabulary is one module and ties its own
         super().__init__(**kwargs)
 
@@ -284,7 +296,7 @@ class DecoderForCausalLM(MemoryModel):
         visible = (0 if real is None else real.shape[1]) + cached + length
         allowed = causal_mask(real, length, visible, self.device)
         rotary = self.config.positions == "rotary"
-        width = self.config.head_size if rotary else self.config.hidden_size
+        width = self.config.key_size if rotary else self.config.hidden_size
         encoding = encode_positions(visible, width, self.config.positions, self.device)
         encoding = encoding if rotary else self.dropout(encoding)
 
@@ -367,7 +379,7 @@ def _mechanism(config: DecoderConfig, layer: int) -> Mechanism | None:
     """That of a layer's attention; None for softmax."""
     if config.attention == "softmax":
         return None
-    sizes = config.hidden_size, config.num_attention_heads, config.head_size, config.segment_length
+    sizes = config.hidden_size, config.num_attention_heads, config.key_size, config.segment_length
     return build_mechanism(config.attention, AttentionShape(*sizes, causal=True, layer=layer))
 
 

@@ -174,11 +174,13 @@ class TextClassifier(MemoryModel):
             hidden_size=config.hidden_size,
             heads=config.num_attention_heads,
             head_size=config.head_size,
+            key_size=config.head_size,
             feed_forward_size=config.feed_forward_size,
             activation=config.activation,
             positions=config.positions,
             normalization=config.normalization,
             normalization_placement=config.normalization_placement,
+            norm_epsilon=1e-5,
             dropout=config.dropout,
             attention_dropout=0.0,
         )
