@@ -177,8 +177,8 @@ class ModelConfig:
         check_layers(self.memory_layers)
         if self.is_classifier and (self.memory is not None or self.tokenizer is not None):
             raise ValueError(
-                "model/memory= and model.tokenizer= of a classifier: it takes a text at once, as bytes; set both to "
-                "null, or choose a model that remembers, such as model=decoder"
+                "a classifier takes a text at once, as bytes, and has neither memory nor tokenizer: set "
+                "model/memory=none and model.tokenizer=null, or choose a model that remembers, such as model=decoder"
             )
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
@@ -482,6 +482,11 @@ class RunConfig:
             raise ValueError("resume=: set it to auto, to a checkpoint, or to null")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: must be a whole number from 0 to 4294967295")
+        if self.model.is_classifier and not self.task.has_examples:
+            raise ValueError(
+                "model=classifier tells classes apart and predicts no token: choose task=classification, or one of the "
+                "tasks lra_…, or another model"
+            )
         if self.has_tokenizer and self.model.pretrained is None and self.model.tokenizer is None:
             raise ValueError(
                 "model.tokenizer=null: a model from scratch needs a tokenizer, a folder, a hub name, or words; the "
@@ -490,11 +495,6 @@ class RunConfig:
         if self.model.memory is not None:
             self.model.memory.check_segment_length(self.training.segment_length)
             self.model.memory.check_training(self.training.bptt_segments)
-        if self.model.is_classifier and not self.task.has_examples:
-            raise ValueError(
-                "model=classifier tells classes apart and predicts no token: choose task=classification, or one of the "
-                "tasks lra_…, or another model"
-            )
         if self.training.freeze_backbone and (self.model.memory is None or self.model.is_decoder):
             raise ValueError(
                 "training.freeze_backbone=true trains a memory beside a pretrained model, and this run has none: set "

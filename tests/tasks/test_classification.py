@@ -1,0 +1,296 @@
+"""A model is asked for the class of an example at its end, whether it reads it at once or piece by piece."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from infformer.commands import eval as evaluation
+from infformer.config import CONF, EvaluationRunConfig, RunConfig
+from infformer.data.examples import Example, Examples, keep_examples
+from infformer.data.segments import IGNORE_INDEX
+from infformer.errors import DataError, UserError
+from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
+from infformer.memory.options import MemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.encoder import ClassifierConfig, TextClassifier
+from infformer.tasks.classification import (
+    ClassificationConfig,
+    ExampleStream,
+    baselines,
+    format_classification,
+    measure,
+    share_interval,
+)
+from infformer.tasks.task import Material
+from infformer.training.command_line import compose
+from infformer.training.metrics import read_metrics
+
+SMALL = [
+    "model.architecture.hidden_size=16",
+    "model.architecture.feed_forward_size=16",
+    "training.batch_size=4",
+    "training.max_steps=8",
+    "training.evaluate_every=3",
+    "training.checkpoint_every=2",
+    "training.log_every=1",
+    "schedule.warmup_steps=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFFORMER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Examples:
+    """Texts of 3 to 20 tokens, of one of three classes, which is the first token less one."""
+    random = np.random.default_rng(0)
+    drawn = [random.integers(1, 4, size=random.integers(3, 21)) for _ in range(13)]
+    made = (Example("here", (tokens,), str(tokens[0] - 1)) for tokens in drawn)
+    return keep_examples(tmp_path / f"test-{'0' * 32}", made, 5, ["0", "1", "2"], "here")
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> dict[str, str]:
+    """A table for each split, of texts whose class is a word in them."""
+    random = np.random.default_rng(0)
+    paths = {}
+    for split, count in {"train": 40, "validation": 10, "test": 20}.items():
+        paths[split] = str(tmp_path / f"{split}.csv")
+        with open(paths[split], "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for number in range(count):
+                word = ("good", "bad")[number % 2]
+                rest = " ".join(random.choice(["film", "plot", "actor"], size=random.integers(1, 9)))
+                writer.writerow([f"{word} {rest}", word])
+    return paths
+
+
+def typed(reviews: dict[str, str], folder: Path, *options: str) -> RunConfig:
+    """What `task=classification data.train=mine.csv …` means."""
+    places = [f"data.{split}={path}" for split, path in reviews.items()]
+    return compose("train", RunConfig, CONF, ["task=classification", *places, f"output_dir={folder}", *options])
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
+
+
+def test_a_table_of_ones_own_is_learned(reviews, train, tmp_path):
+    """The classifier finds the word; what is known without reading is half."""
+    options = ("model=classifier", "task.length=64", "training.max_steps=60", "optimizer.learning_rate=1e-2")
+    results = train(typed(reviews, tmp_path / "run", *SMALL[:3], *SMALL[4:5], "schedule.warmup_steps=2", *options))
+    assert (results["examples"], results["classes"], results["baselines"]) == (20, 2, {"majority": 0.5})
+    assert results["accuracy"] > 0.9
+    low, high = results["accuracy_interval"]
+    assert low < results["accuracy"] <= high
+    assert "this model" in format_classification(results)
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert written["accuracy"] == results["accuracy"]
+    validated = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation/accuracy" in line]
+    assert len(validated) == 20
+
+
+def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_path):
+    results = train(typed(reviews, tmp_path / "run", "model=classifier", "task.length=64", *SMALL))
+    options = ["task=classification", "task.length=64", f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best'}"]
+    places = [f"data.{split}={reviews[split]}" for split in ("train", "test")]
+    config = compose("eval", EvaluationRunConfig, CONF, [*options, *places, f"output_dir={tmp_path / 'measured'}"])
+    evaluation.run(config)
+    measured = json.loads((tmp_path / "measured" / "results.json").read_text())
+    assert measured["accuracy"] == results["accuracy"]
+    assert measured["nll"] == pytest.approx(results["nll"], abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["classifier", "tiny"])
+def test_learning_resumed_equals_learning_never_stopped(reviews, train, tmp_path, model):
+    """Tiny has a memory, and its tokenizer cuts the texts up, which are longer than a segment of 4 tokens."""
+    own = SMALL[2:] if model == "tiny" else SMALL
+    segment = ["training.segment_length=4"] if model == "tiny" else ["task.length=64"]
+    options = [f"model={model}", *segment, *own, "schedule=constant", "evaluation.controls=false"]
+    train(typed(reviews, tmp_path / "whole", *options))
+    train(typed(reviews, tmp_path / "cut", *options, "training.max_steps=5"))
+    train(typed(reviews, tmp_path / "cut", *options, "resume=auto"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 8
+
+
+def test_a_run_goes_on_with_the_same_examples_alone(reviews, train, tmp_path):
+    options = ["model=classifier", "task.length=64", *SMALL]
+    train(typed(reviews, tmp_path / "run", *options, "training.max_steps=5"))
+    with open(reviews["train"], "a") as file:
+        file.write("good heavens,good\n")
+    with pytest.raises(UserError, match="data"):
+        train(typed(reviews, tmp_path / "run", *options, "resume=auto"))
+
+
+def stream_of(examples: Examples, lanes: int = 4, segment_length: int = 8, rows: range | None = None) -> ExampleStream:
+    material = Material(None, lanes=lanes, rank_rows=rows or range(lanes), segment_length=segment_length, seed=3)
+    return ExampleStream(examples, material)
+
+
+def test_every_epoch_reads_every_example_once_with_its_class_at_its_end(examples):
+    stream, read = stream_of(examples), []
+    for _ in range(13):  # of four examples each: four epochs
+        segments = stream.next_step()
+        tokens, targets = (torch.cat([getattr(s, name) for s in segments], 1) for name in ("input_ids", "targets"))
+        lengths = torch.stack([segment.lengths for segment in segments]).sum(0)
+        assert sum(segment.global_tokens for segment in segments) == 4
+        assert segments[0].reset.all()
+        for row, number in enumerate(segments[0].documents.tolist()):
+            text = examples.text(number)
+            assert tokens[row, : lengths[row]].tolist() == text.tolist()
+            assert not tokens[row, lengths[row] :].any()
+            scored = (targets[row] != IGNORE_INDEX).nonzero().flatten().tolist()
+            assert scored == [len(text) - 1]
+            assert targets[row, scored[0]] == text[0] - 1 == examples.labels[number]
+            read.append(number)
+    epochs = [read[first : first + 13] for first in range(0, 52, 13)]
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_what_a_lane_reads_does_not_depend_on_the_number_of_processes(examples):
+    whole, parts = stream_of(examples), [stream_of(examples, rows=range(first, first + 2)) for first in (0, 2)]
+    for _ in range(5):
+        alone = whole.next_step()
+        together = [part.next_step() for part in parts]
+        assert {len(alone)} == {len(steps) for steps in together}
+        for number, segment in enumerate(alone):
+            for name in ("input_ids", "targets", "lengths", "documents"):
+                joined = torch.cat([getattr(steps[number], name) for steps in together])
+                assert torch.equal(getattr(segment, name), joined)
+            assert {steps[number].global_tokens for steps in together} == {segment.global_tokens}
+
+
+def test_batches_can_have_one_shape(examples):
+    material = Material(None, lanes=2, rank_rows=range(2), segment_length=32)
+    (segment,) = ExampleStream(examples, material, least=32).next_step()
+    assert segment.input_ids.shape == (2, 32)
+
+
+@pytest.fixture(params=["classifier", "decoder"])
+def model(request) -> Any:
+    torch.manual_seed(0)
+    if request.param == "classifier":
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "feed_forward_size": 8, "longest": 32}
+        return TextClassifier(ClassifierConfig(vocab_size=5, classes=3, initializer_range=1.0, **sizes))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 8}
+    memory = MemoryConfig(short_term_length=8)
+    return DecoderForCausalLM(DecoderConfig(vocab_size=5, memory=memory, segment_length=8, **sizes))
+
+
+def read(model: Any, examples: Examples, batch_size: int = 3, processes: Processes | None = None) -> Any:
+    length = model.choose_segment_length(None)
+    silent = Processes(progress=False)
+    return measure(Evaluator(model=model, protocol=ReadingProtocol(length), batch_size=batch_size,
+                             processes=processes or silent), examples, "test")  # fmt: skip
+
+
+def test_figures_are_those_of_each_example_read_alone(model, examples):
+    right, nats = [], []
+    for number in range(len(examples)):
+        state, label = None, int(examples.labels[number])
+        for segment in torch.from_numpy(examples.text(number)).split(model.choose_segment_length(None)):
+            with torch.no_grad():
+                output = model.eval()(segment.unsqueeze(0), state=state)
+            state = output.state
+        scores = output.logits[0, -1]
+        right.append(int(scores[:3].argmax()) == label)
+        nats.append(float(-scores.log_softmax(-1)[label]))
+    found = read(model, examples)
+    assert found["accuracy"] == np.mean(right)
+    assert found["nll"] == pytest.approx(np.mean(nats), abs=1e-5)
+
+
+def test_figures_do_not_depend_on_batches_and_processes(model, examples):
+    alone = read(model, examples)
+    assert read(model, examples, batch_size=100)["nll"] == pytest.approx(alone["nll"], abs=1e-6)
+    sums: list[torch.Tensor] = []
+
+    def keep(own: torch.Tensor) -> torch.Tensor:
+        sums.append(own)
+        return own
+
+    for rank in range(3):
+        read(model, examples, 4, Processes(rank, 3, reduce=keep, progress=False))
+    nats = sum(sums)[1]
+    assert float(nats.double().mean()) == pytest.approx(alone["nll"], abs=1e-6)
+    assert float(sum(sums)[0].mean()) == pytest.approx(alone["accuracy"])
+
+
+def test_an_example_that_a_model_cannot_see_is_refused(examples):
+    model = TextClassifier(ClassifierConfig(vocab_size=5, classes=3, longest=16))
+    evaluator = Evaluator(model=model, protocol=ReadingProtocol(16))
+    with pytest.raises(DataError, match=r"training\.segment_length=16: an example of data\.test has 19 tokens"):
+        ClassificationConfig().build_evaluation(Material(evaluator, examples={"test": examples}))
+
+
+def test_more_classes_than_a_model_knows_are_refused(examples):
+    model = TextClassifier(ClassifierConfig(vocab_size=5, classes=2, longest=32))
+    evaluator = Evaluator(model=model, protocol=ReadingProtocol(32))
+    with pytest.raises(DataError, match=r"data\.train has 3 classes, and the model knows 2"):
+        ClassificationConfig().build_evaluation(Material(evaluator, examples={"train": examples}))
+
+
+def test_baselines_are_learned_and_then_measured(examples):
+    train = replace(examples, labels=np.full(13, 2))
+    assert baselines(train, examples, "text") == {"majority": float((examples.labels == 2).mean())}
+    assert baselines(examples, examples, "listops")["root_operator"] == 1.0  # the class is the first token
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"), [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (99, 100, 0.9455, 0.9982)]
+)
+def test_intervals_are_those_of_wilson(count, total, low, high):
+    assert share_interval(count, total) == pytest.approx([low, high], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["task=classification", "task.kind=words"], "task.kind=words: choose one of text"),
+        (["task=classification", "task.length=0"], "task.length=0: must be at least 1"),
+        (["task=lra_retrieval", "task.length=7"], "task.length=7: the texts of a pair have half each"),
+        (["task=classification", "task.label_field="], "task.label_field=: name the field"),
+        (["model=classifier"], "model=classifier tells classes apart and predicts no token"),
+        (["model=classifier", "task=classification", "model/memory=sticky"], "a classifier takes a text at once"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, said):
+    with pytest.raises(UserError) as caught:
+        compose("train", RunConfig, CONF, options)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("chosen", ["lra_small", "lra_release", "lra_paper"])
+def test_every_set_can_be_chosen_for_every_task(chosen):
+    for task, (length, layers) in {
+        "lra_listops": (2000, {"lra_small": 2, "lra_release": 4, "lra_paper": 6}),
+        "lra_text": (4000, {"lra_small": 2, "lra_release": 4, "lra_paper": 6}),
+        "lra_retrieval": (8000, {"lra_small": 2, "lra_release": 4, "lra_paper": 4}),
+        "lra_image": (1024, {"lra_small": 2, "lra_release": 1, "lra_paper": 3}),
+        "lra_pathfinder": (1024, {"lra_small": 2, "lra_release": 4, "lra_paper": 4}),
+        "lra_path_x": (16384, {"lra_small": 2, "lra_release": 1, "lra_paper": 4}),
+    }.items():
+        config = compose("train", RunConfig, CONF, [f"experiment={task}", f"model={chosen}"])
+        assert (config.training.segment_length, config.task.length) == (length, length)
+        assert config.model.architecture["num_hidden_layers"] == layers[chosen]
+        assert config.name == task
+
+
+def test_lists_are_learned_from_the_command_line(train, tmp_path):
+    options = ["task.length=60", "task.training_examples=50", "task.validation_examples=20", "task.test_examples=30"]
+    options += ["model.architecture.attention=linear", f"output_dir={tmp_path / 'run'}", "schedule.warmup_steps=2"]
+    config = compose("train", RunConfig, CONF, ["experiment=lra_listops", *options, *SMALL])
+    results = train(config)
+    assert results["examples"] == 30
+    assert set(results["baselines"]) == {"majority", "root_operator"}
