@@ -66,6 +66,29 @@ def load_pretrained(
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length, lora)
 
 
+def load_decoder(name: str, segment_length: int, **unwanted: Any) -> DecoderForCausalLM:
+    """A decoder with its own memories, to be trained on by a run of its own.
+
+    Args:
+        name: a folder of its model, of a run or of a checkpoint.
+        segment_length: that its memories have to have.
+        unwanted: options of `model` that stand beside a model of others.
+
+    Raises:
+        ModelError: no decoder there, or one of other segments; or there is such an option.
+    """
+    for option, value in unwanted.items():
+        if value is not None:
+            raise ModelError(
+                f"model.{option}={value}: model.pretrained={name} is a decoder from scratch, which brings its own "
+                "memories and takes nothing beside them; leave it out, with model/memory=none"
+            )
+    folder = model_folder(name)
+    model = load_weights(DecoderForCausalLM, load_config(folder, "model.pretrained"), folder, "model.pretrained")
+    model.check_segment_length(segment_length)
+    return model
+
+
 def load_trained(
     name: str, segment_length: int | None = None, short_term_length: int | None = None
 ) -> InfformerForCausalLM | DecoderForCausalLM | TextClassifier:

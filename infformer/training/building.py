@@ -21,9 +21,12 @@ from infformer.data.tokenization import (
 from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.models.base import MemoryModel
+from infformer.models.decoder import DecoderConfig
 from infformer.models.encoder import ClassifierConfig, TextClassifier
+from infformer.models.folders import load_config
 from infformer.models.loading import (
     check_vocabulary,
+    load_decoder,
     load_pretrained,
     load_tokenizer,
     new_decoder,
@@ -52,7 +55,12 @@ def build_model(
     """
     chosen, segment_length = config.model, config.training.segment_length
     model: MemoryModel
-    if chosen.pretrained is not None:
+    if chosen.pretrained is not None and isinstance(load_config(chosen.pretrained, "model.pretrained"), DecoderConfig):
+        names = ("memory", "memory_layers", "memories", "attention", "quantization")
+        model = load_decoder(
+            chosen.pretrained, segment_length, **{name: getattr(chosen, name) for name in names}, lora=chosen.lora.rank
+        ).train()
+    elif chosen.pretrained is not None:
         options: dict[str, Any] = {"dtype": getattr(torch, chosen.dtype)}
         if chosen.attention is not None:
             options["attn_implementation"] = chosen.attention
