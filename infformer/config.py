@@ -46,6 +46,14 @@ def _check_at_least(option: str, value: float | None, minimum: float) -> None:
         raise ValueError(f"{option}={value}: must be at least {minimum}")
 
 
+def _check_baselines(option: str, baselines: bool, data: DataConfig) -> None:
+    if baselines and data.validation is None:
+        raise ValueError(
+            f"{option}=true with data.validation=null: how baselines are mixed in is chosen on validation documents; "
+            "name some, or leave the baselines out"
+        )
+
+
 def _check_place(option: str, value: str | None) -> None:
     if value == "":
         raise ValueError(f"{option}=: name a folder, such as {option}=outputs/mine")
@@ -475,6 +483,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_place("output_dir", self.output_dir)
+        _check_baselines("evaluation.baselines", self.evaluation.baselines, self.data)
         self.output_dir = self.output_dir.replace("${name}", self.name)  # which in Python nobody has filled in
         if self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name}: give the run a name, which its folder in outputs/ has too")
@@ -585,6 +594,7 @@ class EvaluationRunConfig:
 
     def __post_init__(self) -> None:
         _check_place("output_dir", self.output_dir)
+        _check_baselines("baselines", self.baselines, self.data)
         if not self.checkpoint:
             raise ValueError("checkpoint=: name a checkpoint of a run, a model folder, or a model on the hub")
         _check_choice("split", self.split, SPLITS)

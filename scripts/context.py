@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def main() -> None:
     model, tokenizer = load_trained(arguments.model), load_tokenizer(arguments.model, "--model")
     texts = [path.read_text(encoding="utf-8")[: arguments.characters] for path in arguments.texts]
     documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-    nats = {
-        before: [losses(model, document, arguments.segment, before) for document in documents]
-        for before in follow(arguments.before, "reading", "contexts", len(arguments.before))
-    }
+    nats = {before: list[NDArray[np.float64]]() for before in arguments.before}
+    for document in follow(documents, "reading", "texts", len(documents)):
+        for before, found in losses(model, document, arguments.segment, arguments.before).items():
+            nats[before].append(found)
     rows = describe([document.numpy() for document in documents], nats, arguments.segment)
     write_results(arguments.folder / "context.json", {"segment": arguments.segment, "rows": rows})
     table = format_tables(rows)
@@ -60,16 +61,24 @@ def main() -> None:
     print(table)
 
 
-def losses(model: Any, document: torch.Tensor, segment: int, before: int) -> NDArray[np.float64]:
-    """The nats of every token of a document but the first, each segment read with so many tokens before it."""
-    found = []
+def losses(model: Any, document: torch.Tensor, segment: int, contexts: Sequence[int]) -> dict[int, NDArray[np.float64]]:
+    """The nats of every token of a document but the first, each segment read with so many tokens before it.
+
+    Near the beginning there are no more than some, and what several contexts have in common is read once.
+    """
+    found: dict[int, list[NDArray[np.float64]]] = {before: [] for before in contexts}
     with reading(model):
         for start in range(0, len(document) - 1, segment):
-            first, stop = max(0, start - before), min(start + segment, len(document) - 1)
-            inputs, targets = document[None, first:stop], document[None, first + 1 : stop + 1]
-            output = model(inputs, targets=targets, return_logits=False)
-            found.append(output.token_losses[0, start - first :].double().numpy())
-    return np.concatenate(found)
+            stop = min(start + segment, len(document) - 1)
+            read: dict[int, NDArray[np.float64]] = {}
+            for before, segments in found.items():
+                first = max(0, start - before)
+                if first not in read:
+                    inputs, targets = document[None, first:stop], document[None, first + 1 : stop + 1]
+                    output = model(inputs, targets=targets, return_logits=False)
+                    read[first] = output.token_losses[0, start - first :].double().numpy()
+                segments.append(read[first])
+    return {before: np.concatenate(segments) for before, segments in found.items()}
 
 
 def describe(

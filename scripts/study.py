@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _plan(rows: dict[str, list[str]], short_term: int, found: dict[str, Results]) -> Iterator[tuple[str, list[str]]]:
-    """The runs of a seed and their options: opponents first, then each memory, its cache, and itself on top.
+    """The runs of a seed and their options: opponents first, then each memory and its cache, then all on top.
 
     Args:
         found: what each run that was handed out has found, for the next one.
@@ -110,6 +110,7 @@ def _plan(rows: dict[str, list[str]], short_term: int, found: dict[str, Results]
         floats = floats_of(found[name])
         if f"{CACHE}_{floats}" not in found:
             yield f"{CACHE}_{floats}", ["model/memory=cache", f"model.memory.match_floats={floats}"]
+    for name, options in rows.items():
         yield f"{name}_{BEHIND}", [*options, f"model.memory.short_term_length={short_term}"]
 
 

@@ -189,6 +189,8 @@ REFUSED = [
     ("eval", "", "checkpoint=", "must be given"),
     ("eval", "checkpoint=", "", "name a checkpoint"),
     ("eval", "checkpoint=x output_dir=", "", "name a folder"),
+    ("eval", "checkpoint=x baselines=true data.validation=null", "data.validation=null", "name some"),
+    ("train", "evaluation.baselines=true data.validation=null", "data.validation=null", "name some"),
     ("eval", "checkpoint=x control=false", "", "did you mean controls?"),
     ("eval", "checkpoint=x +controll=false", "", "did you mean controls?"),
     ("eval", "checkpoint=x training.precision=float32", "", "did you mean precision?"),

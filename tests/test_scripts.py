@@ -331,8 +331,8 @@ class TestStudy:
             runs.append((name, options))
             handed[name] = study_results(1.0, 99 if name == "fast_weight" else 64)
         assert [name for name, _ in runs] == [
-            "none", "short_term", "gibbs", "cache_64", "gibbs_behind_short_term", "affine",
-            "affine_behind_short_term", "fast_weight", "cache_99", "fast_weight_behind_short_term",
+            "none", "short_term", "gibbs", "cache_64", "affine", "fast_weight", "cache_99",
+            "gibbs_behind_short_term", "affine_behind_short_term", "fast_weight_behind_short_term",
         ]  # fmt: skip
         assert dict(runs)["cache_99"] == ["model/memory=cache", "model.memory.match_floats=99"]
         assert dict(runs)["affine_behind_short_term"] == ["b", "model.memory.short_term_length=32"]
@@ -389,7 +389,7 @@ class TestContext:
              "feed_forward_size": 16}, None,
         )  # fmt: skip
         document = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
-        found = context.losses(model, document, 16, 5)
+        found = context.losses(model, document, 16, [0, 5])[5]
         assert len(found) == 39
         for start in (0, 16, 32):
             window = document[max(0, start - 5) : start + 17]

@@ -69,11 +69,6 @@ class LanguageModelling(Evaluation[Results]):
         self._before = material.before
         self._controls = material.controls
         self._baselines = material.baselines
-        if self._baselines and self._validation is None:
-            raise EvaluationError(
-                "baselines=true with data.validation=null: how they are mixed in is chosen on validation documents; "
-                "name some by data.validation=, or leave the baselines out"
-            )
         self._inspected_segments = material.inspected_segments
 
     def measure_before(self) -> Figures | None:
