@@ -353,6 +353,7 @@ class LongTermMemory(Memory):
         self.is_signal = True
         self.noise_size = config.past_samples * config.sticky + bool(config.training_rates)
         self.needs_losses = config.sticky_by != "attention"
+        self.learns_by_writing = config.input_gate
         self.loss_weights = {"divergence": config.divergence_weight}
         self.width = hidden_size
         self._add_parameters()

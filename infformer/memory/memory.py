@@ -139,7 +139,8 @@ class Memory(nn.Module):
     loss_weights: dict[str, float] = {}  # noqa: RUF012, nobody changes it
     """Weights of the auxiliary losses, by their names."""
     learns_by_writing: bool = False
-    """Whether it learns from what later segments read: then gradients also flow through segments without targets."""
+    """Whether its own parameters learn from what later segments read: then gradients also flow through segments without
+    targets. Where it keeps keys and values they also do, as long as the attention that makes them learns."""
     reads_segment: bool = False
     """Whether it reads the segment as well, so that rows without memory are its own to read without a past."""
     needs_losses: bool = False

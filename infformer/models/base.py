@@ -263,8 +263,20 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
 
     @property
     def learns_by_writing(self) -> bool:
-        """Whether gradients flow through segments without targets too, as a memory learns from what later ones read."""
-        return any(memory.learns_by_writing for memory in self.layer_memories().values())
+        """Whether gradients flow through segments without targets too, as a memory learns from what later ones read.
+
+        So do keys and values that a layer's own attention makes, unless these projections are frozen.
+        """
+        memories = self.layer_memories().values()
+        return any(memory.learns_by_writing for memory in memories) or (
+            any(memory.keeps_key_values for memory in memories) and self._learns_beside_memory
+        )
+
+    @property
+    def _learns_beside_memory(self) -> bool:
+        """Whether anything learns that is not a memory's own."""
+        in_memory = {id(parameter) for parameter in self.memory_parameters()}
+        return any(parameter.requires_grad and id(parameter) not in in_memory for parameter in self.parameters())
 
     @property
     def vocabulary_size(self) -> int:

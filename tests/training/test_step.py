@@ -246,9 +246,18 @@ class TestSegmentsInWhichNothingIsScored:
 
         assert saved(0, 0, 2) == saved(0, 2) == saved(2) < saved(2, 2)
 
-    def test_a_memory_that_learns_by_writing_learns_from_what_is_not_scored(self, accelerator, backbone, segments):
+    @pytest.mark.parametrize(
+        ("memory", "writes", "count"),
+        [
+            (FastWeightMemoryConfig(0, strength="loss"), ".writing.", 16),
+            (LongTermMemoryConfig(0, basis_functions=8, stores="keys_values", read="gibbs"), ".c_attn.weight", 2),
+        ],
+        ids=["fast weights", "keys and values"],
+    )
+    def test_a_memory_that_learns_by_writing_learns_from_what_is_not_scored(
+        self, accelerator, backbone, segments, memory, writes, count
+    ):
         """As if the losses of both segments were there, and only those of the second counted."""
-        memory = FastWeightMemoryConfig(0, strength="loss")
         some = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
         for attached in some.memories:
             nn.init.constant_(attached.gate, 0.5)
@@ -266,9 +275,21 @@ class TestSegmentsInWhichNothingIsScored:
         some.zero_grad()
         found = step(accelerator, some, read).gradients
         assert_close(found, expected)
-        writing = [found[name].abs().max() for name in found if ".writing." in name]
-        assert len(writing) == 8 * len(some.memories)
+        writing = [found[name].abs().max() for name in found if writes in name]
+        assert len(writing) == count
         assert min(writing) > 0
+
+    def test_an_input_gate_learns_from_what_is_not_scored(self, accelerator, model, segments):
+        read = [score_the_end(segments[0], 0), score_the_end(segments[1], 2)]
+        found = step(accelerator, model(input_gate=True), read).gradients
+        assert min(gradient.abs().max() for name, gradient in found.items() if ".gate." in name) > 0
+
+    def test_keys_and_values_of_a_frozen_backbone_learn_nothing_by_writing(self, backbone):
+        memory = LongTermMemoryConfig(0, basis_functions=8, stores="keys_values")
+        some = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
+        assert some.learns_by_writing
+        some.backbone.requires_grad_(False)
+        assert not some.learns_by_writing
 
 
 def microbatch(
