@@ -83,9 +83,8 @@ def main() -> None:
         for name, options in _plan(rows, arguments.short_term, of_seed):
             run = f"{name}_seed{seed}"
             results = run_all({run: [*shared, *options, f"seed={seed}"]}, arguments.folder, until)
-            if run not in results:
-                break
-            of_seed[name] = results[run]
+            if run in results:
+                of_seed[name] = results[run]
         for name, result in [*of_seed.items(), *_baselines(of_seed)]:
             found.setdefault(name, {})[seed] = result
     study = [describe(name, found) for name in found]
@@ -107,8 +106,8 @@ def _plan(rows: dict[str, list[str]], short_term: int, found: dict[str, Results]
     yield SHORT_TERM, ["model/memory=short_term", f"model.memory.short_term_length={short_term}"]
     for name, options in rows.items():
         yield name, options
-        floats = floats_of(found[name])
-        if f"{CACHE}_{floats}" not in found:
+        floats = floats_of(found[name]) if name in found else None  # the time was over
+        if floats is not None and f"{CACHE}_{floats}" not in found:
             yield f"{CACHE}_{floats}", ["model/memory=cache", f"model.memory.match_floats={floats}"]
     for name, options in rows.items():
         yield f"{name}_{BEHIND}", [*options, f"model.memory.short_term_length={short_term}"]

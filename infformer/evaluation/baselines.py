@@ -160,7 +160,8 @@ class _Past:
         tokens = torch.cat([self._tokens.to(device), targets])
         same = tokens == targets[:, None]
         back = torch.arange(before, before + count, device=device)[:, None] - torch.arange(len(tokens), device=device)
-        scores = states[before:] @ states.T
+        with torch.autocast(device.type, enabled=False):  # it would round what θ multiplies
+            scores = states[before:] @ states.T
         shares = [
             self._frequency(targets, same[:, before:])
             if choice.size is None

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from infformer.plots.style import BLUE, GREY, label, new_figure, save, tick_logarithmic
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, label, legend_below, new_figure, save
 from infformer.results import Study
+
+OPPONENTS = {
+    "against_none": ("against none", BLUE, "o"),
+    "against_cache": ("against a cache of as many floats", ORANGE, "s"),
+    "on_short_term": ("on top of a short-term memory", GREEN, "^"),
+}
+LINEAR = 0.01
+"""Nats per token: differences below are drawn to scale, larger ones by their logarithm."""
 
 
 def plot_study(path: Path) -> list[Path]:
-    """Draw what each row gains over none, with its interval, beside the time of a token and the floats of a text.
+    """Draw by how much each row differs from its opponents, with intervals, beside its time and its floats.
 
     Args:
         path: `study.json`.
@@ -19,28 +27,31 @@ def plot_study(path: Path) -> list[Path]:
         The figure written, `study.png` beside the file; none where there is nothing to compare with.
     """
     study: Study = json.loads(Path(path).read_text(encoding="utf-8"))
-    rows = [(row, row["against_none"]["difference"]) for row in study["rows"] if row["against_none"] is not None]
+    rows = [row for row in study["rows"] if row["against_none"] is not None]
     if not rows:
         return []
-    figure = new_figure(11.5, 5.2)
-    time, size = figure.subplots(1, 2, sharey=True)
-    for axes, cost_of in (
-        (time, lambda row: row["seconds_per_token"] and 1000 * row["seconds_per_token"]),
-        (size, lambda row: row["floats"]),
-    ):
-        axes.axhline(0, color="black", linewidth=0.8)
-        for row, difference in rows:
-            cost = cost_of(row)
-            if cost is None:
+    figure = new_figure(12.5, 1.9 + 0.42 * len(rows))
+    gain, time, size = figure.subplots(1, 3, sharey=True, width_ratios=(3, 1, 1))
+    gain.axvline(0, color="black", linewidth=0.8)
+    for number, (opponent, (name, colour, marker)) in enumerate(OPPONENTS.items()):
+        for place, row in enumerate(rows):
+            compared = row[opponent]  # type: ignore[literal-required]
+            if compared is None:
                 continue
+            difference, height = compared["difference"], place + 0.22 * (number - 1)
             if difference["interval"] is not None:
-                axes.vlines(cost, *difference["interval"], color=GREY, linewidth=1)
-            axes.plot([cost], [difference["nats_per_token"]], color=BLUE, marker="o", markersize=5)
-            axes.annotate(
-                row["name"], (cost, difference["nats_per_token"]), (4, 3), textcoords="offset points", fontsize=8
-            )
+                gain.plot(difference["interval"], [height, height], color=colour, linewidth=1.2)
+            gain.plot([difference["nats_per_token"]], [height], color=colour, marker=marker, markersize=5)
+        gain.plot([], [], color=colour, marker=marker, linewidth=1.2, label=name)
+    gain.set_xscale("symlog", linthresh=LINEAR)
+    legend_below(figure, *gain.get_legend_handles_labels())
+    places = list(range(len(rows)))
+    time.barh(places, [1000 * (row["seconds_per_token"] or 0) for row in rows], color=GREY, height=0.6)
+    size.barh(places, [row["floats"] for row in rows], color=GREY, height=0.6)
     size.set_xscale("log")
-    tick_logarithmic(size.xaxis)
-    label(time, "By the time of a token", "ms a token", "nats per token less none's; below 0 is better")
-    label(size, "By what is held of a text", "floats", "")
+    gain.set_yticks(places, [row["name"].replace("_", " ") for row in rows], fontsize=9)
+    gain.set_ylim(len(rows) - 0.4, -0.6)
+    label(gain, "What it gains, with 95 % over documents", "nats per token; below 0 is better", "")
+    label(time, "Time of reading", "ms a token", "")
+    label(size, "Held of a text", "floats", "")
     return [save(figure, Path(path).parent / "study.png")]
