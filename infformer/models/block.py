@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,44 @@ class BlockSizes:
     dropout: float
     attention_dropout: float
 
+    def begin(self, hidden: Tensor) -> Stream:
+        """The residual stream before the first layer."""
+        return Stream(hidden, hidden if self.normalization_placement == "dual" else None)
+
+    def new_final_norm(self) -> nn.Module | None:
+        """The norm behind the last layer; None where each part has ended in one."""
+        return None if self.normalization_placement == "post" else self.new_norm()
+
     def new_norm(self) -> nn.Module:
         """A norm of the residual stream."""
         kind = nn.LayerNorm if self.normalization == "layer" else nn.RMSNorm
         return kind(self.hidden_size, eps=self.norm_epsilon)
 
 
+class Stream(NamedTuple):
+    """The residual stream between two parts of a model."""
+
+    hidden: Tensor
+    """What the parts see, or see through their norms, [batch, length, hidden]."""
+    total: Tensor | None = None
+    """With dual norms: what entered the first layer and all that was added since, without any norm."""
+
+    def end(self, norm: nn.Module | None) -> Tensor:
+        """What leaves the last layer.
+
+        Args:
+            norm: that of the sum, where there is one; None where norms stand after the parts.
+        """
+        if norm is None:
+            return self.hidden
+        return cast(Tensor, norm(self.hidden) if self.total is None else self.hidden + norm(self.total))
+
+
 class Residual(nn.Module):
     """The residual stream around a part: x + part(norm(x)) where norms stand before, norm(x + part(x)) where after.
+
+    With dual norms, those of ResiDual (Xie et al., arXiv 2304.14802), they stand after, and the stream also keeps the
+    sum of what was added, whose norm is added at the end.
 
     Args:
         sizes: of the layer.
@@ -51,14 +82,17 @@ class Residual(nn.Module):
         self.norm = sizes.new_norm()
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def enter(self, hidden: Tensor) -> Tensor:
+    def enter(self, stream: Stream) -> Tensor:
         """What the part sees."""
-        return self.norm(hidden) if self.before else hidden
+        return self.norm(stream.hidden) if self.before else stream.hidden
 
-    def leave(self, hidden: Tensor, added: Tensor) -> Tensor:
+    def leave(self, stream: Stream, added: Tensor) -> Stream:
         """The stream after the part has added to it."""
-        hidden = hidden + self.dropout(added)
-        return hidden if self.before else self.norm(hidden)
+        added = self.dropout(added)
+        hidden = stream.hidden + added
+        total = None if stream.total is None else stream.total + added
+        # Made by its class: what `_replace` makes cannot leave a compiled layer in every version of PyTorch.
+        return Stream(hidden if self.before else self.norm(hidden), total)
 
 
 class FeedForward(nn.Module):

@@ -28,7 +28,7 @@ from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
-from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, encode_positions
+from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, Stream, encode_positions
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_cache import SegmentCache
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
@@ -36,7 +36,7 @@ from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 CHOICES = {
     "positions": ("relative", "rotary"),
     "normalization": ("layer", "rms"),
-    "normalization_placement": ("post", "pre"),
+    "normalization_placement": ("post", "pre", "dual"),
 }
 
 
@@ -54,7 +54,8 @@ class DecoderConfig(PreTrainedConfig):
         activation: of the feed-forward part, by its name in transformers.
         positions: `relative`, Transformer-XL's scheme; `rotary`, with which the scores need no bias.
         normalization: `layer` or `rms`.
-        normalization_placement: `post`, after the residual sum, as in Transformer-XL; `pre`, before each part.
+        normalization_placement: `post`, after the residual sum, as in Transformer-XL; `pre`, before each part;
+            `dual`, after it, and with the norm of the sum of all parts at the end (ResiDual).
         norm_epsilon: what norms add to the variance.
         attention: a mechanism by its name, or its name as `kind` with its own options: see `models.mechanisms`. Another
             than `softmax` takes rotary positions, and no memory that attention itself looks at.
@@ -206,7 +207,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden: Tensor,
+        stream: Stream,
         state: Any,
         past: Tensor | None,
         encoding: Tensor,
@@ -214,11 +215,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         context: SegmentContext,
         shared: Any,
         return_intermediates: bool,
-    ) -> tuple[Tensor, Tensor, LayerRead | None]:
+    ) -> tuple[Stream, Tensor, LayerRead | None]:
         """Read a segment, or more tokens of one.
 
         Args:
-            hidden: [batch, length, hidden].
+            stream: before the layer.
             state: of the memory.
             past: what attention saw of the segment's earlier tokens, [batch, earlier, hidden].
             encoding: of positions; see `encode_positions`.
@@ -226,9 +227,9 @@ class DecoderLayer(GradientCheckpointingLayer):
             context, shared: see `Memory.forward`.
 
         Returns:
-            The hidden states, what attention saw of the segment so far, and what the memory made of it.
+            The stream after it, what attention saw of the segment so far, and what the memory made of it.
         """
-        seen = self.attention_residual.enter(hidden)
+        seen = self.attention_residual.enter(stream)
         segment = seen if past is None else torch.cat([past, seen], dim=1)
         entries = None if self.memory is None else self.memory.entries(state)
         visible = segment if entries is None else torch.cat([entries.hidden.to(segment.dtype), segment], dim=1)
@@ -242,10 +243,10 @@ class DecoderLayer(GradientCheckpointingLayer):
             if output.context is not None:
                 added = context.added(attended, output.context, self.memory.reads_segment)
             read = LayerRead.of(output, seen, attended, return_intermediates)
-        hidden = self.attention_residual.leave(hidden, added)
+        stream = self.attention_residual.leave(stream, added)
 
-        seen = self.feed_forward_residual.enter(hidden)
-        return self.feed_forward_residual.leave(hidden, self.feed_forward(seen)), segment, read
+        seen = self.feed_forward_residual.enter(stream)
+        return self.feed_forward_residual.leave(stream, self.feed_forward(seen)), segment, read
 
 
 class DecoderForCausalLM(MemoryModel):
@@ -258,7 +259,7 @@ class DecoderForCausalLM(MemoryModel):
         super().__init__(config)
         memory = config.memory_config
         self.segment_length = None if memory is None else config.segment_length
-        sizes = BlockSizes(
+        self.sizes = sizes = BlockSizes(
             **{field.name: getattr(config, field.name) for field in fields(BlockSizes) if field.name != "heads"},
             heads=config.num_attention_heads,
         )
@@ -275,7 +276,7 @@ class DecoderForCausalLM(MemoryModel):
         self.layers = nn.ModuleList(
             DecoderLayer(sizes, own, _mechanism(config, layer)) for layer, own in enumerate(memories)
         )
-        self.final_norm = sizes.new_norm() if config.normalization_placement == "pre" else None
+        self.final_norm = sizes.new_final_norm()
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
@@ -300,7 +301,7 @@ class DecoderForCausalLM(MemoryModel):
         encoding = encode_positions(visible, width, self.config.positions, self.device)
         encoding = encoding if rotary else self.dropout(encoding)
 
-        hidden = self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size))
+        stream = self.sizes.begin(self.dropout(self.vocabulary.embed(input_ids) * math.sqrt(self.config.hidden_size)))
         reads, seen = [], []
         for index, layer in enumerate(self.layers):
             own = state.layers[index] if state.layers else None
@@ -309,11 +310,11 @@ class DecoderForCausalLM(MemoryModel):
                 past = segment_cache.attention[index]
                 if state.layers:
                     told = context._replace(earlier=segment_cache.memories[index])
-            hidden, segment, read = layer(hidden, own, past, encoding, allowed, told, shared, return_intermediates)
+            stream, segment, read = layer(stream, own, past, encoding, allowed, told, shared, return_intermediates)
             seen.append(segment)
             if read is not None:
                 reads.append(read)
-        hidden = self.dropout(hidden if self.final_norm is None else self.final_norm(hidden))
+        hidden = self.dropout(stream.end(self.final_norm))
         return SegmentRead(hidden, tuple(reads), tuple(seen) if use_cache else None)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from infformer.errors import ModelError
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel, SegmentRead
-from infformer.models.block import BlockSizes, FeedForward, Residual
+from infformer.models.block import BlockSizes, FeedForward, Residual, Stream
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_cache import SegmentCache
 
@@ -30,7 +30,7 @@ CHOICES = {
     "positions": ("learned", "sinusoidal"),
     "pooling": ("mean", "first"),
     "normalization": ("layer", "rms"),
-    "normalization_placement": ("post", "pre"),
+    "normalization_placement": ("post", "pre", "dual"),
 }
 
 
@@ -53,7 +53,8 @@ class ClassifierConfig(PreTrainedConfig):
         positions: vectors of the places, `learned` or `sinusoidal`.
         pooling: what the head sees of a text, the `mean` over its tokens, or a `first` one that stands before it.
         normalization: `layer` or `rms`.
-        normalization_placement: `post`, after the residual sum; `pre`, before each part.
+        normalization_placement: `post`, after the residual sum; `pre`, before each part;
+            `dual`, after it, and with the norm of the sum of all parts at the end (ResiDual).
         dropout: of embeddings, of what each part adds to the residual stream, and inside the feed-forward part.
         initializer_range: standard deviation of new weights; None: 1/√inputs of each matrix.
         pad_token_id: the token of padding, which stands behind a text.
@@ -144,14 +145,14 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(sizes)
         self.feed_forward_residual = Residual(sizes)
 
-    def forward(self, hidden: Tensor, real: Tensor) -> Tensor:
-        """A layer's hidden states [batch, length, hidden], of positions that are real or not, bool [batch, length]."""
-        seen = self.attention_residual.enter(hidden)
+    def forward(self, stream: Stream, real: Tensor) -> Stream:
+        """The stream after a layer, of positions that are real or not, bool [batch, length]."""
+        seen = self.attention_residual.enter(stream)
         query, value = self._split_heads(self.query(seen)), self._split_heads(self.value(seen))
         key = query if self.key is None else self._split_heads(self.key(seen))
         attended = self.mechanism(seen, query, key, value, real)
-        hidden = self.attention_residual.leave(hidden, self.output(attended.transpose(1, 2).flatten(2)))
-        return self.feed_forward_residual.leave(hidden, self.feed_forward(self.feed_forward_residual.enter(hidden)))
+        stream = self.attention_residual.leave(stream, self.output(attended.transpose(1, 2).flatten(2)))
+        return self.feed_forward_residual.leave(stream, self.feed_forward(self.feed_forward_residual.enter(stream)))
 
     def _split_heads(self, tensor: Tensor) -> Tensor:
         """[batch, length, width] to [batch, heads, length, head]."""
@@ -170,7 +171,7 @@ class TextClassifier(MemoryModel):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config)
         self.segment_length = None
-        sizes = BlockSizes(
+        self.sizes = sizes = BlockSizes(
             hidden_size=config.hidden_size,
             heads=config.num_attention_heads,
             head_size=config.head_size,
@@ -195,7 +196,7 @@ class TextClassifier(MemoryModel):
                 config.hidden_size, sizes.heads, sizes.head_size, config.longest + first, causal=False, layer=layer
             )
             self.layers.append(EncoderLayer(sizes, build_mechanism(config.attention, shape)))
-        self.final_norm = sizes.new_norm() if config.normalization_placement == "pre" else None
+        self.final_norm = sizes.new_final_norm()
         self.dropout = nn.Dropout(config.dropout)
         self.head_input = nn.Linear(config.texts * config.hidden_size, config.head_hidden_size)
         self.head_output = nn.Linear(config.head_hidden_size, config.classes)
@@ -231,10 +232,10 @@ class TextClassifier(MemoryModel):
             places = self.place.weight[:length]
         else:
             places = sinusoids(length, self.config.hidden_size, hidden.device)
-        hidden = self.dropout(hidden + places)
+        stream = self.sizes.begin(self.dropout(hidden + places))
         for layer in self.layers:
-            hidden = layer(hidden, real)
-        hidden = hidden if self.final_norm is None else self.final_norm(hidden)
+            stream = layer(stream, real)
+        hidden = stream.end(self.final_norm)
         if self.first is not None:
             return hidden[:, 0]
         weight = real.unsqueeze(-1)

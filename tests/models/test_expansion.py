@@ -142,10 +142,11 @@ def test_a_decoder_grows_in_each_size(size, normalization, positions):
 
 
 @pytest.mark.parametrize("normalization", ["rms", "layer"])
-def test_all_but_layers_grow_with_norms_behind_the_sum(normalization):
-    model = decoder(MemoryConfig(SEGMENT), normalization=normalization, normalization_placement="post")
+@pytest.mark.parametrize("placement", ["post", "dual"])
+def test_all_but_layers_grow_with_norms_behind_the_sum(placement, normalization):
+    model = decoder(MemoryConfig(SEGMENT), normalization=normalization, normalization_placement=placement)
     assert_grows(model, {name: size for name, size in SIZES.items() if name != "num_hidden_layers"})
-    with pytest.raises(ModelError, match=r"num_hidden_layers=5: with .*normalization_placement=post"):
+    with pytest.raises(ModelError, match=rf"num_hidden_layers=5: with .*normalization_placement={placement}"):
         expand_model(model, num_hidden_layers=5)
 
 
