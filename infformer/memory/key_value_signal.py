@@ -1,7 +1,7 @@
 """A long-term memory of keys and values: the signal of what a layer's own attention makes of the past.
 
-It has no projections. Keys and values are kept before any rotation by places, asked with the attention's queries before
-theirs, and what is read goes through its output projection.
+It has no projections, and at most a short convolution over keys. Keys and values are kept before any rotation by
+places, asked with the attention's queries before theirs, and what is read goes through its output projection.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infformer.continuous.density import Density
@@ -45,9 +46,16 @@ class KeyValueSignal(LongTermMemory):
 
     def _add_parameters(self) -> None:
         self.gate = nn.Parameter(torch.empty(self.heads))
+        if taps := self.config.key_convolution:
+            numbers = math.prod(self.shape)
+            self.convolution = nn.Conv1d(numbers, numbers, taps, groups=numbers, bias=False)
 
     def _reset_own(self) -> None:
+        """A gate as good as shut, and keys as they are."""
         nn.init.constant_(self.gate, self.first_gate)
+        if self.config.key_convolution:
+            nn.init.zeros_(self.convolution.weight)
+            nn.init.ones_(self.convolution.weight[..., -1])
 
     def project(self, state: LongTermState) -> Projected:
         coefficients = state.coefficients
@@ -92,13 +100,19 @@ class KeyValueSignal(LongTermMemory):
 
     def new_samples(self, hidden: Tensor, context: SegmentContext) -> Tensor:
         project = cast(LayerHeads, context.heads).project
-        if project is not None:
-            pair = project(context.written(hidden))
-        elif context.leaving is not None:
-            return context.leaving
+        if project is None and context.leaving is not None:
+            keys, values = context.leaving.chunk(2, dim=-1)
         else:
-            pair = cast(KeyValues, context.key_values)
-        return torch.cat([part.transpose(1, 2).flatten(2) for part in pair], dim=-1)
+            pair = cast(KeyValues, context.key_values) if project is None else project(context.written(hidden))
+            keys, values = (part.transpose(1, 2).flatten(2) for part in pair)
+        return torch.cat([self.convolved(keys), values], dim=-1)
+
+    def convolved(self, keys: Tensor) -> Tensor:
+        """What is kept of keys [batch, length, numbers], if they are summed with those before them."""
+        if not self.config.key_convolution:
+            return keys
+        weight = self.convolution.weight.to(keys)
+        return F.conv1d(F.pad(keys.mT, (weight.shape[-1] - 1, 0)), weight, groups=len(weight)).mT
 
     def _scores(self, queries: Tensor, projected: Projected) -> Tensor:
         """What `density` is made of."""

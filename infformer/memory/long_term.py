@@ -101,6 +101,10 @@ class LongTermMemoryConfig(MemoryConfig):
     begins at 0. `joint`: one softmax over the memory and what attention sees, with a number for each head, at first −2,
     added to the memory's scores, for a slots or Gibbs read; beside a pretrained model it changes something from the
     first segment that is read from memory. Both learn at `optimizer.gate_learning_rate`."""
+    key_convolution: int = 0
+    """Of keys and values: what is kept as a token's key is a sum of its own and those before it in what is written, so
+    many in all, each number by itself with weights that are learned. A value can then lie under the token before it,
+    which otherwise a layer below has to bring to it. 0: its own alone, and nothing is learned."""
     input_gate: bool = False
     """Multiply what is written by sigmoid(Conv1d(kernel 3)) of it."""
     divergence_weight: float = 1e-6
@@ -153,6 +157,11 @@ class LongTermMemoryConfig(MemoryConfig):
             raise ValueError(
                 "model.memory.input_gate=true: keys and values are kept as attention has made them; leave the gate "
                 "out, or take model.memory.stores=hidden"
+            )
+        if self.key_convolution < 0 or (self.key_convolution and self.stores != "keys_values"):
+            raise ValueError(
+                f"model.memory.key_convolution={self.key_convolution}: so many keys, 0 or more, are summed where keys "
+                "are kept; take model.memory.stores=keys_values, or 0"
             )
         if self.sticky_by != "attention" and not self.sticky:
             raise ValueError(
@@ -240,6 +249,12 @@ class LongTermMemoryConfig(MemoryConfig):
             raise ValueError(
                 "model.memory.input_gate=true with training.bptt_segments=1: the gate shapes what later segments read, "
                 "so it learns nothing where gradients stay in one segment; set training.bptt_segments=2 or more"
+            )
+        if self.key_convolution and bptt_segments == 1:
+            raise ValueError(
+                f"model.memory.key_convolution={self.key_convolution} with training.bptt_segments=1: it shapes what "
+                "later segments read, so it learns nothing where gradients stay in one segment; set "
+                "training.bptt_segments=2 or more"
             )
 
     def numbers(self, hidden_size: int, layers: int, rows: int, rows_at_once: int, segment_length: int) -> int:
@@ -353,7 +368,7 @@ class LongTermMemory(Memory):
         self.is_signal = True
         self.noise_size = config.past_samples * config.sticky + bool(config.training_rates)
         self.needs_losses = config.sticky_by != "attention"
-        self.learns_by_writing = config.input_gate
+        self.learns_by_writing = config.input_gate or config.key_convolution > 0
         self.loss_weights = {"divergence": config.divergence_weight}
         self.width = hidden_size
         self._add_parameters()

@@ -87,7 +87,11 @@ LONG_TERM: Rules = {
     r"gate\.weight": ("write", "read"),
     r"gate\.bias": ("write",),
 }
-KEYS_AND_VALUES: Rules = {r"gate": ("heads:zero group",), r"placement\.weight": ()}
+KEYS_AND_VALUES: Rules = {
+    r"gate": ("heads:zero group",),
+    r"convolution\.weight": ("heads key",),
+    r"placement\.weight": (),
+}
 FAST_WEIGHT: Rules = {
     r"(query|writing\.key|writing\.value)\.weight": ("memory_heads memory_size", "read"),
     r"writing\.(strength|forgetting)\.weight": ("memory_heads", "read"),

@@ -258,7 +258,50 @@ def test_a_decoder_of_another_attention_is_refused():
         DecoderConfig(attention="linear", positions="rotary", memory=memory, segment_length=LENGTH)
 
 
+def test_keys_are_summed_with_those_before_them_and_values_are_kept():
+    memory = build(read="gibbs", key_convolution=3)
+    width = SHARED * HEAD
+    keys, values = random(2, 2, LENGTH, width).unbind()
+    pair = KeyValues(*(part.unflatten(-1, (SHARED, HEAD)).transpose(1, 2) for part in (keys, values)))
+    weight = memory.convolution.weight[:, 0]
+    expected = torch.stack(
+        [
+            sum(keys[:, token - back] * weight[:, 2 - back] for back in range(min(3, token + 1)))
+            for token in range(LENGTH)
+        ],
+        dim=1,
+    )
+    whole = memory.new_samples(random(2, LENGTH, 3), SegmentContext(None, key_values=pair, heads=told()))
+    torch.testing.assert_close(whole, torch.cat([expected, values], dim=-1), rtol=1e-12, atol=1e-12)
+    side_by_side = SegmentContext(None, leaving=torch.cat([keys, values], dim=-1), heads=told())
+    assert torch.equal(memory.new_samples(random(2, LENGTH, 3), side_by_side), whole)
+
+
+def told() -> LayerHeads:
+    """Heads of a layer that projects nothing anew."""
+    nothing = random(2, HEADS, LENGTH, HEAD)
+    return LayerHeads(nothing, lambda joined: joined, lambda: (nothing, nothing[..., 0]))
+
+
+def test_a_new_convolution_keeps_keys_as_they_are():
+    memory = build(read="gibbs", key_convolution=3)
+    memory.reset_parameters()
+    keys = random(2, LENGTH, SHARED * HEAD)
+    assert torch.equal(memory.convolved(keys), keys)
+
+
 class TestOptions:
+    @pytest.mark.parametrize("options", [{"key_convolution": 2}, {"key_convolution": -1, "stores": "keys_values"}])
+    def test_a_convolution_without_keys_is_refused(self, options):
+        with pytest.raises(ValueError, match=r"^model.memory.key_convolution=.* take model.memory.stores=keys_values"):
+            LongTermMemoryConfig(**options)
+
+    def test_a_convolution_that_learns_nothing_is_refused(self):
+        memory = LongTermMemoryConfig(stores="keys_values", key_convolution=2)
+        memory.check_training(2)
+        with pytest.raises(ValueError, match=r"^model.memory.key_convolution=2 with training.bptt_segments=1: "):
+            memory.check_training(1)
+
     @pytest.mark.parametrize(
         "options",
         [

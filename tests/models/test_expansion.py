@@ -42,7 +42,9 @@ MEMORIES = {
     "sticky": LongTermMemoryConfig(0, sticky=True, sticky_by="both", **LONG),
     "dyadic": LongTermMemoryConfig(0, contraction="dyadic", levels=2, read="slots", basis_functions=8),
     "keys-values": LongTermMemoryConfig(0, stores="keys_values", read="moments", **LONG),
-    "joint": LongTermMemoryConfig(SEGMENT, stores="keys_values", read="slots", combination="joint", **LONG),
+    "joint": LongTermMemoryConfig(
+        SEGMENT, stores="keys_values", read="slots", combination="joint", key_convolution=3, **LONG
+    ),
     "compressive": CompressiveMemoryConfig(SEGMENT, length=3, rate=2),
     "most-used": CompressiveMemoryConfig(SEGMENT, length=3, rate=2, function="most_used"),
     "fast-weights": FastWeightMemoryConfig(0, features="dpfp"),
