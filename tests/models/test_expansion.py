@@ -306,6 +306,38 @@ def test_moments_are_those_of_the_gradients_of_the_larger_model(size, placement)
     assert carried == sum(int((gradient != 0).sum()) for gradient in old.values())
 
 
+def test_training_goes_on_across_growths_without_a_jump_of_the_loss():
+    """With moments and state: each step after a growth is as near to the one before it as its neighbours are."""
+    model, moments, losses = decoder(MEMORIES["long-term"]).train(), {}, []
+    state: ModelState | None = None
+    growths = {8: {"hidden_size": 16}, 12: {"num_hidden_layers": 3}, 16: {"num_attention_heads": 3, "key_size": 6}}
+    for step in range(24):
+        if step in growths:
+            weights = model.state_dict()
+            for expansion in expansions(model.config, **growths[step]):
+                weights, moments = expansion.weights(weights), expansion.moments(moments)
+                state = expansion.state(state)
+            model = DecoderForCausalLM(expansion.after).double().train()
+            model.load_state_dict(weights)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for name, parameter in model.named_parameters():
+            kinds = ("step", "exp_avg", "exp_avg_sq") if moments else ()
+            optimizer.state[parameter] |= {kind: moments[f"{name}.{kind}"] for kind in kinds}
+        tokens = torch.arange(2 * SEGMENT).view(2, SEGMENT) + step % 2
+        output = model(tokens, state=state, targets=tokens + 1)
+        output.loss.backward()
+        optimizer.step()
+        state = output.state.detach()
+        losses.append(float(output.token_losses.detach().mean()))
+        named = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+        moments = {f"{name}.{kind}": tensor for name, own in named.items() for kind, tensor in own.items()}
+    changes = torch.tensor(losses[4:]).diff().abs()
+    for step in growths:
+        neighbours = [change for place, change in enumerate(changes.tolist(), start=5) if place not in growths]
+        assert changes[step - 5] <= max(neighbours), losses
+    assert losses[-1] < losses[0]
+
+
 def test_moments_of_a_repeated_stream_are_shared_among_its_copies():
     model = decoder(normalization="layer")
     (expansion,) = expansions(model.config, hidden_size=16)
