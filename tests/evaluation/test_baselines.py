@@ -10,6 +10,8 @@ from infformer.evaluation.baselines import SIZES, WEIGHTS, Settings, measure_bas
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.report import format_table
 from infformer.evaluation.streaming import read_documents, without_memory
+from infformer.memory.options import MemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.results import CONTINUOUS_CACHE, DOCUMENT_UNIGRAM
 
 
@@ -54,6 +56,16 @@ def test_losses_are_those_of_the_mixture_token_by_token(model, documents, evalua
     found = read_documents(reader, documents, with_past(reader, settings), "mixed")
     assert found == pytest.approx(literally(model, documents, plain, settings), rel=2e-5)
     assert np.abs(found - plain).max() > 0.01
+
+
+def test_a_decoder_is_measured_as_well(documents, evaluator):
+    torch.manual_seed(0)
+    config = DecoderConfig(300, 16, 1, 2, feed_forward_size=16, memory=MemoryConfig(16), segment_length=16)
+    decoder = DecoderForCausalLM(config).eval()
+    reader, settings = evaluator(decoder, progress=False), Settings(30, 10.0, 0.3)
+    plain = read_documents(reader, documents, without_memory(reader), "plain")
+    found = read_documents(reader, documents, with_past(reader, settings), "mixed")
+    assert found == pytest.approx(literally(decoder, documents, plain, settings), rel=2e-5)
 
 
 def test_of_weight_zero_nothing_is_mixed_in(model, documents, evaluator):
