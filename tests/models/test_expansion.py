@@ -41,7 +41,7 @@ MEMORIES = {
     "behind": LongTermMemoryConfig(SEGMENT, read="gibbs", input_gate=True, **LONG),
     "sticky": LongTermMemoryConfig(0, sticky=True, sticky_by="both", **LONG),
     "dyadic": LongTermMemoryConfig(0, contraction="dyadic", levels=2, read="slots", basis_functions=8),
-    "keys-values": LongTermMemoryConfig(0, stores="keys_values", read="moments", **LONG),
+    "keys-values": LongTermMemoryConfig(0, stores="keys_values", read="moments", key_convolution=2, **LONG),
     "joint": LongTermMemoryConfig(
         SEGMENT, stores="keys_values", read="slots", combination="joint", key_convolution=3, **LONG
     ),
