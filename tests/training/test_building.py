@@ -99,13 +99,21 @@ class TestThePretrainedModel:
         assert list(build({"model.memory_layers": layers}).layer_memories()) == (layers or [0, 1])
 
     def test_every_option_of_the_memory_reaches_it(self, build):
-        """Two memories, as not every value goes with every other; in one of them, each is another than by default."""
+        """Some memories, as not every value goes with every other; in one of them, each is another than by default."""
         common = LongTermMemoryConfig(
             short_term_length=0, sink_tokens=2, basis_functions=12, widths=[0.03, 0.07, 0.2], past_samples=24,
             contraction_rate=0.6, ridge=0.7, read="moments", density="truncated_parabola", sticky=True, sticky_bins=9,
-            input_gate=True, divergence_weight=0.3, prior_standard_deviation=0.2,
+            input_gate=True, divergence_weight=0.3, prior_standard_deviation=0.2, sharpness=2.0, heads=1,
         )  # fmt: skip
-        memories = [replace(common, contraction="uniform"), replace(common, sticky_placement="published")]
+        memories = [
+            replace(common, contraction="uniform", sticky_by="both"),
+            replace(common, sticky_placement="published", training_rates=[0.4, 0.6]),
+            LongTermMemoryConfig(short_term_length=0, basis_functions=12, contraction="dyadic", levels=3, read="slots"),
+            LongTermMemoryConfig(
+                short_term_length=0, basis_functions=12, read="gibbs", points=20, stores="keys_values",
+                combination="joint", key_convolution=3,
+            ),
+        ]  # fmt: skip
         defaults = asdict(LongTermMemoryConfig(basis_functions=8))
         for name, default in defaults.items():
             assert any(asdict(memory)[name] != default for memory in memories), name
