@@ -77,8 +77,9 @@ def test_the_options_of_a_run_are_known(command):
     if "torchrun" in before:
         launched = [word.replace("$NODE", "0") for word in before[before.index("torchrun") + 1 :]]
         torchrun_parser().parse_args([*launched, str(program)])
-    assert [option for option in options if "=" not in option] in ([], ["-m"], ["--cfg", "job"])
-    typed = OverridesParser.create().parse_overrides([option for option in options if "=" in option])
+    overrides = [option for option in options if "=" in option or option.startswith("~")]  # ~: what is taken out
+    assert [option for option in options if option not in overrides] in ([], ["-m"], ["--cfg", "job"])
+    typed = OverridesParser.create().parse_overrides(overrides)
     first_of_a_sweep = [
         f"{one.key_or_group}={next(one.sweep_string_iterator())}" if one.is_sweep_override() else str(one.input_line)
         for one in typed
