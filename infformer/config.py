@@ -112,6 +112,8 @@ PUBLISHED_MEMORY = {
     "sticky_placement": "published",  # half a sample late at every write
     "stores": "hidden",
     "combination": "gates",
+    "key_convolution": 0,
+    "heads": None,
     "input_gate": False,  # the published code has one switched on, the paper has none
     "divergence_weight": 1e-6,
     "prior_standard_deviation": 0.05,

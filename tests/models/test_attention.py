@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def build_attention() -> BuildAttention:
     def build(positions: str = "relative", dropout: float = 0.0) -> Attention:
         attention = Attention(
-            BlockSizes(HIDDEN, HEADS, HEAD, 8, "relu", positions, "layer", "pre", dropout, dropout)
+            BlockSizes(HIDDEN, HEADS, HEAD, HEAD, 8, "relu", positions, "layer", "pre", 1e-5, dropout, dropout)
         ).double()
         generator = torch.Generator().manual_seed(1)
         for parameter in attention.parameters():
