@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, summarize, take_turns
 from benchmarks.report import Comparison, Ratio, Result, paired
-from infformer.models.encoder import ClassifierConfig, EncoderLayer, TextClassifier
+from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.mechanisms import mechanism_kinds
 
 BASELINES = ("softmax", "softmax written out")
@@ -85,7 +85,8 @@ def new_pass(name: str, length: int, options: argparse.Namespace, setting: Setti
         hidden_size=options.hidden, num_hidden_layers=1, num_attention_heads=options.heads,
         feed_forward_size=options.feed_forward, attention=name.split()[0], longest=length, dropout=0.0,
     )  # fmt: skip
-    layer: EncoderLayer = TextClassifier(config).layers[0].to(setting.device)
+    model = TextClassifier(config).to(setting.device)
+    layer = model.layers[0]
     hidden = torch.randn(
         options.batch, length, options.hidden, device=setting.device, requires_grad=not options.forward
     )
@@ -97,7 +98,7 @@ def new_pass(name: str, length: int, options: argparse.Namespace, setting: Setti
     def whole_pass() -> Sequence[object]:
         kernel = sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()
         with setting.autocast(), torch.set_grad_enabled(not options.forward), kernel:
-            output = call(hidden, real)
+            output = call(model.sizes.begin(hidden), real).hidden
         return (output,) if options.forward else torch.autograd.grad(output, [hidden, *layer.parameters()], upstream)
 
     return whole_pass
