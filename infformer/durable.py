@@ -6,11 +6,14 @@ What is written gets a temporary name beside its place, is handed to the disk, a
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from safetensors import SafetensorError
 
 from infformer.errors import UserError
 
@@ -61,6 +64,36 @@ def replacing(path: Path) -> Iterator[TextIO]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_new_folder(option: str, folder: Path) -> None:
+    """Make sure, before any work, that a new folder can be made there.
+
+    Raises:
+        UserError: there is something in it, or nothing can be written there.
+    """
+    check_place(option, folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{option}={folder} is not empty: name a new folder, or remove what is in it")
+
+
+@contextmanager
+def new_folder(option: str, folder: Path) -> Iterator[Path]:
+    """A folder to be made and filled, which takes the name of one that is not there, or empty, when the block ends.
+
+    Raises:
+        UserError: it could not be written; nothing of it is left.
+    """
+    temporary = folder.with_name(folder.name + ".partial")
+    try:
+        if temporary.exists():  # of a call that was killed
+            shutil.rmtree(temporary)
+        yield temporary
+        synchronise(temporary)
+        rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{option}={folder}: it could not be written ({error}); make room, or name another") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,17 +13,13 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from infformer.durable import check_place, rename, synchronise
+from infformer.durable import check_new_folder, new_folder
 from infformer.errors import UserError
 from infformer.models.expansion import expand_model
-from infformer.models.folders import model_folder
-from infformer.models.loading import TOKENIZER_FILES, load_tokenizer, load_trained
+from infformer.models.loading import has_tokenizer, load_tokenizer, load_trained
 
 OPTIONS = {
     "feed_forward_size": ("--feed-forward", "width inside the feed-forward parts"),
@@ -59,23 +55,13 @@ def write_expanded(checkpoint: str, folder: Path, sizes: dict[str, int], seed: i
     Raises:
         UserError: the checkpoint is none of a model that can grow so, or the folder cannot be written.
     """
-    check_place("FOLDER", folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"FOLDER={folder} is not empty: name a new folder, or remove what is in it")
+    check_new_folder("FOLDER", folder)
     model = load_trained(checkpoint)
     larger = expand_model(model, seed, **sizes)
-    place = Path(model_folder(checkpoint))
-    temporary = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+    with new_folder("FOLDER", folder) as temporary:
         larger.save_pretrained(temporary)
-        if not place.is_dir() or any((place / name).is_file() for name in TOKENIZER_FILES):
+        if has_tokenizer(checkpoint):
             load_tokenizer(checkpoint, "checkpoint").save_pretrained(temporary)
-        synchronise(temporary)
-        rename(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"FOLDER={folder}: it could not be written ({error}); make room, or name another") from error
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (model, larger))
     print(f"written to {folder}: {after:,} weights, of {before:,}")
 

@@ -16,18 +16,15 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from infformer.durable import check_place, rename, synchronise
+from infformer.durable import check_new_folder, new_folder
 from infformer.errors import UserError
 from infformer.models.base import MemoryModel
-from infformer.models.folders import model_folder
-from infformer.models.loading import TOKENIZER_FILES, load_tokenizer, load_trained
+from infformer.models.loading import has_tokenizer, load_tokenizer, load_trained
 from infformer.models.memories import save_memories
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -54,33 +51,18 @@ def export(checkpoint: str, folder: Path, what: str, dtype: torch.dtype) -> None
     Raises:
         UserError: the checkpoint is none with such a model in it, or the folder cannot be written.
     """
-    check_place("FOLDER", folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"FOLDER={folder} is not empty: name a new folder, or remove what is in it")
+    check_new_folder("FOLDER", folder)
     model = load_trained(checkpoint)
     if what != "all" and not isinstance(model, InfformerForCausalLM):
         raise UserError(
             f"checkpoint={checkpoint} is a decoder from scratch, in which there is no stock model and beside which "
             f"nothing was trained: --what={what} is for others, take --what=all"
         )
-    temporary = folder.with_name(folder.name + ".partial")
-    try:
-        if temporary.exists():  # of an export that was killed
-            shutil.rmtree(temporary)
+    with new_folder("FOLDER", folder) as temporary:
         _save(model, what, dtype, temporary)
-        if what != "memories" and _has_tokenizer(Path(model_folder(checkpoint))):
+        if what != "memories" and has_tokenizer(checkpoint):
             load_tokenizer(checkpoint, "checkpoint").save_pretrained(temporary)
-        synchronise(temporary)
-        rename(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"FOLDER={folder}: it could not be written ({error}); make room, or name another") from error
     print(f"written to {folder}")
-
-
-def _has_tokenizer(place: Path) -> bool:
-    """Whether there is one, or it has to be seen: a model that learned symbols has none."""
-    return not place.is_dir() or any((place / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _save(model: MemoryModel, what: str, dtype: torch.dtype, folder: Path) -> None:

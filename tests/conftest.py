@@ -10,9 +10,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,20 @@ def signals_heard() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys) -> Callable[..., str]:
+    """What a script prints, or the sentence in which it ends, by its name and its arguments."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+
+    def run(name: str, *arguments: object) -> str:
+        script = import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        try:
+            script.main()
+        except SystemExit as ended:
+            return str(ended.code) + capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run

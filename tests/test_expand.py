@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,13 @@ import torch
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.loading import load_trained, new_decoder
 
-ROOT = Path(__file__).parents[1]
 Expand = Callable[..., str]
 
 
 @pytest.fixture
-def expand(monkeypatch, capsys) -> Expand:
+def expand(run_script) -> Expand:
     """What the script prints, or the sentence in which it ends."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    script = import_module("expand")
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["expand.py", *map(str, arguments)])
-        try:
-            script.main()
-        except SystemExit as ended:
-            return str(ended.code) + capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return run
+    return partial(run_script, "expand")
 
 
 @pytest.fixture(scope="module")

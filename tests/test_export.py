@@ -6,9 +6,8 @@ import copy
 import re
 import shlex
 import socket
-import sys
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,20 +29,9 @@ Export = Callable[..., str]
 
 
 @pytest.fixture
-def export(monkeypatch, capsys) -> Export:
+def export(run_script) -> Export:
     """What the script prints, or the sentence in which it ends."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    script = import_module("export")
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        try:
-            script.main()
-        except SystemExit as ended:
-            return str(ended.code) + capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return run
+    return partial(run_script, "export")
 
 
 @pytest.fixture(scope="module")

@@ -196,11 +196,15 @@ class Writing(nn.Module):
         """Small random projections; a key is that of its own token; tokens are written by half, and fade hardly."""
         for projection in (self.key, self.value, self.strength, self.forgetting):
             nn.init.normal_(projection.weight, std=0.02)
-        nn.init.zeros_(self.strength_offset)
-        nn.init.constant_(self.forgetting_offset, FORGETTING)
         if self.config.key_convolution:
             nn.init.zeros_(self.convolution.weight)
             nn.init.ones_(self.convolution.weight[..., -1])
+        self.reset_numbers()
+
+    def reset_numbers(self) -> None:
+        """Those that are added to what projections say."""
+        nn.init.zeros_(self.strength_offset)
+        nn.init.constant_(self.forgetting_offset, FORGETTING)
         if self.config.strength == "loss":
             nn.init.ones_(self.surprise)
 
@@ -251,6 +255,10 @@ class FastWeightMemory(Memory):
         self.writing.reset_parameters()
         for projection in (self.query, self.output):
             nn.init.normal_(projection.weight, std=0.02)
+        self.reset_numbers()
+
+    def reset_numbers(self) -> None:
+        self.writing.reset_numbers()
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.gate)
 

@@ -52,10 +52,13 @@ class KeyValueSignal(LongTermMemory):
 
     def _reset_own(self) -> None:
         """A gate as good as shut, and keys as they are."""
-        nn.init.constant_(self.gate, self.first_gate)
+        self.reset_numbers()
         if self.config.key_convolution:
             nn.init.zeros_(self.convolution.weight)
             nn.init.ones_(self.convolution.weight[..., -1])
+
+    def reset_numbers(self) -> None:
+        nn.init.constant_(self.gate, self.first_gate)
 
     def project(self, state: LongTermState) -> Projected:
         coefficients = state.coefficients

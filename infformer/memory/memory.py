@@ -216,3 +216,6 @@ class Memory(nn.Module):
 
     def reset_parameters(self) -> None:
         """Begin anew beside a pretrained model: what a memory that was never trained has there."""
+
+    def reset_numbers(self) -> None:
+        """Begin anew with what is no linear map, such as gates and offsets: it begins alike in every model."""

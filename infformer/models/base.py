@@ -59,6 +59,31 @@ class LayerRead(NamedTuple):
         )
 
 
+class SegmentToRead(NamedTuple):
+    """A segment, or the next tokens of one, before it goes through the layers."""
+
+    input_ids: Tensor
+    """[batch, length]."""
+    state: ModelState
+    """What the memories hold before it."""
+    context: SegmentContext
+    """What all of them are told,"""
+    shared: Any
+    """and what the first of them prepared for all."""
+    return_intermediates: bool
+    """Keep what is inside each layer."""
+    cache: SegmentCache | None
+    """What is kept of the segment's earlier tokens; None where it begins."""
+    use_cache: bool
+    """Keep what attention sees of it."""
+
+    def context_of(self, number: int) -> SegmentContext:
+        """What one of the memories is told, by its place among them."""
+        if self.cache is None:
+            return self.context
+        return self.context._replace(earlier=self.cache.memories[number])
+
+
 class SegmentRead(NamedTuple):
     """What a model made of a segment, before its vocabulary."""
 
@@ -158,7 +183,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         prepared = (memory.prepare(layer, context) for memory, layer in zip(memories, state.layers, strict=True))
         shared = next((found for found in prepared if found is not None), None)
         inside = return_intermediates or use_cache  # what the layers saw
-        read = self.read_segment(input_ids, state, context, shared, inside, segment_cache, use_cache)
+        read = self.read_segment(SegmentToRead(input_ids, state, context, shared, inside, segment_cache, use_cache))
         kept: tuple[tuple[Tensor, Tensor], ...] = ()  # what is scored when the segment is complete
         if any(memory.needs_losses for memory in memories):
             kept = (*(() if segment_cache is None else segment_cache.scored), (read.hidden, input_ids))
@@ -212,17 +237,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         """The memories by the numbers of their layers, from 0, in their order."""
 
     @abstractmethod
-    def read_segment(
-        self,
-        input_ids: Tensor,
-        state: ModelState,
-        context: SegmentContext,
-        shared: Any,
-        return_intermediates: bool,
-        segment_cache: SegmentCache | None,
-        use_cache: bool,
-    ) -> SegmentRead:
-        """Take a segment through all layers; the arguments are those of `forward` and of `Memory.forward`."""
+    def read_segment(self, segment: SegmentToRead) -> SegmentRead:
+        """Take a segment through all layers."""
 
     @abstractmethod
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ norms, whose sizes all stand in `DecoderConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -18,19 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.errors import ModelError
-from infformer.memory.fast_weights import FORGETTING, FastWeightMemory, Writing
-from infformer.memory.key_value_signal import KeyValueSignal
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
-from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
-from infformer.models.block import Attention, BlockSizes, FeedForward, Residual, Stream, encode_positions
+from infformer.models.base import LayerRead, MemoryModel, SegmentRead, SegmentToRead, stored_memory
+from infformer.models.block import (
+    Attention,
+    BlockSizes,
+    FeedForward,
+    Residual,
+    Stream,
+    check_choices,
+    check_number,
+    check_size,
+    encode_positions,
+)
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
-from infformer.models.segment_cache import SegmentCache
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
 CHOICES = {
@@ -123,24 +129,20 @@ class DecoderConfig(PreTrainedConfig):
                 raise ModelError(str(error)) from error
         self.memory = memory
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
-        _check_size("head_size", self.head_size)
+        check_size("head_size", self.head_size)
         self.key_size = self.head_size if key_size is None else key_size
-        _check_size("key_size", self.key_size)
+        check_size("key_size", self.key_size)
         for name in ("dropout", "attention_dropout"):
-            _check_number(name, getattr(self, name), "0 or more and less than 1", lambda value: 0 <= value < 1)
+            check_number(name, getattr(self, name), "0 or more and less than 1", lambda value: 0 <= value < 1)
         if initializer_range is not None:
-            _check_number("initializer_range", initializer_range, "more than 0, or null", lambda value: value > 0)
-        _check_number("norm_epsilon", norm_epsilon, "0 or more", lambda value: value >= 0)
-        _check_number("adaptive_divisor", adaptive_divisor, "at least 1", lambda value: value >= 1)
+            check_number("initializer_range", initializer_range, "more than 0, or null", lambda value: value > 0)
+        check_number("norm_epsilon", norm_epsilon, "0 or more", lambda value: value >= 0)
+        check_number("adaptive_divisor", adaptive_divisor, "at least 1", lambda value: value >= 1)
         for cutoff in self.adaptive_cutoffs:
-            _check_size("adaptive_cutoffs", cutoff)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ModelError(f"model.architecture.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        if activation not in ACT2FN:
-            raise ModelError(f"model.architecture.activation={activation}: transformers knows no such activation")
+            check_size("adaptive_cutoffs", cutoff)
+        check_choices(self, CHOICES)
         if positions == "rotary" and self.key_size % 2:
             option = "head_size" if key_size is None else "key_size"
             raise ModelError(f"model.architecture.{option}={self.key_size}: rotary positions turn pairs; make it even")
@@ -176,16 +178,6 @@ class DecoderConfig(PreTrainedConfig):
             raise ModelError(
                 f"{said}: a memory of keys and values is asked as softmax asks; set model.memory.stores=hidden"
             )
-
-
-def _check_size(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"model.architecture.{name}={value}: give a whole number of at least 1")
-
-
-def _check_number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value) or not holds(value):
-        raise ModelError(f"model.architecture.{name}={value}: give a number that is {wanted}")
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -280,18 +272,10 @@ class DecoderForCausalLM(MemoryModel):
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
-    def read_segment(
-        self,
-        input_ids: Tensor,
-        state: ModelState,
-        context: SegmentContext,
-        shared: Any,
-        return_intermediates: bool,
-        segment_cache: SegmentCache | None,
-        use_cache: bool,
-    ) -> SegmentRead:
+    def read_segment(self, segment: SegmentToRead) -> SegmentRead:
+        input_ids, state, context, cache = segment.input_ids, segment.state, segment.context, segment.cache
         length = input_ids.shape[1]
-        cached = 0 if segment_cache is None else segment_cache.length
+        cached = 0 if cache is None else cache.length
         # All layers are written together: what is real in one is real in all.
         real = self._real_entries(state, context)
         visible = (0 if real is None else real.shape[1]) + cached + length
@@ -305,17 +289,16 @@ class DecoderForCausalLM(MemoryModel):
         reads, seen = [], []
         for index, layer in enumerate(self.layers):
             own = state.layers[index] if state.layers else None
-            past, told = None, context
-            if segment_cache is not None:
-                past = segment_cache.attention[index]
-                if state.layers:
-                    told = context._replace(earlier=segment_cache.memories[index])
-            stream, segment, read = layer(stream, own, past, encoding, allowed, told, shared, return_intermediates)
-            seen.append(segment)
+            past = None if cache is None else cache.attention[index]
+            told = segment.context_of(index) if state.layers else context
+            stream, whole, read = layer(
+                stream, own, past, encoding, allowed, told, segment.shared, segment.return_intermediates
+            )
+            seen.append(whole)
             if read is not None:
                 reads.append(read)
         hidden = self.dropout(stream.end(self.final_norm))
-        return SegmentRead(hidden, tuple(reads), tuple(seen) if use_cache else None)
+        return SegmentRead(hidden, tuple(reads), tuple(seen) if segment.use_cache else None)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return self.vocabulary.token_losses(hidden, targets)
@@ -361,16 +344,8 @@ class DecoderForCausalLM(MemoryModel):
             initialization.ones_(module.weight)
         if isinstance(module, nn.LayerNorm):
             initialization.zeros_(module.bias)
-        if isinstance(module, FastWeightMemory):
-            initialization.ones_(module.scale)
-            initialization.zeros_(module.gate)
-        if isinstance(module, Writing):
-            initialization.zeros_(module.strength_offset)
-            initialization.constant_(module.forgetting_offset, FORGETTING)
-            if module.config.strength == "loss":
-                initialization.ones_(module.surprise)
-        if isinstance(module, KeyValueSignal):
-            initialization.constant_(module.gate, module.first_gate)
+        if isinstance(module, Memory):
+            module.reset_numbers()
         if isinstance(module, Attention) and not module.rotary:
             initialization.zeros_(module.content_bias)
             initialization.zeros_(module.distance_bias)

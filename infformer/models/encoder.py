@@ -14,17 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
-from infformer.memory.memory import Memory, SegmentContext
-from infformer.memory.state import ModelState
-from infformer.models.base import MemoryModel, SegmentRead
-from infformer.models.block import BlockSizes, FeedForward, Residual, Stream
+from infformer.memory.memory import Memory
+from infformer.models.base import MemoryModel, SegmentRead, SegmentToRead
+from infformer.models.block import (
+    BlockSizes,
+    FeedForward,
+    Residual,
+    Stream,
+    check_choices,
+    check_number,
+    check_size,
+)
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
-from infformer.models.segment_cache import SegmentCache
 
 CHOICES = {
     "positions": ("learned", "sinusoidal"),
@@ -92,6 +97,8 @@ class ClassifierConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            check_size(name, getattr(self, name))
         self.head_size = hidden_size // num_attention_heads if head_size is None else head_size
         self.feed_forward_size = feed_forward_size
         self.head_hidden_size = feed_forward_size if head_hidden_size is None else head_hidden_size
@@ -105,21 +112,13 @@ class ClassifierConfig(PreTrainedConfig):
         self.dropout = dropout
         self.initializer_range = initializer_range
         for name in (
-            "vocab_size", "classes", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_size",
-            "feed_forward_size", "head_hidden_size", "longest",
+            "vocab_size", "classes", "head_size", "feed_forward_size", "head_hidden_size", "longest",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelError(f"model.architecture.{name}={value}: give a whole number of at least 1")
+            check_size(name, getattr(self, name))
         if texts not in (1, 2):
             raise ModelError(f"model.architecture.texts={texts}: give 1, or 2 for pairs of texts")
-        if not 0 <= dropout < 1:
-            raise ModelError(f"model.architecture.dropout={dropout}: must be at least 0 and less than 1")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ModelError(f"model.architecture.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        if activation not in ACT2FN:
-            raise ModelError(f"model.architecture.activation={activation}: transformers knows no such activation")
+        check_number("dropout", dropout, "0 or more and less than 1", lambda value: 0 <= value < 1)
+        check_choices(self, CHOICES)
         kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": False}
         super().__init__(**kwargs)
 
@@ -202,16 +201,8 @@ class TextClassifier(MemoryModel):
         self.head_output = nn.Linear(config.head_hidden_size, config.classes)
         self.post_init()
 
-    def read_segment(
-        self,
-        input_ids: Tensor,
-        state: ModelState,
-        context: SegmentContext,
-        shared: Any,
-        return_intermediates: bool,
-        segment_cache: SegmentCache | None,
-        use_cache: bool,
-    ) -> SegmentRead:
+    def read_segment(self, segment: SegmentToRead) -> SegmentRead:
+        input_ids = segment.input_ids
         texts = self.config.texts
         if input_ids.shape[1] % texts or input_ids.shape[1] > texts * self.config.longest:
             raise ModelError(

@@ -44,13 +44,13 @@ from infformer.models.backbone import (
     key_value_shape,
     plain_head,
 )
-from infformer.models.base import LayerRead, MemoryModel, SegmentRead, stored_memory
+from infformer.models.base import LayerRead, MemoryModel, SegmentRead, SegmentToRead, stored_memory
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.linear_loss import can_fuse, linear_token_losses
 from infformer.models.listening import Ear
 from infformer.models.past import Past, PastLayer
 from infformer.models.quantization import adopt_quantization, check_quantized, copy_marks, is_quantized
-from infformer.models.segment_cache import SegmentCache, copy_cache
+from infformer.models.segment_cache import copy_cache
 
 logger = logging.getLogger(__name__)
 
@@ -397,29 +397,24 @@ class InfformerForCausalLM(MemoryModel):
             self.config.lora = None
         return self.backbone
 
-    def read_segment(
-        self,
-        input_ids: Tensor,
-        state: ModelState,
-        context: SegmentContext,
-        shared: Any,
-        return_intermediates: bool,
-        segment_cache: SegmentCache | None,
-        use_cache: bool,
-    ) -> SegmentRead:
+    def read_segment(self, segment: SegmentToRead) -> SegmentRead:
         if any(attachment.call is not None for attachment in self._attachments):
             raise ModelError("this model is reading a segment already, perhaps in another thread: let it end first")
-        kept = None if segment_cache is None else copy_cache(segment_cache.attention)
+        input_ids, use_cache = segment.input_ids, segment.use_cache
+        kept = None if segment.cache is None else copy_cache(segment.cache.attention)
         past, options = None, {self._cache_argument: kept, "use_cache": use_cache}
+        is_heard = any(attachment.ear for attachment in self._attachments)
+        tables = self._tables() if is_heard or (self._seen and kept is None) else {}
         if self._seen:
-            past = self._past(state, context) if kept is None else cast(Past, kept)
+            past = self._past(segment.state, segment.context, tables) if kept is None else cast(Past, kept)
             options |= {self._cache_argument: past, "attention_mask": past.visible(input_ids.shape[1])}
         calls = []
-        tables = self._tables() if any(attachment.ear for attachment in self._attachments) else {}
-        for number, (attachment, layer) in enumerate(zip(self._attachments, state.layers, strict=True)):
-            own = context if segment_cache is None else context._replace(earlier=segment_cache.memories[number])
+        for number, (attachment, layer) in enumerate(zip(self._attachments, segment.state.layers, strict=True)):
+            own = segment.context_of(number)
             table = None if attachment.rotation is None else tables.get(attachment.rotation.kind)
-            calls.append(_LayerCall(attachment.memory, layer, own, shared, return_intermediates, past, table))
+            calls.append(
+                _LayerCall(attachment.memory, layer, own, segment.shared, segment.return_intermediates, past, table)
+            )
         with _told(self._attachments, calls), _one_text_a_row(input_ids.device):
             if self.config.head_is_known:
                 read = self.backbone.base_model(input_ids, **options)
@@ -434,13 +429,12 @@ class InfformerForCausalLM(MemoryModel):
             past.keep()
         return SegmentRead(hidden, reads, read[self._cache_argument] if use_cache else None)
 
-    def _past(self, state: ModelState, context: SegmentContext) -> Past:
+    def _past(self, state: ModelState, context: SegmentContext, tables: dict[str, Tensor]) -> Past:
         """What the short-term memories let attention see before a segment.
 
         Their M tokens have the places 0 … M − 1, however long ago the document began, and those of the segment the
         places M … M + T − 1.
         """
-        tables = self._tables()
         found: dict[int, PastLayer] = {}
         for attachment, layer in zip(self._attachments, state.layers, strict=True):
             rotation = attachment.rotation

@@ -1,8 +1,11 @@
-"""How large a model is, what its memories hold of a text, and how much it computes, by formula."""
+"""How large a model is, what its memories hold of a text, how much it computes, and what a call of it held at most."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from torch.profiler import profile
 
 from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModel
@@ -63,6 +66,21 @@ def flops_of_a_token(model: MemoryModel, segment_length: int) -> float:
     inner = getattr(model.config, "backbone", model.config).get_text_config()
     seen = (segment_length + 1) / 2 + model.short_term_length
     return weights + 12 * inner.num_hidden_layers * inner.hidden_size * seen
+
+
+def most_held(profiler: profile) -> int:
+    """Bytes that torch held at one moment beyond those at the beginning, of a profile of the CPU's memory.
+
+    By every allocation and release that torch's allocator reports: tensors, and the scratch memory that operators ask
+    torch for; not what a library such as oneDNN takes from the system by itself. The same at every repetition.
+    """
+    recorded: Any = profiler.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def in_bytes(count: float) -> str:

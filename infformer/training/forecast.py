@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from infformer.config import RunConfig, TrackerConfig
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.models.sizes import in_bytes
+from infformer.models.sizes import in_bytes, most_held
 from infformer.progress import in_words
 from infformer.results import Sizes
 from infformer.training.folder import nothing_can_be_written
@@ -118,8 +117,8 @@ def nowhere(config: RunConfig, accelerator: Accelerator) -> Iterator[RunConfig]:
 def peak_of(step: Callable[[], object], optimizer: Optimizer, device: torch.device) -> int:
     """How much more memory a step holds at one moment than lay there before it.
 
-    On CUDA by the allocator's own count. On the CPU by every allocation and release that torch's allocator reports to
-    the profiler, until the weights are changed: a first step makes the moments then, which stay.
+    On CUDA by the allocator's own count. On the CPU by `most_held`, until the weights are changed: a first step makes
+    the moments then, which stay.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -137,13 +136,7 @@ def peak_of(step: Callable[[], object], optimizer: Optimizer, device: torch.devi
     with running:
         step()
     hook.remove()
-    held = peak = 0
-    recorded: Any = profiler.profiler
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return most_held(profiler)
 
 
 def process_bytes(device: torch.device) -> int:

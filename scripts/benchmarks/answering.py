@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import infformer
 from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, take_turns
-from benchmarks.models import model_sizes, new_model
+from benchmarks.models import new_reader
 from benchmarks.report import Comparison, Result, paired
-from infformer.models.loading import load_tokenizer
 from infformer.models.streaming import TextSegment, reading, remember
 
 
@@ -49,12 +46,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: answers cannot be measured here: {error.name} is not installed") from error
 
-    options.functions = options.samples = options.segment
-    sizes = model_sizes(options, "gpt2")
-    model = new_model(sizes, "gpt2", memory=True).to(setting.device).eval()
-    if options.compile:
-        model.compile()
-    tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
+    sizes, model, tokenizer = new_reader(options, setting)
     precision = PRECISIONS[setting.precision]
     evaluator = Evaluator(
         model=model,

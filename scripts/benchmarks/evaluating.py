@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import infformer
 from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
-from benchmarks.models import model_sizes, new_model
+from benchmarks.models import new_reader
 from benchmarks.report import Comparison, Result, paired
-from infformer.models.loading import load_tokenizer
 
 
 def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -46,12 +43,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: eval.py cannot be measured here: {error.name} is not installed") from error
 
-    options.functions = options.samples = options.segment
-    sizes = model_sizes(options, "gpt2")
-    model = new_model(sizes, "gpt2", memory=True).to(setting.device).eval()
-    if options.compile:
-        model.compile()
-    tokenizer = load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
+    sizes, model, tokenizer = new_reader(options, setting)
     novels = tokenize_documents(DataConfig(source="sample", max_documents=sizes.batch), "test", tokenizer)
     documents = novels.beginnings(len(novels) * (options.segments * sizes.segment + 1))
     evaluator = Evaluator(

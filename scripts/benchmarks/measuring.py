@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from infformer.models.sizes import most_held
 from infformer.progress import follow
 
 
@@ -78,9 +79,7 @@ def take_turns(contestants: dict[str, Contestant], rounds: int, warmup: int, clo
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     """How much more memory torch holds at one moment of a call than before it.
 
-    On CUDA by the allocator's own count. On the CPU by every allocation and release that torch's allocator reports to
-    the profiler: tensors, and the scratch memory that operators ask torch for; not what a library such as oneDNN takes
-    from the system by itself. Both are the same at every repetition.
+    On CUDA by the allocator's own count, on the CPU by `most_held`. Both are the same at every repetition.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -91,14 +90,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return most_held(profiler)
 
 
 def profile_table(call: Callable[[], object], device: torch.device, rows: int = 15) -> str:

@@ -9,17 +9,27 @@ states, as Transformer-XL does, and projects them to keys and values anew for ev
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
 
+import infformer
 from benchmarks.arithmetic import Sizes
+from benchmarks.machine import Setting
 from infformer.memory.long_term import LongTermMemoryConfig
 from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
+from infformer.models.loading import load_tokenizer
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 
 BACKBONES = ("gpt2", "rotary")
@@ -33,6 +43,16 @@ def memory_config(sizes: Sizes) -> LongTermMemoryConfig:
         sticky=True,
         sticky_placement="published",
     )
+
+
+def new_reader(options: Any, setting: Setting) -> tuple[Sizes, InfformerForCausalLM, PreTrainedTokenizerBase]:
+    """A GPT-2 with memory that reads the novels that come with the package, cut up by the tokenizer beside them."""
+    options.functions = options.samples = options.segment
+    sizes = model_sizes(options, "gpt2")
+    model = new_model(sizes, "gpt2", memory=True).to(setting.device).eval()
+    if options.compile:
+        model.compile()
+    return sizes, model, load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
 
 
 def model_sizes(options: Any, backbone: str) -> Sizes:
