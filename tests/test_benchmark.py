@@ -495,6 +495,12 @@ class TestCommands:
         assert len(lines["window of 2 segments / with memory, tokens per second"]["ratio"]) == 2
         assert lines["late / soon, peak extra memory"]["ratio"] == [pytest.approx(1, abs=0.01)]
 
+    def test_generation_can_be_measured_token_by_token(self, run, capsys):
+        _, lines = run(capsys, f"generate {MODEL} --backbone gpt2 --turn 1 --windows --prompt 3 --late 3 --rounds 5")
+        assert len(lines["with memory"]["seconds"]) == 5
+        for name in ("with memory", "without"):
+            assert lines[name]["tokens_per_second"] == pytest.approx(1 / lines[name]["median_seconds"])
+
     def test_a_decoder_is_measured_by_its_multiplications(self, run, capsys):
         _, lines = run(capsys, "decoder --layers 1 --hidden 16 --vocabulary 50 --segment 8 --memory 8 --rounds 2")
         # d = 16, M + T = 16: layer 12·d² + 2·d²·(M + T)/T − 2·d² … and the vocabulary.
@@ -537,8 +543,9 @@ class TestOptions:
             ("write --device tpu", "--device tpu: "),
             ("step --windows 2 0", "--windows 2 0: must be at least 1"),
             ("all --rows layer nothing --device cpu", "--rows nothing: choose from read, "),
+            ("generate --backbone gpt2 --windows 2", "--windows 2 with --backbone gpt2: it has no positions beyond"),
             ("generate --batch 2", "--batch 2: text is generated one row at a time; leave it at 1"),
-            ("step --windows 2 4", "--windows 2 4 with --backbone gpt2: it has no positions beyond its segment; add"),
+            ("step --windows 2 4", "--windows 2 4 with --backbone gpt2: it has no positions beyond its segment;"),
             ("stream --backbone gpt2", "--windows 2 4 8 with --backbone gpt2: it has no positions beyond its segment;"),
             ("stream --segments 60", "--segments 60 with --rounds 100: the late segments would begin at the 10th,"),
         ],

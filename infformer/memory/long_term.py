@@ -428,8 +428,11 @@ class LongTermMemory(Memory):
             written = self.write(new, state, shared, attention, context.noise, context.complete)
             if state.losses is not None and context.complete is not None:
                 pending = PendingLosses(context.complete, shared.contraction)
-        divergence = self.divergence(reading.attention) * context.visible(state.segments.unsqueeze(-1) > 0)
-        return MemoryOutput(written, reading.context, {"divergence": divergence}, reading, projected, pending)
+        losses = {}
+        if context.scored:
+            written_to = context.visible(state.segments.unsqueeze(-1) > 0)
+            losses["divergence"] = self.divergence(reading.attention) * written_to
+        return MemoryOutput(written, reading.context, losses, reading, projected, pending)
 
     def write_by_losses(self, state: LongTermState, pending: PendingLosses, losses: Tensor) -> LongTermState:
         assert state.losses is not None

@@ -70,6 +70,8 @@ class SegmentContext(NamedTuple):
 
     earlier: Earlier | None = None
     """What the layer keeps of the segment's earlier tokens; None where a segment begins."""
+    scored: bool = True
+    """Whether tokens are scored, so that auxiliary losses are asked for as well."""
 
     def visible(self, real: Tensor) -> Tensor:
         """What is seen of a memory's entries, of which these are real, bool [batch, length]."""
@@ -107,7 +109,8 @@ class MemoryOutput(NamedTuple):
     context: Tensor | None = None
     """What is added to the output of self-attention, [batch, length, hidden]; None: nothing."""
     losses: dict[str, Tensor] = {}  # noqa: RUF012, nobody changes it
-    """Auxiliary losses of each token by name, [batch, length]: zero in rows that do not count, and not yet weighted."""
+    """Auxiliary losses of each token by name, [batch, length]: zero in rows that do not count, and not yet weighted.
+    One that is left out is zero."""
     reading: Any = None
     """How the memory was read, in the kind's own terms, for its instruments."""
     projected: Any = None

@@ -113,7 +113,7 @@ class MemoryModelOutput(ModelOutput):
     """Negative log-likelihood of each target in nats, [batch, length], float32; 0 where nothing is scored. With labels
     or targets only."""
     auxiliary_losses: dict[str, Tensor] | None = None
-    """Scalars by name, already weighted."""
+    """Scalars by name, already weighted; zero without labels or targets where nothing but a loss needs them."""
     intermediates: tuple[LayerRead, ...] | None = None
     """What happened in each layer that has a memory, in their order. With `return_intermediates` only."""
     hidden: Tensor | None = None
@@ -179,7 +179,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         memories = list(self.layer_memories().values())
         cached = 0 if segment_cache is None else segment_cache.length
         complete = self._complete_rows(input_ids, cached, lengths)
-        context = SegmentContext(complete, noise, without_memory=without_memory)
+        scored = labels is not None or targets is not None
+        context = SegmentContext(complete, noise, without_memory=without_memory, scored=scored)
         prepared = (memory.prepare(layer, context) for memory, layer in zip(memories, state.layers, strict=True))
         shared = next((found for found in prepared if found is not None), None)
         inside = return_intermediates or use_cache  # what the layers saw
@@ -203,8 +204,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         if targets is not None:
             targets = _without_padding(targets, lengths)
             output.token_losses = self.segment_losses(read.hidden, targets)
-            scored = (targets != IGNORE_INDEX).sum().clamp(min=1)
-            output.loss = output.token_losses.sum() / scored + sum(auxiliary.values())
+            count = (targets != IGNORE_INDEX).sum().clamp(min=1)
+            output.loss = output.token_losses.sum() / count + sum(auxiliary.values())
         if return_logits or (return_logits is None and targets is None):
             output.logits = self.logits(read.hidden[:, -logits_to_keep:])
         return output

@@ -74,6 +74,19 @@ def model_sizes(options: Any, backbone: str) -> Sizes:
     )
 
 
+def check_windows(options: Any) -> None:
+    """Refuse windows of attention for a backbone that has no positions for them.
+
+    Raises:
+        SystemExit: there are some.
+    """
+    if options.windows and options.backbone == "gpt2":
+        raise SystemExit(
+            f"error: --windows {' '.join(map(str, options.windows))} with --backbone gpt2: it has no positions beyond "
+            "its segment; leave them out (--windows without a number), or take --backbone rotary"
+        )
+
+
 def architecture(sizes: Sizes, backbone: str) -> dict[str, Any]:
     """The fields of a Hugging Face configuration."""
     if backbone == "rotary":

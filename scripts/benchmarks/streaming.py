@@ -20,6 +20,7 @@ from benchmarks.measuring import Clock, Contestant, peak_extra_bytes, summarize,
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
+    check_windows,
     model_sizes,
     new_model,
     new_window_model,
@@ -100,11 +101,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     Raises:
         SystemExit: windows for a backbone that has no positions for them; or too few segments.
     """
-    if options.windows and options.backbone == "gpt2":
-        raise SystemExit(
-            f"error: --windows {' '.join(map(str, options.windows))} with --backbone gpt2: it has no positions beyond "
-            "its segment; leave them out (--windows without a number), or take --backbone rotary"
-        )
+    check_windows(options)
     first = options.segments - options.rounds // 2
     if first - options.warmup <= EARLY.stop:
         raise SystemExit(

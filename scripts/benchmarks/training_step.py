@@ -18,6 +18,7 @@ from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, su
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
+    check_windows,
     compile_layers,
     model_sizes,
     new_model,
@@ -141,11 +142,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     Raises:
         SystemExit: windows for a backbone that has no positions for them.
     """
-    if options.windows and options.backbone == "gpt2":
-        raise SystemExit(
-            f"error: --windows {' '.join(map(str, options.windows))} with --backbone gpt2: it has no positions beyond "
-            "its segment; add --backbone rotary"
-        )
+    check_windows(options)
     torch.manual_seed(0)
     sizes = model_sizes(options, options.backbone)
     steps = {

@@ -462,7 +462,9 @@ class TestRows:
             assert_same_row(layer, expected, 1)
             if not memory.needs_losses:
                 assert_same_state(layer, expected)
-        both = model(segment, state=state, without_memory=torch.tensor([True, True])).auxiliary_losses
+        rows = torch.tensor([True, True])
+        both = model(segment, targets=segment, state=state, without_memory=rows).auxiliary_losses
+        fresh = model(segment, targets=segment)
         assert both.get("divergence") == fresh.auxiliary_losses.get("divergence")
         none = model(segment, state=state, without_memory=torch.tensor([False, False]))
         assert torch.equal(none.logits, went_on.logits)
@@ -599,9 +601,9 @@ class TestLosses:
         """Weighted by their real tokens; some rows are new, padded or idle."""
         state = state_after(model, rows=4).reset_rows(torch.tensor([False, True, False, False]))
         segment, lengths = tokens(4, seed=9), torch.tensor([SEGMENT, SEGMENT, SEGMENT, 0])
-        whole = model(segment, state=state, lengths=lengths).auxiliary_losses
+        whole = model(segment, targets=segment, state=state, lengths=lengths).auxiliary_losses
         halves = [
-            model(half, state=part, lengths=real).auxiliary_losses
+            model(half, targets=half, state=part, lengths=real).auxiliary_losses
             for half, part, real in zip(segment.split(2), state.split(2), lengths.split(2), strict=True)
         ]
         memory = model.config.memory_config
