@@ -159,10 +159,12 @@ def train_literally(folder: Path, texts: Path, tokenizer: PreTrainedTokenizerFas
                 own = rows[first : first + LANES // PARTS]
                 output = model(
                     torch.tensor([row.inputs + [0] * (SEGMENT - len(row.inputs)) for row in own]),
+                    targets=torch.tensor([row.targets + [-100] * (SEGMENT - len(row.targets)) for row in own]),
                     state=memory,
                     reset=torch.tensor([row.reset for row in own]),
                     lengths=torch.tensor([len(row.inputs) for row in own]),
                     noise=torch.stack([row.draws for row in own]),
+                    return_logits=True,
                 )
                 memory = output.state
                 nats = torch.zeros(())

@@ -192,7 +192,14 @@ class TestSegmentsInWhichNothingIsScored:
         segments = [score_the_end(segment, tokens) for segment, tokens in zip(segments, scored, strict=True)]
         memory, total, divergence, nats = None, LANES * sum(scored), 0.0, 0.0
         for segment, tokens in zip(segments, scored, strict=True):
-            output = some(segment.input_ids, state=memory, reset=segment.reset, lengths=segment.lengths)
+            output = some(
+                segment.input_ids,
+                targets=segment.targets,
+                state=memory,
+                reset=segment.reset,
+                lengths=segment.lengths,
+                return_logits=True,
+            )
             memory = output.state if tokens else output.state.detach()
             if tokens:
                 real = segment.targets >= 0
