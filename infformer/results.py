@@ -366,6 +366,16 @@ class ClassificationProtocol(TypedDict):
     checkpoint: str
 
 
+class AttentionSpan(TypedDict):
+    """How far away attention looks in the mean, in tokens (Tay et al., arXiv 2011.04006)."""
+
+    layers: list[float]
+    even: float
+    """What attention would have that is alike on all tokens: about a third of a text's length."""
+    examples: int
+    """Of which it was measured."""
+
+
 class ClassificationResults(TypedDict):
     """What `results.json` of classification holds."""
 
@@ -379,6 +389,8 @@ class ClassificationResults(TypedDict):
     baselines: dict[str, float]
     """What is right without reading: `majority`, and of lists by their first operation `root_operator`."""
     protocol: ClassificationProtocol
+    attention_span: NotRequired[AttentionSpan]
+    """Of a classifier with softmax attention alone."""
     before: NotRequired[None]
 
 
@@ -619,6 +631,7 @@ class ArenaRun(TypedDict):
     accuracy: float
     examples: int
     baselines: dict[str, float]
+    attention_span: NotRequired[AttentionSpan]
 
 
 class BenchmarkFigures(TypedDict, total=False):

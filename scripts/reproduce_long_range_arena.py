@@ -72,6 +72,7 @@ def main() -> None:
             "accuracy": results[name]["accuracy"],
             "examples": results[name]["examples"],
             "baselines": results[name]["baselines"],
+            **({"attention_span": span} if (span := results[name].get("attention_span")) is not None else {}),
         }
         for name, (task, attention, seed) in trained.items()
     ]
@@ -108,7 +109,17 @@ def format_table(rows: list[ArenaRun]) -> str:
         f"Accuracy in per cent, the mean over seeds {', '.join(map(str, seeds))} ± half the range; in brackets the "
         "published one. In italics: what is right without reading.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _format_spans(rows)
+
+
+def _format_spans(rows: list[ArenaRun]) -> str:
+    """How far away attention looks, for each run of softmax; nothing without one."""
+    lines = ["", "| how far attention looks, in tokens | layer by layer | if alike on all tokens |", "|---|---|---|"]
+    for row in rows:
+        if (span := row.get("attention_span")) is not None:
+            layers = ", ".join(f"{layer:.0f}" for layer in span["layers"])
+            lines.append(f"| {row['task']}, seed {row['seed']} | {layers} | {span['even']:.0f} |")
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
 if __name__ == "__main__":

@@ -25,39 +25,58 @@ from grid import format_mean, run_all
 from infformer.plots.sorting import plot_accuracy_by_length
 from infformer.results import Accuracies, SortingResults, SortingRun
 
-MEMORIES = ("short_term", "compressive", "long_term", "sticky")
+MEMORIES = {
+    "short_term": ["model/memory=short_term"],
+    "compressive": ["model/memory=compressive"],
+    "long_term": ["model/memory=long_term"],
+    "sticky": ["model/memory=sticky"],
+    "gibbs": ["model/memory=long_term", "model.memory.read=gibbs"],
+    "dyadic": [
+        "model/memory=long_term",
+        "model.memory.contraction=dyadic",
+        "model.memory.levels=8",
+        "model.memory.read=slots",
+        "model.memory.widths=[]",
+    ],
+    "fast_weight": ["model/memory=fast_weight"],
+}
+"""The options of each row."""
 
 
 def main() -> None:
     """Read the options, run the grid, write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="sorting_small")
-    parser.add_argument("--memories", nargs="+", default=MEMORIES, metavar="MEMORY", help=", ".join(MEMORIES))
+    parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES)[:4], metavar="MEMORY")
+    parser.add_argument(
+        "--row", nargs="+", action="append", default=[], metavar="NAME OPTION", help="another memory, by its options"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, help="train a model for each, instead of the experiment's")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--folder", type=Path, default=Path("outputs/sorting"))
     parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
 
+    rows = {name: MEMORIES[name] for name in arguments.memories} | {name: row for name, *row in arguments.row}
     runs, trained = {}, {}
     for seed in arguments.seeds:
         for length in arguments.lengths or [None]:
-            for memory in arguments.memories:
+            for memory, chosen in rows.items():
                 name = f"{memory}_seed{seed}" + ("" if length is None else f"_length{length}")
-                options = [f"experiment={arguments.experiment}", f"model/memory={memory}", f"seed={seed}"]
+                options = [f"experiment={arguments.experiment}", *chosen, f"seed={seed}"]
                 if length is not None:
                     options += [f"task.length={length}", "task.training_lengths=[]", "task.evaluation_lengths=[]"]
                 runs[name] = options + arguments.options
                 trained[name] = (memory, seed)
     results: dict[str, SortingResults] = run_all(runs, arguments.folder)
-    rows: list[SortingRun] = [
+    measured: list[SortingRun] = [
         {"memory": memory, "seed": seed, **figures}
         for name, (memory, seed) in trained.items()
         for figures in results[name]["lengths"]
     ]
 
-    (arguments.folder / "accuracy.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    table = format_table(rows)
+    (arguments.folder / "accuracy.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    table = format_table(measured)
     (arguments.folder / "accuracy.md").write_text(table, encoding="utf-8")
     print(table)
     for figure in plot_accuracy_by_length(arguments.folder / "accuracy.json"):

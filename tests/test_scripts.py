@@ -223,7 +223,8 @@ def test_each_task_mechanism_and_seed_of_long_range_arena_is_a_run(arena, monkey
         runs.update(asked)
         folder.mkdir(parents=True)
         figures = {"accuracy": 0.25, "examples": 4, "baselines": {"majority": 0.2}}
-        return dict.fromkeys(asked, figures)
+        span = {"attention_span": {"layers": [20.2, 11.0], "even": 341.3, "examples": 4}}
+        return {name: figures | (span if "softmax" in name else {}) for name in asked}
 
     monkeypatch.setattr(arena, "run_all", run_all)
     speeds = tmp_path / "attention.jsonl"
@@ -250,7 +251,9 @@ def test_each_task_mechanism_and_seed_of_long_range_arena_is_a_run(arena, monkey
         "model.architecture.attention=linear",
         "training.max_steps=3",
     ]
-    assert "| linear | 25.0 (42.3) | 25.0 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| linear | 25.0 (42.3) | 25.0 |" in printed
+    assert "| image, seed 2 | 20, 11 | 341 |" in printed
     assert imread(tmp_path / "arena" / "trade_off.png").std() > 0.02
 
 

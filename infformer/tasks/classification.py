@@ -255,7 +255,7 @@ class Classification(Evaluation[ClassificationResults]):
             return None
         test = self._examples["test"]
         protocol = self._evaluator.protocol
-        return {
+        results: ClassificationResults = {
             **measure(self._evaluator, test, "test"),
             "classes": len(test.classes),
             "baselines": baselines(self._examples.get("train", test), test, self._config.kind),
@@ -267,6 +267,12 @@ class Classification(Evaluation[ClassificationResults]):
                 "checkpoint": checkpoint,
             },
         }
+        from infformer.evaluation.attention_span import measure_attention_span  # it loads the classifier's code
+
+        span = measure_attention_span(self._evaluator.model, test)
+        if span is not None:
+            results["attention_span"] = span
+        return results
 
     def report(self, results: ClassificationResults, folder: Path) -> list[Path]:
         from infformer.evaluation.report import write_results  # this loads for seconds
@@ -331,6 +337,9 @@ def format_classification(results: ClassificationResults) -> str:
         f"{'this model':<16} {results['accuracy']:>7.3f} {f'{low:.3f} – {high:.3f}':>15} {results['nll']:>8.4f}",
     ]
     lines += [f"{name.replace('_', ' '):<16} {value:>7.3f}" for name, value in results["baselines"].items()]
+    if (span := results.get("attention_span")) is not None:
+        layers = ", ".join(f"{layer:.0f}" for layer in span["layers"])
+        lines.append(f"attention looks {layers} tokens away, layer by layer; alike on all tokens {span['even']:.0f}")
     lines.append(
         f"{results['examples']:,} examples of {results['classes']} classes, up to {protocol['length']:,} tokens; "
         f"segments of {protocol['segment']:,}, {protocol['dtype']}"

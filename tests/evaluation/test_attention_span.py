@@ -1,10 +1,12 @@
 """The required attention span, where it is known."""
 
+import numpy as np
 import pytest
 import torch
 
 from infformer.evaluation import attention_span
-from infformer.evaluation.attention_span import attention_spans, spans_of
+from infformer.data.examples import Examples
+from infformer.evaluation.attention_span import attention_spans, measure_attention_span, spans_of
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 
 
@@ -37,3 +39,25 @@ def test_the_mean_is_over_all_positions_of_all_texts():
     together = attention_spans(model, [short, long])
     for layer in range(2):
         assert together[layer] == pytest.approx((9 * spans[0][layer] + 50 * spans[1][layer]) / 59)
+
+
+def new_examples(*lengths):
+    ends = np.cumsum(lengths)
+    bounds = np.stack([ends - lengths, ends], axis=1)[:, None]
+    return Examples(["no", "yes"], 1, np.zeros(len(lengths), np.int64), "", np.ones(ends[-1], np.uint8), bounds)
+
+
+def test_examples_are_measured_beside_what_even_attention_has(monkeypatch):
+    model = new_classifier()
+    for layer in model.layers:
+        layer.query.weight.data.zero_()
+    found = measure_attention_span(model, new_examples(9, 50, 30))
+    assert found["examples"] == 3
+    assert found["layers"] == pytest.approx([found["even"]] * 2)
+    monkeypatch.setattr(attention_span, "MOST_WEIGHTS", 9**2 + 50**2)
+    found = measure_attention_span(model, new_examples(9, 50, 30))
+    assert (found["examples"], found["even"]) == (2, pytest.approx((9**2 + 50**2 - 2) / (3 * 59)))
+
+
+def test_other_mechanisms_have_no_span():
+    assert measure_attention_span(new_classifier(attention="linear"), new_examples(9)) is None

@@ -93,8 +93,10 @@ def test_a_table_of_ones_own_is_learned(reviews, train, tmp_path):
     low, high = results["accuracy_interval"]
     assert low < results["accuracy"] <= high
     assert "this model" in format_classification(results)
+    assert "attention looks" in format_classification(results)
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert written["accuracy"] == results["accuracy"]
+    assert len(written["attention_span"]["layers"]) == 2
     validated = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation/accuracy" in line]
     assert len(validated) == 20
 
