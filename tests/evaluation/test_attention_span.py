@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from infformer.evaluation import attention_span
 from infformer.data.examples import Examples
+from infformer.evaluation import attention_span
 from infformer.evaluation.attention_span import attention_spans, measure_attention_span, spans_of
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 

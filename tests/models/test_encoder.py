@@ -91,3 +91,13 @@ def test_texts_that_are_too_long_or_no_pair_are_refused():
         new_classifier()(torch.ones(1, 60, dtype=torch.long))
     with pytest.raises(ModelError, match=r"has 31 tokens: give 2 texts of at most 48 each"):
         new_classifier(texts=2)(torch.ones(1, 31, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", sorted(set(mechanism_kinds()) - {"linformer"}))
+def test_every_mechanism_has_about_as_many_parameters_as_softmax(kind):
+    """But for the Linformer, which has a matrix of numbers for each place."""
+    softmax, other = (
+        sum(p.numel() for p in TextClassifier(ClassifierConfig(attention=name)).parameters())
+        for name in ("softmax", kind)
+    )
+    assert abs(other / softmax - 1) < 0.1
