@@ -634,6 +634,47 @@ class ArenaRun(TypedDict):
     attention_span: NotRequired[AttentionSpan]
 
 
+class InitialGradients(TypedDict):
+    """A row of `norms.json`: a placement of norms before the first step, the mean over seeds."""
+
+    placement: str
+    normalization: str
+    depth: int
+    width: int
+    seeds: int
+    initializer_range: float | None
+    gradients: list[float]
+    """Of each layer: the norm of the gradient of the last map of its feed-forward part."""
+    squares: list[float]
+    """Of each layer: ‖x‖²/d of what that part adds up to."""
+    identities: NotRequired[dict[str, float]]
+    """With dual norms: by what part two identities do not hold."""
+
+
+class NormTraining(TypedDict):
+    """Another row of it: a placement that was trained."""
+
+    placement: str
+    normalization: str
+    depth: int
+    width: int
+    warmup: int
+    steps: int
+    learning_rate: float
+    seed: int
+    losses: list[float | None]
+    """Nats per byte of each step; None where they were not finite."""
+
+
+class NormResults(TypedDict):
+    """`norms.json`."""
+
+    initialisation: list[InitialGradients]
+    training: list[NormTraining]
+    byte_frequencies: float
+    """Nats per byte of who knows nothing but how often each byte occurs."""
+
+
 class BenchmarkFigures(TypedDict, total=False):
     """What else was measured or counted of a contestant, each figure where it makes sense."""
 

@@ -1,4 +1,4 @@
-"""Many runs of train.py, one after the other, that go on where they were stopped, and the means of what they found."""
+"""Many runs, one after the other, that go on where they were stopped, and the means of what they found."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from types import FrameType
 from typing import Any
 
+from infformer.evaluation.report import write_results
 from infformer.progress import follow
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -51,6 +53,32 @@ def run_all(runs: dict[str, list[str]], folder: Path, until: float = math.inf) -
         done.write_text(asked, encoding="utf-8")
         whole.append(name)
     return {name: json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in whole}
+
+
+def make_rows(
+    runs: Sequence[dict[str, Any]], make: Callable[..., dict[str, Any]], path: Path, what: str
+) -> list[dict[str, Any]]:
+    """Make every short run of this process, or what is left of them.
+
+    Args:
+        runs: the options of each.
+        make: what finds its figures; it takes the options by their names.
+        path: a file in JSON that keeps the rows, each as soon as it is whole; rows of other runs stay in it.
+        what: is done, for the line that says how far it is.
+
+    Returns:
+        The options and the figures of each run, in the order of the runs.
+    """
+    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+    def row_of(run: dict[str, Any]) -> dict[str, Any] | None:
+        return next((row for row in kept if run.items() <= row.items()), None)
+
+    missing = [run for run in runs if row_of(run) is None]
+    for run in follow(missing, what, "runs", len(missing)):
+        kept.append({**run, **make(**run)})
+        write_results(path, {"rows": kept})
+    return [row for run in runs if (row := row_of(run)) is not None]
 
 
 def _train(options: list[str], until: float) -> int:

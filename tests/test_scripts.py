@@ -147,6 +147,20 @@ class TestGrid:
         assert grid.run_all({"one": []}, tmp_path, time.monotonic() - 1) == {}
         assert started() == []
 
+    def test_a_row_is_made_once(self, grid, tmp_path):
+        made = []
+
+        def make(seed: int, steps: int) -> dict[str, float]:
+            made.append((seed, steps))
+            return {"loss": float("inf") if seed else 0.5}
+
+        runs = [{"seed": seed, "steps": 1} for seed in (0, 1)]
+        first = grid.make_rows(runs, make, tmp_path / "runs.json", "making")
+        assert [row["loss"] for row in first] == [0.5, float("inf")]
+        again = grid.make_rows([{"seed": 0, "steps": 2}, *runs[::-1]], make, tmp_path / "runs.json", "making")
+        assert made == [(0, 1), (1, 1), (0, 2)]
+        assert [(row["seed"], row["steps"], row["loss"]) for row in again] == [(0, 2, 0.5), (1, 1, None), (0, 1, 0.5)]
+
     @pytest.mark.parametrize(
         ("values", "text"),
         [
@@ -412,6 +426,53 @@ class TestContext:
         assert told["last 1 to 64 tokens back"] == (5, pytest.approx((1 + 3 + 4 + 2) / 5))
         assert second["classes"][0]["difference"] == pytest.approx((-5 - 2.5) / 10)
         assert "| nowhere before | 5 |" in context.format_tables([first, second])
+
+
+class TestNorms:
+    @pytest.fixture
+    def norms(self, grid) -> ModuleType:
+        return import_module("reproduce_norms")
+
+    @pytest.mark.parametrize("normalization", ["layer", "rms"])
+    def test_dual_norms_are_held_to_their_two_identities(self, norms, normalization):
+        found = norms.at_initialisation("dual", normalization, 3, 8, 1, None)
+        assert found["identities"]["without_norm"] == 0
+        assert 0 <= found["identities"]["sum"] < 1e-12
+        after = norms.at_initialisation("post", normalization, 3, 8, 1, None)
+        assert found["squares"] == pytest.approx(after["squares"])
+        assert all(one != other for one, other in zip(found["gradients"], after["gradients"], strict=True))
+
+    def test_norms_are_reproduced_from_the_command_line(self, norms, monkeypatch, capsys, tmp_path):
+        command = [
+            "--depths",
+            "1",
+            "2",
+            "--width",
+            "8",
+            "--seeds",
+            "2",
+            "--trained-depths",
+            "1",
+            "--trained-width",
+            "8",
+        ]
+        command += ["--steps", "8", "--warmups", "0", "4", "--folder", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["reproduce_norms.py", *command])
+        norms.main()
+        gradients, _, losses, *_ = capsys.readouterr().out.split("\n\n")
+        assert [line.split(" | ")[0] for line in gradients.splitlines()[2::2]] == ["| post", "| pre", "| dual"]
+        assert losses.splitlines()[0] == "| placement | norm | depth 1, none | depth 1, 4 steps of warm-up |"
+        assert losses.count("(1 of 1 stuck)") == 12
+        rows = json.loads((tmp_path / "norms.json").read_text())
+        assert [len(row["gradients"]) for row in rows["initialisation"]] == [1, 2] * 6
+        assert all(len(row["losses"]) == 8 for row in rows["training"])
+        assert imread(tmp_path / "norms.png").std() > 0.05
+
+        monkeypatch.setattr(norms, "plot_norms", str)
+        for made in ("at_initialisation", "train"):
+            monkeypatch.setattr(norms, made, None)
+        norms.main()
+        assert gradients in capsys.readouterr().out
 
 
 def test_parameters_are_counted_in_the_file(from_scratch, tmp_path):
