@@ -459,6 +459,31 @@ class TrackerConfig:
 TRACKERS = {name: TrackerConfig(name) for name in _TRACKERS}
 
 
+@dataclass
+class GrowthConfig:
+    """Sizes that become larger at one step of a run, in this order; null: it stays as it is."""
+
+    step: int
+    """After which."""
+    feed_forward_size: int | None = None
+    """Width inside the feed-forward parts."""
+    num_attention_heads: int | None = None
+    """Heads of attention."""
+    head_size: int | None = None
+    """Width of a head's values; of a Hugging Face model of its queries and keys too."""
+    key_size: int | None = None
+    """Width of a head's queries and keys, of our own decoder."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Layers."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those that become larger, by their names."""
+        return {name: value for name, value in vars(self).items() if name != "step" and value is not None}
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """One training run."""
@@ -470,6 +495,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    growth: list[GrowthConfig] = free(list)
+    """When the model becomes larger, one growth after the other, such as `[{step: 200, num_hidden_layers: 4}]`. A
+    resumed run may change those that are still to come."""
     evaluation: EvaluationConfig = measuring(EvaluationConfig)
     engine: EngineConfig = free(EngineConfig)
     tracker: TrackerConfig = free(TrackerConfig)
@@ -541,6 +569,35 @@ class RunConfig:
                 f"training.memory_dropout={self.training.memory_dropout}: this run has no memory that could be left "
                 "out; set it to 0, or choose one by model/memory="
             )
+        self._check_growth()
+
+    def _check_growth(self) -> None:
+        """Make sure that growths come one after the other, in a run whose parts can become larger."""
+        before = 0
+        for number, growth in enumerate(self.growth):
+            option = f"growth[{number}].step={growth.step}"
+            if growth.step <= before:
+                after = "at least 1" if number == 0 else f"more than {before}, the step of the growth before"
+                raise ValueError(f"{option}: must be {after}")
+            if growth.step >= self.training.max_steps:
+                raise ValueError(
+                    f"{option}: the run ends at training.max_steps={self.training.max_steps}, and who has grown has to "
+                    "learn; take an earlier step, or leave this growth out"
+                )
+            if not growth.sizes:
+                sizes = ", ".join(name for name in vars(growth) if name != "step")
+                raise ValueError(f"{option}: nothing becomes larger; give one of {sizes}")
+            before = growth.step
+        rank, every = self.model.lora.rank, self.schedule.unfreeze_every
+        refused = {
+            "training.freeze_backbone=true": ("what is new would not learn", self.training.freeze_backbone),
+            f"model.lora.rank={rank}": ("what is new beside adapters would not learn", rank is not None),
+            f"schedule.unfreeze_every={every}": ("layers join by where they stand", every is not None),
+            "training.compile=graphs": ("what is recorded stays as it is", self.training.compile == "graphs"),
+        }
+        for option, (why, is_set) in refused.items():
+            if self.growth and is_set:
+                raise ValueError(f"{option} with growth: {why}; leave one of the two out")
 
     @property
     def has_tokenizer(self) -> bool:

@@ -467,16 +467,25 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def expand_model(model: Model, seed: int = 0, **sizes: int) -> Model:
     """A larger model that computes the same; the arguments are those of `expand`."""
     config, weights = expand(model.config, model.state_dict(), seed, **sizes)
-    if isinstance(config, DecoderConfig):
-        config = type(config).from_dict(config.to_dict())  # its sizes are looked at together
-    kind = cast(Any, type(model))
-    larger = kind(config).to(device=model.device, dtype=model.dtype).train(model.training)
+    larger: Any = new_model_of(type(model), config)
+    larger = larger.to(device=model.device, dtype=model.dtype).train(model.training)
     for name, parameter in larger.named_parameters():
         parameter.data = parameter.data.to(weights[name].dtype)  # memories stay in float32 beside a shorter type
     larger.load_state_dict(weights)
     if model.generation_config is not None:
         larger.generation_config = copy.deepcopy(model.generation_config)
     return cast(Model, larger)
+
+
+def new_model_of(kind: type[Model], config: PreTrainedConfig) -> Model:
+    """A model with new weights, of a configuration that an expansion has made.
+
+    Raises:
+        ModelError: its sizes do not fit each other.
+    """
+    if isinstance(config, DecoderConfig):
+        config = type(config).from_dict(config.to_dict())  # its sizes are looked at together
+    return cast(Model, cast(Any, kind)(config))
 
 
 def _stock(config: PreTrainedConfig) -> Any:
@@ -503,18 +512,24 @@ def _check_growth(config: PreTrainedConfig, name: str, size: int) -> int:
         )
     elif getattr(config, "lora", None) is not None:
         raise ModelError("a model with adapters does not grow: merge them first, scripts/export.py --what backbone")
+    old = size_of(config, name)
+    if not isinstance(size, int) or size <= old:
+        raise ModelError(f"{name}={size}: the model has {old}, and it can only become larger")
+    return old
+
+
+def size_of(config: PreTrainedConfig, name: str) -> int:
+    """How large a size of `EXPANSIONS` is now."""
     sizes = _sizes_of(config)
-    old = {
+    found = {
         "feed_forward_size": sizes["inner"],
         "num_attention_heads": sizes["heads"] * sizes["group"],
         "head_size": sizes["value"],
         "key_size": sizes["key"],
         "hidden_size": sizes["stream"],
         "num_hidden_layers": _stock(config).num_hidden_layers,
-    }[name]
-    if not isinstance(size, int) or size <= old:
-        raise ModelError(f"{name}={size}: the model has {old}, and it can only become larger")
-    return cast(int, old)
+    }
+    return found[name]
 
 
 def _growth_of_keys(config: PreTrainedConfig, name: str, size: int) -> _Growth:

@@ -75,6 +75,11 @@ def plot_run(run_directory: Path) -> list[Path]:
     figure = new_figure(4.6 * columns, 3.3 * rows)
     for number, panel in enumerate(panels, start=1):
         _draw(figure.add_subplot(rows, columns, number), panel, records)
+    growths = _points(records, "growth/parameters")
+    for axes in figure.axes[: bool(growths)]:
+        for number, (tokens, _) in enumerate(growths):
+            axes.axvline(tokens, color="black", linestyle=":", label="_" if number else "the model grows")
+        axes.legend(frameon=False, fontsize=9)
     return [save(figure, Path(run_directory) / "plots" / "training.png")]
 
 

@@ -36,19 +36,24 @@ from infformer.models.loading import (
 from infformer.models.memories import load_memories
 from infformer.models.quantization import quantization_config
 from infformer.tasks.task import Material
+from infformer.training.growing import check_growth, grown
 from infformer.training.runtime import Accelerator
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, examples: Mapping[str, Examples] | None = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Mapping[str, Examples] | None = None,
+    step: int = 0,
 ) -> MemoryModel:
     """The model that a run trains.
 
     Args:
         tokenizer: None for a task without text.
         examples: of a task that has some.
+        step: after which; it may have grown until then.
 
     Raises:
         ModelError, ValueError: it cannot be loaded or does not fit the tokenizer or the segment.
@@ -91,6 +96,10 @@ def build_model(
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:
         model.checkpoint_activations()
+    check_growth(config.growth, model)
+    for growth in config.growth:
+        if growth.step <= step:
+            model = grown(model, growth, config)
     return model
 
 

@@ -274,6 +274,9 @@ def _in_words(declared: Any) -> str:
     }
     if dataclasses.is_dataclass(inner):
         return f"this is a group, whose options are set one by one: {', '.join(typing.get_type_hints(inner))}"
+    if typing.get_origin(inner) is list and dataclasses.is_dataclass(typing.get_args(inner)[0]):
+        required, *options = typing.get_type_hints(typing.get_args(inner)[0])
+        return f"must be a list of groups, such as [{{{required}: 1, {options[-1]}: 2}}], of {', '.join(options)}"
     if typing.get_origin(inner) is dict:
         return "must be fields with values, such as {name: value}"
     said = words.get(inner, "")

@@ -28,6 +28,9 @@ class Forecast:
     """What a run will take: sizes by formula, memory and speed as a few of its steps had them."""
 
     sizes: Sizes
+    """In the end, as all that follows but for the time of training."""
+    growths: int
+    """How often the model is to become larger."""
     lanes: int
     """How many lanes one process reads; memory is that of one process too."""
     processes: int
@@ -38,7 +41,8 @@ class Forecast:
     on_cuda: bool
     steps: int
     """How many are to be made."""
-    seconds_per_step: float
+    training_seconds: float
+    """For all of them."""
     tokens_per_second: float
     measuring_seconds: float | None
     """For all readings of held-out documents; None where nobody knows."""
@@ -62,10 +66,11 @@ class Forecast:
 def format_forecast(forecast: Forecast) -> str:
     """A forecast as a table."""
     sizes = forecast.sizes
-    floats, training = sizes["state_floats"], forecast.steps * forecast.seconds_per_step
+    floats, seconds = sizes["state_floats"], forecast.training_seconds / max(1, forecast.steps)
+    grown = f"after {forecast.growths} growths" if forecast.growths else ""
     unknown = forecast.measuring_seconds is None
     rows = [
-        ("parameters of the backbone", f"{sizes['backbone_parameters']:,}", ""),
+        ("parameters of the backbone", f"{sizes['backbone_parameters']:,}", grown),
         ("parameters of the memory", f"{sizes['memory_parameters']:,}", ""),
         ("parameters that are trained", f"{sizes['trained_parameters']:,}", ""),
         ("weights", in_bytes(sizes["weight_bytes"]), ""),
@@ -83,7 +88,7 @@ def format_forecast(forecast: Forecast) -> str:
             else "measured, with Python and its libraries; a checkpoint is copied beside it",
         ),
         ("tokens a second", f"{forecast.tokens_per_second:,.0f}", "of all processes"),
-        ("training", in_words(training), f"{forecast.steps:,} steps of {forecast.seconds_per_step:.3g} s"),
+        ("training", in_words(forecast.training_seconds), f"{forecast.steps:,} steps of {seconds:.3g} s"),
         (
             "measuring", "?" if unknown else in_words(forecast.measuring_seconds or 0.0),
             "unknown for this task" if unknown else "held-out documents, from a segment that was read",

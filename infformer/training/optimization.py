@@ -82,12 +82,18 @@ def depths_below_head(model: MemoryModel) -> dict[int, int]:
     return depths
 
 
-def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int) -> LRScheduler:
-    """Learning rates by step, each group's rate times the same factor, or zero as long as it is frozen."""
+def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int, step: int = 0) -> LRScheduler:
+    """Learning rates by step, each group's rate times the same factor, or zero as long as it is frozen.
+
+    Args:
+        step: how many were made, by an optimiser whose place this one takes.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # as torch wants it of who begins later
     depths = [group.get("below", 0) for group in optimizer.param_groups]
     every, factor = config.unfreeze_every, _factor(config, max_steps)
     if every is None:
-        return LambdaLR(optimizer, factor)
+        return LambdaLR(optimizer, factor, step - 1)
     whole = every * max(depths)
     if whole >= max_steps:
         logger.warning(

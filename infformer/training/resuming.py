@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from infformer.config import RunConfig
 from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, validate_checkpoint
@@ -62,6 +63,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
             "its run"
         ) from error
     _check_that_it_is_the_same(config, then, f"the run of {checkpoint}")
+    _check_that_it_has_grown_so(config, then, checkpoint)
     _tell_of_another_end(config, then, checkpoint)
     return checkpoint
 
@@ -129,6 +131,20 @@ def _check_that_it_is_the_same(config: RunConfig, then: Mapping[str, object], ru
         raise RunError(
             f"resume={config.resume}: {run} was configured otherwise: {'; '.join(changed)}. Set these back, or begin a "
             "new run under another name="
+        )
+
+
+def _check_that_it_has_grown_so(config: RunConfig, then: Mapping[str, object], checkpoint: Path) -> None:
+    """Refuse other growths than those after which a checkpoint was taken; what is still to come may change."""
+    step, now = step_of(checkpoint), as_dictionary(config)["growth"]
+    past = [
+        [growth for growth in cast(list[dict[str, int]], growths) if growth["step"] <= step]
+        for growths in (then.get("growth", []), now)
+    ]
+    if past[0] != past[1]:
+        raise RunError(
+            f"resume={config.resume}: growth={now}, and until {checkpoint} the model has grown otherwise: {past[0]}. "
+            "Set these back, or begin a new run under another name="
         )
 
 

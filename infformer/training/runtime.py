@@ -43,6 +43,7 @@ __all__ = [
     "is_compiled",
     "is_zero",
     "prepare",
+    "release",
     "resolve_engine",
     "rows_of_rank",
     "seed_everything",
@@ -177,6 +178,12 @@ def prepare(accelerator: Accelerator, model: MemoryModel, optimizer: Optimizer) 
         return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     return prepared, optimizer
+
+
+def release(accelerator: Accelerator) -> None:
+    """Let go of a model and its optimiser, before others take their place; what was compiled of it is forgotten."""
+    accelerator.free_memory()
+    torch.compiler.reset()
 
 
 def is_compiled(wanted: bool | str | None, engine: EngineConfig, accelerator: Accelerator) -> bool:

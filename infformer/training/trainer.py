@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers.utils.logging import disable_progress_bar
 
-from infformer.config import EngineConfig, RunConfig
+from infformer.config import EngineConfig, GrowthConfig, RunConfig
 from infformer.data.segments import Segment
 from infformer.errors import UserError
 from infformer.evaluation.report import write_results
 from infformer.memory.state import ModelState
+from infformer.models.base import MemoryModel
+from infformer.models.expansion import expansions, size_of
 from infformer.models.sizes import describe_sizes, flops_of_a_token, model_sizes
 from infformer.models.streaming import reading, stream
 from infformer.plots.memory import plot_inspection
@@ -44,6 +47,7 @@ from infformer.training.checkpoint import (
     load_weights,
     model_tensors,
     newest_checkpoint,
+    step_of,
 )
 from infformer.training.folder import RunError, as_dictionary, held, open_record
 from infformer.training.forecast import (
@@ -55,6 +59,7 @@ from infformer.training.forecast import (
     process_bytes,
     tokens_to_measure,
 )
+from infformer.training.growing import check_engine, grown
 from infformer.training.metrics import DeviceMeter, MetricsLog, StepMetrics, matmul_flops, summarise
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
 from infformer.training.recording import EAGER_PASSES, Recorder, check_recording
@@ -67,6 +72,7 @@ from infformer.training.runtime import (
     is_compiled,
     is_zero,
     prepare,
+    release,
     resolve_engine,
     rows_of_rank,
     seed_everything,
@@ -129,6 +135,7 @@ def train(config: RunConfig) -> Mapping[str, object] | None:
     )
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
+    check_engine(config.growth, engine)
     logger.info("%d process(es), engine %s, on %s", accelerator.num_processes, engine.name, accelerator.device.type)
     if use_tf32(accelerator, training.tf32):
         logger.info("operands of float32 products are rounded to TF32 in training: training.tf32=true")
@@ -192,35 +199,23 @@ class Trainer:
         self, config: RunConfig, engine: EngineConfig, accelerator: Accelerator, checkpoint: Path | None
     ) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.output_dir)
+        self._engine = engine
         self.signals = StopSignals(partial(all_reduce_max, accelerator), shows=accelerator.is_main_process)
         self.watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
         self.rank_rows = rows_of_rank(accelerator, config.training.batch_size)
         seed_everything(config.seed)  # the new weights are the same on all processes
         tokenizer = build_tokenizer(config, accelerator)
         examples = config.task.read_examples(config.data, tokenizer, accelerator.main_process_first())
-        model = build_model(config, tokenizer, examples)
+        self._build_model = partial(build_model, config, tokenizer, examples)
+        model = self._build_model(0 if checkpoint is None else step_of(checkpoint))
         if checkpoint is not None:
             load_weights(checkpoint, model)
-        material = build_material(config, tokenizer, model, accelerator, self.rank_rows, self._after_segment, examples)
-        self.evaluation = config.task.build_evaluation(material)
-        self.stream = config.task.build_stream(material)
-        self.documents, self.sizes = material.documents, model_sizes(model)
-        of_a_token = flops_of_a_token(model, config.training.segment_length)
-        shard(engine, accelerator, model)
-        by_layer = config.schedule.unfreeze_every is not None
-        optimizer = make_optimizer(model, config.optimizer, by_layer)
-        schedule = make_schedule(optimizer, config.schedule, config.training.max_steps)
-        if is_compiled(config.training.compile, engine, accelerator):
-            logger.info("the layers are compiled in the first step (training.compile=false: they are not)")
-            model.compile_layers()
-        self.prepared, self.optimizer = prepare(accelerator, model, optimizer)
-        self._recorder = None
-        if config.training.compile == "graphs":
-            check_recording(accelerator, self.prepared, self.optimizer, config.training.gradient_checkpointing)
-            self._recorder = Recorder(self.prepared, make_pass(accelerator, self.prepared))
-        shards: Shards = TorchShards(model, optimizer)
-        if is_zero(accelerator):
-            shards = ZeroShards(model, self.prepared.optimizer)
+        self.material = build_material(
+            config, tokenizer, model, accelerator, self.rank_rows, self._after_segment, examples
+        )
+        self.evaluation = config.task.build_evaluation(self.material)
+        self.stream = config.task.build_stream(self.material)
+        shards, schedule = self._take_over(model)
         memory: ModelState = model.initial_state(len(self.rank_rows)).to(accelerator.device)
         memories = memory.split(config.training.gradient_accumulation)
         progress = Progress(task=self.stream.state_dict())
@@ -236,8 +231,7 @@ class Trainer:
         self.tracker: Tracker = NoTracker()
         if accelerator.is_main_process:
             logger.info("%s: %s", config.name, self.stream.describe())
-            for line in describe_sizes(self.sizes, config.training.batch_size):
-                logger.info(line)
+            self._log_sizes()
             self.tracker = open_tracker(config.tracker, config.name, self.folder, as_dictionary(config))
         self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -246,7 +240,38 @@ class Trainer:
         self._meter: DeviceMeter | None = None
         if accelerator.device.type == "cuda" and accelerator.is_main_process:
             peak = matmul_flops(accelerator.device, getattr(torch, config.training.precision))
-            self._meter = DeviceMeter(accelerator.device, of_a_token, accelerator.num_processes * peak)
+            self._meter = DeviceMeter(accelerator.device, self._of_a_token, accelerator.num_processes * peak)
+
+    def _take_over(self, model: MemoryModel, step: int = 0) -> tuple[Shards, LRScheduler]:
+        """Let the engine have a model, with an optimiser of its own, after so many steps."""
+        config, engine, accelerator = self.config, self._engine, self.accelerator
+        self.sizes = model_sizes(model)
+        self._of_a_token = flops_of_a_token(model, config.training.segment_length)
+        shard(engine, accelerator, model)
+        by_layer = config.schedule.unfreeze_every is not None
+        optimizer = make_optimizer(model, config.optimizer, by_layer)
+        schedule = make_schedule(optimizer, config.schedule, config.training.max_steps, step)
+        if is_compiled(config.training.compile, engine, accelerator):
+            logger.info("the layers are compiled in the next step (training.compile=false: they are not)")
+            model.compile_layers()
+        self.prepared, self.optimizer = prepare(accelerator, model, optimizer)
+        self._recorder = None
+        if config.training.compile == "graphs":
+            check_recording(accelerator, self.prepared, self.optimizer, config.training.gradient_checkpointing)
+            self._recorder = Recorder(self.prepared, make_pass(accelerator, self.prepared))
+        if is_zero(accelerator):
+            return ZeroShards(model, self.prepared.optimizer), schedule
+        return TorchShards(model, optimizer), schedule
+
+    def _log_sizes(self) -> None:
+        for line in describe_sizes(self.sizes, self.config.training.batch_size):
+            logger.info(line)
+
+    def _measure_by(self, model: MemoryModel) -> None:
+        """Measure this model from now on, in the place of one of other sizes."""
+        self.material = replace(self.material, evaluator=replace(self.material.evaluator, model=model))
+        self.evaluation = self.config.task.build_evaluation(self.material)
+        self.state.model = model
 
     def run(self) -> Mapping[str, object] | None:
         """Train to the last step and measure; the figures of the test documents, if there are any."""
@@ -262,8 +287,8 @@ class Trainer:
                 self.tracker.finish()
 
     def forecast(self) -> Forecast:
-        """Make three steps, of which the first only warms up, and see what they take."""
-        config, device, sizes = self.config, self.accelerator.device, self.sizes
+        """Make three steps, of which the first only warms up, and see what they take; and again whenever it grows."""
+        config, device = self.config, self.accelerator.device
 
         def step() -> None:
             self._taken.append(self._timed_step())
@@ -274,36 +299,45 @@ class Trainer:
             step()
 
         with self.watchdog:
-            done, on_cuda = self.progress.step, device.type == "cuda"
-            for _ in range(EAGER_PASSES if self._recorder is not None else 0):  # before a pass is recorded
-                step()
-            if on_cuda:
-                step()
-                peak = peak_of(two_steps, self.state.schedule.optimizer, device)
-            else:  # where it slows a step down that its memory is watched
-                peak = peak_of(step, self.state.schedule.optimizer, device)
-                two_steps()
-            timed = self.progress.unreported[-2:]
-            tokens = tokens_to_measure(config, self.documents, self.state.model.has_memory, done)
+            done, on_cuda, last = self.progress.step, device.type == "cuda", config.training.max_steps
+            growths = [growth for growth in config.growth if growth.step > done]
+            begin, training_seconds = done, 0.0
+            for growth in (*growths, None):
+                for _ in range(EAGER_PASSES if self._recorder is not None else 0):  # before a pass is recorded
+                    step()
+                if on_cuda:
+                    step()
+                    peak = peak_of(two_steps, self.state.schedule.optimizer, device)
+                else:  # where it slows a step down that its memory is watched
+                    peak = peak_of(step, self.state.schedule.optimizer, device)
+                    two_steps()
+                timed = self.progress.unreported[-2:]
+                end = last if growth is None else growth.step
+                training_seconds += (end - begin) * fmean(step.seconds for step in timed)
+                begin = end
+                if growth is not None:
+                    self._grow(growth)
+            tokens = tokens_to_measure(config, self.material.documents, self.state.model.has_memory, done)
             return Forecast(
-                sizes=sizes,
+                sizes=self.sizes,
+                growths=len(growths),
                 lanes=len(self.rank_rows),
                 processes=self.accelerator.num_processes,
                 peak_bytes=peak,
                 process_bytes=process_bytes(device),
                 on_cuda=on_cuda,
-                steps=config.training.max_steps - done,
-                seconds_per_step=fmean(step.seconds for step in timed),
+                steps=last - done,
+                training_seconds=training_seconds,
                 tokens_per_second=summarise(timed)["train/tokens_per_second"],
                 measuring_seconds=None if tokens is None else tokens * self._seconds_to_read(),
-                checkpoints=checkpoints_to_keep(config, self.documents, done),
+                checkpoints=checkpoints_to_keep(config, self.material.documents, done),
             )
 
     def _seconds_to_read(self) -> float:
         """How long all processes together take for a token of held-out documents, by those that come next here."""
         model, training = self.state.model, self.config.training
         assert self._prefetched is not None
-        documents = max((len(found) for split, found in self.documents.items() if split != "train"), default=1)
+        documents = max((len(found) for split, found in self.material.documents.items() if split != "train"), default=1)
         rows = slice(0, min(self.config.evaluation.batch_size, documents))
         segments = [segment.rows(rows) for segment in self._microbatch(self._prefetched.result()[0], 0).segments]
         seconds = []
@@ -326,6 +360,9 @@ class Trainer:
                     bar.advance()
                     if progress.step == training.max_steps or _due(progress.step, training.log_every):
                         self._report(bar)
+                    for growth in self.config.growth:
+                        if growth.step == progress.step:
+                            self._grow(growth)
                 last, progress.measured = progress.step == training.max_steps, False
                 with suppress(StopRequested):
                     self._tell("measures")
@@ -393,6 +430,37 @@ class Trainer:
         self._finish_save(wait=True)  # what was good is kept, and what was not is told
         lanes = "; ".join(lane for segment in segments for lane in self.stream.locate(segment))
         return TrainingFailedError(f"step {step}: {error}. This process was reading {lanes}. {self._what_is_left()}")
+
+    def _grow(self, growth: GrowthConfig) -> None:
+        """Put a larger model that computes the same in the place of this one, with its moments and what it remembers.
+
+        It belongs to the step that was just made: a checkpoint of it has the larger model.
+        """
+        self._tell("grows")
+        self._collect()
+        self._finish_save(wait=True)  # what is written asks the model how
+        state, before = self.state, self.sizes
+        smaller, moments = state.model, dict(state.shards.moments())
+        for expansion in expansions(smaller.config, **growth.sizes):
+            moments = expansion.moments(moments)
+            state.memories = [expansion.state(memory) for memory in state.memories]
+        release(self.accelerator)
+        self._measure_by(grown(smaller, growth, self.config))
+        state.shards, state.schedule = self._take_over(state.model, self.progress.step)
+        state.shards.put_moments(moments)
+        if self._meter is not None:
+            self._meter = replace(self._meter, flops_of_a_token=self._of_a_token)
+        if not self.accelerator.is_main_process:
+            return
+        parameters = [sizes["backbone_parameters"] + sizes["memory_parameters"] for sizes in (before, self.sizes)]
+        logger.info(
+            "after step %d the model grows: %s; %s parameters",
+            self.progress.step,
+            ", ".join(f"{name} {size_of(smaller.config, name):,} → {new:,}" for name, new in growth.sizes.items()),
+            f"{parameters[0]:,} → {parameters[1]:,}",
+        )
+        self._log_sizes()
+        self._record({f"growth/{name}": size for name, size in {"parameters": parameters[1], **growth.sizes}.items()})
 
     def _prefetch(self) -> tuple[list[_Read], Mapping[str, object]]:
         """What the next step reads, where a GPU can fetch it while it computes, and the stream's state after it."""
@@ -535,7 +603,12 @@ class Trainer:
                 progress.best_step, self.folder,
             )  # fmt: skip
         if best is not None and progress.best_step != progress.step:
-            self.state.shards.put_weights(model_tensors(best, self.state.model))
+            if any(step_of(best) < growth.step <= progress.step for growth in self.config.growth):
+                self._measure_by(self._build_model(step_of(best)).to(self.accelerator.device))
+                self.sizes = model_sizes(self.state.model)
+                load_weights(best, self.state.model)
+            else:
+                self.state.shards.put_weights(model_tensors(best, self.state.model))
         measured = best or root / f"step-{progress.step:08d}"
         results = self.evaluation.measure(str(measured))
         if results is None:

@@ -310,6 +310,20 @@ class TestARun:
         (curve,) = panels[title].lines
         assert curve.get_xydata() == pytest.approx(np.array([[1024, 0.4], [2048, 0.8]]))
 
+    def test_a_line_stands_where_the_model_has_grown(self, drawn):
+        """In the panel of the loss, dotted, and named once."""
+        growths = [{"step": step, "tokens": 100 * step, "growth/parameters": step} for step in (1, 2)]
+        figure = drawn(plot_run_of, as_lines([*RUN, *growths]), "metrics.jsonl")["training"]
+        loss, *others = figure.axes
+        upright = [line for line in loss.lines if line.get_linestyle() == ":"]
+        assert [list(line.get_xdata()) for line in upright] == [[100, 100], [200, 200]]
+        assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+            "training",
+            "validation",
+            "the model grows",
+        ]
+        assert not any(line.get_linestyle() == ":" for axes in others for line in axes.lines)
+
     def test_every_metric_is_against_the_tokens_read(self, drawn):
         figure = drawn(plot_run_of, as_lines(RUN), "metrics.jsonl")["training"]
         panels = {words(axes)[0]: axes for axes in figure.axes}

@@ -147,7 +147,7 @@ def test_the_table_says_what_is_not_of_one_process():
         "backbone_parameters": 1000, "memory_parameters": 100, "trained_parameters": 1100, "weight_bytes": 4400,
         "optimizer_bytes": 8800, "state_floats": [50, 50], "state_bytes": 416,
     }  # fmt: skip
-    forecast = Forecast(sizes, 4, 2, 10_000, 10**9, True, 100, 0.5, 2048.0, None, 3)
+    forecast = Forecast(sizes, 0, 4, 2, 10_000, 10**9, True, 100, 50.0, 2048.0, None, 3)
     table = format_forecast(forecast)
     assert rows(table)["all of these"] == "24.9 kB"  # 4400 + 8800 + 10,000 + 4 × 416
     assert "4 lanes, each 100 floats, 416 bytes (50 floats a layer)" in table
