@@ -7,7 +7,7 @@ from infformer.errors import UserError
 from infformer.evaluation.perplexity import evaluate, measure
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.adapters import LoraConfig

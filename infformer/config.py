@@ -20,7 +20,7 @@ from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.adapters import LoraConfig
 from infformer.models.quantization import QUANTIZATIONS

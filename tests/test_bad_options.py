@@ -15,7 +15,7 @@ import pytest
 from infformer.config import CONF, TASKS, EvaluationRunConfig, RunConfig
 from infformer.errors import UserError
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.training import before
 from infformer.training.command_line import compose

@@ -21,7 +21,7 @@ from infformer.command import Ended
 from infformer.commands import eval as eval_command
 from infformer.commands import train as train_command
 from infformer.hub import problem_with_the_hub
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.models.pretrained import InfformerForCausalLM

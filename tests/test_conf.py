@@ -14,7 +14,7 @@ from infformer.config import CONF, PUBLISHED_MEMORY, TASKS, EngineConfig, Evalua
 from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.loading import new_decoder

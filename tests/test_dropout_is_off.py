@@ -15,7 +15,7 @@ from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.harness.continuations import Continuation, score_continuations
 from infformer.harness.generation import GenerationOptions, write_text
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer, answer_forced
 from infformer.tasks.language_modelling import LanguageModelling

@@ -18,7 +18,7 @@ from infformer.config import EvaluationRunConfig
 from infformer.data import DataConfig, tokenize_documents
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import load_pretrained
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.associative_recall import AssociativeRecallConfig

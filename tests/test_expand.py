@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import load_trained, new_decoder
 
 Expand = Callable[..., str]

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from infformer import hub
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 from infformer.models.memories import attach_memories
 from infformer.models.pretrained import InfformerForCausalLM

@@ -13,7 +13,7 @@ from torch import nn
 
 from infformer.config import CONF, GenerationRunConfig
 from infformer.errors import UserError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.generation import read_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.models.read_files import load_read_text, save_read_text

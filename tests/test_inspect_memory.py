@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.plots import page
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from infformer.commands import generate
 from infformer.config import CONF, GenerationRunConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.command_line import compose
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 
 ROOT = Path(__file__).parents[1]

@@ -3,6 +3,6 @@
 All kinds are imported, as a stored configuration may name any of them.
 """
 
-from infformer.memory import cache, compressive, fast_weights, long_term
+from infformer.memory import cache, compressive, fast_weights, long_term_options
 
-__all__ = ["cache", "compressive", "fast_weights", "long_term"]
+__all__ = ["cache", "compressive", "fast_weights", "long_term_options"]

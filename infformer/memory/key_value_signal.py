@@ -7,23 +7,19 @@ places, asked with the attention's queries before theirs, and what is read goes 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infformer.continuous.density import Density
-from infformer.memory.long_term import (
-    LongTermMemory,
-    LongTermMemoryConfig,
-    LongTermState,
-    Projected,
-    Reading,
-    type_of_products,
-)
+from infformer.memory.long_term import LongTermMemory, LongTermState, Projected, Reading, type_of_products
 from infformer.memory.memory import KeyValues, LayerHeads, SegmentContext
 from infformer.memory.signal import ContinuousSignal
+
+if TYPE_CHECKING:
+    from infformer.memory.long_term_options import LongTermMemoryConfig
 
 
 class KeyValueSignal(LongTermMemory):

@@ -25,7 +25,7 @@ from infformer.memory.sticky import places_after_warp
 from infformer.memory.time_shuffle import shuffled_positions
 
 if TYPE_CHECKING:
-    from infformer.memory.long_term import LongTermMemoryConfig
+    from infformer.memory.long_term_options import LongTermMemoryConfig
 
 
 class WriteOperators(NamedTuple):

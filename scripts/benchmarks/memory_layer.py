@@ -17,7 +17,8 @@ from benchmarks.models import memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous import naive
 from infformer.continuous.density import Density, Gaussian
-from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig, LongTermState, Reading
+from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}

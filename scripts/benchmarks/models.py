@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 import infformer
 from benchmarks.arithmetic import Sizes
 from benchmarks.machine import Setting
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
 from infformer.models.loading import load_tokenizer

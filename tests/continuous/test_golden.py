@@ -10,7 +10,8 @@ from torch import Tensor
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Gaussian, variance_divergence
-from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig
+from infformer.memory.long_term import LongTermMemory
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.signal import ContinuousSignal
 from infformer.memory.sticky import attention_histogram
 

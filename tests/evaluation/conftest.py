@@ -8,7 +8,7 @@ from torch import nn
 
 from infformer.data import DataConfig, TokenizedDocuments, tokenize_documents
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 16

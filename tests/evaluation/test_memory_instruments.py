@@ -25,7 +25,8 @@ from infformer.evaluation.memory_instruments import (
 )
 from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig, Reading
+from infformer.memory.long_term import Reading
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import MemoryOutput
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState

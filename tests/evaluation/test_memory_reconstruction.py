@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from infformer.continuous.density import Gaussian
 from infformer.evaluation.memory_instruments import WrittenPast
-from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig, LongTermState
+from infformer.memory.long_term import LongTermMemory, LongTermState
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.signal import ContinuousSignal
 
 WIDTH, HEADS, SEGMENTS = 256, 2, 5

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM

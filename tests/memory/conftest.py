@@ -3,7 +3,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig
+from infformer.memory.long_term import LongTermMemory
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.signal import ContinuousSignal
 
 

@@ -10,7 +10,8 @@ from infformer.continuous import naive
 from infformer.continuous.density import Gaussian
 from infformer.evaluation.memory_instruments import WrittenPast
 from infformer.memory.dyadic import DyadicSignal
-from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig, LongTermState
+from infformer.memory.long_term import LongTermMemory, LongTermState
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import SegmentContext
 
 SLOTS, LEVELS, LENGTH = 24, 4, 16

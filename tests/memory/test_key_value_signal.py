@@ -12,7 +12,8 @@ from infformer.config import OptimizerConfig
 from infformer.continuous import naive
 from infformer.errors import UserError
 from infformer.memory.key_value_signal import KeyValueSignal
-from infformer.memory.long_term import LongTermMemoryConfig, LongTermState
+from infformer.memory.long_term import LongTermState
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import KeyValues, LayerHeads, SegmentContext
 from infformer.memory.signal import ContinuousSignal
 from infformer.models.decoder import DecoderConfig

@@ -9,7 +9,8 @@ from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Gaussian
 from infformer.errors import UserError
-from infformer.memory.long_term import LongTermMemory, LongTermMemoryConfig, LongTermState
+from infformer.memory.long_term import LongTermMemory, LongTermState
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import MemoryOutput, SegmentContext
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 from infformer.memory.sticky import attention_histogram

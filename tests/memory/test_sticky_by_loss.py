@@ -6,7 +6,8 @@ from torch import Tensor
 
 from infformer.continuous.density import Gaussian
 from infformer.evaluation.memory_instruments import WrittenPast
-from infformer.memory.long_term import LongTermMemoryConfig, LongTermState
+from infformer.memory.long_term import LongTermState
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import SegmentContext
 from infformer.memory.sticky import moved_losses, with_new_losses
 

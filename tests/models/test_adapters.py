@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from infformer.errors import ModelError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.adapters import LoraConfig, find_targets
 from infformer.models.base import MemoryModel
 from infformer.models.loading import load_pretrained, load_trained

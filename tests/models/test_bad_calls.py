@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5Config, ViTConfig
 
 from infformer.errors import UserError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text

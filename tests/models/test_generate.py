@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, pip
 from transformers.generation.streamers import BaseStreamer
 
 from infformer.errors import ModelError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM

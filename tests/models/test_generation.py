@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.generation import continue_text, read_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 

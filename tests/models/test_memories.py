@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from infformer.errors import ModelError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
 from infformer.models.loading import load_trained

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaCon
 
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM

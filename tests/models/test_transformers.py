@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, modeling_outputs
 from transformers.utils import logging as transformers_logging
 
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.base import MemoryModel, MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text

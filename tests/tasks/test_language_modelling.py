@@ -14,7 +14,7 @@ from infformer.data import DataConfig, DataError, Lanes, TokenizedDocuments, tok
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, evaluate_controls
 from infformer.evaluation.streaming import EvaluationError, Evaluator, ReadingProtocol
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks import language_modelling
 from infformer.tasks.language_modelling import DocumentStream, LanguageModelling

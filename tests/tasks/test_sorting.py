@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from infformer.data import DataError
 from infformer.data.options import SPLITS
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.answering import answer, answer_forced
 from infformer.tasks.questions import HELD_OUT_SEED

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from infformer.config import EvaluationConfig, RunConfig
 from infformer.data import Segment
 from infformer.memory.compressive import CompressiveMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.memories import save_memories

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import infformer.hub
 from infformer.errors import UserError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.card import model_card
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from infformer.config import RunConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.loading import load_pretrained
 from infformer.tasks import language_modelling

@@ -11,7 +11,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from infformer.config import OptimizerConfig, ScheduleConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
 

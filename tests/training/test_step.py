@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from infformer.data import Lanes, Segment, TokenizedDocuments
 from infformer.memory.fast_weights import FastWeightMemoryConfig
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerForCausalLM
