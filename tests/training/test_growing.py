@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from infformer.config import CONF, EngineConfig, GrowthConfig, RunConfig
 from infformer.errors import ModelError, UserError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import load_trained
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.training import growing, trainer
