@@ -756,10 +756,11 @@ def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[A
         TaskConfig: [type(task) for task in TASKS.values()],
         MemoryConfig: MemoryConfig.kinds(),
     }
+    hints = get_type_hints(kind)
     for declared in fields(kind):
         option = prefix + declared.name
         yield option, declared
-        inner = without_none(get_type_hints(kind)[declared.name])
+        inner = without_none(hints[declared.name])
         for variant in variants.get(inner, [inner]):
             if is_dataclass(variant):
                 yield from options_of(cast(type[Any], variant), f"{option}.")

@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -189,7 +191,10 @@ def train() -> Train:
 
 @pytest.fixture(scope="session", autouse=True)
 def files_of_conf_are_parsed_once() -> Iterator[None]:
-    """Hydra parses about twenty for each composition, several times each; the tests compose hundreds of times."""
+    """Hydra parses about twenty for each composition, several times each, and copies all that it could choose from.
+
+    The tests compose hundreds of times. What is chosen is still a copy of its own.
+    """
     load = OmegaConf.load
     parsed: Callable[[Path], Any] = cache(lambda path: yaml.load(path.read_text(), get_yaml_loader()))
 
@@ -199,6 +204,7 @@ def files_of_conf_are_parsed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", staticmethod(load_once))
+        patch.setattr(ConfigRepository, "__deepcopy__", lambda repository, memo: copy(repository), raising=False)
         yield
 
 
