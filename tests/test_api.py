@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import GPT2LMHeadModel
 
 import infformer
 from infformer import api
@@ -24,10 +25,10 @@ REGISTERED = (
 )
 
 
-def run(code: str) -> str:
+def run(code: str, *arguments: str) -> str:
     """What an interpreter prints in which nothing is imported yet."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", code, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -50,16 +51,39 @@ def test_a_name_that_is_not_offered_is_none(name: str) -> None:
         getattr(infformer, name)
 
 
-@pytest.mark.parametrize("first", ["import infformer", "from transformers import AutoModelForCausalLM"])
-def test_both_kinds_of_model_are_opened_by_the_auto_class_after_an_import(first, backbone, tmp_path):
+FIRST = ("import infformer", "from transformers import AutoModelForCausalLM")
+IN_EITHER_ORDER = f"""
+import os, sys
+import torch, transformers.modeling_utils  # most of what takes seconds, for both
+
+assert not {{"infformer", "transformers.models.auto.modeling_auto"}} & {{*sys.modules}}
+for first in {FIRST}:
+    if os.fork() == 0:
+        exec(first)
+        import infformer
+        from transformers import AutoModelForCausalLM
+        opened = [AutoModelForCausalLM.from_pretrained(folder) for folder in sys.argv[1:]]
+        print(first, *(type(model).__name__ for model in opened), sep=",", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def opened(backbone: GPT2LMHeadModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the Auto class has opened after each of two first imports, each in a process of its own."""
+    tmp_path = tmp_path_factory.mktemp("saved")
     memory = infformer.LongTermMemoryConfig(basis_functions=8, past_samples=16)
     wrapped = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=16)
     wrapped.save_pretrained(tmp_path / "wrapped")
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=16)).save_pretrained(tmp_path / "decoder")
-    opened = f"(type(AutoModelForCausalLM.from_pretrained('{tmp_path}/' + name)).__name__ for name in names)"
-    code = f"{first}\nimport infformer\nfrom transformers import AutoModelForCausalLM\nnames = ['wrapped', 'decoder']\n"
-    assert run(f"{code}print(*{opened})").split() == ["InfformerForCausalLM", "DecoderForCausalLM"]
+    return run(IN_EITHER_ORDER, str(tmp_path / "wrapped"), str(tmp_path / "decoder")).splitlines()
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_both_kinds_of_model_are_opened_by_the_auto_class_after_an_import(first: str, opened: list[str]) -> None:
+    assert f"{first},InfformerForCausalLM,DecoderForCausalLM" in opened
 
 
 def test_no_module_that_the_models_are_made_of_imports_an_auto_class_before_them() -> None:

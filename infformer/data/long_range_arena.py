@@ -286,7 +286,9 @@ class ExampleSource:
         shards = [range(first, first + _IMAGES_AT_A_TIME) for first in range(0, count, _IMAGES_AT_A_TIME)]
         with Pace(f"drawing images ({split})", count, "images") as pace:
             workers = min(data.workers, len(shards))
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
+            context = get_context("forkserver")
+            context.set_forkserver_preload(["__main__", __name__])  # which takes seconds: once, not in every process
+            pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
             with pool or nullcontext():
                 for numbers, file in zip(shards, (pool.map if pool else map)(draw, shards), strict=True):
                     with np.load(file) as shard:

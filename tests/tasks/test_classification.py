@@ -113,10 +113,11 @@ def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_p
 
 
 @pytest.mark.parametrize("model", ["classifier", "tiny"])
-def test_learning_resumed_equals_learning_never_stopped(reviews, train, tmp_path, model):
-    """Tiny has a memory, and its tokenizer cuts the texts up, which are longer than a segment of 4 tokens."""
+def test_learning_resumed_equals_learning_never_stopped(reviews, train, one_layer_folder, tmp_path, model):
+    """Tiny has a memory, and a tokenizer cuts the texts up, which are longer than a segment of 4 tokens."""
     own = SMALL[2:] if model == "tiny" else SMALL
-    segment = ["training.segment_length=4"] if model == "tiny" else ["task.length=64"]
+    small = ["training.segment_length=4", f"model.pretrained={one_layer_folder}"]
+    segment = small if model == "tiny" else ["task.length=64"]
     options = [f"model={model}", *segment, *own, "schedule=constant", "evaluation.controls=false"]
     train(typed(reviews, tmp_path / "whole", *options))
     train(typed(reviews, tmp_path / "cut", *options, "training.max_steps=5"))

@@ -6,6 +6,7 @@ to one process: `{"process": 1, "step": 3, "how": "nan" | "sleep" | "kill" | "te
 what the first model that is loaded makes, is paid once: both processes of every run are forked from this one.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -27,7 +28,10 @@ from infformer.tasks import language_modelling
 from infformer.training import trainer
 
 with suppress(ImportError):
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (imported late, and imports the compiler)
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.original_muon  # imported late, and imports the compiler
+
+    deepspeed.ops.__compatible_ops__  # noqa: B018 (looked for when first asked, with a compiler)
 
 PATIENCE = 30
 """Seconds that a process whose other is gone has to notice it."""
@@ -37,6 +41,7 @@ def main() -> None:
     runs = pickle.loads(Path(sys.argv[1]).read_bytes())
     AutoModelForCausalLM.from_pretrained(runs[0][0].model.pretrained)
     processes, outcomes = multiprocessing.get_context("fork"), []
+    gc.freeze()  # so that no process looks through what all of them have, which would copy it
     for config, fault in runs:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -24,8 +24,12 @@ from infformer.training.trainer import TrainingStopped
 pytestmark = pytest.mark.processor
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
+SELDOM = ("zero1", "zero3_offload")
+"""Those that differ from the next by one setting of DeepSpeed's, and are slow."""
 STOPPED_AFTER = {"zero3": 3, "fsdp2": 4, "zero2": 6, "ddp": 7}
 """Steps after which a run moves on from each of these engines on two processes."""
+TWO = {"training.gradient_accumulation": 1, "evaluation.before": False}
+"""Changes to a run on two processes, each with one of the two parts of a step."""
 COMPILED = ("ddp", "fsdp2", "zero2")
 """Engines whose layers are compiled too."""
 DEEPSPEED = find_spec("deepspeed") is not None
@@ -34,9 +38,12 @@ DEEPSPEED = find_spec("deepspeed") is not None
 
 def cases(names: Iterable[str]) -> list[Any]:
     """Parameters of a test; an engine of DeepSpeed's is tested where that is installed."""
-    return [
-        pytest.param(name, marks=pytest.mark.needs("deepspeed") if name.startswith("zero") else ()) for name in names
-    ]
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        needs = [pytest.mark.needs("deepspeed")] if name.startswith("zero") else []
+        return [*needs, *([pytest.mark.slow] if name in SELDOM else [])]
+
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 def installed(names: Iterable[str]) -> list[str]:
@@ -85,18 +92,19 @@ class Launched:
 
 @pytest.fixture(scope="module")
 def launched(configure, train, eight_lanes, tmp_path_factory) -> Launched:
-    """The same run by every engine; one that moves between them; and some with which something goes wrong."""
+    """The same run by the engines; one that moves between them; and some with which something goes wrong."""
     root = tmp_path_factory.mktemp("launched")
     runs: dict[str, tuple[RunConfig, dict[str, Any] | None]] = {}
 
     def add(name: str, changes: dict[str, Any], folder: str = "", step: int = 0, how: str = "") -> None:
-        config = configure(root / (folder or name), {"training.gradient_accumulation": 1, **changes})
+        config = configure(root / (folder or name), {**TWO, **changes})
         runs[name] = config, {"process": 1, "step": step, "how": how} if how else None
 
     for name in installed(ENGINES):
-        add(name, {"engine": engine(name)})
+        if name not in SELDOM:
+            add(name, {"engine": engine(name)})
     with interrupted(2), pytest.raises(TrainingStopped):
-        train(configure(root / "moving"))
+        train(configure(root / "moving", {"evaluation.before": False}))
     made = 2
     for name in installed(STOPPED_AFTER):
         moves = {"resume": "auto", "engine": engine(name)}
@@ -115,9 +123,17 @@ def launched(configure, train, eight_lanes, tmp_path_factory) -> Launched:
 
 
 @pytest.fixture(scope="module")
+def seldom(configure, tmp_path_factory) -> Launched:
+    """The same run by the other engines."""
+    root = tmp_path_factory.mktemp("seldom")
+    chosen = installed(SELDOM)
+    return launch(root, {name: (configure(root / name, {**TWO, "engine": engine(name)}), None) for name in chosen})
+
+
+@pytest.fixture(scope="module")
 def compiled(configure, tmp_path_factory) -> Launched:
     """The run by several engines with compiled layers, which takes the processors longer."""
-    root, changes = tmp_path_factory.mktemp("compiled"), {"training.gradient_accumulation": 1, "training.compile": True}
+    root, changes = tmp_path_factory.mktemp("compiled"), {**TWO, "training.compile": True}
     chosen = {name: {**changes, "engine": engine(name, patience=400.0)} for name in installed(COMPILED)}
     return launch(root, {name: (configure(root / name, own), None) for name, own in chosen.items()})
 
@@ -135,8 +151,9 @@ def launch(root: Path, runs: dict[str, tuple[RunConfig, dict[str, Any] | None]])
 
 
 @pytest.mark.parametrize("name", cases(ENGINES))
-def test_an_engine_learns_what_one_process_learns(launched: Launched, one: Path, name: str) -> None:
+def test_an_engine_learns_what_one_process_learns(request: pytest.FixtureRequest, one: Path, name: str) -> None:
     """Dropout and stickiness included, and measured alike."""
+    launched: Launched = request.getfixturevalue("seldom" if name in SELDOM else "launched")
     assert launched.outcomes[name] is None, launched.said
     assert losses(launched.root / name) == pytest.approx(losses(one), rel=1e-6)
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (launched.root / name, one))
