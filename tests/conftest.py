@@ -1,6 +1,9 @@
 """A model of a few thousand weights and a few short documents: enough for everything to happen, in a blink."""
 
+import gc
 import os
+
+gc.disable()  # until all tests are collected: what is imported stays, and is not looked through again and again
 
 # Before the libraries are imported: nothing here may reach for the network, and workers side by side share the cores.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -42,6 +45,14 @@ WORDS = ("the", "whale", "sea", "ship", "captain", "white", "deep", "wind", "har
 MEMORY = LongTermMemoryConfig(basis_functions=8, widths=[0.05, 0.1], past_samples=16, sticky=True, sticky_bins=16)
 Train = Callable[..., dict[str, Any]]
 Configure = Callable[..., RunConfig]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Garbage is looked for among what the tests make, not in the million objects that were there before them."""
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

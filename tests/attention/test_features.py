@@ -47,7 +47,7 @@ def test_the_estimate_of_the_softmax_kernel_has_no_bias_and_a_variance_that_fall
     query, key = torch.full((16,), 0.8).double(), torch.linspace(-1, 1, 16).double()
     exact = math.exp(float(query @ key) / 4)
     deviations = {}
-    for features in (1024, 4096):
+    for features in (256, 1024):
         estimates = torch.stack(
             [
                 softmax_features(query, directions) @ softmax_features(key, directions)
@@ -57,7 +57,7 @@ def test_the_estimate_of_the_softmax_kernel_has_no_bias_and_a_variance_that_fall
         )
         deviations[features] = estimates.std()
         assert abs(estimates.mean() - exact) < 3 * estimates.std() / math.sqrt(400)
-    assert 1.6 < deviations[1024] / deviations[4096] < 2.5
+    assert 1.6 < deviations[256] / deviations[1024] < 2.5
 
 
 def test_directions_are_orthogonal_in_groups_and_as_long_as_normal_vectors():
@@ -72,7 +72,7 @@ def test_performer_comes_nearer_to_softmax_with_more_features():
     inputs = new_inputs(length=64, scale=0.7)
     exact = softmax_attention(*inputs)
     errors = []
-    for features in (32, 512, 8192):
+    for features in (32, 512, 4096):
         drawn = [orthogonal_directions(features, 8, torch.Generator().manual_seed(seed)).double() for seed in range(8)]
         errors.append(sum((performer_attention(*inputs, one) - exact).square().mean() for one in drawn) / len(drawn))
     assert errors[0] > 4 * errors[1] > 16 * errors[2]

@@ -1,8 +1,8 @@
 import math
 
 import pytest
+import scipy
 import torch
-from scipy import special, stats
 
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis, GaussianGrid, gaussian, negligible, standard_normal_cumulative
@@ -40,21 +40,21 @@ def test_values_are_those_of_the_normal_density(shape):
     basis = GaussianBasis.even_grid(6, [0.1, 0.02])
     positions = torch.linspace(-0.3, 1.2, math.prod(shape), dtype=torch.float64).view(shape)
     values = basis.evaluate(positions)
-    expected = stats.norm.pdf(positions.unsqueeze(-1), basis.centres, basis.widths)
+    expected = scipy.stats.norm.pdf(positions.unsqueeze(-1), basis.centres, basis.widths)
     torch.testing.assert_close(values, torch.as_tensor(expected), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(values, naive.evaluate(positions, basis), rtol=1e-12, atol=1e-12)
 
 
 def test_gaussian_broadcasts():
     positions, mean, variance = torch.rand(4, 1, 1).double(), torch.rand(3, 1).double(), torch.rand(2).double() + 0.1
-    expected = stats.norm.pdf(positions, mean, variance.sqrt())
+    expected = scipy.stats.norm.pdf(positions, mean, variance.sqrt())
     torch.testing.assert_close(gaussian(positions, mean, variance), torch.as_tensor(expected), rtol=1e-12, atol=0)
 
 
 def test_the_cumulative_function_is_that_of_scipy():
     z = torch.linspace(-5, 5, 101, dtype=torch.float64)
     torch.testing.assert_close(
-        standard_normal_cumulative(z), torch.as_tensor(special.ndtr(z.numpy())), rtol=0, atol=1e-15
+        standard_normal_cumulative(z), torch.as_tensor(scipy.special.ndtr(z.numpy())), rtol=0, atol=1e-15
     )
 
 

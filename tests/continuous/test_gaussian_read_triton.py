@@ -3,8 +3,7 @@
 import itertools
 import math
 import os
-import subprocess
-import sys
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
@@ -13,24 +12,15 @@ import torch
 from infformer.continuous import naive
 from infformer.continuous.basis import GaussianBasis, negligible
 
-pytest.importorskip("triton", reason="comes with PyTorch's CUDA builds; `pip install triton` beside the CPU build")
+if find_spec("triton") is None:
+    pytest.skip(
+        "triton comes with PyTorch's CUDA builds; `pip install triton` beside the CPU build", allow_module_level=True
+    )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CAN_RUN = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-where_kernels_run = pytest.mark.skipif(not CAN_RUN, reason="run by test_the_kernels_hold_in_the_interpreter")
-
-
-@pytest.mark.skipif(CAN_RUN, reason="the kernels run here")
-def test_the_kernels_hold_in_the_interpreter():
-    """In a process of its own: what Triton brings along is compiled or interpreted from its import on."""
-    options = ["-q", "-n", "0", "--dist", "no", "-p", "no:cacheprovider", "--noconftest"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
+where_kernels_run = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_kernels_in_the_interpreter.py"
+)
 
 
 @pytest.fixture
@@ -92,7 +82,7 @@ SIZES = [
     (2, 1, 7, 33, [0.005, 0.01], 5),
     (1, 3, 65, 6, [0.05], 16),
     (1, 1, 1, 2, [0.02, 0.05, 0.2], 3),
-    (1, 2, 130, 70, [0.02, 0.05, 0.2], 64),
+    (1, 1, 130, 70, [0.02, 0.2], 64),
     (1, 1, 128, 64, [0.01], 128),
     (1, 1, 9, 40, [0.01, 0.02], 80),
 ]
@@ -127,8 +117,8 @@ def test_tf32_is_near_the_literal_form(kernels, batch, heads, queries, centres, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("variance", "start"), [(1e-4, 0.0), (1e-2, 0.7)])
 def test_tiles_without_density_are_left_out_and_nothing_is_missing(kernels, variance, start, dtype):
-    """Blocks of queries in two places: most of 256 centres lie beyond the reach of the narrow ones."""
-    basis = GaussianBasis.even_grid(512, [0.005, 0.01], dtype=torch.float32)
+    """Blocks of queries in two places: most of 128 centres lie beyond the reach of the narrow ones."""
+    basis = GaussianBasis.even_grid(256, [0.005, 0.01], dtype=torch.float32)
     mean = torch.cat([torch.linspace(start, start + 0.05, 70), torch.linspace(1 - start, 0.95 - start, 90)])
     mean = mean.view(1, 1, -1)
     tolerance = 5e-6 if dtype == torch.float32 else 1e-2
@@ -178,11 +168,12 @@ def test_the_same_inputs_give_the_same_bits(kernels):
     mean, variance = torch.rand(2, 1, 2, 70, generator=generator)
     values, upstream = (torch.randn(1, 2, rows, 16, generator=generator) for rows in (192, 70))
     arguments = [x.to(DEVICE) for x in (mean, 1e-3 + variance, basis.centres[::2], basis.widths[:2], values)]
-    for _ in range(2):
-        first, second = (
-            (kernels.read(*arguments), *kernels.read_backward(upstream.to(DEVICE), *arguments)) for _ in "ab"
-        )
-        for one, other in zip(first, second, strict=True):
+    first, *others = (
+        (kernels.read(*arguments), *kernels.read_backward(upstream.to(DEVICE), *arguments))
+        for _ in range(2 if DEVICE == "cpu" else 4)
+    )
+    for again in others:
+        for one, other in zip(first, again, strict=True):
             assert torch.equal(one, other)
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy
 
 from infformer.evaluation.figures import figures_of, interval_of_ratio, place_edges, previous_occurrences
 from infformer.evaluation.perplexity import evaluate

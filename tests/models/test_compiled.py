@@ -4,9 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from infformer.memory.compressive import CompressiveMemoryConfig
@@ -47,6 +45,7 @@ MODELS = {
     "decoder with a compressive memory": lambda: own(CompressiveMemoryConfig(length=4, rate=2)),
     "decoder with a long-term memory": lambda: own(LongTermMemoryConfig(**MEMORY), positions="rotary"),
 }
+BOTH_KINDS_OF_LAYERS = "gpt2 with memories in some layers"
 CASES = [([0, 0], [8, 8]), ([0, 0], [8, 8]), ([1, 0], [8, 8]), ([0, 0], [8, 5]), ([0, 1], [3, 8])]
 """Rows that begin a document, and real tokens: first and later segments, a reset row, a short last segment."""
 
@@ -86,10 +85,17 @@ def assert_all_cases_equal(compiled: MemoryModel, model: MemoryModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [*list(MODELS)[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(MODELS)[2:])]
+    "kind",
+    [
+        BOTH_KINDS_OF_LAYERS,
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS if kind != BOTH_KINDS_OF_LAYERS),
+    ],
 )
 def test_layers_with_their_memories_share_one_graph_forward_and_one_backward(kind, monkeypatch):
     """Over resets, beginnings and a short last segment; and what only reads compiles nothing."""
+    from functorch.compile import make_boxed_func  # which takes half a second
+    from torch._dynamo.backends.common import aot_autograd
+
     torch.manual_seed(0)
     model, counted = (MODELS[kind]().train() for _ in range(2))
     counted.load_state_dict(model.state_dict())
@@ -111,7 +117,7 @@ def test_layers_with_their_memories_share_one_graph_forward_and_one_backward(kin
     with torch.no_grad():
         for rows in (2, 3):
             counted(torch.randint(VOCABULARY, (rows, SEGMENT)))
-    kinds = 2 if kind == "gpt2 with memories in some layers" else 1
+    kinds = 2 if kind == BOTH_KINDS_OF_LAYERS else 1
     assert graphs == {"forward": kinds, "backward": kinds}
 
 

@@ -1,8 +1,4 @@
-"""The loss of a GPU against cross-entropy, on the processor; its kernels in Triton's interpreter, or on a GPU."""
-
-import os
-import subprocess
-import sys
+"""The loss of a GPU against cross-entropy, on the processor."""
 
 import pytest
 import torch
@@ -10,13 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from infformer.models import linear_loss, pretrained
+from infformer.models import pretrained
 from infformer.models.chunked_loss import IGNORE_INDEX
-from infformer.models.linear_loss import ALIGNMENT, linear_token_losses
+from infformer.models.linear_loss import linear_token_losses
 from infformer.models.pretrained import InfformerForCausalLM
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CAN_RUN = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 SIZES = [(2, 5, 8, 50), (1, 7, 16, 64), (3, 4, 12, 129), (1, 1, 8, 3)]
 
 
@@ -87,40 +81,3 @@ def test_a_model_on_a_gpu_learns_the_same(monkeypatch):
     model.backbone.config.final_logit_softcapping = 3.0
     learnt(True)
     assert called == [1]
-
-
-@pytest.mark.skipif(CAN_RUN, reason="the kernels run here")
-def test_the_kernels_hold_in_the_interpreter():
-    """In a process of its own: what Triton brings along is compiled or interpreted from its import on."""
-    pytest.importorskip("triton", reason="comes with PyTorch's CUDA builds; `pip install triton` beside the CPU build")
-    options = ["-q", "-n", "0", "--dist", "no", "-p", "no:cacheprovider", "--noconftest", "-k", "as_the_formula"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-
-
-@pytest.mark.skipif(not CAN_RUN, reason="run by test_the_kernels_hold_in_the_interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [3, 64, 129, 5000])
-def test_the_kernels_compute_as_the_formula_says(monkeypatch, dtype, vocabulary):
-    from infformer.models import linear_loss_triton
-
-    monkeypatch.setattr(linear_loss, "can_fuse", lambda tensor: False)
-    rows = 5
-    torch.manual_seed(0)
-    logits = (4 * torch.randn(rows, -vocabulary % ALIGNMENT + vocabulary, device=DEVICE)).to(dtype)
-    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
-    targets[2] = IGNORE_INDEX
-    upstream = torch.rand(rows, device=DEVICE)
-    nats, normaliser = linear_loss_triton.losses(logits, targets, vocabulary)
-    for one, other in zip((nats, normaliser), linear_loss._losses(logits, targets, vocabulary), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    gradient = linear_loss._differentiate(logits.clone(), targets, normaliser, upstream, vocabulary)
-    made = linear_loss_triton.differentiate(logits.clone(), targets, normaliser, upstream, vocabulary)
-    torch.testing.assert_close(made, gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-    assert (made[:, vocabulary:] == 0).all()
-    assert (made[2] == 0).all()
