@@ -72,7 +72,7 @@ def test_performer_comes_nearer_to_softmax_with_more_features():
     inputs = new_inputs(length=64, scale=0.7)
     exact = softmax_attention(*inputs)
     errors = []
-    for features in (32, 512, 4096):
+    for features in (32, 512, 8192):
         drawn = [orthogonal_directions(features, 8, torch.Generator().manual_seed(seed)).double() for seed in range(8)]
         errors.append(sum((performer_attention(*inputs, one) - exact).square().mean() for one in drawn) / len(drawn))
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
