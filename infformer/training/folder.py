@@ -17,10 +17,11 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -99,7 +100,7 @@ def saved_options(path: Path) -> dict[str, object]:
 
 def as_dictionary(config: RunConfig | EvaluationRunConfig) -> dict[str, object]:
     """A configuration as nested dictionaries."""
-    return cast(dict[str, object], OmegaConf.to_container(OmegaConf.structured(config)))
+    return asdict(config)
 
 
 def flatten(nested: object, prefix: str = "") -> dict[str, object]:
@@ -200,7 +201,7 @@ def open_record(config: RunConfig, folder: Path, step: int, best_step: int | Non
             raise OSError(
                 errno.ENOSPC, f"a checkpoint takes {size / 1e6:,.0f} MB, and there is room for {free / 1e6:,.0f} MB"
             )
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dictionary(config))))
         write_text(folder / "versions.json", json.dumps(versions, indent=1))
         remove_unfinished(folder / "checkpoints")
         if best_step is not None:

@@ -768,7 +768,7 @@ def texts_of(figure: Figure) -> list[Text]:
 @pytest.mark.parametrize(("plot", "content", "name"), LEGIBLE.values(), ids=LEGIBLE)
 def test_no_text_is_cut_or_printed_over_another(drawn, plot, content, name):
     for title, figure in drawn(plot, content, name).items():
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         texts = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
         width, height = figure.canvas.get_width_height()
         for text, box in texts:

@@ -75,7 +75,7 @@ def eight_lanes(without_dropout) -> dict[str, Any]:
     """Changes to a run whose losses do not depend on how its lanes are split: no dropout but that of memories."""
     quiet = {"training.checkpoint_every": None, "data.validation": None, "data.test": None, "evaluation.before": False}
     lanes = {"training.batch_size": 8, "training.memory_dropout": 0.3}
-    return {"training.max_steps": 12, **lanes, **quiet, **without_dropout}
+    return {"training.max_steps": 8, **lanes, **quiet, **without_dropout}
 
 
 @dataclass
@@ -190,7 +190,7 @@ def test_eight_lanes_learn_the_same_however_they_are_split(configure, train, lau
     for parts in (1, 2):
         assert launched.outcomes[f"two in {parts}"] is None, launched.said
         assert losses(launched.root / f"two in {parts}") == pytest.approx(losses(tmp_path), rel=1e-6)
-    assert len(losses(tmp_path)) == 12
+    assert len(losses(tmp_path)) == 8
 
 
 def test_a_loss_that_is_no_number_in_one_process_stops_all(launched: Launched) -> None:

@@ -320,6 +320,8 @@ DECODER_MEMORIES = {
     ),
     "fast weights": FastWeightMemoryConfig(16, strength="loss"),
 }
+PARTS_OF_STICKY = ("short-term", "long-term")
+"""Memories of which all that is kept is kept by the sticky one too."""
 
 
 class TestDecodersGoOnExactly:
@@ -337,7 +339,13 @@ class TestDecodersGoOnExactly:
         train(configure(folder / "killed", {**changes, "resume": "auto"}))
         assert_same_run(folder / "killed", folder / "whole")
 
-    @pytest.mark.parametrize("memory", DECODER_MEMORIES.values(), ids=DECODER_MEMORIES)
+    @pytest.mark.parametrize(
+        "memory",
+        [
+            pytest.param(memory, id=name, marks=[pytest.mark.slow] if name in PARTS_OF_STICKY else [])
+            for name, memory in DECODER_MEMORIES.items()
+        ],
+    )
     def test_a_decoder_goes_on_exactly_in_documents(self, configure, train, one_layer_folder, tmp_path, memory):
         model = {"model.pretrained": None, "model.architecture": DECODER, "model.tokenizer": str(one_layer_folder)}
         segments = memory.training.get("bptt_segments", 1)
