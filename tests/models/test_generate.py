@@ -14,10 +14,10 @@ from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import Place, continue_text, read_on, read_text
 from infformer.models.pretrained import InfformerForCausalLM
 
-SEGMENT, VOCABULARY, COUNT = 8, 99, 11
+SEGMENT, VOCABULARY, COUNT = 4, 99, 8
 """COUNT: tokens that are written, over the ends of two segments."""
 PADDING = 1
-LENGTHS = (29, 22, 22)
+LENGTHS = (13, 10, 10)
 """Of the prompts: segments end at other tokens in the rows, but in two of them at the same."""
 
 
@@ -33,11 +33,11 @@ def wrapped(family: str, memory: MemoryConfig | None, num_hidden_layers: int = 1
 
 
 MODELS = {
-    "llama, short-term": lambda: wrapped("llama", MemoryConfig(16), intermediate_size=48, num_key_value_heads=2),
-    "llama, both": lambda: wrapped("llama", long_term(short_term_length=16), 2, intermediate_size=48),
+    "llama, short-term": lambda: wrapped("llama", MemoryConfig(8), intermediate_size=48, num_key_value_heads=2),
+    "llama, both": lambda: wrapped("llama", long_term(short_term_length=8), 2, intermediate_size=48),
     "gpt2, sticky": lambda: wrapped("gpt2", long_term(), 2),
-    "bloom, short-term": lambda: wrapped("bloom", MemoryConfig(16)),
-    "gpt2, none": lambda: wrapped("gpt2", None, n_positions=40),
+    "bloom, short-term": lambda: wrapped("bloom", MemoryConfig(8)),
+    "gpt2, none": lambda: wrapped("gpt2", None, n_positions=24),
     "decoder": lambda: DecoderForCausalLM(
         DecoderConfig(
             vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, feed_forward_size=48,
@@ -108,7 +108,7 @@ def test_a_prompt_in_one_call_in_pieces_and_token_by_token_has_the_same_scores_a
     """Also the scores of its last tokens, if they are asked for."""
     ids, segment_length = prompts()[0][:1], model.choose_segment_length(None)
     whole, expected = read_on(model, ids, segment_length, Place())
-    for cuts in ([3, 9, 1, 16], [SEGMENT, SEGMENT, 13], [1] * ids.shape[1]):
+    for cuts in ([2, 9, 1, 1], [SEGMENT, SEGMENT, 5], [1] * ids.shape[1]):
         place, each = Place(), []
         for piece in ids.split(cuts, dim=1):
             scores, place = read_on(model, piece, segment_length, place)
@@ -159,7 +159,7 @@ def test_choices_processors_criteria_and_streams_are_those_of_transformers(model
 
     class Five(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **options: object) -> Tensor:
-            return torch.full((len(input_ids),), input_ids.shape[1] >= 29 + 5)
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 13 + 5)
 
     ids, seen = prompts()[0][:1], Seen()
     options = {"do_sample": True, "top_k": 20, "temperature": 2.0, "no_repeat_ngram_size": 1}

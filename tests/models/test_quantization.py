@@ -23,12 +23,12 @@ SEGMENT, VOCABULARY = 8, 50
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BACKBONES = {
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=2, n_head=2, **TOKENS, **DROPOUT),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=1, n_head=2, **TOKENS, **DROPOUT),
     "llama": LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=32,
         **TOKENS,
