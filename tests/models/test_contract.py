@@ -928,7 +928,8 @@ def test_a_memory_is_the_same_beside_a_pretrained_model_and_in_the_decoder(monke
     monkeypatch.chdir(ROOT)
     memory, segment_length = RunningMeanConfig(short_term_length=0), 64
     wrapped = InfformerForCausalLM.from_backbone("infformer/checkpoints/tiny", memory, segment_length=segment_length)
-    decoder = DecoderForCausalLM(DecoderConfig(vocab_size=4096, memory=memory, segment_length=segment_length))
+    sizes = {**SIZES, **DECODERS["rotary"], "vocab_size": 4096}
+    decoder = DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=segment_length))
 
     for model in (wrapped, decoder):
         state = None

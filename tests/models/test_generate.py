@@ -180,7 +180,9 @@ def test_a_pipeline_writes(backbone, tokenizer):
 
 
 def test_a_saved_model_keeps_how_its_backbone_writes(tmp_path):
-    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2))
+    stock = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2)
+    )
     stock.generation_config.eos_token_id = [3, 5]
     InfformerForCausalLM.from_backbone(stock, long_term(), segment_length=SEGMENT).save_pretrained(tmp_path)
     assert InfformerForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [3, 5]
