@@ -675,6 +675,18 @@ class NormResults(TypedDict):
     """Nats per byte of who knows nothing but how often each byte occurs."""
 
 
+class CapacityRun(TypedDict):
+    """A row of `capacity.json`: a mechanism that learned to hold so many associations."""
+
+    keys: str
+    mechanism: str
+    associations: int
+    steps: int
+    seed: int
+    loss: float
+    """½‖answer − value‖², the mean over questions."""
+
+
 class BenchmarkFigures(TypedDict, total=False):
     """What else was measured or counted of a contestant, each figure where it makes sense."""
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
 
@@ -473,6 +474,73 @@ class TestNorms:
             monkeypatch.setattr(norms, made, None)
         norms.main()
         assert gradients in capsys.readouterr().out
+
+
+class TestCapacity:
+    @pytest.fixture
+    def capacity(self, grid) -> ModuleType:
+        return import_module("reproduce_capacity")
+
+    @pytest.mark.parametrize("mechanism", ["softmax", "sum_elu", "sum_dpfp2", "delta_elu", "delta_dpfp1"])
+    def test_what_is_found_is_what_writing_one_after_the_other_leaves(self, capacity, mechanism):
+        keys, values, queries = (torch.randn(5, 64) for _ in range(3))
+        strength = torch.randn(5)
+        found = capacity.read(mechanism, keys, values, strength, queries)
+        if mechanism == "softmax":
+            expected = (queries @ keys.T / 8).exp()
+            expected = expected / expected.sum(-1, keepdim=True) @ values
+        else:
+            config = capacity.config_of(mechanism)
+            keys, queries = (capacity.features_of(each, config) for each in (keys, queries))
+            weights, total = torch.zeros(64, keys.shape[1]), torch.zeros(keys.shape[1])
+            for key, value, beta in zip(keys, values, strength.sigmoid(), strict=True):
+                new = value if config.rule == "sum" else beta * (value - weights @ key)
+                weights, total = weights + torch.outer(new, key), total + key
+            expected = queries @ weights.T / ((queries @ total).unsqueeze(-1) if config.rule == "sum" else 1)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    def test_every_key_that_was_written_is_asked_for_its_last_value(self, capacity, monkeypatch):
+        asked = []
+
+        def read(mechanism, keys, values, strength, queries):
+            asked.append((keys[:, 0].tolist(), values.argmax(-1).tolist(), queries[:, 0].tolist()))
+            return torch.zeros(len(queries), 4)
+
+        monkeypatch.setattr(capacity, "read", read)
+        keys = torch.arange(4.0).unsqueeze(-1)
+        chosen, values = torch.tensor([3, 1, 3, 3]), torch.tensor([0, 2, 1, 2])
+        assert capacity.loss_of("softmax", keys, keys + 10, torch.zeros(4), chosen, values) == 0.5
+        assert asked == [([3.0, 1.0, 3.0, 3.0], [0, 2, 1, 2], [11.0, 13.0])]
+        answers = torch.nn.functional.one_hot(torch.tensor([2, 2]), 4).float()
+        monkeypatch.setattr(capacity, "read", lambda *_: answers)
+        assert capacity.loss_of("softmax", keys, keys, torch.zeros(4), chosen, values) == 0
+
+    def test_capacity_is_reproduced_from_the_command_line(self, capacity, monkeypatch, capsys, tmp_path):
+        command = ["--associations", "100", "4", "--mechanisms", "softmax", "sum_dpfp2", "delta_elu", "--steps", "2"]
+        monkeypatch.setattr(sys, "argv", ["reproduce_capacity.py", *command, "--folder", str(tmp_path)])
+        capacity.main()
+        table = (tmp_path / "capacity.md").read_text()
+        assert table in capsys.readouterr().out
+        lines = table.splitlines()
+        assert lines[0] == "| keys | mechanism | 4 | 100 |"
+        assert [line.split(" | ")[1] for line in lines[2:10]] == [
+            "softmax", "sum, dpfp2", "delta, elu", "softmax", "sum, dpfp2", "delta, elu", "*64 features at best*",
+            "*256 features at best*",
+        ]  # fmt: skip
+        assert lines[3].endswith("(0.001) |")
+        assert lines[8].endswith("| 0.000 | 0.180 |")
+        assert imread(tmp_path / "capacity.png").std() > 0.05
+
+        monkeypatch.setattr(capacity, "plot_capacity", str)
+        monkeypatch.setattr(capacity, "train", None)
+        capacity.main()
+        assert table in capsys.readouterr().out
+
+    @pytest.mark.parametrize("mechanism", ["mean_elu", "sum", "delta_dpfp0", "sum_dpfpx"])
+    def test_a_mechanism_that_there_is_not_is_refused(self, capacity, monkeypatch, mechanism):
+        monkeypatch.setattr(sys, "argv", ["reproduce_capacity.py", "--mechanisms", mechanism])
+        with pytest.raises(UserError, match=f"--mechanisms {mechanism}: name a rule and features"):
+            capacity.main()
 
 
 def test_parameters_are_counted_in_the_file(from_scratch, tmp_path):

@@ -22,8 +22,10 @@ from matplotlib.text import Text
 
 from infformer.plots import memory, plot_results, plot_run
 from infformer.plots.benchmark import plot_context, plot_parts
+from infformer.plots.capacity import plot_capacity
 from infformer.plots.comparison import plot_comparison
 from infformer.plots.memory import plot_inspection
+from infformer.plots.norms import plot_norms
 from infformer.plots.sorting import plot_accuracy
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE
 from infformer.plots.sweep import plot_sweep
@@ -738,7 +740,36 @@ def test_a_sweep_has_its_rows_and_how_far_they_are_behind(drawn):
     assert axes.yaxis_inverted()
 
 
+KINDS = [(placement, norm) for norm in ("layer", "rms") for placement in ("post", "pre", "dual")]
+NORMS_MEASURED = {
+    "initialisation": [
+        {"placement": placement, "normalization": norm, "depth": depth, "gradients": [0.1 * (number + 1)] * depth}
+        for number, (placement, norm) in enumerate(KINDS)
+        for depth in (6, 12, 24, 48)
+    ],
+    "training": [
+        {"placement": placement, "normalization": norm, "depth": depth, "warmup": warmup, "seed": 0}
+        | {"losses": [5.0 - number - 0.125 * (warmup > 0)] * 8 + [2.0] * 8 + [None]}
+        for depth in (24, 6)
+        for number, (placement, norm) in enumerate(KINDS)
+        for warmup in (0, 80)
+    ],
+    "byte_frequencies": 3.125,
+}
+HELD = {
+    "rows": [
+        {"keys": keys, "mechanism": mechanism, "associations": length, "seed": seed}
+        | {"loss": number / 10 + length / 1000 + seed / 100 + (keys == "repeated") / 1000}
+        for seed in (0, 1)
+        for keys in ("different", "repeated")
+        for length in (20, 600)
+        for number, mechanism in enumerate(["softmax", "sum_elu", "sum_dpfp1", "delta_elu", "delta_dpfp1"])
+    ]
+}
+
 LEGIBLE = {
+    "norms": (plot_norms, {**NORMS_MEASURED, "training": NORMS_MEASURED["training"][:12]}, "norms.json"),
+    "capacity": (plot_capacity, HELD, "capacity.json"),
     "a sweep": (plot_sweep, swept(24), "summary.json"),
     "4 layers": (plot_inspection, of_layers(4), "inspection.json"),
     "30 layers": (plot_inspection, of_layers(30, heads=16), "inspection.json"),
@@ -778,6 +809,40 @@ def test_no_text_is_cut_or_printed_over_another(drawn, plot, content, name):
         overlaps = np.triu((low[:, None] <= high).all(axis=-1) & (low <= high[:, None]).all(axis=-1), k=1)
         over = [f"{texts[one][0]!r} and {texts[other][0]!r}" for one, other in np.argwhere(overlaps)]
         assert not over, f"{title}: {over}"
+
+
+def test_gradients_have_a_line_for_each_depth_and_losses_one_for_each_way_of_training(drawn):
+    panels = drawn(plot_norms, NORMS_MEASURED, "norms.json")["norms"].axes
+    assert len(panels) == 12
+    assert_lines(panels[1], {f"{depth} layers": [range(1, depth + 1), [0.2] * depth] for depth in (6, 12, 24, 48)})
+    assert words(panels[3]) == ("Norms after the sum, RMSNorm", "layer", "norm of the gradient")
+    assert panels[0].get_ylim()[0] == 0
+    shallow, deep = panels[6], panels[11]
+    assert words(shallow) == ("Norms after the sum, 6 layers", "step", "nats per byte")
+    assert words(deep)[0] == "Both (ResiDual), 24 layers"
+    steps = [4, 12]
+    assert_lines(
+        deep,
+        {
+            "LayerNorm, no warm-up": [steps, [3, 2]],
+            "LayerNorm, 80 steps of warm-up": [steps, [2.875, 2]],
+            "RMSNorm, no warm-up": [steps, [0, 2]],
+            "RMSNorm, 80 steps of warm-up": [steps, [-0.125, 2]],
+        },
+    )
+    assert all(3.125 in line.get_ydata() for line in (panels[6].lines[-1], panels[11].lines[-1]))
+
+
+def test_capacity_has_a_line_for_each_mechanism_of_the_mean_over_seeds(drawn):
+    different, repeated = drawn(plot_capacity, HELD, "capacity.json")["capacity"].axes
+    assert_lines(
+        repeated,
+        {
+            name: [[20, 600], [number / 10 + 0.026, number / 10 + 0.606]]
+            for number, name in enumerate(["softmax", "sum, elu", "sum, dpfp1", "delta, elu", "delta, dpfp1"])
+        },
+    )
+    assert words(different) == ("Every key once", "associations", "½‖answer − value‖²")
 
 
 class TestSorting:
