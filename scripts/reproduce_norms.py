@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="whose mean is taken at initialisation")
     parser.add_argument("--initializer-range", type=float, help="of weights there; default: 1/√width")
     parser.add_argument("--trained-depths", nargs="*", type=int, default=(24, 6), help="none: nothing is trained")
+    parser.add_argument("--trained-norms", nargs="+", choices=NORMS, default=("layer",))
     parser.add_argument("--trained-width", type=int, default=32)
     parser.add_argument("--steps", type=int, default=160, help="of training")
     parser.add_argument("--warmups", nargs="+", type=int, default=(0, 80), help="steps of each")
@@ -71,6 +72,7 @@ def main() -> None:
         for seed, depth, kind, warmup in product(
             arguments.training_seeds, arguments.trained_depths, kinds, arguments.warmups
         )
+        if kind["normalization"] in arguments.trained_norms
     ]
     kept = arguments.folder / "runs.json"
     results: NormResults = {
@@ -227,12 +229,12 @@ def format_tables(results: NormResults) -> str:
 
 
 def _training_table(rows: Sequence[NormTraining], frequencies: float) -> list[str]:
-    columns = list(dict.fromkeys((row["depth"], row["warmup"]) for row in rows))
+    columns = sorted({(row["depth"], row["warmup"]) for row in rows})
     heads = " | ".join(
-        f"depth {depth}, " + (f"{warmup} steps of warm-up" if warmup else "none") for depth, warmup in columns
+        f"depth {depth}, " + (f"{warmup} steps of warm-up" if warmup else "no warm-up") for depth, warmup in columns
     )
     lines = [f"| placement | norm | {heads} |", "|---" * (len(columns) + 2) + "|"]
-    for placement, norm in product(PLACEMENTS, NORMS):
+    for placement, norm in product(PLACEMENTS, dict.fromkeys(row["normalization"] for row in rows)):
         cells = []
         for column in columns:
             ends = [
@@ -246,9 +248,9 @@ def _training_table(rows: Sequence[NormTraining], frequencies: float) -> list[st
     return [
         *lines,
         "",
-        f"Loss in nats per byte, the mean of the last {LAST} of {rows[0]['steps']} steps and over "
-        f"{len({row['seed'] for row in rows})} seeds ± half the range; width {rows[0]['width']}, rate "
-        f"{rows[0]['learning_rate']:g}. Stuck: not 0.1 below {frequencies:.3f}, the loss of who knows nothing but "
+        f"Loss in nats per byte, the mean of the last {LAST} of {rows[0]['steps']} steps and over seeds "
+        f"{', '.join(map(str, sorted({row['seed'] for row in rows})))} ± half the range; width {rows[0]['width']}, "
+        f"rate {rows[0]['learning_rate']:g}. Stuck: not 0.1 below {frequencies:.3f}, the loss of who knows nothing but "
         "how often each byte occurs.",
     ]
 

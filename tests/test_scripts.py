@@ -462,8 +462,8 @@ class TestNorms:
         norms.main()
         gradients, _, losses, *_ = capsys.readouterr().out.split("\n\n")
         assert [line.split(" | ")[0] for line in gradients.splitlines()[2::2]] == ["| post", "| pre", "| dual"]
-        assert losses.splitlines()[0] == "| placement | norm | depth 1, none | depth 1, 4 steps of warm-up |"
-        assert losses.count("(1 of 1 stuck)") == 12
+        assert losses.splitlines()[0] == "| placement | norm | depth 1, no warm-up | depth 1, 4 steps of warm-up |"
+        assert losses.count("(1 of 1 stuck)") == 6
         rows = json.loads((tmp_path / "norms.json").read_text())
         assert [len(row["gradients"]) for row in rows["initialisation"]] == [1, 2] * 6
         assert all(len(row["losses"]) == 8 for row in rows["training"])
