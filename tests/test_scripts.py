@@ -17,9 +17,11 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from infformer.config import CONF, RunConfig
 from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import new_decoder
+from infformer.training.command_line import compose
 
 ROOT = Path(__file__).parents[1]
 # In place of train.py: notes that it was started, does what the option `then` says, and has results.
@@ -322,6 +324,34 @@ def study_results(nats: float, floats: int, memory: bool = True) -> dict:
         "cost": {"seconds_per_token": 0.002},
         "sizes": {"state_floats": [floats] if floats else [], "memory_parameters": 7},
     }  # fmt: skip
+
+
+def test_growing_and_training_from_scratch_cost_the_same(grid, monkeypatch, capsys, tmp_path):
+    """To a step of the largest model; the runs can be begun, and are drawn against what they cost."""
+    growing = import_module("reproduce_growing")
+    made = {}
+
+    def run_all(runs: dict[str, list[str]], folder: Path) -> dict:
+        for name, options in runs.items():
+            made[name] = compose("train", RunConfig, CONF, options)
+            last = made[name].training.max_steps
+            lines = [{"step": step, "tokens": step, "validation/loss": 9.0 - step / last} for step in (last // 2, last)]
+            lines += [{"step": each.step, "tokens": 1, "growth/parameters": 2} for each in made[name].growth]
+            (folder / name).mkdir(parents=True)
+            (folder / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return {name: {"perplexity": {"token": 100 + config.seed}} for name, config in made.items()}
+
+    monkeypatch.setattr(growing, "run_all", run_all)
+    monkeypatch.setattr(sys, "argv", ["reproduce_growing.py", "--steps", "40", "--folder", str(tmp_path / "study")])
+    growing.main()
+    assert list(made) == ["grown_seed0", "from_scratch_seed0", "grown_seed1", "from_scratch_seed1"]
+    assert [list(growth.sizes.values()) for growth in made["grown_seed0"].growth] == [[4], [1024, 8, 256, 8]]
+    rows = json.loads((tmp_path / "study" / "growing.json").read_text())["rows"]
+    grown, scratch = (row["validation"][-1][0] for row in rows[:2])
+    assert grown == pytest.approx(scratch, abs=rows[1]["flops_of_a_step"][0])
+    assert [spent / scratch for spent, _ in rows[0]["growths"]] == pytest.approx([0.25, 0.5], abs=0.01)
+    assert "| 100.50 ± 0.50 | 100.00, 101.00 |" in capsys.readouterr().out
+    assert imread(tmp_path / "study" / "growing.png").std() > 0.02
 
 
 class TestStudy:

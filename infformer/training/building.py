@@ -96,7 +96,8 @@ def build_model(
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:
         model.checkpoint_activations()
-    check_growth(config.growth, model)
+    if config.growth:
+        check_growth(config.growth, model)
     for growth in config.growth:
         if growth.step <= step:
             model = grown(model, growth, config)

@@ -74,7 +74,8 @@ def depths_below_head(model: MemoryModel) -> dict[int, int]:
     """
     memories = set(model.layer_memories().values())
     layers = [layer for layer in model.sharding_units() if layer not in memories]
-    depths = {id(parameter): len(layers) + 1 for parameter in model.get_input_embeddings().parameters()}
+    embeddings = getattr(model, "vocabulary", None) or model.get_input_embeddings()  # of our own decoder
+    depths = {id(parameter): len(layers) + 1 for parameter in embeddings.parameters()}
     for depth, layer in enumerate(reversed(layers), start=1):
         depths |= {id(parameter): depth for parameter in layer.parameters()}
     for parameter in model.memory_parameters():

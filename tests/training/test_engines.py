@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from infformer.config import CHOICES, EngineConfig, RunConfig
+from infformer.config import CHOICES, EngineConfig, GrowthConfig, RunConfig
+from infformer.memory.options import MemoryConfig
 from infformer.training import trainer
 from infformer.training.metrics import read_metrics
 from infformer.training.trainer import TrainingStopped
@@ -78,6 +79,17 @@ def eight_lanes(without_dropout) -> dict[str, Any]:
     return {"training.max_steps": 8, **lanes, **quiet, **without_dropout}
 
 
+@pytest.fixture(scope="module")
+def growing(one_layer_folder) -> dict[str, Any]:
+    """Changes to a run of a decoder that becomes larger in the middle of its books."""
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 20}
+    kinds = {"positions": "rotary", "normalization": "rms", "normalization_placement": "pre", "dropout": 0.0}
+    model = {"model.pretrained": None, "model.tokenizer": str(one_layer_folder), "model.memory": MemoryConfig(16)}
+    growth = [GrowthConfig(2, num_hidden_layers=2), GrowthConfig(3, hidden_size=18, num_attention_heads=3)]
+    quiet = {"data.validation": None, "data.test": None, "training.max_steps": 5}
+    return {**model, "model.architecture": {"model_type": "decoder", **sizes, **kinds}, "growth": growth, **quiet}
+
+
 @dataclass
 class Launched:
     """What came of the runs on two processes, each with one of the two parts of a step."""
@@ -91,7 +103,7 @@ class Launched:
 
 
 @pytest.fixture(scope="module")
-def launched(configure, train, eight_lanes, tmp_path_factory) -> Launched:
+def launched(configure, train, eight_lanes, growing, tmp_path_factory) -> Launched:
     """The same run by the engines; one that moves between them; and some with which something goes wrong."""
     root = tmp_path_factory.mktemp("launched")
     runs: dict[str, tuple[RunConfig, dict[str, Any] | None]] = {}
@@ -112,6 +124,7 @@ def launched(configure, train, eight_lanes, tmp_path_factory) -> Launched:
         made = STOPPED_AFTER[name]
     for parts in (1, 2):
         add(f"two in {parts}", {"training.gradient_accumulation": parts, **eight_lanes})
+    add("growing", growing)
     add("killed", {}, step=5, how="kill")
     add("not a number", {}, step=3, how="nan")
     add("hanging", {"engine": engine("ddp", patience=10.0)}, step=3, how="sleep")
@@ -191,6 +204,12 @@ def test_eight_lanes_learn_the_same_however_they_are_split(configure, train, lau
         assert launched.outcomes[f"two in {parts}"] is None, launched.said
         assert losses(launched.root / f"two in {parts}") == pytest.approx(losses(tmp_path), rel=1e-6)
     assert len(losses(tmp_path)) == 8
+
+
+def test_two_processes_grow_alike(configure, train, launched, growing, tmp_path) -> None:
+    assert launched.outcomes["growing"] is None, launched.said
+    train(configure(tmp_path, growing))
+    assert losses(launched.root / "growing") == pytest.approx(losses(tmp_path), rel=1e-6)
 
 
 def test_a_loss_that_is_no_number_in_one_process_stops_all(launched: Launched) -> None:

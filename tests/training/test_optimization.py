@@ -12,6 +12,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from infformer.config import OptimizerConfig, ScheduleConfig
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term_options import LongTermMemoryConfig
+from infformer.models.loading import new_decoder
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
 
@@ -167,6 +168,13 @@ class TestLayers:
         assert rate[id(some.backbone.transformer.wte.weight)] == 0.5 / 2.6 ** (len(layers) + 1)
         assert {rate[id(parameter)] for parameter in some.memory_parameters()} == {2.0}
         assert learning_rates(optimizer) == {"train/learning_rate": 0.5, "train/memory_learning_rate": 2.0}
+
+    def test_a_decoder_has_layers_too(self):
+        some = new_decoder({"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2})
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES, layer_decay=2.0))
+        rate = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        assert rate[id(some.vocabulary.embedding.weight)] == 0.5 / 2**3
+        assert [{rate[id(each)] for each in layer.parameters()} for layer in some.layers] == [{0.125}, {0.25}]
 
     def test_the_triangle_has_its_highest_rate_at_the_cut_and_its_lowest_at_the_ends(self):
         found = factors(slanted(cut=0.1, ratio=32), 101)

@@ -1,0 +1,36 @@
+"""A model that grew beside one that was trained from scratch: `growing.json` to a figure beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from infformer.plots.style import BLUE, ORANGE, label, new_figure, save
+
+STYLES = {"grown": (BLUE, "-", "o"), "from_scratch": (ORANGE, "--", "s")}
+
+
+def plot_growing(path: Path) -> list[Path]:
+    """Draw the validation loss of each run against its FLOPs, with a dotted line wherever it grew.
+
+    Args:
+        path: `growing.json`.
+
+    Returns:
+        The figure written, `growing.png` beside the file.
+    """
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    figure = new_figure(7.5, 4.2)
+    axes = figure.add_subplot()
+    for number, row in enumerate(rows):
+        colour, dashes, marker = STYLES[row["kind"]]
+        flops, losses = zip(*row["validation"], strict=True)
+        first = row["kind"] not in [earlier["kind"] for earlier in rows[:number]]
+        name = row["kind"].replace("_", " ") if first else "_"
+        axes.plot(flops, losses, color=colour, linestyle=dashes, marker=marker, linewidth=1.4, label=name)
+    grown = {spent for row in rows for spent, _ in row["growths"]}
+    for number, spent in enumerate(sorted(grown)):
+        axes.axvline(spent, color="black", linestyle=":", label="_" if number else "the model grows")
+    label(axes, "Validation loss, a line a seed", "floating-point operations", "nats per token")
+    axes.legend(frameon=False, fontsize=9)
+    return [save(figure, Path(path).parent / "growing.png")]
