@@ -6,6 +6,7 @@ import logging
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,16 @@ def typed(monkeypatch: pytest.MonkeyPatch, example: str, *arguments: Path) -> di
     return runpy.run_path(str(EXAMPLES / example))
 
 
-@pytest.fixture
-def stock(tokenizer, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def stock(tokenizer, tmp_path_factory) -> Path:
     """A model of one layer without dropout, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("stock")
     torch.manual_seed(0)
     sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout)).save_pretrained(tmp_path / "stock")
-    tokenizer.save_pretrained(tmp_path / "stock")
-    return tmp_path / "stock"
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_a_loop_of_ones_own_trains_a_memory_and_saves_what_can_be_opened(
@@ -54,15 +56,24 @@ def test_a_loop_of_ones_own_trains_a_memory_and_saves_what_can_be_opened(
 class TestTransformersTrainer:
     """By an example that hands the state on, and without it."""
 
-    @pytest.fixture
-    def names(self, stock, tmp_path, monkeypatch) -> dict[str, Any]:
-        """Of the example after it has trained on four documents in two lanes."""
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def on_the_processor(cls) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            yield
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def names(cls, stock, tmp_path_factory, on_the_processor) -> dict[str, Any]:
+        """Of the example after it has trained on four documents in two lanes; no test trains it on."""
+        tmp_path = tmp_path_factory.mktemp("trained")
         books = [tmp_path / f"{number}.txt" for number in range(4)]
         for book, whale in zip(books, ("white", "black", "grey", "blue"), strict=True):
             book.write_text(f"The {whale} whale rose, and nobody had seen it before. " * 15)
         torch.manual_seed(0)
-        return typed(monkeypatch, "hugging_face_trainer.py", stock, tmp_path / "out", *books)
+        with pytest.MonkeyPatch.context() as patch:
+            return typed(patch, "hugging_face_trainer.py", stock, tmp_path / "out", *books)
 
     @staticmethod
     def wrapped(stock: Path, names: dict[str, Any]) -> InfformerForCausalLM:

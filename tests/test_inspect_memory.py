@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from matplotlib.figure import Figure
 
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
@@ -85,6 +86,7 @@ def test_what_cannot_be_inspected_is_refused(script, checkpoint, monkeypatch, tm
 
 
 def test_all_layers_are_named_by_one_word(script, checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())  # nobody looks at them
     (tmp_path / "whale.txt").write_text("the white whale under the deep sea " * 4)
     run(script, monkeypatch, checkpoint, "whale.txt", "--segments", 3, "--layers", "all", "--folder", tmp_path / "page")
     assert json.loads((tmp_path / "page" / "inspection.json").read_text())["memory"]["layers"] == [0, 1]

@@ -31,14 +31,12 @@ def literally(model, documents, nats: np.ndarray, settings: Settings) -> list[fl
     losses, read = [], iter(nats.tolist())
     for document in range(len(documents)):
         tokens = documents.tokens(document, 0, int(documents.token_counts[document])).tolist()
-        states = hidden_states(model, tokens)
+        states = torch.stack(hidden_states(model, tokens))
         for now in range(len(tokens) - 1):
             probability, target = math.exp(-next(read)), tokens[now + 1]
             first = 0 if settings.size is None else max(0, now - settings.size)
-            weights = []
-            for before in range(first, now):
-                cosine = torch.cosine_similarity(states[before], states[now], dim=0).item()
-                weights.append(math.exp(settings.sharpness * cosine))
+            cosines = torch.cosine_similarity(states[first:now], states[now], dim=-1).tolist()
+            weights = [math.exp(settings.sharpness * cosine) for cosine in cosines]
             if weights:
                 found = sum(weight for at, weight in enumerate(weights, first) if tokens[at + 1] == target)
                 probability = (1 - settings.weight) * probability + settings.weight * found / sum(weights)

@@ -31,6 +31,7 @@ from infformer.tasks.task import Material
 from infformer.training.command_line import compose
 from infformer.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("composed_quickly")
 SMALL = [
     "model.architecture.hidden_size=16",
     "model.architecture.feed_forward_size=16",
