@@ -59,7 +59,6 @@ def begin() -> None:
 
 def run(main: Callable[[], object]) -> None:
     """Run a command, and show its last sentence: of `Ended`, or of `sys.exit("error: …")`."""
-    gc.freeze()  # what has been imported stays
     gc.enable()
     try:
         main()

@@ -55,6 +55,11 @@ def pytest_collection() -> Iterator[None]:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Libraries that count what is left of them when the interpreter ends find nothing to complain of."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest is begun first: a worker that began it last would keep the other waiting."""
     items.sort(key=lambda item: item.path.name != "test_engines.py")
