@@ -23,6 +23,7 @@ from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.adapters import LoraConfig
+from infformer.models.document_classifier import HeadConfig
 from infformer.models.quantization import QUANTIZATIONS
 from infformer.options import check_finite, free, measuring
 from infformer.tasks.associative_recall import AssociativeRecallConfig
@@ -153,6 +154,8 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """LoRA: adapters for a pretrained model, if `rank` is set. With them and the memory alone, all else stays as it
     was."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """For task=classification: what tells classes apart on top of the language model, if `kind` is set."""
     memories: str | None = None
     """A folder of memories, and adapters, that were trained beside the same model, to begin with; scripts/export.py
     writes it. Null: they are new."""
@@ -190,6 +193,12 @@ class ModelConfig:
                 "a classifier takes a text at once, as bytes, and has neither memory nor tokenizer: set "
                 "model/memory=none and model.tokenizer=null, or choose a model that remembers, such as model=decoder"
             )
+        lower = self.dtype if self.dtype != "float32" else self.quantization
+        if self.head.kind is not None and (self.is_classifier or lower is not None):
+            raise ValueError(
+                f"model.head.kind={self.head.kind}: a head stands on top of a language model in float32, and this is "
+                f"{'an encoder that has one' if self.is_classifier else f'one in {lower}'}; set it to null"
+            )
         if self.memory is not None and self.memory_layers is not None and not self.memory_layers:
             raise ValueError(
                 "model.memory_layers=[]: name the layers that have a memory, from 0; null is all of them, and "
@@ -225,7 +234,8 @@ class TrainingConfig:
     segment_length: int = 512
     """Tokens that each lane reads at a time; the memory's segment as well."""
     bptt_segments: int = 1
-    """Segments of each lane in one step. With more than one, gradients flow through the memory between them."""
+    """Segments of each lane in one step. With more than one, gradients flow through the memory between them. In
+    classification by a head: the last ones of each text, through which they flow; all are read."""
     gradient_accumulation: int = free(1)
     """Microbatches into which each process's lanes are cut, one after the other in memory; the step is the same."""
     gradient_clipping: float | None = 1.0
@@ -525,6 +535,17 @@ class RunConfig:
             raise ValueError(
                 "model=classifier tells classes apart and predicts no token: choose task=classification, or one of the "
                 "tasks lra_…, or another model"
+            )
+        head = self.model.head.kind
+        if head is not None and (not self.task.has_examples or getattr(self.task, "texts", 1) > 1):
+            raise ValueError(
+                f"model.head.kind={head}: a head says which class one text is of; choose task=classification "
+                "task.kind=text, or set it to null"
+            )
+        if head == "batch_norm" and self.engine.name not in ("auto", "ddp"):
+            raise ValueError(
+                f"model.head.kind=batch_norm with engine={self.engine.name}: its statistics are those of the lanes of "
+                "one process; choose engine=ddp, or model.head.kind=plain"
             )
         if self.has_tokenizer and self.model.pretrained is None and self.model.tokenizer is None:
             raise ValueError(

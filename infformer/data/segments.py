@@ -64,6 +64,9 @@ class Segment:
     global_tokens: int
     """How many tokens are predicted in this segment of all lanes, also those of other processes."""
 
+    is_learned: bool = False
+    """Gradients flow back through it also where nothing in it is predicted."""
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same segment with `function` applied to every tensor."""
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]

@@ -7,7 +7,7 @@ import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -326,7 +326,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         """
         shuffle = self.time_shuffle() if shuffle is None else shuffle
         pairs = zip(self.layer_memories().values(), state.layers, strict=True)
-        return ModelState(tuple(memory.shuffle_time(layer, shuffle) for memory, layer in pairs))
+        return replace(state, layers=tuple(memory.shuffle_time(layer, shuffle) for memory, layer in pairs))
 
     @classmethod
     def from_pretrained(

@@ -53,6 +53,26 @@ with torch.no_grad():
 """
 
 
+_USE_OF_A_DOCUMENT_CLASSIFIER = """## Use
+
+```python
+import infformer  # which makes transformers know the model
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+place = "."  # this folder, or the model's name on the hub
+model = AutoModelForCausalLM.from_pretrained(place)
+{tokens}
+state = None  # what the model remembers of the document, and what it has pooled
+with torch.no_grad():
+    for segment in tokens.split({segment}, dim=1):
+        output = model(segment, state=state)
+        state = output.state
+print(model.config.labels[output.logits.argmax()])
+```
+"""
+
+
 def model_card(
     model: MemoryModel,
     name: str | None = None,
@@ -76,6 +96,16 @@ def model_card(
         )
         kind = f"A classifier of {config.classes} classes, by infformer. Its attention: {config.attention}."
         return _card(told, name or "A classifier", kind, use, sections)
+    tokens = _TOKENS if reads_text else f"tokens = torch.zeros(1, 8, dtype=torch.long)  # of {model.vocabulary_size}"
+    if config.model_type == "document_classifier":
+        told = ModelCardData(
+            library_name="infformer", pipeline_tag="text-classification", tags=["infformer", "long-context"], **data
+        )
+        use = _USE_OF_A_DOCUMENT_CLASSIFIER.format(tokens=tokens, segment=config.reader.segment_length)
+        use = use if reads_text else use.replace(", AutoTokenizer", "")
+        kind = f"A classifier of documents of any length ({', '.join(config.labels)}), on top of a language model, by "
+        sections = {**_memory(config.reader), **(sections or {})}
+        return _card(told, name or "A classifier", f"{kind}infformer.", use, sections)
     stock = getattr(config, "backbone", None)
     kind = "A decoder" if stock is None else f"A `{stock.model_type}`"
     what = "with a memory of fixed size beside each attention" if config.memory else "without a memory"
@@ -85,7 +115,6 @@ def model_card(
     told = ModelCardData(
         library_name="infformer", pipeline_tag="text-generation", tags=["infformer", "long-context"], **data
     )
-    tokens = _TOKENS if reads_text else f"tokens = torch.zeros(1, 8, dtype=torch.long)  # of {model.vocabulary_size}"
     use = _USE.format(tokens=tokens, segment=config.segment_length)
     if not reads_text:
         use = use[: use.index("\n`infformer-generate")].replace(", AutoTokenizer", "")

@@ -321,6 +321,10 @@ class DecoderForCausalLM(MemoryModel):
     def vocabulary_size(self) -> int:
         return self.config.vocab_size
 
+    def get_input_embeddings(self) -> nn.Module:
+        vocabulary = self.vocabulary
+        return vocabulary.embedding if isinstance(vocabulary, TiedVocabulary) else vocabulary
+
     def _real_entries(self, state: ModelState, context: SegmentContext) -> Tensor | None:
         """Which entries before the segment are real and seen, bool [batch, entries]; None without any."""
         for memory, layer in zip(self.layer_memories().values(), state.layers, strict=True):

@@ -233,10 +233,7 @@ class TextClassifier(MemoryModel):
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        is_target = targets != IGNORE_INDEX
-        labels = targets.masked_fill(~is_target, 0).amax(dim=1)
-        losses = F.cross_entropy(self.logits(hidden).squeeze(1).float(), labels, reduction="none")
-        return losses.unsqueeze(1) * is_target
+        return losses_of_classes(self.logits(hidden), targets)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
@@ -273,6 +270,18 @@ class TextClassifier(MemoryModel):
             initialization.normal_(module.weight, std=1 / math.sqrt(inputs) if deviation is None else deviation)
         if isinstance(module, nn.Linear) and module.bias is not None:
             initialization.zeros_(module.bias)
+
+
+def losses_of_classes(scores: Tensor, targets: Tensor) -> Tensor:
+    """Nats of the class of each row that has a target, at the target's place, [batch, length]; 0 elsewhere.
+
+    Args:
+        scores: of the classes, [batch, 1, classes].
+        targets: classes, [batch, length], and -100.
+    """
+    is_target = targets != IGNORE_INDEX
+    labels = targets.masked_fill(~is_target, 0).amax(dim=1)
+    return F.cross_entropy(scores.squeeze(1).float(), labels, reduction="none").unsqueeze(1) * is_target
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:

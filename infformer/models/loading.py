@@ -14,6 +14,7 @@ from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.document_classifier import DocumentClassifier, DocumentClassifierConfig
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.folders import load, load_config, load_weights, model_folder
 from infformer.models.pretrained import InfformerConfig, InfformerForCausalLM
@@ -29,15 +30,17 @@ def load_pretrained(
     lora: LoraConfig | None = None,
     **kwargs: Any,
 ) -> InfformerForCausalLM:
-    """A pretrained causal language model with a new memory beside its attention, or with none.
+    """A pretrained causal language model with a new memory beside its attention, or with none but its own.
 
     Args:
-        name: a model's folder, a run's or its checkpoint if it has no memory, or the name of a model on the hub.
+        name: a model's folder, a run's or its checkpoint, or the name of a model on the hub. One that has a memory
+            keeps it, and gets no other.
         lora: new adapters in it; those of a run that had some are part of its weights from then on.
         kwargs: for `from_pretrained`, such as a `dtype` or a `quantization_config`.
 
     Raises:
-        ModelError: no model there; the hub cannot be reached; or the model has a memory of its own already.
+        ModelError: no model there; the hub cannot be reached; or the model has a memory of its own already, or one of
+            other segments.
     """
     folder = model_folder(name)
     config = load_config(folder, "model.pretrained")
@@ -52,12 +55,22 @@ def load_pretrained(
     if isinstance(config, InfformerConfig) and config.memory is None:
         wrapped = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
         return InfformerForCausalLM.from_backbone(wrapped.stock_backbone(), memory, memory_layers, segment_length, lora)
+    if isinstance(config, InfformerConfig) and memory is None and memory_layers is None and lora is None:
+        model: InfformerForCausalLM = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
+        model.check_segment_length(segment_length)
+        return model
     if isinstance(config, InfformerConfig):
         raise ModelError(
-            f"model.pretrained={name} has a memory already; to go on training it use resume=, to begin with its "
-            "backbone alone export that first: python scripts/export.py CHECKPOINT FOLDER --what backbone"
+            f"model.pretrained={name} has a memory already; to go on with it choose model/memory=none and nothing else "
+            "that stands beside a backbone, to begin with its backbone alone export that first: python "
+            "scripts/export.py CHECKPOINT FOLDER --what backbone"
         )
-    if isinstance(config, DecoderConfig | ClassifierConfig):
+    if isinstance(config, ClassifierConfig | DocumentClassifierConfig):
+        raise ModelError(
+            f"model.pretrained={name} is a classifier, and no language model; give the model that it was made from, or "
+            "to go on training it use resume="
+        )
+    if isinstance(config, DecoderConfig):
         raise ModelError(
             f"model.pretrained={name} is a {config.model_type} from scratch, beside which no memory stands; to go on "
             "training it use resume="
@@ -91,7 +104,7 @@ def load_decoder(name: str, segment_length: int, **unwanted: Any) -> DecoderForC
 
 def load_trained(
     name: str, segment_length: int | None = None, short_term_length: int | None = None
-) -> InfformerForCausalLM | DecoderForCausalLM | TextClassifier:
+) -> InfformerForCausalLM | DecoderForCausalLM | TextClassifier | DocumentClassifier:
     """A model to be measured: one of ours with its memory, or any causal language model without.
 
     Args:
@@ -106,6 +119,8 @@ def load_trained(
     config = load_config(folder, "checkpoint")
     if isinstance(config, ClassifierConfig) and short_term_length is None:
         return load_weights(TextClassifier, config, folder, "checkpoint")
+    if isinstance(config, DocumentClassifierConfig) and short_term_length is None:
+        return load_weights(DocumentClassifier, config, folder, "checkpoint")
     ours = isinstance(config, DecoderConfig | InfformerConfig)
     memory: MemoryConfig | None = config.memory_config if ours else None
     if memory is None and not isinstance(config, DecoderConfig):

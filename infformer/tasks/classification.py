@@ -1,14 +1,14 @@
 """Classification: a model reads an example to its end, and is asked there for its class.
 
 The classes are the first tokens of a language model's vocabulary, or all that a classifier knows. An example is as
-many segments as it takes, of which only the last has a target: a classifier takes it whole, a model with a memory may
-read it piece by piece.
+many segments as it takes, of which only the last has a target: a classifier takes it whole, a model with a memory, or a
+head that pools what is read, may read it piece by piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,6 +23,7 @@ from infformer.data.long_range_arena import KINDS, ExampleSource
 from infformer.data.options import DataConfig
 from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
 from infformer.errors import DataError
+from infformer.models.document_classifier import DocumentClassifier
 from infformer.models.streaming import TextSegment, reading, stream
 from infformer.options import measuring
 from infformer.progress import Pace
@@ -122,7 +123,8 @@ class ClassificationConfig(TaskConfig):
 
     def build_stream(self, material: Material) -> ExampleStream:
         least = self.length // self.texts if self.pad_to_length else 1
-        return ExampleStream(material.examples["train"], material, least)
+        together = isinstance(material.evaluator.model, DocumentClassifier)
+        return ExampleStream(material.examples["train"], material, least, together)
 
     def build_evaluation(self, material: Material) -> Classification:
         return Classification(self, material)
@@ -145,11 +147,14 @@ class ExampleStream:
         examples: to learn from.
         material: the lanes, the segment and the seed.
         least: to which length texts are padded at least.
+        together: the texts of a step all end in its last segment, shorter ones begin later, and gradients flow through
+            the last `bptt_segments` of each, whatever it is read beside.
     """
 
-    def __init__(self, examples: Examples, material: Material, least: int = 1) -> None:
+    def __init__(self, examples: Examples, material: Material, least: int = 1, together: bool = False) -> None:
         self._examples = examples
         self._least = least
+        self._together = together
         self._material = material
         self._step = 0
         self._reads = 0
@@ -165,10 +170,19 @@ class ExampleStream:
         material = self._material
         numbers = numbers_of_step(self._step, material.lanes, len(self._examples), material.seed)
         tokens, lengths, targets = _with_targets(self._examples, numbers, self._least)
-        segments = cut_texts(tokens, targets, numbers, material, self._reads, lengths)
+        segments = self._segments(tokens, lengths, targets, numbers)
         self._step += 1
         self._reads += len(segments)
         return segments
+
+    def _segments(self, tokens: Tensor, lengths: Tensor, targets: Tensor, numbers: NDArray[np.int64]) -> list[Segment]:
+        material = self._material
+        if not self._together:
+            return cut_texts(tokens, targets, numbers, material, self._reads, lengths)
+        tokens, targets, waits = _ending_together(tokens, targets, lengths, material.segment_length)
+        segments = cut_texts(tokens, targets, numbers, material, self._reads, lengths, waits)
+        last = len(segments) - material.bptt_segments
+        return [replace(segment, is_learned=index >= last) for index, segment in enumerate(segments)]
 
     def state_dict(self) -> ExamplesState:
         return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
@@ -195,6 +209,23 @@ def _with_targets(examples: Examples, numbers: NDArray[np.int64], least: int = 1
     tokens, lengths = map(torch.from_numpy, examples.batch(numbers, least))
     labels = torch.from_numpy(examples.labels[numbers]).unsqueeze(1)
     return tokens, lengths, torch.full_like(tokens, IGNORE_INDEX).scatter_(1, lengths.unsqueeze(1) - 1, labels)
+
+
+def _ending_together(tokens: Tensor, targets: Tensor, lengths: Tensor, segment: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Texts and their targets behind as many segments of padding as let all of them end in the last segment.
+
+    Returns:
+        Tokens and targets, [texts, whole segments], and how many segments of padding stand before each text, [texts].
+    """
+    count = -(-tokens.shape[1] // segment)
+    if count == 1:
+        return tokens, targets, torch.zeros_like(lengths)
+    waits = count - (lengths + segment - 1) // segment
+    places = torch.arange(count * segment) - waits.unsqueeze(1) * segment
+    is_inside = (places >= 0) & (places < tokens.shape[1])
+    places = places.clamp(0, tokens.shape[1] - 1)
+    later = tokens.gather(1, places).where(is_inside, 0), targets.gather(1, places).where(is_inside, IGNORE_INDEX)
+    return *later, waits
 
 
 class Measured(TypedDict):
@@ -230,6 +261,13 @@ class Classification(Evaluation[ClassificationResults]):
                     f"training.segment_length={length}: an example of data.{split} has {longest:,} tokens, and a model "
                     f"without memory would see only a piece of it: set it to {longest} (and model.architecture.longest "
                     "of a classifier), shorten examples by task.length=, or choose a memory by model/memory="
+                )
+            labels = getattr(model.config, "labels", None)
+            if labels is not None and examples.classes != labels:
+                raise DataError(
+                    f"data.{split} has the classes {', '.join(examples.classes)}, and the model tells "
+                    f"{', '.join(labels)} apart: give texts of these classes, the task.label_field= that says them, "
+                    "and data.train= as in training, by which they are numbered; or train a new head"
                 )
             classes = len(examples.classes)
             known = getattr(model.config, "classes", model.vocabulary_size)

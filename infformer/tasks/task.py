@@ -190,6 +190,7 @@ def cut_texts(
     material: Material,
     reads: int,
     lengths: Tensor | None = None,
+    waits: Tensor | None = None,
 ) -> list[Segment]:
     """The lanes of this process read whole texts from an empty memory, in segments, of which the last may be shorter.
 
@@ -198,17 +199,19 @@ def cut_texts(
         numbers: what each lane's text is called, [lanes].
         reads: how many segments each lane has read before.
         lengths: how much of each lane's text is real, [lanes]; all of it if not given.
+        waits: how many segments of padding stand before each lane's text, [lanes]; none if not given.
     """
     rows, length = torch.tensor(material.rank_rows), material.segment_length
     real = torch.full((len(inputs),), inputs.shape[1]) if lengths is None else lengths
+    begins = torch.zeros_like(rows) if waits is None else waits[rows] * length
     return [
         Segment(
             input_ids=own[rows],
             targets=labels[rows],
-            lengths=(real[rows] - index * length).clamp(0, own.shape[1]),
+            lengths=(real[rows] + begins - index * length).clamp(0, own.shape[1]) * (begins <= index * length),
             reset=torch.full_like(rows, index == 0, dtype=torch.bool),
             documents=torch.as_tensor(numbers)[rows],
-            starts=torch.full_like(rows, index * length),
+            starts=(index * length - begins).clamp(min=0),
             reads=torch.full_like(rows, reads + index),
             lanes=rows,
             global_tokens=int((labels != IGNORE_INDEX).sum()),

@@ -13,6 +13,7 @@ from infformer.errors import ModelError, UserError
 from infformer.memory.options import MemoryConfig
 from infformer.models.architecture import try_adapters, try_architecture, try_kernel
 from infformer.models.decoder import DecoderConfig
+from infformer.models.document_classifier import DocumentClassifierConfig
 from infformer.models.loading import load_config
 from infformer.models.memories import check_memories
 from infformer.models.pretrained import InfformerConfig
@@ -38,6 +39,13 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
     if is_main_process:
         check_tracker(config.tracker)
     chosen, training = config.model, config.training
+    side_by_side = training.batch_size // processes // training.gradient_accumulation
+    if chosen.head.kind == "batch_norm" and (processes > 1 or side_by_side < 2):
+        raise ModelError(
+            f"model.head.kind=batch_norm with {processes} process(es), each of which reads {side_by_side} text(s) side "
+            "by side: its statistics are those of all lanes; take one process, at least two lanes "
+            "(training.batch_size) and training.gradient_accumulation=1, or model.head.kind=plain"
+        )
     weights = 0
     if chosen.pretrained is not None:
         shape: Any = load_config(chosen.pretrained, "model.pretrained")
@@ -111,6 +119,7 @@ def check_evaluation(config: EvaluationRunConfig) -> None:
     """
     config.task.check_data(config.data, [config.split])
     shape: Any = load_config(config.checkpoint, "checkpoint")
+    shape = shape.reader if isinstance(shape, DocumentClassifierConfig) else shape
     ours = isinstance(shape, DecoderConfig | InfformerConfig)
     memory = shape.memory_config if ours else None
     length = config.segment_length or (shape.segment_length if memory else 1)

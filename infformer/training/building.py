@@ -22,6 +22,7 @@ from infformer.data.word_vocabulary import word_tokenizer
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig
+from infformer.models.document_classifier import DocumentClassifier
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.folders import load_config
 from infformer.models.loading import (
@@ -101,7 +102,9 @@ def build_model(
     for growth in config.growth:
         if growth.step <= step:
             model = grown(model, growth, config)
-    return model
+    if chosen.head.kind is None:
+        return model
+    return DocumentClassifier.on_top(model, chosen.head, examples["train"].classes if examples else ["0", "1"]).train()
 
 
 def build_tokenizer(config: RunConfig, accelerator: Accelerator) -> PreTrainedTokenizerBase | None:

@@ -37,7 +37,7 @@ def write_cards(model: MemoryModel, config: RunConfig, step: int, tokens: int, m
                 "Training": [_training(config, checkpoint.name, step, tokens)],
                 "Figures": figures,
             },
-            reads_text=config.task.vocabulary_size is None,
+            reads_text=config.has_tokenizer,
             datasets=None if (dataset := _on_the_hub(config)) is None else [dataset],
         )
         try:

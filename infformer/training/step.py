@@ -36,9 +36,9 @@ class Microbatch:
     dropout_seed: int
 
     @property
-    def is_scored(self) -> tuple[bool, ...]:
-        """In which of the segments anything is scored, in the whole global batch."""
-        return tuple(segment.global_tokens > 0 for segment in self.segments)
+    def is_scored(self) -> tuple[tuple[bool, bool], ...]:
+        """In which of the segments anything is scored, in the whole global batch, and through which gradients flow."""
+        return tuple((segment.global_tokens > 0, segment.is_learned) for segment in self.segments)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
         """The same microbatch with `function` applied to every tensor."""
@@ -118,7 +118,7 @@ def train_step(
     A segment in which nothing is scored, in the whole global batch, reaches the loss through memory alone. It is read
     without a graph, so that a task which scores only the end of what is read pays for no backward pass through what
     comes before: gradients flow neither through such a segment nor past it, and it adds no auxiliary loss. A memory
-    that learns by writing learns from just these gradients: with one they flow.
+    that learns by writing learns from just these gradients: with one they flow, and so they do where a task says it.
 
     Args:
         model: the prepared model.
@@ -276,7 +276,7 @@ def _read(
     """Read a segment; without losses, logits and perhaps a graph where nothing is scored in the whole global batch."""
     scored = segment.global_tokens > 0
     own = cast(MemoryModel, getattr(model, "module", model))
-    with torch.set_grad_enabled(scored or own.learns_by_writing):
+    with torch.set_grad_enabled(scored or segment.is_learned or own.learns_by_writing):
         return model(
             segment.input_ids,
             state=memory,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from infformer.commands import eval as evaluation
 from infformer.config import CONF, EvaluationRunConfig, RunConfig
@@ -18,6 +19,7 @@ from infformer.errors import DataError, UserError
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.document_classifier import DocumentClassifier, HeadConfig
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.tasks.classification import (
     ClassificationConfig,
@@ -30,6 +32,7 @@ from infformer.tasks.classification import (
 from infformer.tasks.task import Material
 from infformer.training.command_line import compose
 from infformer.training.metrics import read_metrics
+from infformer.training.step import Microbatch, _forward, _Sums
 
 pytestmark = pytest.mark.usefixtures("composed_quickly")
 SMALL = [
@@ -113,17 +116,21 @@ def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_p
     assert measured["nll"] == pytest.approx(results["nll"], abs=1e-6)
 
 
-@pytest.mark.parametrize("model", ["classifier", "tiny"])
+@pytest.mark.parametrize("model", ["classifier", "tiny", "tiny model.head.kind=batch_norm training.bptt_segments=2"])
 def test_learning_resumed_equals_learning_never_stopped(reviews, train, one_layer_folder, tmp_path, model):
     """Tiny has a memory, and a tokenizer cuts the texts up, which are longer than a segment of 4 tokens."""
-    own = SMALL[2:] if model == "tiny" else SMALL
+    own = SMALL if model == "classifier" else SMALL[2:]
     small = ["training.segment_length=4", f"model.pretrained={one_layer_folder}"]
-    segment = small if model == "tiny" else ["task.length=64"]
-    options = [f"model={model}", *segment, *own, "schedule=constant", "evaluation.controls=false"]
+    segment = ["task.length=64"] if model == "classifier" else small
+    options = [*f"model={model}".split(), *segment, *own, "schedule=constant", "evaluation.controls=false"]
     train(typed(reviews, tmp_path / "whole", *options))
     train(typed(reviews, tmp_path / "cut", *options, "training.max_steps=5"))
     train(typed(reviews, tmp_path / "cut", *options, "resume=auto"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    weights = [
+        load_file(tmp_path / run / "checkpoints/step-00000008/model/model.safetensors") for run in ("cut", "whole")
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert len(losses(tmp_path / "whole")) == 8
 
 
@@ -181,9 +188,81 @@ def test_batches_can_have_one_shape(examples):
     assert segment.input_ids.shape == (2, 32)
 
 
-@pytest.fixture(params=["classifier", "decoder"])
+def document_classifier(labels: list[str], **options: Any) -> DocumentClassifier:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "feed_forward_size": 8, "dropout": 0.0}
+    reader = DecoderForCausalLM(DecoderConfig(vocab_size=5, segment_length=8, **sizes, **options))
+    return DocumentClassifier.on_top(reader, HeadConfig("plain", 4, 0.0), labels)
+
+
+def gradients(model: Any, segments: list[Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """Of some lanes, as a step of training has them."""
+    model.train().zero_grad()
+    shares = [segment.rows(rows) for segment in segments]
+    nothing = [None] * len(shares)
+    memory = model.initial_state(len(shares[0].lanes))
+    microbatch = Microbatch(shares, memory, nothing, nothing, 0)
+    _forward(model, microbatch, 1, _Sums(torch.device("cpu")))[1].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bptt_segments", [1, 2, 9])
+def test_a_text_gives_a_head_the_same_gradients_whatever_it_is_read_beside(examples, bptt_segments):
+    """They flow through its last segments, which all texts of a step have in common."""
+    model = document_classifier(["0", "1", "2"], memory=MemoryConfig(short_term_length=8))
+    material = Material(None, lanes=13, rank_rows=range(13), segment_length=8, bptt_segments=bptt_segments)
+    segments = ExampleStream(examples, material, together=True).next_step()
+    assert [segment.global_tokens for segment in segments] == [0, 0, 13]
+    assert [segment.is_learned for segment in segments] == [bptt_segments > 2, bptt_segments > 1, True]
+    together = gradients(model, segments)
+    alone: dict[str, torch.Tensor] = {}
+    for row, number in enumerate(segments[0].documents.tolist()):
+        text = torch.from_numpy(examples.text(number)).unsqueeze(0)
+        pieces = text.split(8, dim=1)
+        learned = [index >= len(pieces) - bptt_segments for index in range(len(pieces))]
+        targets = torch.full_like(pieces[-1], IGNORE_INDEX)
+        targets[0, -1] = int(examples.labels[number])
+        own = [
+            replace(
+                segments[-1].rows(slice(row, row + 1)), input_ids=piece, lengths=torch.tensor([piece.shape[1]]),
+                targets=targets if last else torch.full_like(piece, IGNORE_INDEX), is_learned=learns,
+                global_tokens=int(last), reset=torch.tensor([False]),
+            )
+            for piece, learns, last in zip(
+                pieces, learned, [index == len(pieces) - 1 for index in range(len(pieces))], strict=True
+            )
+        ]  # fmt: skip
+        for name, gradient in gradients(model, own).items():
+            alone[name] = alone.get(name, 0) + gradient
+    assert together.keys() == alone.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_texts_of_a_head_are_read_whole_and_end_together(examples):
+    material = Material(None, lanes=4, rank_rows=range(1, 3), segment_length=8, seed=3)
+    for segments in [ExampleStream(examples, material, together=True).next_step() for _ in range(3)]:
+        assert segments[0].reset.all()
+        for row, number in enumerate(segments[0].documents.tolist()):
+            read = torch.cat([segment.input_ids[row, : segment.lengths[row]] for segment in segments])
+            assert read.tolist() == examples.text(number).tolist()
+            last = segments[-1]
+            assert last.targets[row, last.lengths[row] - 1] == examples.labels[number]
+            assert sum((segment.targets[row] != IGNORE_INDEX).sum() for segment in segments) == 1
+            assert last.starts[row] == (len(examples.text(number)) - 1) // 8 * 8
+
+
+def test_labels_that_a_head_does_not_know_are_refused(examples):
+    evaluator = Evaluator(model=document_classifier(["a", "b", "c"]), protocol=ReadingProtocol(8))
+    with pytest.raises(DataError, match=r"data\.test has the classes 0, 1, 2, and the model tells a, b, c apart"):
+        ClassificationConfig().build_evaluation(Material(evaluator, examples={"test": examples}))
+
+
+@pytest.fixture(params=["classifier", "decoder", "head"])
 def model(request) -> Any:
     torch.manual_seed(0)
+    if request.param == "head":
+        return document_classifier(["0", "1", "2"], memory=MemoryConfig(short_term_length=8))
     if request.param == "classifier":
         sizes = {"hidden_size": 8, "num_hidden_layers": 1, "feed_forward_size": 8, "longest": 32}
         return TextClassifier(ClassifierConfig(vocab_size=5, classes=3, initializer_range=1.0, **sizes))
