@@ -349,6 +349,9 @@ class ScheduleConfig:
     unfreeze_every: int | None = None
     """Gradual unfreezing: at first the head and the memories learn alone, and after each so many steps one more layer
     of the backbone, from the last one down to the embeddings. Null: all from the beginning."""
+    unfreeze_layers: int | None = None
+    """How many layers of the backbone, from the last one down, learn beside the head and the memories at all, the
+    embeddings counted as the lowest; the others stay as they are. Null: all; 0: none."""
     restart: bool = False
     """Begin the schedule anew whenever a layer joins, over the steps until the next does."""
 
@@ -358,6 +361,7 @@ class ScheduleConfig:
         _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
         _check_at_least("schedule.ratio", self.ratio, 1)
         _check_at_least("schedule.unfreeze_every", self.unfreeze_every, 1)
+        _check_at_least("schedule.unfreeze_layers", self.unfreeze_layers, 0)
         if not 0 < self.cut < 1:
             raise ValueError(f"schedule.cut={self.cut}: must lie between 0 and 1")
         if self.restart and self.unfreeze_every is None:
@@ -609,11 +613,13 @@ class RunConfig:
                 sizes = ", ".join(name for name in vars(growth) if name != "step")
                 raise ValueError(f"{option}: nothing becomes larger; give one of {sizes}")
             before = growth.step
-        rank, every = self.model.lora.rank, self.schedule.unfreeze_every
+        rank, every, layers = self.model.lora.rank, self.schedule.unfreeze_every, self.schedule.unfreeze_layers
         refused = {
             "training.freeze_backbone=true": ("what is new would not learn", self.training.freeze_backbone),
             f"model.lora.rank={rank}": ("what is new beside adapters would not learn", rank is not None),
             f"schedule.unfreeze_every={every}": ("layers join by where they stand", every is not None),
+            f"schedule.unfreeze_layers={layers}": ("layers learn by where they stand", layers is not None),
+            f"model.head.kind={self.model.head.kind}": ("a head stays as wide as it is", self.model.head.kind is not None),
             "training.compile=graphs": ("what is recorded stays as it is", self.training.compile == "graphs"),
         }
         for option, (why, is_set) in refused.items():

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("composed_quickly")
 BASES = {
     "SMALL": "model=decoder data=sample model.architecture.hidden_size=24 model.architecture.num_hidden_layers=1 "
     "training.segment_length=16 training.batch_size=4",
+    "TEXTS": f"task=classification data.train={ROOT / 'infformer/data/sample/train.jsonl.gz'} data.validation=null "
+    "data.test=null",
     "SCRATCH": "model=tiny_scratch training.segment_length=16 training.batch_size=4",
 }
 GIB = 2**30
@@ -250,6 +252,17 @@ REFUSED = [
     ("train", "SCRATCH model.attention=fastest", "", "choose another value"),
     ("train", "model.attention=fastest", "", "choose another"),
     ("train", "model.pretrained=./nowhere", "", "no such folder"),
+    # Heads
+    ("train", "model.head.kind=linear", "", "choose batch_norm or plain"),
+    ("train", "model.head.kind=plain", "", "choose task=classification"),
+    ("train", "model.head.dropout=0.5", "", "set model.head.kind="),
+    ("train", "TEXTS model.head.kind=plain model.head.dropout=1", "model.head.dropout=1", "less than 1"),
+    ("train", "TEXTS model.head.kind=plain model.head.hidden_size=0", "model.head.hidden_size=0", "at least 1"),
+    ("train", "TEXTS task.kind=pairs model.head.kind=plain", "", "task.kind=text"),
+    ("train", "TEXTS model=classifier model.head.kind=plain", "", "set it to null"),
+    ("train", "TEXTS training.batch_size=1 model.head.kind=batch_norm", "", "at least two lanes"),
+    ("train", "TEXTS engine=fsdp2 model.head.kind=batch_norm", "", "model.head.kind=plain"),
+    ("train", "schedule.unfreeze_layers=-1", "", "at least 0"),
 ]
 
 

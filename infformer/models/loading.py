@@ -55,7 +55,8 @@ def load_pretrained(
     if isinstance(config, InfformerConfig) and config.memory is None:
         wrapped = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
         return InfformerForCausalLM.from_backbone(wrapped.stock_backbone(), memory, memory_layers, segment_length, lora)
-    if isinstance(config, InfformerConfig) and memory is None and memory_layers is None and lora is None:
+    is_bare = memory is None and memory_layers is None and (lora is None or lora.rank is None)
+    if isinstance(config, InfformerConfig) and is_bare:
         model: InfformerForCausalLM = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
         model.check_segment_length(segment_length)
         return model

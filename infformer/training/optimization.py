@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from infformer.config import OptimizerConfig, ScheduleConfig
+from infformer.errors import ModelError
 from infformer.models.base import MemoryModel
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,14 @@ def make_optimizer(model: MemoryModel, config: OptimizerConfig, by_layer: bool =
 def depths_below_head(model: MemoryModel) -> dict[int, int]:
     """How far below the head a backbone's parameters lie, by their `id`.
 
-    The head, and whatever stands above the layers, is at 0, the last layer at 1, and embeddings, also such as are the
-    head's weights too, below the first layer. A memory's are not in it.
+    The head, and whatever stands above the layers, is at 0, the last layer at 1, and embeddings, also of places, and
+    such as are the weights of the head too, below the first layer. A memory's are not in it.
     """
     memories = set(model.layer_memories().values())
     layers = [layer for layer in model.sharding_units() if layer not in memories]
-    embeddings = getattr(model, "vocabulary", None) or model.get_input_embeddings()  # of our own decoder
-    depths = {id(parameter): len(layers) + 1 for parameter in embeddings.parameters()}
+    own = getattr(model, "vocabulary", None) or model.get_input_embeddings()  # of our own decoder
+    embeddings = [own, *(part for part in model.modules() if isinstance(part, nn.Embedding))]
+    depths = {id(parameter): len(layers) + 1 for part in embeddings for parameter in part.parameters()}
     for depth, layer in enumerate(reversed(layers), start=1):
         depths |= {id(parameter): depth for parameter in layer.parameters()}
     for parameter in model.memory_parameters():
@@ -88,30 +90,44 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int, 
 
     Args:
         step: how many were made, by an optimiser whose place this one takes.
+
+    Raises:
+        ModelError: more layers are to learn than there are.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # as torch wants it of who begins later
     depths = [group.get("below", 0) for group in optimizer.param_groups]
     every, factor = config.unfreeze_every, _factor(config, max_steps)
+    learn = max(depths) if config.unfreeze_layers is None else config.unfreeze_layers
+    if learn > max(depths):
+        raise ModelError(
+            f"schedule.unfreeze_layers={learn}: below the head of this model there are {max(depths)} layers, the "
+            "embeddings among them; choose fewer, or null for all"
+        )
     if every is None:
-        return LambdaLR(optimizer, factor, step - 1)
-    whole = every * max(depths)
+        return LambdaLR(optimizer, [factor if depth <= learn else _never for depth in depths], step - 1)
+    whole = every * learn
     if whole >= max_steps:
         logger.warning(
             "schedule.unfreeze_every=%d: the lowest of %d groups of layers learns from step %d on, and the run ends at "
             "training.max_steps=%d: it stays as it is",
-            every, max(depths) + 1, whole + 1, max_steps,
+            every, learn + 1, whole + 1, max_steps,
         )  # fmt: skip
     stages = _factor(config, every), _factor(config, max(1, max_steps - whole))
 
     def of_step(step: int, depth: int) -> float:
-        if step < every * depth:
+        if step < every * depth or depth > learn:
             return 0.0
         if not config.restart:
             return factor(step)
         return stages[0](step % every) if step < whole else stages[1](step - whole)
 
     return LambdaLR(optimizer, [partial(of_step, depth=depth) for depth in depths])
+
+
+def _never(step: int) -> float:
+    """Of what stays as it is."""
+    return 0.0
 
 
 def _factor(config: ScheduleConfig, max_steps: int) -> Callable[[int], float]:

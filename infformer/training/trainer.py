@@ -248,7 +248,7 @@ class Trainer:
         self.sizes = model_sizes(model)
         self._of_a_token = flops_of_a_token(model, config.training.segment_length)
         shard(engine, accelerator, model)
-        by_layer = config.schedule.unfreeze_every is not None
+        by_layer = (config.schedule.unfreeze_every, config.schedule.unfreeze_layers) != (None, None)
         optimizer = make_optimizer(model, config.optimizer, by_layer)
         schedule = make_schedule(optimizer, config.schedule, config.training.max_steps, step)
         if is_compiled(config.training.compile, engine, accelerator):

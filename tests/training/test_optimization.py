@@ -10,11 +10,14 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from infformer.config import OptimizerConfig, ScheduleConfig
+from infformer.errors import ModelError
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term_options import LongTermMemoryConfig
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.document_classifier import DocumentClassifier, HeadConfig
 from infformer.models.loading import new_decoder
 from infformer.models.pretrained import InfformerForCausalLM
-from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
+from infformer.training.optimization import depths_below_head, learning_rates, make_optimizer, make_schedule
 
 RATES = {"learning_rate": 0.5, "memory_learning_rate": 2.0, "weight_decay": 0.25}
 
@@ -165,7 +168,8 @@ class TestLayers:
         of_layers = [{rate[id(parameter)] for parameter in layer.parameters()} for layer in reversed(layers)]
         assert of_layers == [{0.5 / 2.6**depth} for depth in range(1, len(layers) + 1)]
         assert rate[id(some.backbone.transformer.ln_f.weight)] == 0.5
-        assert rate[id(some.backbone.transformer.wte.weight)] == 0.5 / 2.6 ** (len(layers) + 1)
+        for embedding in (some.backbone.transformer.wte, some.backbone.transformer.wpe):
+            assert rate[id(embedding.weight)] == 0.5 / 2.6 ** (len(layers) + 1)
         assert {rate[id(parameter)] for parameter in some.memory_parameters()} == {2.0}
         assert learning_rates(optimizer) == {"train/learning_rate": 0.5, "train/memory_learning_rate": 2.0}
 
@@ -217,6 +221,42 @@ class TestLayers:
         stage, rest = factors(slanted(), 20), factors(slanted(), 200 - 20 * depths)
         assert found == pytest.approx(stage * depths + rest)
 
+    @pytest.mark.parametrize("every", [None, 1])
+    def test_layers_that_are_not_among_those_that_learn_keep_every_bit(self, model, every):
+        some = model()
+        optimizer = make_optimizer(some, OptimizerConfig(**RATES), by_layer=True)
+        config = ScheduleConfig(name="constant", unfreeze_layers=1, unfreeze_every=every)
+        schedule = make_schedule(optimizer, config, 100)
+        *lower, last = some.backbone.transformer.h
+        before = copy.deepcopy(some.state_dict())
+        for _ in range(4):
+            for parameter in some.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            schedule.step()
+        changed = {name for name, tensor in some.state_dict().items() if not torch.equal(tensor, before[name])}
+        names = {id(parameter): name for name, parameter in some.named_parameters()}
+        below = [*lower, some.backbone.transformer.wte, some.backbone.transformer.wpe]
+        assert changed.isdisjoint(names[id(parameter)] for part in below for parameter in part.parameters())
+        assert changed >= {names[id(parameter)] for parameter in last.parameters()}
+
+    def test_more_layers_than_there_are_cannot_learn(self, model):
+        optimizer = make_optimizer(model(), OptimizerConfig(**RATES), by_layer=True)
+        with pytest.raises(ModelError, match=r"schedule.unfreeze_layers=9: below the head of this model there are \d"):
+            make_schedule(optimizer, ScheduleConfig(unfreeze_layers=9), 100)
+
+    def test_a_decoder_and_a_head_have_depths_too(self, model):
+        decoder = DecoderForCausalLM(
+            DecoderConfig(10, 8, num_hidden_layers=2, num_attention_heads=2, feed_forward_size=8)
+        )
+        for some, layers in ((decoder, decoder.layers), (wrapped := model(), wrapped.backbone.transformer.h)):
+            embedding = some.get_input_embeddings().weight
+            top = DocumentClassifier.on_top(some, HeadConfig("batch_norm"), ["a", "b"])
+            depths = depths_below_head(top)
+            assert {depths[id(parameter)] for parameter in layers[0].parameters()} == {len(layers)}
+            assert depths[id(embedding)] == len(layers) + 1
+            assert depths.keys().isdisjoint(map(id, [*top.maps.parameters(), *top.norms.parameters()]))
+
     def test_a_run_that_ends_before_all_layers_have_joined_says_so(self, model, caplog):
         optimizer = make_optimizer(model(), OptimizerConfig(**RATES), by_layer=True)
         make_schedule(optimizer, ScheduleConfig(unfreeze_every=50), 100)
@@ -228,6 +268,7 @@ class TestLayers:
             ({"cut": 1.0}, "schedule.cut=1.0"),
             ({"ratio": 0.5}, "schedule.ratio=0.5"),
             ({"unfreeze_every": 0}, "schedule.unfreeze_every=0"),
+            ({"unfreeze_layers": -1}, "schedule.unfreeze_layers=-1"),
             ({"restart": True}, "schedule.restart=true"),
         ],
     )
