@@ -119,6 +119,11 @@ def check_evaluation(config: EvaluationRunConfig) -> None:
     """
     config.task.check_data(config.data, [config.split])
     shape: Any = load_config(config.checkpoint, "checkpoint")
+    if hasattr(shape, "classes") and not config.task.has_examples:
+        raise ModelError(
+            f"checkpoint={config.checkpoint} is a classifier and predicts no token: choose task=classification, or "
+            "give a language model"
+        )
     shape = shape.reader if isinstance(shape, DocumentClassifierConfig) else shape
     ours = isinstance(shape, DecoderConfig | InfformerConfig)
     memory = shape.memory_config if ours else None

@@ -105,8 +105,10 @@ def test_a_table_of_ones_own_is_learned(reviews, train, tmp_path):
     assert len(validated) == 20
 
 
-def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_path):
-    results = train(typed(reviews, tmp_path / "run", "model=classifier", "task.length=64", *SMALL))
+@pytest.mark.parametrize("model", ["classifier", "tiny model.head.kind=plain training.segment_length=4"])
+def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_path, model):
+    own = SMALL if model == "classifier" else SMALL[2:]
+    results = train(typed(reviews, tmp_path / "run", *f"model={model}".split(), "task.length=64", *own))
     options = ["task=classification", "task.length=64", f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best'}"]
     places = [f"data.{split}={reviews[split]}" for split in ("train", "test")]
     config = compose("eval", EvaluationRunConfig, CONF, [*options, *places, f"output_dir={tmp_path / 'measured'}"])
@@ -114,6 +116,8 @@ def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_p
     measured = json.loads((tmp_path / "measured" / "results.json").read_text())
     assert measured["accuracy"] == results["accuracy"]
     assert measured["nll"] == pytest.approx(results["nll"], abs=1e-6)
+    with pytest.raises(UserError, match="is a classifier and predicts no token"):
+        evaluation.run(compose("eval", EvaluationRunConfig, CONF, [options[-1], f"output_dir={tmp_path / 'other'}"]))
 
 
 @pytest.mark.parametrize("model", ["classifier", "tiny", "tiny model.head.kind=batch_norm training.bptt_segments=2"])
