@@ -619,7 +619,10 @@ class RunConfig:
             f"model.lora.rank={rank}": ("what is new beside adapters would not learn", rank is not None),
             f"schedule.unfreeze_every={every}": ("layers join by where they stand", every is not None),
             f"schedule.unfreeze_layers={layers}": ("layers learn by where they stand", layers is not None),
-            f"model.head.kind={self.model.head.kind}": ("a head stays as wide as it is", self.model.head.kind is not None),
+            f"model.head.kind={self.model.head.kind}": (
+                "a head stays as wide as it is",
+                self.model.head.kind is not None,
+            ),
             "training.compile=graphs": ("what is recorded stays as it is", self.training.compile == "graphs"),
         }
         for option, (why, is_set) in refused.items():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
-from infformer.memory.long_term import LongTermMemoryConfig
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
