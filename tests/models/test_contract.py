@@ -880,6 +880,7 @@ class TestGeneration:
 
 @pytest.mark.usefixtures("no_gradients")
 class TestSaving:
+    @of(MODELS, TYPICAL)
     def test_what_is_loaded_is_what_was_saved(self, model, tmp_path, assert_same_model):
         model.save_pretrained(tmp_path)
         assert_same_model(model, AutoModelForCausalLM.from_pretrained(tmp_path), document(3))
