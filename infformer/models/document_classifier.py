@@ -249,11 +249,9 @@ class DocumentClassifier(MemoryModel):
         """Scores of the classes, [batch, 1, classes], of what has been pooled, [batch, 1, 3 · hidden]."""
         if self.training and len(hidden) == 1 and self.config.head_kind == "batch_norm":
             raise ModelError("batch norm wants two documents side by side at least in training; or take a plain head")
-        first, second = (
-            lambda values, norm=norm, linear=linear: linear(self.dropout(norm(values)))
-            for norm, linear in zip(self.norms, self.maps, strict=True)
-        )
-        return second(torch.relu(first(hidden.squeeze(1)))).unsqueeze(1)
+        (first_norm, second_norm), (first, second) = self.norms, self.maps
+        inner = torch.relu(first(self.dropout(first_norm(hidden.squeeze(1)))))
+        return second(self.dropout(second_norm(inner))).unsqueeze(1)
 
     def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return losses_of_classes(self.logits(hidden), targets)

@@ -9,6 +9,7 @@ from torch.profiler import profile
 
 from infformer.memory.state import MemoryState
 from infformer.models.base import MemoryModel
+from infformer.models.vocabulary import TiedVocabulary
 from infformer.results import Sizes
 
 
@@ -61,6 +62,7 @@ def flops_of_a_token(model: MemoryModel, segment_length: int) -> float:
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     if model.config.tie_word_embeddings:
         looked_up -= {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    looked_up -= {id(module.embedding.weight) for module in model.modules() if isinstance(module, TiedVocabulary)}
     multiplied = [parameter for parameter in model.parameters() if id(parameter) not in looked_up]
     weights = sum((6 if parameter.requires_grad else 4) * parameter.numel() for parameter in multiplied)
     inner = getattr(model.config, "backbone", model.config).get_text_config()

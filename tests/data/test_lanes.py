@@ -223,8 +223,10 @@ def test_a_segment_moves_as_a_whole(documents_of):
     segment = next(Lanes(documents_of(9, 3), 2, 4, 1))
     moved = segment.to("meta")
     assert all(value.device.type == "meta" for value in vars(moved).values() if isinstance(value, Tensor))
-    assert moved.global_tokens == segment.global_tokens
+    assert (moved.global_tokens, moved.is_learned) == (segment.global_tokens, segment.is_learned)
     assert same(segment, segment.to("cpu"))
     assert {name: value.dtype for name, value in vars(segment).items() if isinstance(value, Tensor)} == {
-        name: torch.bool if name == "reset" else torch.int64 for name in vars(segment) if name != "global_tokens"
+        name: torch.bool if name == "reset" else torch.int64
+        for name in vars(segment)
+        if name not in ("global_tokens", "is_learned")
     }

@@ -929,7 +929,7 @@ def test_a_memory_is_the_same_beside_a_pretrained_model_and_in_the_decoder(monke
     monkeypatch.chdir(ROOT)
     memory, segment_length = RunningMeanConfig(short_term_length=0), 64
     wrapped = InfformerForCausalLM.from_backbone("infformer/checkpoints/tiny", memory, segment_length=segment_length)
-    sizes = {**SIZES, **DECODERS["rotary"], "vocab_size": 4096}
+    sizes = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     decoder = DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=segment_length))
 
     for model in (wrapped, decoder):

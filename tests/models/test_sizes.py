@@ -73,10 +73,12 @@ def test_operations_are_those_of_the_parameters_that_a_token_is_multiplied_with(
     assert flops_of_a_token(model, 15) == 4 * multiplied + attention
 
 
+@pytest.mark.parametrize("of", ["llama", "decoder"])
 @torch.no_grad()
-def test_operations_are_about_those_that_torch_counts(backbone):
-    """Which counts the whole square of attention, and no norms."""
-    model = new_model(LLAMA, segment_length=15)
+def test_operations_are_about_those_that_torch_counts(of):
+    """Which counts the whole square of attention, and no norms. The decoder's head is its embeddings."""
+    rotary = {**DECODER, "positions": "rotary"}
+    model = new_model(LLAMA, segment_length=15) if of == "llama" else new_decoder(rotary, None, segment_length=15)
     with FlopCounterMode(display=False) as counted:
         model(torch.zeros(4, 15, dtype=torch.int64))
     assert flops_of_a_token(model, 15) / 3 == pytest.approx(counted.get_total_flops() / 60, rel=0.15)

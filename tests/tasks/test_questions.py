@@ -110,8 +110,9 @@ def test_shares_together_are_the_whole(config):
     for _ in range(3):
         for segment, *pieces in zip(whole.next_step(), *(part.next_step() for part in parts), strict=True):
             assert all(piece.global_tokens == segment.global_tokens for piece in pieces)
+            assert not any(piece.is_learned for piece in (segment, *pieces))
             for field in fields(Segment):
-                if field.name != "global_tokens":
+                if field.name not in ("global_tokens", "is_learned"):
                     joined = torch.cat([getattr(piece, field.name) for piece in pieces])
                     assert torch.equal(joined, getattr(segment, field.name)[[2, 3, 1, 0]]), field.name
 
