@@ -29,7 +29,7 @@ def run_all(runs: dict[str, list[str]], folder: Path, until: float = math.inf) -
         until: by `time.monotonic`; then the run that is under way writes a checkpoint and ends, and no other begins.
 
     Returns:
-        What `results.json` of each run holds that is whole.
+        What `results.json` of each run holds that is whole; nothing of one that measures no test.
 
     Raises:
         SystemExit: a run failed or was stopped.
@@ -52,7 +52,8 @@ def run_all(runs: dict[str, list[str]], folder: Path, until: float = math.inf) -
         # What is written last says that the run is whole. Asked for something else, train.py goes on or says why not.
         done.write_text(asked, encoding="utf-8")
         whole.append(name)
-    return {name: json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in whole}
+    files = {name: folder / name / "results.json" for name in whole}
+    return {name: json.loads(file.read_text(encoding="utf-8")) if file.exists() else {} for name, file in files.items()}
 
 
 def make_rows(

@@ -40,7 +40,8 @@ if options.get("then") == "fail" and not (folder.parent / "mended").exists():
     sys.exit(3)
 while options.get("then") == "wait" and not (folder.parent / "signalled").exists():
     time.sleep(0.01)
-(folder / "results.json").write_text(json.dumps(options))
+if options.get("data.test") != "null":
+    (folder / "results.json").write_text(json.dumps(options))
 """
 
 
@@ -93,6 +94,12 @@ class TestGrid:
         results = grid.run_all({"two": ["seed=2"], "one": ["seed=1"]}, tmp_path)
         assert started() == ["one", "two"]
         assert [result["seed"] for result in results.values()] == ["2", "1"]
+
+    def test_a_run_without_a_test_is_whole_and_has_no_results(self, grid, tmp_path, started):
+        runs = {"one": ["data.test=null"], "two": []}
+        assert grid.run_all(runs, tmp_path)["one"] == {}
+        assert grid.run_all(runs, tmp_path).keys() == runs.keys()
+        assert started() == ["one", "two"]
 
     def test_results_by_other_options_are_not_taken_for_these(self, grid, tmp_path, started):
         grid.run_all({"one": ["seed=1"]}, tmp_path)
