@@ -125,12 +125,9 @@ def read(mechanism: str, keys: Tensor, values: Tensor, strength: Tensor, queries
     """What is found under each query after all pairs were written one after the other, [queries, values]."""
     if mechanism == "softmax":
         return torch.softmax(queries @ keys.T / math.sqrt(WIDTH), dim=-1) @ values
-    rule, features = mechanism.split("_")
-    config = FastWeightMemoryConfig(
-        rule=rule, features=features.rstrip("0123456789"), dpfp_order=int(features[4:] or 1)
-    )
+    config = config_of(mechanism)
     asked = features_of(queries, config)
-    if rule == "sum":  # as in linear attention: written whole, and divided by the sum of all weights
+    if config.rule == "sum":  # as in linear attention: written whole, and divided by the sum of all weights
         values, strength = F.pad(values, (0, 1), value=1.0), torch.full_like(strength, math.inf)
     written = Writes(features_of(keys, config), values, strength, torch.full_like(strength, -math.inf))
     weights = torch.zeros(1, 1, asked.shape[-1], values.shape[-1])

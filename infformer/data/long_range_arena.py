@@ -286,9 +286,7 @@ class ExampleSource:
         shards = [range(first, first + _IMAGES_AT_A_TIME) for first in range(0, count, _IMAGES_AT_A_TIME)]
         with Pace(f"drawing images ({split})", count, "images") as pace:
             workers = min(data.workers, len(shards))
-            context = get_context("forkserver")
-            context.set_forkserver_preload(["__main__", __name__])  # which takes seconds: once, not in every process
-            pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+            pool = _drawing_processes(workers) if workers > 1 else None
             with pool or nullcontext():
                 for numbers, file in zip(shards, (pool.map if pool else map)(draw, shards), strict=True):
                     with np.load(file) as shard:
@@ -296,6 +294,12 @@ class ExampleSource:
                     for image, label in zip(pixels, labels, strict=False):
                         yield Example("a drawn image", (image.astype(np.uint16) + 1,), str(label))
                     pace.advance(len(pixels))
+
+
+def _drawing_processes(count: int) -> ProcessPoolExecutor:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])  # which takes seconds: once, not in every process
+    return ProcessPoolExecutor(count, mp_context=context)
 
 
 def grey(image: Image.Image) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from infformer.plots.style import BLUE, ORANGE, label, new_figure, save
+from infformer.plots.style import BLUE, ORANGE, label, mark, new_figure, save
 
 STYLES = {"grown": (BLUE, "-", "o"), "from_scratch": (ORANGE, "--", "s")}
 
@@ -28,9 +28,6 @@ def plot_growing(path: Path) -> list[Path]:
         first = row["kind"] not in [earlier["kind"] for earlier in rows[:number]]
         name = row["kind"].replace("_", " ") if first else "_"
         axes.plot(flops, losses, color=colour, linestyle=dashes, marker=marker, linewidth=1.4, label=name)
-    grown = {spent for row in rows for spent, _ in row["growths"]}
-    for number, spent in enumerate(sorted(grown)):
-        axes.axvline(spent, color="black", linestyle=":", label="_" if number else "the model grows")
     label(axes, "Validation loss, a line a seed", "floating-point operations", "nats per token")
-    axes.legend(frameon=False, fontsize=9)
+    mark(axes, sorted({spent for row in rows for spent, _ in row["growths"]}), "the model grows")
     return [save(figure, Path(path).parent / "growing.png")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from infformer.plots.style import BLUE, GREEN, ORANGE, label, new_figure, save
+from infformer.plots.style import BLUE, GREEN, ORANGE, label, mark, new_figure, save
 
 Records = list[dict[str, float | None]]
 
@@ -76,10 +76,8 @@ def plot_run(run_directory: Path) -> list[Path]:
     for number, panel in enumerate(panels, start=1):
         _draw(figure.add_subplot(rows, columns, number), panel, records)
     growths = _points(records, "growth/parameters")
-    for axes in figure.axes[: bool(growths)]:
-        for number, (tokens, _) in enumerate(growths):
-            axes.axvline(tokens, color="black", linestyle=":", label="_" if number else "the model grows")
-        axes.legend(frameon=False, fontsize=9)
+    if growths:
+        mark(figure.axes[0], [tokens for tokens, _ in growths], "the model grows")
     return [save(figure, Path(run_directory) / "plots" / "training.png")]
 
 

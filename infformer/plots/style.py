@@ -42,6 +42,13 @@ def legend_below(figure: Figure, lines: Sequence[Any], names: Sequence[str]) -> 
         figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
+def mark(axes: Axes, places: Sequence[float], name: str) -> None:
+    """Dotted lines across a panel, with one name for all of them in its legend."""
+    for number, place in enumerate(places):
+        axes.axvline(place, color="black", linestyle=":", label="_" if number else name)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def at_least(axes: Axes, span: float) -> None:
     """A range of the vertical axis below which no variation is shown: what differs by less looks the same.
 

@@ -23,6 +23,7 @@ from infformer.data.long_range_arena import KINDS, ExampleSource
 from infformer.data.options import DataConfig
 from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
 from infformer.errors import DataError
+from infformer.evaluation.attention_span import measure_attention_span
 from infformer.models.document_classifier import DocumentClassifier
 from infformer.models.streaming import TextSegment, reading, stream
 from infformer.options import measuring
@@ -305,8 +306,6 @@ class Classification(Evaluation[ClassificationResults]):
                 "checkpoint": checkpoint,
             },
         }
-        from infformer.evaluation.attention_span import measure_attention_span  # it loads the classifier's code
-
         span = measure_attention_span(self._evaluator.model, test)
         if span is not None:
             results["attention_span"] = span

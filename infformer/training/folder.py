@@ -98,11 +98,6 @@ def saved_options(path: Path) -> dict[str, object]:
     return options
 
 
-def as_dictionary(config: RunConfig | EvaluationRunConfig) -> dict[str, object]:
-    """A configuration as nested dictionaries."""
-    return asdict(config)
-
-
 def flatten(nested: object, prefix: str = "") -> dict[str, object]:
     """Nested dictionaries as a flat one, whose keys are the options as they are typed."""
     if not isinstance(nested, dict):
@@ -172,7 +167,7 @@ def write_record(config: EvaluationRunConfig, folder: Path) -> None:
 
 def _options(config: EvaluationRunConfig) -> dict[str, object]:
     """The options as they are typed, with the checkpoint that is meant: `best` may be another one tomorrow."""
-    return flatten(as_dictionary(config) | {"checkpoint": _resolved(config.checkpoint)})
+    return flatten(asdict(config) | {"checkpoint": _resolved(config.checkpoint)})
 
 
 def _resolved(checkpoint: str) -> str:
@@ -201,7 +196,7 @@ def open_record(config: RunConfig, folder: Path, step: int, best_step: int | Non
             raise OSError(
                 errno.ENOSPC, f"a checkpoint takes {size / 1e6:,.0f} MB, and there is room for {free / 1e6:,.0f} MB"
             )
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dictionary(config))))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         write_text(folder / "versions.json", json.dumps(versions, indent=1))
         remove_unfinished(folder / "checkpoints")
         if best_step is not None:

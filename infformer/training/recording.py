@@ -84,7 +84,7 @@ class Recorder:
             RecordingError: the device would have to be waited for.
         """
         given = microbatch.tensors()
-        key = (first, microbatch.is_scored, *(tensor.shape for tensor in given))
+        key = (first, microbatch.kinds, *(tensor.shape for tensor in given))
         scored = torch.full((), float(scored_tokens), device=self._parameters[0].device)
         self._passes[key] = self._passes.get(key, 0) + 1
         if self._passes[key] <= EAGER_PASSES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,6 @@ from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, 
 from infformer.training.folder import (
     OF_A_RUN,
     RunError,
-    as_dictionary,
     differences,
     flatten,
     saved_options,
@@ -126,7 +126,7 @@ def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
 
 
 def _check_that_it_is_the_same(config: RunConfig, then: Mapping[str, object], run: str) -> None:
-    changed = differences(then, flatten(as_dictionary(config)), RunConfig, "free", "measuring")
+    changed = differences(then, flatten(asdict(config)), RunConfig, "free", "measuring")
     if changed:
         raise RunError(
             f"resume={config.resume}: {run} was configured otherwise: {'; '.join(changed)}. Set these back, or begin a "
@@ -136,7 +136,7 @@ def _check_that_it_is_the_same(config: RunConfig, then: Mapping[str, object], ru
 
 def _check_that_it_has_grown_so(config: RunConfig, then: Mapping[str, object], checkpoint: Path) -> None:
     """Refuse other growths than those after which a checkpoint was taken; what is still to come may change."""
-    step, now = step_of(checkpoint), as_dictionary(config)["growth"]
+    step, now = step_of(checkpoint), asdict(config)["growth"]
     past = [
         [growth for growth in cast(list[dict[str, int]], growths) if growth["step"] <= step]
         for growths in (then.get("growth", []), now)

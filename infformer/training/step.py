@@ -36,8 +36,8 @@ class Microbatch:
     dropout_seed: int
 
     @property
-    def is_scored(self) -> tuple[tuple[bool, bool], ...]:
-        """In which of the segments anything is scored, in the whole global batch, and through which gradients flow."""
+    def kinds(self) -> tuple[tuple[bool, bool], ...]:
+        """Of each segment whether anything is scored in it, in the whole global batch, and whether it is learned."""
         return tuple((segment.global_tokens > 0, segment.is_learned) for segment in self.segments)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Microbatch:

@@ -49,7 +49,7 @@ from infformer.training.checkpoint import (
     newest_checkpoint,
     step_of,
 )
-from infformer.training.folder import RunError, as_dictionary, held, open_record
+from infformer.training.folder import RunError, held, open_record
 from infformer.training.forecast import (
     Forecast,
     checkpoints_to_keep,
@@ -232,7 +232,7 @@ class Trainer:
         if accelerator.is_main_process:
             logger.info("%s: %s", config.name, self.stream.describe())
             self._log_sizes()
-            self.tracker = open_tracker(config.tracker, config.name, self.folder, as_dictionary(config))
+            self.tracker = open_tracker(config.tracker, config.name, self.folder, asdict(config))
         self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._prefetched: Future[tuple[list[_Read], Mapping[str, object]]] | None = None

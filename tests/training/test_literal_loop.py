@@ -7,7 +7,7 @@ what a step sums up, how it is clipped, who decays, how fast, and what is drawn 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from infformer.models.loading import load_pretrained
 from infformer.tasks import language_modelling
 from infformer.training import trainer
 from infformer.training.checkpoint import CheckpointWriter, TrainingState
-from infformer.training.folder import as_dictionary
 from infformer.training.metrics import read_metrics
 
 SEGMENT, LANES, PARTS, BPTT, VISIT, SEED = 16, 4, 2, 2, 3, 5
@@ -328,7 +327,7 @@ class TestWhatItTells:
         def written(name: str) -> list[dict]:
             return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
-        assert calls[0] == ("open", config.tracker, "a name", folder, as_dictionary(config))
+        assert calls[0] == ("open", config.tracker, "a name", folder, asdict(config))
         assert [call[1] for call in calls if call[0] == "log"] == written("metrics.jsonl")
         texts = [{"step": sample["step"], "sample": sample["text"]} for sample in written("samples.jsonl")]
         assert [call[1] for call in calls if call[0] == "text"] == texts
