@@ -47,7 +47,7 @@ def main() -> None:
     """Read the options, run the grid, write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="sorting_small")
-    parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES)[:4], metavar="MEMORY")
+    parser.add_argument("--memories", nargs="*", choices=MEMORIES, default=list(MEMORIES)[:4], metavar="MEMORY")
     parser.add_argument(
         "--row", nargs="+", action="append", default=[], metavar="NAME OPTION", help="another memory, by its options"
     )
