@@ -78,6 +78,10 @@ class ExampleSource:
         """The splits that there are examples for, to learn from first."""
         return [split for split in SPLITS if split == "train" or getattr(self._own(data), split) is not None]
 
+    def is_drawn(self, data: DataConfig) -> bool:
+        """Whether they are drawn here, and not read."""
+        return (self.kind in _SIDES or self.kind == "listops") and data.source == "sample" and data.path is None
+
     def check(self, data: DataConfig, splits: Sequence[str]) -> None:
         """Make sure, before any work, that there is something to read for these splits.
 
@@ -87,7 +91,7 @@ class ExampleSource:
         if data.path is not None:
             for split in splits:
                 self._archived(Path(os.path.expanduser(data.path)), split)
-        elif not self._is_drawn(data):
+        elif not self.is_drawn(data):
             check_sources(self._own(data), splits)
 
     def read(
@@ -115,7 +119,7 @@ class ExampleSource:
         with main_process_first or nullcontext():
             for split in dict.fromkeys(["train", *splits] if learned else splits):
                 classes = found["train"].classes if "train" in found else self.classes
-                drawn = most(split) if self._is_drawn(data) else None
+                drawn = most(split) if self.is_drawn(data) else None
                 size = self.vocabulary_size if tokenizer is None else len(tokenizer)
                 key: list[Any] = [_LAYOUT, self.kind, self.length, self.label_field, size, drawn, classes]
                 key += [self._describe(data, split), None if tokenizer is None else describe_tokenizer(tokenizer)]
@@ -125,16 +129,13 @@ class ExampleSource:
                 found[split] = keep_examples(data.cache_folder / name, examples, size, classes, source)
         return {split: found[split].some(most(split)) for split in splits}
 
-    def _is_drawn(self, data: DataConfig) -> bool:
-        return (self.kind in _SIDES or self.kind == "listops") and data.source == "sample" and data.path is None
-
     def _own(self, data: DataConfig) -> DataConfig:
         """The options of files of one's own; the sample has no labels, so what is named is meant as a file.
 
         Raises:
             DataError: none is named to learn from.
         """
-        if data.source != "sample" or data.path is not None or self._is_drawn(data):
+        if data.source != "sample" or data.path is not None or self.is_drawn(data):
             return data
         named: dict[str, Any] = {
             split: None if getattr(data, split) == split else getattr(data, split) for split in SPLITS
@@ -170,7 +171,7 @@ class ExampleSource:
         if data.path is not None:
             files = self._archived(Path(os.path.expanduser(data.path)), split)
             return ["archive", [[str(file), checksum(file)] for file in files], split]
-        if self._is_drawn(data):
+        if self.is_drawn(data):
             return ["drawn", self.seed]
         own = self._own(data)
         return [describe_source(own, split), own.text_field, own.max_documents, own.max_document_characters]
@@ -187,7 +188,7 @@ class ExampleSource:
                     yield from self._pairs_table(files[0])
                 case _:
                     yield from _archived_images(files, split)
-        elif not self._is_drawn(data):
+        elif not self.is_drawn(data):
             for row in read_fields(self._own(data), split, self._fields(data)):
                 yield self._example(row, data, tokenizer)
         elif self.kind == "listops":

@@ -21,7 +21,7 @@ from torch import Tensor
 from infformer.data.examples import Examples
 from infformer.data.long_range_arena import KINDS, ExampleSource
 from infformer.data.options import DataConfig
-from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
+from infformer.data.segments import IGNORE_INDEX, Segment
 from infformer.errors import DataError
 from infformer.evaluation.attention_span import measure_attention_span
 from infformer.models.document_classifier import DocumentClassifier
@@ -29,7 +29,7 @@ from infformer.models.streaming import TextSegment, reading, stream
 from infformer.options import measuring
 from infformer.progress import Pace
 from infformer.results import ClassificationResults, Interval
-from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation, cut_texts, numbers_of_step
+from infformer.tasks.task import Evaluation, Material, TaskConfig, TextStream, Validation, cut_texts, numbers_of_step
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -104,6 +104,10 @@ class ClassificationConfig(TaskConfig):
         """Where the examples come from."""
         return ExampleSource(self.kind, self.length // self.texts, self.label_field, self.examples_seed)  # type: ignore[arg-type]
 
+    def describe_drawn(self, data: DataConfig) -> str | None:
+        drawn = self.source.is_drawn(data)
+        return f"Examples of `{self.kind}` of Long-Range Arena, drawn by seed {self.examples_seed}." if drawn else None
+
     def check_data(self, data: DataConfig, splits: Sequence[str] | None = None) -> None:
         self.source.check(data, self.source.splits(data) if splits is None else splits)
 
@@ -131,17 +135,7 @@ class ClassificationConfig(TaskConfig):
         return Classification(self, material)
 
 
-class ExamplesState(TypedDict):
-    """Where a stream of examples stands, as JSON."""
-
-    identity: dict[str, object]
-    """What decides on the examples, by the options that say it."""
-    step: int
-    reads: int
-    """How many segments each lane has read."""
-
-
-class ExampleStream:
+class ExampleStream(TextStream):
     """Examples epoch after epoch, each epoch in an order of its own: in one step every lane reads one, from its start.
 
     Args:
@@ -153,49 +147,21 @@ class ExampleStream:
     """
 
     def __init__(self, examples: Examples, material: Material, least: int = 1, together: bool = False) -> None:
+        super().__init__(material, {"data": examples.fingerprint})
         self._examples = examples
         self._least = least
         self._together = together
-        self._material = material
-        self._step = 0
-        self._reads = 0
-        self._identity: dict[str, object] = {
-            "training.batch_size": material.lanes,
-            "training.segment_length": material.segment_length,
-            "seed": material.seed,
-            "data": examples.fingerprint,
-        }
 
-    def next_step(self) -> list[Segment]:
-        """The next example of every lane of this process, in segments."""
+    def _segments(self, step: int, reads: int) -> list[Segment]:
         material = self._material
-        numbers = numbers_of_step(self._step, material.lanes, len(self._examples), material.seed)
+        numbers = numbers_of_step(step, material.lanes, len(self._examples), material.seed)
         tokens, lengths, targets = _with_targets(self._examples, numbers, self._least)
-        segments = self._segments(tokens, lengths, targets, numbers)
-        self._step += 1
-        self._reads += len(segments)
-        return segments
-
-    def _segments(self, tokens: Tensor, lengths: Tensor, targets: Tensor, numbers: NDArray[np.int64]) -> list[Segment]:
-        material = self._material
         if not self._together:
-            return cut_texts(tokens, targets, numbers, material, self._reads, lengths)
+            return cut_texts(tokens, targets, numbers, material, reads, lengths)
         tokens, targets, waits = _ending_together(tokens, targets, lengths, material.segment_length)
-        segments = cut_texts(tokens, targets, numbers, material, self._reads, lengths, waits)
+        segments = cut_texts(tokens, targets, numbers, material, reads, lengths, waits)
         last = len(segments) - material.bptt_segments
         return [replace(segment, is_learned=index >= last) for index, segment in enumerate(segments)]
-
-    def state_dict(self) -> ExamplesState:
-        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
-
-    def load_state_dict(self, state: ExamplesState) -> None:
-        """Go on exactly where the state was taken.
-
-        Raises:
-            DataError: the state was taken with other examples or options.
-        """
-        check_identity(state["identity"], self._identity, "stream")
-        self._step, self._reads = state["step"], state["reads"]
 
     def locate(self, segment: Segment) -> list[str]:
         return segment.places(lambda number: f"example {number}")

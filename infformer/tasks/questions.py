@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self, TypedDict
+from typing import Self
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from infformer.data.options import SPLITS
-from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
+from infformer.data.segments import IGNORE_INDEX, Segment
 from infformer.errors import DataError
-from infformer.tasks.task import Material, cut_texts, numbers_of_step
+from infformer.tasks.task import Material, TextStream, cut_texts, numbers_of_step
 
 HELD_OUT_SEED = 0
 """All runs are measured on the same questions, whatever their own seed; no question of training is among them."""
@@ -68,17 +68,7 @@ def random_of(seed: int, split: str, length: int, number: int, stream: int = 0) 
     return np.random.Generator(np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, stream, length, number]))
 
 
-class QuestionsState(TypedDict):
-    """Where a stream of questions stands, as JSON."""
-
-    identity: dict[str, object]
-    """What decides on the questions, by the options that say it."""
-    step: int
-    reads: int
-    """How many segments each lane has read."""
-
-
-class QuestionStream:
+class QuestionStream(TextStream):
     """Questions without end: in one step every lane reads a new one, from an empty memory.
 
     Lane l of step s reads the question number s · lanes + l of the stream, on whichever process. The questions of a
@@ -104,49 +94,12 @@ class QuestionStream:
         material: Material,
         sequences: int | None = None,
     ) -> None:
+        super().__init__(material, identity)
         self._draw = draw
         self._lengths = list(lengths)
         self._sequences = sequences
-        self._material = material
-        self._seed = material.seed
-        self._step = 0
-        self._reads = 0
-        # What a saved state must agree with, by the option that says it.
-        self._identity: dict[str, object] = {
-            "training.batch_size": material.lanes,
-            "training.segment_length": material.segment_length,
-            "seed": material.seed,
-            **identity,
-        }
         for length in self._lengths:
-            draw(np.zeros(1, dtype=np.int64), self._seed, length)  # what cannot be asked is said at once
-
-    def next_step(self) -> list[Segment]:
-        """The next question of every lane of this process, in segments, of which the last may be shorter."""
-        numbers = self._numbers()
-        # Of all lanes, as every process must know how many tokens are asked for in all of them.
-        questions = self._draw(numbers, self._seed, self._length())
-        tokens = torch.from_numpy(questions.tokens)
-        end = questions.answers.shape[1]
-        labels = tokens[:, -end:].masked_fill(~torch.from_numpy(questions.asked), IGNORE_INDEX)
-        labels = F.pad(labels, (tokens.shape[1] - 1 - end, 0), value=IGNORE_INDEX)
-        segments = cut_texts(tokens[:, :-1], labels, numbers, self._material, self._reads)
-        self._step += 1
-        self._reads += len(segments)
-        return segments
-
-    def state_dict(self) -> QuestionsState:
-        """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
-        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
-
-    def load_state_dict(self, state: QuestionsState) -> None:
-        """Go on exactly where the state was taken.
-
-        Raises:
-            DataError: the state was taken with other options.
-        """
-        check_identity(state["identity"], self._identity, "stream")
-        self._step, self._reads = state["step"], state["reads"]
+            draw(np.zeros(1, dtype=np.int64), material.seed, length)  # what cannot be asked is said at once
 
     def locate(self, segment: Segment) -> list[str]:
         return segment.places(lambda number: f"sequence {number}")
@@ -156,15 +109,25 @@ class QuestionStream:
         size = "ever new" if self._sequences is None else f"{self._sequences:,}"
         return f"{size} sequences of length {', '.join(f'{length:,}' for length in self._lengths)} to learn from"
 
-    def _length(self) -> int:
-        """The length of this step's questions."""
+    def _segments(self, step: int, reads: int) -> list[Segment]:
+        numbers = self._numbers(step)
+        # Of all lanes, as every process must know how many tokens are asked for in all of them.
+        questions = self._draw(numbers, self._material.seed, self._length(step))
+        tokens = torch.from_numpy(questions.tokens)
+        end = questions.answers.shape[1]
+        labels = tokens[:, -end:].masked_fill(~torch.from_numpy(questions.asked), IGNORE_INDEX)
+        labels = F.pad(labels, (tokens.shape[1] - 1 - end, 0), value=IGNORE_INDEX)
+        return cut_texts(tokens[:, :-1], labels, numbers, self._material, reads)
+
+    def _length(self, step: int) -> int:
+        """The length of a step's questions."""
         lengths = np.array(self._lengths, dtype=np.float64)
         often = (1 / lengths) / (1 / lengths).sum()
-        return int(np.random.default_rng([self._seed, self._step]).choice(lengths, p=often))
+        return int(np.random.default_rng([self._material.seed, step]).choice(lengths, p=often))
 
-    def _numbers(self) -> Integers:
-        """The numbers of the questions that the lanes of the global batch read in this step."""
+    def _numbers(self, step: int) -> Integers:
+        """The numbers of the questions that the lanes of the global batch read in a step."""
         size, lanes = self._sequences, self._material.lanes
         if size is None:
-            return np.arange(self._step * lanes, (self._step + 1) * lanes)
-        return numbers_of_step(self._step, lanes, size, self._seed)
+            return np.arange(step * lanes, (step + 1) * lanes)
+        return numbers_of_step(step, lanes, size, self._material.seed)

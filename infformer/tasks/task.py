@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.data.examples import Examples
 from infformer.data.options import SPLITS, DataConfig
-from infformer.data.segments import IGNORE_INDEX, Segment
+from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
 from infformer.data.sources import check_sources
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.results import Inspection
@@ -84,6 +84,10 @@ class TaskConfig(ABC):
     def takes_tokenizer(self) -> bool:
         """Whether a task of symbols has the model's tokenizer cut its texts up, where there is one."""
         return False
+
+    def describe_drawn(self, data: DataConfig) -> str | None:
+        """What it draws to learn from, in a sentence; None where it reads what `data` names."""
+        return None if self.vocabulary_size is None else f"Sequences of symbols, drawn anew: `{type(self).__name__}`."
 
     def check_data(self, data: DataConfig, splits: Sequence[str] | None = None) -> None:
         """Make sure, before any work, that there is something to read for these splits, or for all that are named.
@@ -181,6 +185,60 @@ class TrainingStream(Protocol[State]):
 
     def describe(self) -> str:
         """What there is to learn from, in words: `17 documents, 5,042,123 tokens to learn from`."""
+
+
+class TextStreamState(TypedDict):
+    """Where a stream of whole texts stands, as JSON."""
+
+    identity: dict[str, object]
+    """What decides on the texts, by the options that say it."""
+    step: int
+    reads: int
+    """How many segments each lane has read."""
+
+
+class TextStream(ABC):
+    """Whole texts, which follow from the number of the step: in each every lane reads one, from an empty memory.
+
+    Args:
+        material: the lanes, the segment and the seed.
+        identity: what decides on the texts beside these, as JSON, by the options that say it.
+    """
+
+    def __init__(self, material: Material, identity: Mapping[str, object]) -> None:
+        self._material = material
+        self._step = 0
+        self._reads = 0
+        self._identity: dict[str, object] = {
+            "training.batch_size": material.lanes,
+            "training.segment_length": material.segment_length,
+            "seed": material.seed,
+            **identity,
+        }
+
+    def next_step(self) -> list[Segment]:
+        """The next text of every lane of this process, in segments, of which the last may be shorter."""
+        segments = self._segments(self._step, self._reads)
+        self._step += 1
+        self._reads += len(segments)
+        return segments
+
+    def state_dict(self) -> TextStreamState:
+        """Where the reading stands, as JSON; it is the same on every process, and fits any number of them."""
+        return {"identity": dict(self._identity), "step": self._step, "reads": self._reads}
+
+    def load_state_dict(self, state: TextStreamState) -> None:
+        """Go on exactly where the state was taken.
+
+        Raises:
+            DataError: the state was taken with other texts or options.
+        """
+        check_identity(state["identity"], self._identity, "stream")
+        self._step, self._reads = state["step"], state["reads"]
+
+    @abstractmethod
+    def _segments(self, step: int, reads: int) -> list[Segment]:
+        """What the lanes read in a step, when each has read so many segments."""
 
 
 def cut_texts(

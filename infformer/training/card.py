@@ -53,16 +53,18 @@ memory off, another document's, the document's own shuffled in time) show what t
 
 def _data(config: RunConfig) -> list[str]:
     data = config.data
-    if config.task.vocabulary_size is not None:
-        return [f"Sequences of symbols, drawn anew: `{type(config.task).__name__}`."]
-    if data.source == "sample":
+    if (drawn := config.task.describe_drawn(data)) is not None:
+        return [drawn]
+    if data.path is not None:
+        return ["The released archive of Long-Range Arena."]
+    if data.source == "sample" and not config.task.has_examples:
         return ["The novels that come with infformer, `data=sample`."]
     lines = []
     if data.source == "hub":
         subset = f" (`{data.subset}`)" if data.subset else ""
         lines.append(f"`{_on_the_hub(config) or Path(str(data.repository)).name}`{subset}")
     for split in SPLITS:
-        if getattr(data, split) is not None:
+        if getattr(data, split) is not None and (data.source, getattr(data, split)) != ("sample", split):
             places = [Path(place).name for place in data.places(split)]  # what a folder is called is nobody's business
             lines.append(f"{split}: {', '.join(f'`{place}`' for place in places)}")
     return ["; ".join(lines) + "."]
@@ -71,8 +73,9 @@ def _data(config: RunConfig) -> list[str]:
 def _on_the_hub(config: RunConfig) -> str | None:
     """The name on the hub of what was learned from, if it has one."""
     data = config.data
-    used = config.task.vocabulary_size is None and data.source == "hub" and data.repository is not None
-    return data.repository if used and is_hub_name(str(data.repository)) else None
+    if data.source != "hub" or data.path is not None or config.task.describe_drawn(data) is not None:
+        return None
+    return data.repository if data.repository is not None and is_hub_name(data.repository) else None
 
 
 def _training(config: RunConfig, checkpoint: str, step: int, tokens: int) -> str:

@@ -13,11 +13,13 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
 import infformer.hub
+from infformer.data.options import DataConfig
 from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.card import model_card
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks.classification import ClassificationConfig
 from infformer.training.card import write_cards
 from infformer.training.checkpoint import validate_checkpoint
 
@@ -81,6 +83,23 @@ def test_a_model_of_symbols_is_shown_without_a_tokenizer(tmp_path, monkeypatch):
     assert "okenizer" not in card
     monkeypatch.chdir(tmp_path)
     exec(code_of(card), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "said"),
+    [
+        ("text", {"train": "texts/mine.csv"}, "train: `mine.csv`."),
+        ("listops", {}, "Examples of `listops` of Long-Range Arena, drawn by seed 0."),
+        ("pathfinder", {"path": "texts"}, "The released archive of Long-Range Arena."),
+        ("bytes", {"source": "hub", "repository": "someone/films"}, "`someone/films`; train: `train`"),
+    ],
+)
+def test_a_card_says_what_examples_were_learned(model, configure, tmp_path, kind, data, said):
+    (tmp_path / "checkpoints" / "step-00000005" / "model").mkdir(parents=True)
+    config = configure(tmp_path)
+    config.task, config.data = ClassificationConfig(kind), DataConfig(**data)
+    write_cards(model, config, 5, 1000, tmp_path / "checkpoints" / "step-00000005", "")
+    assert said in (tmp_path / "checkpoints" / "step-00000005" / "model" / "README.md").read_text()
 
 
 def test_a_dataset_and_a_backbone_of_the_hub_are_named_and_no_folder_here(model, configure, tmp_path):
