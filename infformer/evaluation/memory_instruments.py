@@ -25,7 +25,8 @@ from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
 from infformer.memory.memory import Memory
 from infformer.memory.state import ModelState
-from infformer.models.base import LayerRead, MemoryModel
+from infformer.models.base import MemoryModel
+from infformer.models.segment_read import LayerRead
 from infformer.models.streaming import TextSegment, stream
 from infformer.progress import Pace
 from infformer.results import (

@@ -6,11 +6,10 @@ import logging
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,108 +18,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from infformer.errors import ModelError
 from infformer.hub import HubError, ask_briefly
-from infformer.memory.memory import DerivedBuffers, Earlier, Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import DerivedBuffers, Earlier, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
 from infformer.models.card import CARD, model_card
 from infformer.models.chunked_loss import IGNORE_INDEX, chunked_token_losses
+from infformer.models.compiling import compile_by_kind
 from infformer.models.generation import ReadText, Writer
+from infformer.models.lengths import check_lengths, lengths_of, mean_over_tokens, without_padding
 from infformer.models.second_backward import refuse_second_backward
 from infformer.models.segment_cache import SegmentCache
+from infformer.models.segment_read import LayerRead, MemoryModelOutput, SegmentRead, SegmentToRead
 
 logger = logging.getLogger(__name__)
 
 PASSES_WITHOUT_STATE = 8
 """Passes in training, one after the other, after which it is no chance that none of them was given a state."""
-
-
-class LayerRead(NamedTuple):
-    """What happened in a layer that has a memory while it read a segment."""
-
-    memory: MemoryOutput
-    hidden: Tensor | None = None
-    """What its attention saw of the tokens, and what is written to memory, now or later; [batch, length, hidden]. None
-    where neither intermediates nor a cache were asked for."""
-    attended: Tensor | None = None
-    """What self-attention returned, [batch, length, hidden]; None likewise."""
-
-    @staticmethod
-    def of(memory: MemoryOutput, hidden: Tensor, attended: Tensor, inside: bool) -> LayerRead:
-        """All of it, or without what is inside: what nobody wants need not be held until the pass is over."""
-        if inside:
-            return LayerRead(memory, hidden, attended)
-        # Made by its class: what `_replace` makes cannot leave a compiled layer in every version of PyTorch.
-        return LayerRead(
-            MemoryOutput(memory.state, memory.context, memory.losses, memory.reading, pending=memory.pending)
-        )
-
-
-class SegmentToRead(NamedTuple):
-    """A segment, or the next tokens of one, before it goes through the layers."""
-
-    input_ids: Tensor
-    """[batch, length]."""
-    state: ModelState
-    """What the memories hold before it."""
-    context: SegmentContext
-    """What all of them are told,"""
-    shared: Any
-    """and what the first of them prepared for all."""
-    return_intermediates: bool
-    """Keep what is inside each layer."""
-    cache: SegmentCache | None
-    """What is kept of the segment's earlier tokens; None where it begins."""
-    use_cache: bool
-    """Keep what attention sees of it."""
-
-    def context_of(self, number: int) -> SegmentContext:
-        """What one of the memories is told, by its place among them."""
-        if self.cache is None:
-            return self.context
-        return self.context._replace(earlier=self.cache.memories[number])
-
-
-class SegmentRead(NamedTuple):
-    """What a model made of a segment, before its vocabulary."""
-
-    hidden: Tensor
-    """The last hidden states, [batch, length, hidden]."""
-    layers: tuple[LayerRead, ...]
-    """Of each layer that has a memory, in their order."""
-    attention: Any
-    """What attention sees of the segment so far; None if that was not asked for."""
-
-
-@dataclass
-class MemoryModelOutput(ModelOutput):
-    """One type, whatever is switched on; what was not asked for is None.
-
-    A mapping, as Hugging Face's Trainer and DeepSpeed want it. Beside `loss` and `logits` its names are none of
-    transformers' own, which renames those of every `ModelOutput` together with its own.
-    """
-
-    loss: Tensor | None = None
-    """Mean of `token_losses` over scored tokens, plus the auxiliary losses; a scalar. With labels or targets only."""
-    logits: Tensor | None = None
-    """Scores of the next token, [batch, length, vocabulary], or of the last positions alone."""
-    state: ModelState | None = None
-    """What the memories hold after this segment, to be handed to the next one."""
-    token_losses: Tensor | None = None
-    """Negative log-likelihood of each target in nats, [batch, length], float32; 0 where nothing is scored. With labels
-    or targets only."""
-    auxiliary_losses: dict[str, Tensor] | None = None
-    """Scalars by name, already weighted; zero without labels or targets where nothing but a loss needs them."""
-    intermediates: tuple[LayerRead, ...] | None = None
-    """What happened in each layer that has a memory, in their order. With `return_intermediates` only."""
-    hidden: Tensor | None = None
-    """The last hidden states, of which the scores are made, [batch, length, hidden]. With `return_intermediates`
-    only."""
-    segment_cache: SegmentCache | None = None
-    """What is kept of the segment so far, to go on within it: with `use_cache=True`, until the segment is complete."""
 
 
 class MemoryModel(PreTrainedModel, GenerationMixin):
@@ -200,9 +116,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         if use_cache and context.complete is None:
             output.segment_cache = _next_cache(read, segment_cache, cached + input_ids.shape[1], kept)
         if labels is not None:
-            targets = F.pad(_without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
+            targets = F.pad(without_padding(labels, lengths)[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
-            targets = _without_padding(targets, lengths)
+            targets = without_padding(targets, lengths)
             output.token_losses = self.segment_losses(read.hidden, targets)
             count = (targets != IGNORE_INDEX).sum().clamp(min=1)
             output.loss = output.token_losses.sum() / count + sum(auxiliary.values())
@@ -497,12 +413,12 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             if lengths is not None:
                 raise ModelError("attention_mask= and lengths= say the same: give one of them")
-            lengths = _lengths_of(attention_mask, batch, length)
+            lengths = lengths_of(attention_mask, batch, length)
         for name, rows in (("reset", reset), ("without_memory", without_memory), ("lengths", lengths)):
             if rows is not None and rows.shape != (batch,):
                 raise ModelError(f"{name}= has the shape {list(rows.shape)}: give one value for each of {batch} rows")
         if lengths is not None and not torch.compiler.is_compiling():
-            _check_lengths(lengths, length)
+            check_lengths(lengths, length)
         state = self.initial_state(batch) if state is None else state
         for tensor in state.named_tensors().values():
             if len(tensor) != batch:
@@ -573,21 +489,12 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
     def compile_layers(self) -> None:
         """Compile each layer for training, with its memory, in place: layers of one kind share their graphs.
 
-        So a model takes as long to compile as one of its layers. What only reads, with segments of any length, stays as
-        it is. Gradients are sent to other processes layer by layer anyway: graphs need not be cut for that.
+        So a model takes as long to compile as one of its layers.
         """
-        torch._dynamo.config.optimize_ddp = False
         memories = set(self.layer_memories().values())
-        kinds: dict[Hashable, list[nn.Module]] = {}
-        for layer in self.sharding_units():
-            if layer not in memories:
-                hooked = [name for name, part in layer.named_modules() if part._forward_hooks]
-                kinds.setdefault((type(layer), *hooked), []).append(layer)
-        if isinstance(self, FSDPModule) and len(kinds) > 1:
-            logger.warning("layers of %d kinds whose weights are cut up are not compiled", len(kinds))
-            return
-        for layers in kinds.values():
-            _compile_for_training(layers)
+        compile_by_kind(
+            [layer for layer in self.sharding_units() if layer not in memories], isinstance(self, FSDPModule)
+        )
 
     def checkpoint_activations(self) -> None:
         """Compute each layer anew in the backward pass instead of keeping what is inside it: less memory, more time."""
@@ -608,25 +515,6 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
     def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """How a layer is computed anew in the backward pass."""
         return function
-
-
-def _compile_for_training(layers: list[nn.Module]) -> None:
-    """Compile layers of one kind, with graphs of their own: nobody else's are taken for theirs.
-
-    Graphs are kept by the code that they were made of, and are not told apart by hooks.
-    """
-
-    def call(layer: nn.Module, *args: Any, **options: Any) -> Any:
-        return layer._call_impl(*args, **options)
-
-    call.__code__ = call.__code__.replace()
-    compiled = torch.compile(call, dynamic=False)
-
-    def choose(layer: nn.Module, *args: Any, **options: Any) -> Any:
-        return (compiled if layer.training else call)(layer, *args, **options)
-
-    for layer in layers:
-        layer._compiled_call_impl = partial(choose, layer)
 
 
 def _next_cache(
@@ -665,54 +553,3 @@ def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryC
     except ValueError as error:
         raise ModelError(str(error)) from error
     return memory
-
-
-def mean_over_tokens(values: Tensor, lengths: Tensor | None) -> Tensor:
-    """Mean of [batch, length] over the real tokens of all rows.
-
-    A row that does not count is zero and not left out: otherwise the mean of two halves of a batch would not be that of
-    the whole.
-
-    Args:
-        lengths: real tokens of each row, [batch]; all if not given.
-    """
-    if lengths is None:
-        return values.mean()
-    real = torch.arange(values.shape[1], device=lengths.device) < lengths.unsqueeze(-1)
-    return (values * real).sum() / lengths.sum().clamp(min=1)
-
-
-def _lengths_of(attention_mask: Tensor, batch: int, length: int) -> Tensor:
-    """The number of real tokens of each row, [batch], of a mask that is 1 for them and 0 for the padding behind them.
-
-    Raises:
-        ModelError: another mask.
-    """
-    if attention_mask.shape != (batch, length):
-        raise ModelError(
-            f"attention_mask= has the shape {list(attention_mask.shape)}: give a value for each token, "
-            f"[{batch}, {length}]"
-        )
-    lengths = (attention_mask != 0).sum(dim=1)
-    places = torch.arange(length, device=lengths.device)
-    if not torch.equal(attention_mask != 0, places < lengths.unsqueeze(-1)):
-        raise ModelError(
-            "attention_mask= has zeros before ones: padding stands behind the text, since a segment goes on from the "
-            "one before; set tokenizer.padding_side='right'"
-        )
-    return lengths
-
-
-def _check_lengths(lengths: Tensor, length: int) -> None:
-    if lengths.is_cuda:
-        possible = ((lengths >= 0) & (lengths <= length)).all()
-        torch._assert_async(possible, f"lengths= are from 0 to {length}, the tokens of a row")  # waits for nothing
-    elif not ((numbers := lengths.numpy(force=True)) >= 0).all() or (numbers > length).any():
-        raise ModelError(f"lengths={lengths.tolist()}: a row has from 0 to {length} tokens")
-
-
-def _without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:
-    if lengths is None:
-        return labels
-    padding = torch.arange(labels.shape[1], device=labels.device) >= lengths.unsqueeze(-1)
-    return labels.masked_fill(padding, IGNORE_INDEX)

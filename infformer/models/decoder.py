@@ -24,7 +24,7 @@ from infformer.errors import ModelError
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
-from infformer.models.base import LayerRead, MemoryModel, SegmentRead, SegmentToRead, stored_memory
+from infformer.models.base import MemoryModel, stored_memory
 from infformer.models.block import (
     Attention,
     BlockSizes,
@@ -37,6 +37,7 @@ from infformer.models.block import (
     encode_positions,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
+from infformer.models.segment_read import LayerRead, SegmentRead, SegmentToRead
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
 CHOICES = {

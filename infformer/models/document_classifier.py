@@ -21,10 +21,11 @@ from infformer.errors import ModelError
 from infformer.memory.memory import Memory
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState, ModelState
-from infformer.models.base import MemoryModel, MemoryModelOutput, SegmentRead, SegmentToRead
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.encoder import losses_of_classes
 from infformer.models.second_backward import refuse_second_backward
+from infformer.models.segment_read import MemoryModelOutput, SegmentRead, SegmentToRead
 from infformer.options import check_finite
 
 HEADS = ("batch_norm", "plain")

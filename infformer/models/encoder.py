@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
 from infformer.memory.memory import Memory
-from infformer.models.base import MemoryModel, SegmentRead, SegmentToRead
+from infformer.models.base import MemoryModel
 from infformer.models.block import (
     BlockSizes,
     FeedForward,
@@ -30,6 +30,7 @@ from infformer.models.block import (
     check_size,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
+from infformer.models.segment_read import SegmentRead, SegmentToRead
 
 CHOICES = {
     "positions": ("learned", "sinusoidal"),

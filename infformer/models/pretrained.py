@@ -44,13 +44,14 @@ from infformer.models.backbone import (
     key_value_shape,
     plain_head,
 )
-from infformer.models.base import LayerRead, MemoryModel, SegmentRead, SegmentToRead, stored_memory
+from infformer.models.base import MemoryModel, stored_memory
 from infformer.models.chunked_loss import cross_entropy
 from infformer.models.linear_loss import can_fuse, linear_token_losses
 from infformer.models.listening import Ear
 from infformer.models.past import Past, PastLayer
 from infformer.models.quantization import adopt_quantization, check_quantized, copy_marks, is_quantized
 from infformer.models.segment_cache import copy_cache
+from infformer.models.segment_read import LayerRead, SegmentRead, SegmentToRead
 
 logger = logging.getLogger(__name__)
 

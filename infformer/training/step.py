@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from infformer.data.segments import Segment
 from infformer.memory.state import ModelState
-from infformer.models.base import MemoryModel, MemoryModelOutput
+from infformer.models.base import MemoryModel
 from infformer.models.chunked_loss import IGNORE_INDEX
+from infformer.models.segment_read import MemoryModelOutput
 from infformer.training.metrics import StepResult
 from infformer.training.runtime import Accelerator, is_zero
 

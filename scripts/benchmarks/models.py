@@ -27,10 +27,10 @@ import infformer
 from benchmarks.arithmetic import Sizes
 from benchmarks.machine import Setting
 from infformer.memory.long_term_options import LongTermMemoryConfig
-from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import chunked_token_losses, cross_entropy
 from infformer.models.loading import load_tokenizer
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
+from infformer.models.segment_read import MemoryModelOutput
 
 BACKBONES = ("gpt2", "rotary")
 

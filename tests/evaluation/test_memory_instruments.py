@@ -30,9 +30,10 @@ from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import MemoryOutput
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
-from infformer.models.base import LayerRead, MemoryModel
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.segment_read import LayerRead
 
 SEGMENT, HEADS = 8, 2
 MEMORY = {"basis_functions": 16, "past_samples": 32, "sticky_bins": 16}

@@ -15,8 +15,8 @@ from infformer.evaluation.streaming import EvaluationError, describe_protocol, p
 from infformer.evaluation.streaming import with_memory as with_memory_of
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
-from infformer.models.base import MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.models.segment_read import MemoryModelOutput
 from infformer.models.streaming import reading
 from infformer.results import Figures
 

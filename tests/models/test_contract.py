@@ -27,11 +27,12 @@ from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState, ModelState
-from infformer.models.base import MemoryModel, MemoryModelOutput
+from infformer.models.base import MemoryModel
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.segment_read import MemoryModelOutput
 from infformer.training.command_line import compose
 
 ROOT = Path(__file__).parents[2]

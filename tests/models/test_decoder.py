@@ -13,9 +13,9 @@ from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
-from infformer.models.base import MemoryModelOutput
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.mechanisms import mechanism_kinds
+from infformer.models.segment_read import MemoryModelOutput
 
 SEGMENT, VOCABULARY, HIDDEN, HEADS, HEAD, SAMPLES = 6, 50, 12, 3, 6, 16
 

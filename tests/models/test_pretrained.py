@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
-from infformer.models.base import MemoryModelOutput
 from infformer.models.chunked_loss import IGNORE_INDEX
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.segment_read import MemoryModelOutput
 
 SEGMENT, VOCABULARY = 12, 50
 BACKBONES = {

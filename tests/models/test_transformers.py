@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, mod
 from transformers.utils import logging as transformers_logging
 
 from infformer.memory.long_term_options import LongTermMemoryConfig
-from infformer.models.base import MemoryModel, MemoryModelOutput
+from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.generation import continue_text
 from infformer.models.pretrained import InfformerForCausalLM, cache_argument
+from infformer.models.segment_read import MemoryModelOutput
 
 SEGMENT, VOCABULARY = 8, 50
 KINDS = ("gpt2", "llama", "decoder")

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infformer.memory.state import MemoryState
-from infformer.models.base import MemoryModelOutput
 from infformer.models.segment_cache import SegmentCache
+from infformer.models.segment_read import MemoryModelOutput
 
 
 @dataclass(frozen=True)
