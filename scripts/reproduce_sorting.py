@@ -39,6 +39,7 @@ MEMORIES = {
         "model.memory.widths=[]",
     ],
     "fast_weight": ["model/memory=fast_weight"],
+    "fast_weight_sum": ["model/memory=fast_weight", "model.memory.rule=sum"],
 }
 """The options of each row."""
 

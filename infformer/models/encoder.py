@@ -80,7 +80,7 @@ class ClassifierConfig(PreTrainedConfig):
         head_size: int | None = None,
         feed_forward_size: int = 128,
         head_hidden_size: int | None = None,
-        activation: str = "gelu_new",
+        activation: str = "gelu_pytorch_tanh",
         attention: str | Mapping[str, Any] = "softmax",
         longest: int = 1024,
         positions: str = "learned",
