@@ -142,6 +142,13 @@ def test_controls_are_measured_as_asked(evaluate_with):
     assert "memory off" in found.printed
 
 
+def test_baselines_are_chosen_on_validation_documents_and_stand_beside_the_model(evaluate_with):
+    assert "baselines" not in evaluate_with(baselines=False).results
+    found = evaluate_with(baselines=True)
+    assert found.results["baselines"].keys() == {"continuous_cache", "document_unigram"}
+    assert "continuous cache" in found.printed
+
+
 def test_a_tokenizer_may_come_from_elsewhere(evaluate_with, by_hand, checkpoint, model_folder, tmp_path):
     """The model's own folder has none."""
     for name in ("config.json", "model.safetensors"):

@@ -68,12 +68,12 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
         batch_size=config.batch_size,
         processes=processes_of(accelerator),
     )
-    first = accelerator.main_process_first()
-    examples = config.task.read_examples(config.data, tokenizer, first, [config.split])
+    first = accelerator.main_process_first  # each one made anew: a context can be entered once
+    examples = config.task.read_examples(config.data, tokenizer, first(), [config.split])
     if tokenizer is not None and not config.task.has_examples:
-        documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first)
+        documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first())
         if config.baselines and config.data.validation is not None:
-            documents["validation"] = tokenize_documents(config.data, "validation", tokenizer, first)
+            documents["validation"] = tokenize_documents(config.data, "validation", tokenizer, first())
         if accelerator.is_main_process:
             logger.info(beginning_of_documents(config.data, tokenizer))
     asked = {"test": examples[config.split]} if examples else {}
