@@ -383,12 +383,13 @@ class TestAttentions:
 
     def test_weights_that_are_written_out_take_the_square_of_the_length(self, run, capsys):
         sizes = "--hidden 16 --heads 2 --feed-forward 16 --rounds 1 --warmup 0"
-        _, lines = run(capsys, f"attention --attentions local --lengths 512 1024 {sizes}")
+        _, lines = run(capsys, f"attention --attentions local --lengths 1024 2048 {sizes}")
 
         def growth(name: str) -> float:
-            return lines[f"{name} 1024"]["peak_extra_bytes"] / lines[f"{name} 512"]["peak_extra_bytes"]
+            return lines[f"{name} 2048"]["peak_extra_bytes"] / lines[f"{name} 1024"]["peak_extra_bytes"]
 
-        # Twice the length: 4 times the square of it, and twice what is linear.
+        # Twice the length: 4 times the square of it, and twice what is linear. PyTorch's softmax takes larger blocks from
+        # 768 tokens on.
         assert growth("softmax written out") > 3.5
         assert growth("softmax") < 3
         assert growth("local") < 3
