@@ -388,8 +388,8 @@ class TestAttentions:
         def growth(name: str) -> float:
             return lines[f"{name} 2048"]["peak_extra_bytes"] / lines[f"{name} 1024"]["peak_extra_bytes"]
 
-        # Twice the length: 4 times the square of it, and twice what is linear. From 768 tokens on PyTorch's softmax takes
-        # larger blocks.
+        # Twice the length: 4 times the square of it, and twice what is linear. PyTorch's softmax takes larger blocks
+        # from 768 tokens on.
         assert growth("softmax written out") > 3.5
         assert growth("softmax") < 3
         assert growth("local") < 3
