@@ -26,6 +26,7 @@ SEGMENT, TEXT = 16, "The white whale rose, and nobody on board had ever seen it 
 @pytest.fixture(scope="module")
 def checkpoint(backbone, tokenizer, tmp_path_factory) -> str:
     """A small model whose memory decides on what it writes, with its tokenizer."""
+    torch.manual_seed(0)  # whatever tests came before
     folder = tmp_path_factory.mktemp("checkpoint")
     memory = LongTermMemoryConfig(basis_functions=8, past_samples=16)
     model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), memory, segment_length=SEGMENT)
