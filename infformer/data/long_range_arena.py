@@ -76,7 +76,7 @@ class ExampleSource:
 
     def splits(self, data: DataConfig) -> list[str]:
         """The splits that there are examples for, to learn from first."""
-        return [split for split in SPLITS if split == "train" or getattr(self._own(data), split) is not None]
+        return [split for split in SPLITS if split == "train" or getattr(self.own(data), split) is not None]
 
     def is_drawn(self, data: DataConfig) -> bool:
         """Whether they are drawn here, and not read."""
@@ -92,7 +92,7 @@ class ExampleSource:
             for split in splits:
                 self._archived(Path(os.path.expanduser(data.path)), split)
         elif not self.is_drawn(data):
-            check_sources(self._own(data), splits)
+            check_sources(self.own(data), splits)
 
     def read(
         self,
@@ -129,7 +129,7 @@ class ExampleSource:
                 found[split] = keep_examples(data.cache_folder / name, examples, size, classes, source)
         return {split: found[split].some(most(split)) for split in splits}
 
-    def _own(self, data: DataConfig) -> DataConfig:
+    def own(self, data: DataConfig) -> DataConfig:
         """The options of files of one's own; the sample has no labels, so what is named is meant as a file.
 
         Raises:
@@ -173,7 +173,7 @@ class ExampleSource:
             return ["archive", [[str(file), checksum(file)] for file in files], split]
         if self.is_drawn(data):
             return ["drawn", self.seed]
-        own = self._own(data)
+        own = self.own(data)
         return [describe_source(own, split), own.text_field, own.max_documents, own.max_document_characters]
 
     def _examples(
@@ -189,7 +189,7 @@ class ExampleSource:
                 case _:
                     yield from _archived_images(files, split)
         elif not self.is_drawn(data):
-            for row in read_fields(self._own(data), split, self._fields(data)):
+            for row in read_fields(self.own(data), split, self._fields(data)):
                 yield self._example(row, data, tokenizer)
         elif self.kind == "listops":
             # The splits are pieces of one sequence of trees, those to learn from the last, so that there may be fewer.

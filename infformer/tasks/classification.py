@@ -108,6 +108,9 @@ class ClassificationConfig(TaskConfig):
         drawn = self.source.is_drawn(data)
         return f"Examples of `{self.kind}` of Long-Range Arena, drawn by seed {self.examples_seed}." if drawn else None
 
+    def own_data(self, data: DataConfig) -> DataConfig:
+        return self.source.own(data)
+
     def check_data(self, data: DataConfig, splits: Sequence[str] | None = None) -> None:
         self.source.check(data, self.source.splits(data) if splits is None else splits)
 

@@ -89,6 +89,10 @@ class TaskConfig(ABC):
         """What it draws to learn from, in a sentence; None where it reads what `data` names."""
         return None if self.vocabulary_size is None else f"Sequences of symbols, drawn anew: `{type(self).__name__}`."
 
+    def own_data(self, data: DataConfig) -> DataConfig:
+        """The options of `data`, as a task that reads them takes them."""
+        return data
+
     def check_data(self, data: DataConfig, splits: Sequence[str] | None = None) -> None:
         """Make sure, before any work, that there is something to read for these splits, or for all that are named.
 

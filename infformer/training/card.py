@@ -52,19 +52,19 @@ memory off, another document's, the document's own shuffled in time) show what t
 
 
 def _data(config: RunConfig) -> list[str]:
-    data = config.data
-    if (drawn := config.task.describe_drawn(data)) is not None:
+    if (drawn := config.task.describe_drawn(config.data)) is not None:
         return [drawn]
+    data = config.task.own_data(config.data)
     if data.path is not None:
         return ["The released archive of Long-Range Arena."]
-    if data.source == "sample" and not config.task.has_examples:
+    if data.source == "sample":
         return ["The novels that come with infformer, `data=sample`."]
     lines = []
     if data.source == "hub":
         subset = f" (`{data.subset}`)" if data.subset else ""
         lines.append(f"`{_on_the_hub(config) or Path(str(data.repository)).name}`{subset}")
     for split in SPLITS:
-        if getattr(data, split) is not None and (data.source, getattr(data, split)) != ("sample", split):
+        if getattr(data, split) is not None:
             places = [Path(place).name for place in data.places(split)]  # what a folder is called is nobody's business
             lines.append(f"{split}: {', '.join(f'`{place}`' for place in places)}")
     return ["; ".join(lines) + "."]

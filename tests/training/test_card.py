@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
 import infformer.hub
+from infformer.config import RunConfig
 from infformer.data.options import DataConfig
 from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
@@ -42,6 +43,14 @@ def run(train, configure, tmp_path_factory) -> Path:
 def code_of(card: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     return code
+
+
+def card_of_step(model: InfformerForCausalLM, config: RunConfig, folder: Path) -> Path:
+    """The card of a checkpoint that was not measured."""
+    checkpoint = folder / "checkpoints" / "step-00000005"
+    (checkpoint / "model").mkdir(parents=True, exist_ok=True)
+    write_cards(model, config, 5, 1000, checkpoint, "")
+    return checkpoint / "model" / "README.md"
 
 
 def test_the_card_of_a_run_says_what_was_learned_and_measured(run):
@@ -95,21 +104,17 @@ def test_a_model_of_symbols_is_shown_without_a_tokenizer(tmp_path, monkeypatch):
     ],
 )
 def test_a_card_says_what_examples_were_learned(model, configure, tmp_path, kind, data, said):
-    (tmp_path / "checkpoints" / "step-00000005" / "model").mkdir(parents=True)
     config = configure(tmp_path)
     config.task, config.data = ClassificationConfig(kind), DataConfig(**data)
-    write_cards(model, config, 5, 1000, tmp_path / "checkpoints" / "step-00000005", "")
-    assert said in (tmp_path / "checkpoints" / "step-00000005" / "model" / "README.md").read_text()
+    assert said in card_of_step(model, config, tmp_path).read_text()
 
 
 def test_a_dataset_and_a_backbone_of_the_hub_are_named_and_no_folder_here(model, configure, tmp_path):
-    (tmp_path / "checkpoints" / "step-00000005" / "model").mkdir(parents=True)
     changes = {"data.source": "hub", "data.repository": "someone/books", "data.subset": "old"}
     model.backbone.config.name_or_path = "someone/gpt"
     for repository, named in (("someone/books", ["someone/books"]), (str(tmp_path), None)):
         config = configure(tmp_path, {**changes, "data.repository": repository})
-        write_cards(model, config, 5, 1000, tmp_path / "checkpoints" / "step-00000005", "")
-        card = ModelCard.load(tmp_path / "checkpoints" / "step-00000005" / "model" / "README.md")
+        card = ModelCard.load(card_of_step(model, config, tmp_path))
         assert (card.data.datasets, card.data.base_model) == (named, "someone/gpt")
         assert str(tmp_path.parent) not in card.content
 
