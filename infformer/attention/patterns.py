@@ -129,40 +129,46 @@ def big_bird_attention(
 ) -> Tensor:
     """BigBird (Zaheer et al., arXiv 2007.14062): blocks see their neighbours, the two outer blocks, and random ones.
 
-    The two outer blocks see everything.
+    The two outer blocks, of which the second is the last with anything real, see everything.
 
     Args:
         block: positions of a block.
-        chosen: which other blocks each block sees, [blocks, random blocks], of `choose_blocks`.
+        chosen: which other blocks each block sees, [batch or 1, blocks, random blocks], of `choose_blocks`.
     """
-    length, blocks = query.shape[2], len(chosen)
+    length = query.shape[2]
     rows, row_keys, row_values = (_in_blocks(tensor, block) for tensor in (query, key, value))
     row_real = _blocks_of_real(real, length, block, query.device)
-    number = torch.arange(blocks, device=query.device).unsqueeze(-1)
-    is_outer = (number == 0) | (number == blocks - 1)
+    number = torch.arange(row_real.shape[2], device=query.device)
+    last = count_blocks(real, length, block, query.device).unsqueeze(-1) - 1  # [batch or 1, 1]
+    is_outer = (number == 0) | (number == last)
     # Whole blocks are near or far: a position counts by the number of its block.
-    places = number.expand(-1, block)
-    parts = [_attend_window(rows, row_keys, row_values, row_real, places, 1, False, is_outer.expand(-1, block))]
-    outer = torch.tensor([0, blocks - 1] if blocks > 1 else [0], device=query.device)
-    outer_keys, outer_values = (_take_blocks(tensor, outer, 1) for tensor in (row_keys, row_values))
-    parts.append(attend_part(rows, outer_keys, outer_values, row_real[:, :, outer].flatten(2)[:, :, None, None]))
-    if chosen.shape[1]:
-        exists = (chosen >= 0).repeat_interleave(block, dim=1).unsqueeze(-2)
-        index = chosen.clamp(min=0).flatten()
-        found_keys, found_values = (_take_blocks(tensor, index, blocks) for tensor in (row_keys, row_values))
-        found_real = row_real[:, :, index].unflatten(2, (blocks, -1)).flatten(3).unsqueeze(-2)
+    places = number.unsqueeze(-1).expand(-1, block)
+    parts = [_attend_window(rows, row_keys, row_values, row_real, places, 1, False, is_outer[:, None, :, None])]
+    outer = torch.cat([torch.zeros_like(last), last], dim=-1).unsqueeze(1)
+    outer_real = _take_blocks(row_real.unsqueeze(-1), outer).squeeze(-1).unsqueeze(-2)
+    only_once = (torch.arange(2 * block, device=query.device) < block) | (last > 0)
+    outer_keys, outer_values = (_take_blocks(tensor, outer) for tensor in (row_keys, row_values))
+    parts.append(attend_part(rows, outer_keys, outer_values, outer_real & only_once[:, None, None, None]))
+    if chosen.shape[2]:
+        exists = (chosen >= 0).repeat_interleave(block, dim=2)[:, None, :, None]
+        index = chosen.clamp(min=0)
+        found_keys, found_values = (_take_blocks(tensor, index) for tensor in (row_keys, row_values))
+        found_real = _take_blocks(row_real.unsqueeze(-1), index).squeeze(-1).unsqueeze(-2)
         parts.append(attend_part(rows, found_keys, found_values, found_real & exists))
-    attended = join_parts(parts).flatten(2, 3)
-    # The outer blocks themselves see everything.
-    last = (blocks - 1) * block
-    first = softmax_attention(query[:, :, :block], key, value, real)
-    if blocks == 1:
-        return first
-    return torch.cat([first, attended[:, :, block:last], softmax_attention(query[:, :, last:], key, value, real)], 2)
+    attended = join_parts(parts)
+    everything = softmax_attention(_take_blocks(rows, outer).squeeze(2), key, value, real).unsqueeze(2)
+    of_last, of_first = everything[:, :, :, block:], everything[:, :, :, :block]
+    attended = torch.where((number == last)[:, None, :, None, None], of_last, attended)
+    attended = torch.where((number == 0)[:, None, None], of_first, attended)
+    return attended.flatten(2, 3)[:, :, :length]
 
 
 def big_bird_mask(length: int, block: int, chosen: Tensor) -> Tensor:
-    """What `big_bird_attention` lets each position see, bool [length, length]."""
+    """What `big_bird_attention` lets each position of a text without padding see, bool [length, length].
+
+    Args:
+        chosen: of one text, [blocks, random blocks].
+    """
     blocks = len(chosen)
     number = torch.arange(blocks)
     outer = (number == 0) | (number == blocks - 1)
@@ -173,17 +179,30 @@ def big_bird_mask(length: int, block: int, chosen: Tensor) -> Tensor:
     return seen.repeat_interleave(block, 0).repeat_interleave(block, 1)[:length, :length]
 
 
-def choose_blocks(blocks: int, count: int, seed: int) -> Tensor:
-    """Random blocks for each block, none of them outer or its neighbour, int64 [blocks, count]; −1 where there is none.
+def choose_blocks(order: Tensor, counts: Tensor, count: int) -> Tensor:
+    """Random blocks for each block of some texts, none of them outer or its neighbour; −1 where there is none.
 
-    The same for the same arguments, so that no checkpoint has to keep them.
+    Args:
+        order: random numbers, [blocks, blocks], by which each block chooses; the same for all texts.
+        counts: how many blocks of each text have anything real, [batch].
+        count: how many are chosen.
+
+    Returns:
+        Their numbers, int64 [batch, blocks, count].
     """
-    number = torch.arange(blocks)
-    known = ((number.unsqueeze(-1) - number).abs() <= 1) | (number == 0) | (number == blocks - 1)
-    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed)).masked_fill(known, 2.0)
-    drawn = order.sort(dim=-1)
-    found = drawn.indices.masked_fill(drawn.values > 1, -1)[:, :count]
-    return F.pad(found, (0, count - found.shape[1]), value=-1)
+    number = torch.arange(len(order), device=order.device)
+    near = (number.unsqueeze(-1) - number).abs() <= 1
+    known = near | (number == 0) | (number >= counts.view(-1, 1, 1) - 1)
+    drawn = order.masked_fill(known, 2.0).sort(dim=-1)
+    found = drawn.indices.masked_fill(drawn.values > 1, -1)[:, :, :count]
+    return F.pad(found, (0, count - found.shape[2]), value=-1)
+
+
+def count_blocks(real: Tensor | None, length: int, block: int, device: torch.device) -> Tensor:
+    """How many blocks there are up to a text's last real position, int64 [batch], or [1] for all without padding."""
+    places = torch.arange(length, device=device)
+    last = places[-1:] if real is None else (places * real).amax(dim=-1)
+    return last // block + 1
 
 
 def _attend_window(
@@ -202,7 +221,7 @@ def _attend_window(
         real: [batch, 1, blocks, block].
         places: of the positions, [blocks, block].
         reach: how far away a place is seen.
-        hidden: keys that are not seen here, bool [blocks, block]; None: all are.
+        hidden: keys that are not seen here, bool, broadcast to `real`; None: all are.
     """
     nowhere = torch.iinfo(places.dtype).max // 2  # the place of keys beyond the ends
     key_places = _with_neighbours(places[None, None].unsqueeze(-1), nowhere).squeeze(-1)[0, 0].unsqueeze(-2)
@@ -220,9 +239,19 @@ def _with_neighbours(blocks: Tensor, beyond: float) -> Tensor:
     return torch.cat([padded[:, :, :-2], blocks, padded[:, :, 2:]], dim=3)
 
 
-def _take_blocks(blocks: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Those blocks that each of the rows asks for, [batch, heads, rows, asked · block, size]."""
-    return blocks.index_select(2, index).unflatten(2, (rows, -1)).flatten(3, 4)
+def _take_blocks(blocks: Tensor, index: Tensor) -> Tensor:
+    """Of blocks [batch, heads, blocks, block, size] those that some rows ask for.
+
+    Args:
+        index: which, [batch or 1, rows, asked].
+
+    Returns:
+        [batch, heads, rows, asked · block, size].
+    """
+    batch, heads, count = blocks.shape[:3]
+    first = torch.arange(0, batch * heads * count, count, device=index.device).view(batch, heads, 1, 1)
+    found = blocks.flatten(0, 2).index_select(0, (first + index.unsqueeze(1)).flatten())
+    return found.unflatten(0, (batch, heads, *index.shape[1:])).flatten(3, 4)
 
 
 def _in_blocks(tensor: Tensor, block: int) -> Tensor:

@@ -13,7 +13,7 @@ ALONE = -1e5
 
 
 def reformer_attention(
-    query: Tensor, value: Tensor, rotations: Tensor, chunk: int, real: Tensor | None = None, causal: bool = False
+    query: Tensor, value: Tensor, rotations: Tensor, chunk: int, real: Tensor | None = None
 ) -> Tensor:
     """Attention with keys k = q/‖q‖ in the same bucket, and in the same chunk of the sorted text or the one before.
 
@@ -31,7 +31,7 @@ def reformer_attention(
         buckets = torch.where(real[:, None, None, :], buckets, 2 * rotations.shape[-1])
     shown = torch.ones_like(query[:, :1, :, 0], dtype=torch.bool) if real is None else real.unsqueeze(1)
     return join_parts(
-        [_attend_round(query, value, buckets[:, :, number], chunk, shown, causal) for number in range(buckets.shape[2])]
+        [_attend_round(query, value, buckets[:, :, number], chunk, shown) for number in range(buckets.shape[2])]
     )
 
 
@@ -41,7 +41,7 @@ def hash_buckets(query: Tensor, rotations: Tensor) -> Tensor:
     return torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
 
 
-def _attend_round(query: Tensor, value: Tensor, buckets: Tensor, chunk: int, real: Tensor, causal: bool) -> Part:
+def _attend_round(query: Tensor, value: Tensor, buckets: Tensor, chunk: int, real: Tensor) -> Part:
     """One round, in the order of the text."""
     length = query.shape[2]
     order = buckets.argsort(dim=-1, stable=True)  # within a bucket in the order of the text
@@ -66,11 +66,8 @@ def _attend_round(query: Tensor, value: Tensor, buckets: Tensor, chunk: int, rea
     else:
         keys, values = with_previous(key), with_previous(in_chunks(value))
         seen, key_bucket, key_place = (with_previous(tensor) for tensor in (shown, bucket, place))
-    query_place, key_place = place.unsqueeze(-1), key_place.unsqueeze(-2)
     allowed = seen.unsqueeze(-2) & (bucket.unsqueeze(-1) == key_bucket.unsqueeze(-2))
-    if causal:
-        allowed = allowed & (key_place <= query_place)
-    scores = (chunks @ keys.mT).masked_fill(query_place == key_place, ALONE)
+    scores = (chunks @ keys.mT).masked_fill(place.unsqueeze(-1) == key_place.unsqueeze(-2), ALONE)
     part = weigh_part(scores, values, allowed)
 
     back = order.argsort(dim=-1)

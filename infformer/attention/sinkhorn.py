@@ -35,7 +35,10 @@ def sinkhorn_attention(
     key, value = key * weight, value * weight
     count = weight.sum(dim=3).clamp(min=1)
     mean_query, mean_key = (query * weight).sum(dim=3) / count, key.sum(dim=3) / count
-    order = sinkhorn(mean_query @ mean_key.mT / (math.sqrt(query.shape[-1]) * temperature), iterations)
+    logits = mean_query @ mean_key.mT / (math.sqrt(query.shape[-1]) * temperature)
+    has_real = shown.any(dim=3)  # the others are sorted among themselves
+    logits = logits.masked_fill(has_real.unsqueeze(-1) != has_real.unsqueeze(-2), torch.finfo(logits.dtype).min / 4)
+    order = sinkhorn(logits, iterations)
     sorted_key, sorted_value = (torch.einsum("bhuv,bhvtd->bhutd", order, tensor) for tensor in (key, value))
     # Of a sorted block a position is real where a block with a real position may have come.
     sorted_shown = shown.any(dim=2, keepdim=True).expand_as(shown)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from infformer.errors import ModelError
+from infformer.models.quantization import is_quantized
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")
 """What models and their parts call a key-value cache; only attention, and what it is part of, is handed one."""
@@ -113,9 +114,18 @@ def plain_head(backbone: PreTrainedModel) -> Tensor | None:
     return None if isinstance(module.weight, DTensor) else module.weight
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by rounding alone, in their own precision."""
-    return float((one - other).abs().max()) <= torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max())
+def _alike(one: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors differ by rounding alone, in their own precision or another."""
+    return float((one - other).abs().max()) <= torch.finfo(dtype or one.dtype).eps ** 0.5 * float(one.abs().max())
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """How far keys [batch, heads, length, head] differ: in each channel as a part of its largest, the mean over all.
+
+    A few channels may be a hundred times as large as the others, and turn the slowest.
+    """
+    largest = one.abs().amax(dim=(0, 1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((one - other).abs().amax(dim=(0, 1, 2)).float() / largest).mean())
 
 
 @contextmanager
@@ -133,8 +143,10 @@ def _looked_at(backbone: PreTrainedModel) -> Iterator[None]:
 def is_causal(backbone: PreTrainedModel) -> bool:
     """Whether no token sees those after it; found out by a look at the scores after the first of two."""
     tokens = torch.arange(2, device=backbone.device).unsqueeze(0)
+    # Which channels eight bits leave out is decided by all tokens of a call, so that the first rounds otherwise.
+    dtype = torch.bfloat16 if is_quantized(backbone) else None
     with _looked_at(backbone):
-        return _alike(backbone(tokens[:, :1]).logits, backbone(tokens).logits[:, :1])
+        return _alike(backbone(tokens[:, :1]).logits, backbone(tokens).logits[:, :1], dtype)
 
 
 def is_head_known(backbone: PreTrainedModel) -> bool:
@@ -213,19 +225,19 @@ def find_rotations(backbone: PreTrainedModel, move: bool = True) -> list[int]:
         keys.append([layer.keys for layer in cast(list[DynamicLayer], cache.layers)])
     rotated = []
     for layer, (near, far) in enumerate(zip(*keys, strict=True)):
-        if _alike(near, far):
-            continue
         rotation = Rotation(backbone, attentions[layer], layer)
         if rotation.known:
             table = rotation.table(shift + count, device)
-            near, far = rotation.turn_back(near, table[:, :, :count]), rotation.turn_back(far, table[:, :, shift:])
+            back = rotation.turn_back(near, table[:, :, :count]), rotation.turn_back(far, table[:, :, shift:])
+            if _difference(near, far) > _difference(*back):
+                near, far = back
+                rotated.append(layer)
         elif not move and rotation.encoder is None and rotation.rotate is None:
             continue
-        if not (rotation.known and _alike(near, far)):
+        if not _alike(near, far):
             raise ModelError(
                 f"model.memory.short_term_length: what a {backbone.config.model_type!r} has read cannot be moved back: "
                 f"its layer {layer} knows places neither by rotary positions nor by distances alone; choose a backbone "
                 "such as Llama, or no short-term memory (model.memory.short_term_length=0)"
             )
-        rotated.append(layer)
     return rotated

@@ -21,6 +21,7 @@ from infformer.attention.low_rank import linformer_attention, synthesizer_attent
 from infformer.attention.patterns import (
     big_bird_attention,
     choose_blocks,
+    count_blocks,
     fixed_attention,
     local_attention,
     strided_attention,
@@ -200,15 +201,22 @@ class BigBird(Mechanism):
         super().__init__(shape)
         _check_at_least(1, block=block)
         _check_at_least(0, random_blocks=random_blocks)
-        self.block, self.random_blocks = block, random_blocks
+        self.block, self.random_blocks, self.blocks = block, random_blocks, -(-shape.longest // block)
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
-        chosen = choose_blocks(-(-query.shape[2] // self.block), self.random_blocks, self.layer)
-        return big_bird_attention(query, key, value, self.block, chosen.to(query.device), real)
+        length, device = query.shape[2], query.device
+        # Of the longest text, so that what a text sees does not depend on its padding.
+        order = torch.rand(self.blocks, self.blocks, generator=torch.Generator().manual_seed(self.layer))
+        blocks = -(-length // self.block)
+        counts = count_blocks(real, length, self.block, device)
+        chosen = choose_blocks(order[:blocks, :blocks].to(device), counts, self.random_blocks)
+        return big_bird_attention(query, key, value, self.block, chosen, real)
 
 
 class Reformer(Mechanism):
     """Positions see those that hash into their bucket; keys are the queries, of length one.
+
+    Where the borders of its chunks lie depends on all positions, so it hides nothing that comes later.
 
     Args:
         buckets: how many.
@@ -217,6 +225,7 @@ class Reformer(Mechanism):
     """
 
     kind = "reformer"
+    has_causal_form = False
     has_keys = False
 
     def __init__(self, shape: AttentionShape, buckets: int = 64, chunk: int = 64, rounds: int = 2) -> None:
@@ -232,7 +241,7 @@ class Reformer(Mechanism):
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         fixed = None if self.training else torch.Generator().manual_seed(self.layer)
         rotations = torch.randn(self.rotations, generator=fixed).to(query)
-        return reformer_attention(query, value, rotations, self.chunk, real, self.causal)
+        return reformer_attention(query, value, rotations, self.chunk, real)
 
 
 class Linformer(Mechanism):

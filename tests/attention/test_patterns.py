@@ -11,8 +11,12 @@ LENGTHS = (1, 5, 16, 37, 100)
 BLOCK = 8
 
 
-def chosen(length):
-    return patterns.choose_blocks(-(-length // BLOCK), 2, seed=3)
+def chosen(*lengths, count=2, longest=100):
+    """Of texts of so many positions, [texts, blocks, count]."""
+    blocks = [-(-length // BLOCK) for length in lengths]
+    side = -(-longest // BLOCK)
+    order = torch.rand(side, side, generator=torch.Generator().manual_seed(3))[: max(blocks), : max(blocks)]
+    return patterns.choose_blocks(order, torch.tensor(blocks), count)
 
 
 PATTERNS = {
@@ -37,8 +41,10 @@ PATTERNS = {
         lambda length, causal: patterns.window_mask(length, 5, 3, causal),
     ),
     "big_bird": (
-        lambda q, k, v, real, causal: patterns.big_bird_attention(q, k, v, BLOCK, chosen(q.shape[2]), real),
-        lambda length, causal: patterns.big_bird_mask(length, BLOCK, chosen(length)),
+        lambda q, k, v, real, causal: patterns.big_bird_attention(
+            q, k, v, BLOCK, chosen(*([q.shape[2]] if real is None else real.sum(-1).tolist())), real
+        ),
+        lambda length, causal: patterns.big_bird_mask(length, BLOCK, chosen(length)[0]),
     ),
 }
 CASES = [(name, causal) for name in PATTERNS for causal in (False, True) if not (causal and name == "big_bird")]
@@ -57,7 +63,9 @@ def test_a_pattern_equals_softmax_under_its_mask_forward_and_backward(name, caus
     inputs = new_inputs(length, dtype)
     real = torch.ones(2, length, dtype=torch.bool)
     real[1, max(1, length - 7) :] = False
-    allowed = mask_of(length, causal) & real[:, None, None, :]
+    # BigBird's last block is a text's own.
+    masks = [F.pad(mask_of(count, causal), (0, length - count) * 2) for count in real.sum(-1).tolist()]
+    allowed = torch.stack(masks).unsqueeze(1)
     fast = attend(*inputs, real, causal)
     dense = F.scaled_dot_product_attention(*inputs, attn_mask=allowed)
     weight = torch.randn_like(fast) * (real[:, None, :, None] & allowed.any(-1, keepdim=True))
@@ -80,17 +88,16 @@ def test_without_padding_a_pattern_needs_no_mask_of_what_is_real(name):
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 30])
 def test_random_blocks_are_neither_near_nor_outer_nor_twice_the_same(blocks):
-    found = patterns.choose_blocks(blocks, 3, seed=1)
+    (found,) = chosen(blocks * BLOCK, count=3, longest=30 * BLOCK)
     assert found.shape == (blocks, 3)
     for block, others in enumerate(found.tolist()):
         real = [other for other in others if other >= 0]
         assert len(set(real)) == len(real) == min(3, sum(abs(o - block) > 1 for o in range(1, blocks - 1)))
         assert all(abs(other - block) > 1 and 0 < other < blocks - 1 for other in real)
-    assert torch.equal(found, patterns.choose_blocks(blocks, 3, seed=1))
 
 
 def test_big_bird_blocks_see_their_neighbours_the_outer_and_the_random_ones():
-    mask = patterns.big_bird_mask(30 * BLOCK, BLOCK, patterns.choose_blocks(30, 3, seed=1))
+    mask = patterns.big_bird_mask(30 * BLOCK, BLOCK, chosen(30 * BLOCK, count=3, longest=30 * BLOCK)[0])
     assert (mask.sum(-1)[2 * BLOCK : -2 * BLOCK] == (3 + 2 + 3) * BLOCK).all()
     assert mask[:BLOCK].all()
     assert mask[-BLOCK:].all()

@@ -19,8 +19,7 @@ def new_rotations(rounds, buckets, heads=3):
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("causal", [False, True])
-def test_with_one_chunk_a_pair_counts_as_often_as_it_shares_a_bucket(causal, rounds):
+def test_with_one_chunk_a_pair_counts_as_often_as_it_shares_a_bucket(rounds):
     query, value = new_inputs()
     rotations = new_rotations(rounds, buckets=4)
     real = torch.arange(24) < torch.tensor([[24], [17]])
@@ -28,15 +27,13 @@ def test_with_one_chunk_a_pair_counts_as_often_as_it_shares_a_bucket(causal, rou
     shared = (buckets.unsqueeze(-1) == buckets.unsqueeze(-2)).sum(2) * real[:, None, None, :]
     scores = (query @ F.normalize(query, dim=-1).mT).masked_fill(torch.eye(24, dtype=torch.bool), ALONE)
     scores = scores.masked_fill(shared == 0, -1e30)
-    if causal:
-        scores = scores.masked_fill(~torch.ones(24, 24, dtype=torch.bool).tril(), -1e30)
     expected = torch.softmax(scores + shared.clamp(min=1).log(), dim=-1) @ value
-    found = reformer_attention(query, value, rotations, chunk=24, real=real, causal=causal)
+    found = reformer_attention(query, value, rotations, chunk=24, real=real)
     torch.testing.assert_close(found * real[:, None, :, None], expected * real[:, None, :, None])
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 101])
-def test_what_is_padding_or_comes_later_is_not_seen(length):
+def test_padding_is_not_seen(length):
     query, value = new_inputs(length)
     rotations = new_rotations(2, buckets=8)
     real = torch.arange(length).expand(2, -1) < max(1, length - 5)
@@ -45,11 +42,6 @@ def test_what_is_padding_or_comes_later_is_not_seen(length):
     after = reformer_attention(query + (~real)[:, None, :, None], other, rotations, chunk=8, real=real)
     shown = real[:, None, :, None]
     torch.testing.assert_close(before * shown, after * shown)
-    middle = length // 2
-    later = (torch.arange(length) > middle)[None, None, :, None]
-    before = reformer_attention(query, value, rotations, chunk=length, causal=True)
-    after = reformer_attention(query, value + 100 * later, rotations, chunk=length, causal=True)
-    torch.testing.assert_close(before[:, :, : middle + 1], after[:, :, : middle + 1])
 
 
 def test_in_one_bucket_it_equals_the_module_of_transformers():
