@@ -35,6 +35,11 @@ class GaussianBasis(NamedTuple):
         centres = torch.linspace(0, 1, count // len(widths), dtype=dtype)
         return GaussianGrid(centres, torch.tensor(list(widths), dtype=dtype)).basis
 
+    @property
+    def peaks(self) -> Tensor:
+        """ψ_j(c_j), the height of each function, shape [N]."""
+        return 1 / (math.sqrt(2 * math.pi) * self.widths)
+
     def evaluate(self, positions: Tensor) -> Tensor:
         """ψ_j at positions of any shape [...]: shape [..., N]."""
         return gaussian(positions.unsqueeze(-1), self.centres, self.widths.square())

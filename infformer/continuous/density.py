@@ -99,11 +99,11 @@ class Slots(NamedTuple):
         A coefficient times the height of its function is what it adds to the signal at its own centre: of the size of
         the signal, where a coefficient alone is smaller by a factor of the width.
         """
-        return self.weights * _heights(basis)
+        return self.weights * basis.peaks
 
     def read(self, grid: GaussianGrid, values: Tensor) -> Tensor:
         """E_p[ψ]ᵀ V, shape [batch, heads, queries, size]; the heights go with the values, of which there are fewer."""
-        return self.weights.to(values) @ (_heights(grid.basis).unsqueeze(-1).to(values) * values)
+        return self.weights.to(values) @ (grid.basis.peaks.unsqueeze(-1).to(values) * values)
 
     def cumulative(self, positions: Tensor, basis: GaussianBasis) -> Tensor:
         """Mass to the left of positions [P], shape [..., P]."""
@@ -174,11 +174,6 @@ def variance_divergence(variance: Tensor, prior_variance: float) -> Tensor:
     """KL(𝒩(m, variance) ‖ 𝒩(m, prior_variance)) = ½(ρ − ln ρ − 1), ρ = variance / prior_variance; same shape."""
     ratio = variance / prior_variance
     return 0.5 * (ratio - torch.log(ratio) - 1)
-
-
-def _heights(basis: GaussianBasis) -> Tensor:
-    """ψ_j(c_j), shape [N]."""
-    return 1 / (math.sqrt(2 * math.pi) * basis.widths)
 
 
 def _standard_normal(z: Tensor) -> Tensor:

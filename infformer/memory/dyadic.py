@@ -7,7 +7,6 @@ nothing is fitted.
 
 from __future__ import annotations
 
-import math
 
 import torch
 from torch import Tensor
@@ -34,8 +33,9 @@ class DyadicSignal(ContinuousSignal):
     def carried(self, operators: WriteOperators, positions: Tensor) -> Tensor:
         return operators.past.mT
 
-    def looked_at(self, coefficients: Tensor) -> Tensor:
-        return coefficients / self._scale if self.config.read == "gibbs" else coefficients
+    def looked_at(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        held = self.basis.peaks.unsqueeze(-1) * coefficients
+        return held, held if self.config.read == "gibbs" else coefficients
 
     def real(self, segments: Tensor) -> Tensor:
         """Which slots hold something, bool [batch, N]; all of them in a row that has none, which is zero throughout."""
@@ -45,7 +45,7 @@ class DyadicSignal(ContinuousSignal):
     def heights(self, places: Tensor) -> Tensor:
         last = len(self.centres) - 1
         nearest = (places * last).round().long().clamp(0, last)
-        return torch.nn.functional.one_hot(nearest, last + 1).to(places) / self._scale
+        return torch.nn.functional.one_hot(nearest, last + 1).to(places) * self.basis.peaks
 
     def moved_places(self, places: Tensor, segments: int, histogram: Tensor | None) -> Tensor:
         """By its age alone; what is older than all slots has the place of the oldest."""
@@ -65,11 +65,6 @@ class DyadicSignal(ContinuousSignal):
         order = shuffled_entries(filled, coefficients.shape[1])
         return torch.take_along_dim(coefficients, order.unsqueeze(-1), dim=1)
 
-    @property
-    def _scale(self) -> Tensor:
-        """One divided by the height of a function."""
-        return math.sqrt(2 * math.pi) * self.widths[0]
-
     def _buffers_in(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         config = self.config
         with torch.device("cpu"):  # also where a loader builds the model on the meta device
@@ -85,7 +80,7 @@ class DyadicSignal(ContinuousSignal):
                 "grid_centres": basis.centres.to(dtype),
                 "past_places": even_points(config.basis_functions).to(dtype),
                 "past": past.to(dtype).unsqueeze(0),
-                "new": (math.sqrt(2 * math.pi) * basis.widths[0] * new).to(dtype).unsqueeze(0),
+                "new": (new / basis.peaks[0]).to(dtype).unsqueeze(0),
                 "ages": ages[:-1].flip(0),
             }
         return {name: tensor.to(device) for name, tensor in buffers.items()}

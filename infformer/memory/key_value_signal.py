@@ -60,9 +60,11 @@ class KeyValueSignal(LongTermMemory):
         coefficients = state.coefficients
         operands = type_of_products(coefficients)
         with torch.autocast(coefficients.device.type, enabled=False):
+            numbers = coefficients.shape[-1] // 2
+            of_keys, of_values = self.signal.looked_at(coefficients)
             keys, values = (
                 part.unflatten(-1, self.shape).transpose(1, 2).repeat_interleave(self.heads // self.shape[0], dim=1)
-                for part in self.signal.looked_at(coefficients).chunk(2, dim=-1)
+                for part in (of_keys[..., :numbers], of_values[..., numbers:])
             )
             if self.config.read == "affine":
                 keys = (self.placement.weight.to(keys) @ keys).transpose(1, 2) / math.sqrt(keys.shape[-1])

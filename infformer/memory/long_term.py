@@ -205,15 +205,15 @@ class LongTermMemory(Memory):
         coefficients = state.coefficients
         operands = type_of_products(coefficients)
         with torch.autocast(coefficients.device.type, enabled=False):
-            coefficients = self.signal.looked_at(coefficients)
+            of_keys, of_values = self.signal.looked_at(coefficients)
             if self.config.read == "affine":
-                mixtures = self.placement.weight.to(coefficients) @ coefficients  # [batch, 2, hidden]
+                mixtures = self.placement.weight.to(of_keys) @ of_keys  # [batch, 2, hidden]
                 keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
                 query_weight = self.query.weight.to(coefficients).unflatten(0, (self.heads, -1))
                 placing = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
             else:
-                placing = self._split_heads(_project(self.key, coefficients))
-            values = self._split_heads(_project(self.value, coefficients.to(operands)))
+                placing = self._split_heads(_project(self.key, of_keys))
+            values = self._split_heads(_project(self.value, of_values.to(operands)))
             values = values.contiguous()  # which many tokens read, one by one
             return Projected(placing, values, real=self.signal.real(state.segments))
 

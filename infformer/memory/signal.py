@@ -156,13 +156,25 @@ class ContinuousSignal(DerivedBuffers):
         new = contraction + (1 - contraction) * even_steps(self.segment_length).to(places)
         return torch.cat([contraction * places, new])
 
-    def looked_at(self, coefficients: Tensor) -> Tensor:
-        """What keys and values are made of: coefficients [batch, N, width], or with a Gibbs read the signal at points.
+    def looked_at(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """What keys are made of, and what values are.
+
+        With a Gibbs read both are the signal at points. Where keys are kept themselves, that of a function is what it
+        adds to the signal at its own centre: of the size of a key, where its coefficient is smaller by a factor of the
+        width, so that all scores would be alike. Otherwise the keys' projection learns their size.
+
+        Args:
+            coefficients: [batch, N, width].
 
         Returns:
-            [batch, N or points, width].
+            Each [batch, N or points, width].
         """
-        return self.at_points @ coefficients if self.config.read == "gibbs" else coefficients
+        if self.config.read == "gibbs":
+            at_points = self.at_points @ coefficients
+            return at_points, at_points
+        if self.config.read == "affine" or self.config.stores == "hidden":
+            return coefficients, coefficients
+        return self.basis.peaks.unsqueeze(-1).to(coefficients) * coefficients, coefficients
 
     def shuffle(self, coefficients: Tensor, segments: Tensor, shuffle: Tensor) -> Tensor:
         """Coefficients of a past in another order.

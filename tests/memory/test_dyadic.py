@@ -98,8 +98,7 @@ class TestRead:
         state, written = write(memory, 6)
         hidden, slots = random(2, 5, 6, seed=9), naive.dyadic_slots(written, SLOTS, LEVELS)
         weights = naive.Weights(*(getattr(memory, name).weight for name in naive.Weights._fields))
-        coefficients = slots if read == "gibbs" else state.coefficients
-        scores = naive.scores(hidden, coefficients, weights.query, weights.key, 2)
+        scores = naive.scores(hidden, slots, weights.query, weights.key, 2)
         if read == "gibbs":  # both ends count half
             scores[..., [0, -1]] -= math.log(2)
         expected = naive.context(scores.softmax(-1), slots, weights)

@@ -56,6 +56,7 @@ def literal_read(
     basis = torch.tensor([(c, w) for c in grid for w in config.widths], dtype=torch.float64).unbind(dim=1)
     points = torch.linspace(0, 1, config.points or 16, dtype=torch.float64)
     identity = naive.Weights(*[torch.eye(HEAD, dtype=torch.float64)] * 4)
+    heights = naive.normal_density(basis[0], basis[0], basis[1] ** 2).unsqueeze(-1)
     found = []
     for head in range(HEADS):
         first = head // (HEADS // SHARED) * HEAD
@@ -68,12 +69,11 @@ def literal_read(
             variance = nn.functional.softplus(variance).clamp(min=1e-4)
             read = naive.gaussian_expectation(torch.sigmoid(mean), variance, basis) @ values
         elif config.read == "moments":
-            _, mean, variance = naive.moments_read(queries[:, head], keys, identity, 1, basis)
+            _, mean, variance = naive.moments_read(queries[:, head], heights * keys, identity, 1, basis)
             read = (naive.truncated_parabola_expectation(mean, variance, basis) @ values.unsqueeze(1))[:, 0]
         elif config.read == "slots":
-            score = naive.scores(queries[:, head], keys, identity.query, identity.key, 1)[:, 0]
-            heights = naive.normal_density(basis[0], basis[0], basis[1] ** 2)
-            read, total = score.softmax(-1) @ (heights[:, None] * values), score.exp().sum(-1)
+            score = naive.scores(queries[:, head], heights * keys, identity.query, identity.key, 1)[:, 0]
+            read, total = score.softmax(-1) @ (heights * values), score.exp().sum(-1)
         else:
             score = naive.scores(queries[:, head], key_points, identity.query, identity.key, 1)[:, 0] * config.sharpness
             density = score.exp() / torch.trapezoid(score.exp(), points)[..., None]
@@ -123,14 +123,14 @@ class TestRead:
         assert (memory(random(2, 5, 3), state, SegmentContext(None, heads=heads), None).context == 0).all()
 
     def test_a_joint_softmax_is_attention_on_slots_and_segment_together(self):
-        """Where a function's height is one, its slot is one more key and value."""
+        """What a function adds to the signal at its own centre is one more key and value."""
         memory = build(read="slots", combination="joint")
         memory.gate.data.fill_(0)
-        height = 1 / (math.sqrt(2 * math.pi) * memory.signal.widths)
+        height = (1 / (math.sqrt(2 * math.pi) * memory.signal.widths)).unsqueeze(-1)
         pair = KeyValues(random(1, HEADS, 16, HEAD, seed=1), random(1, HEADS, 16, HEAD, seed=2))
         memory.shape = (HEADS, HEAD)
         keys, values = (part.transpose(1, 2).flatten(2) for part in pair)
-        state = LongTermState(torch.cat([keys, values / height.unsqueeze(-1)], dim=-1), torch.tensor([1]))
+        state = LongTermState(torch.cat([keys, values], dim=-1) / height, torch.tensor([1]))
         queries, own = random(1, HEADS, 5, HEAD, seed=3), KeyValues(*random(2, 1, HEADS, 7, HEAD, seed=4))
         scores = queries @ own.keys.mT / 2
         attended = scores.softmax(-1) @ own.values
