@@ -7,7 +7,6 @@ nothing is fitted.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 

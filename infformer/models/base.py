@@ -91,7 +91,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             ModelError: what was given is not of so many rows of so many tokens.
         """
         self._notice_empty_memories(state)
-        state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask)
+        least = input_ids.shape[1] if use_cache else 0  # behind padding no segment goes on
+        state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask, least)
         memories = list(self.layer_memories().values())
         cached = 0 if segment_cache is None else segment_cache.length
         complete = self._complete_rows(input_ids, cached, lengths)
@@ -146,7 +147,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         Raises:
             ModelError: padding stands behind a prompt.
         """
-        writer = Writer(self, self.choose_segment_length(None), read, progress)
+        has_limit = self.segment_length or self.positions
+        segment_length = self.choose_segment_length(None if has_limit else self.config.segment_length)
+        writer = Writer(self, segment_length, read, progress)
         return writer.generate(inputs, *arguments, **options)
 
     @abstractmethod
@@ -403,8 +406,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         without_memory: Tensor | None,
         lengths: Tensor | None,
         attention_mask: Tensor | None,
+        least: int,
     ) -> tuple[ModelState, Tensor | None]:
-        """The state before a segment, and how many tokens of each row are real; None for all.
+        """The state before a segment, and how many tokens of each row are real, at least so many; None for all.
 
         Raises:
             ModelError: what was given is not of so many rows of so many tokens.
@@ -418,8 +422,10 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
             if rows is not None and rows.shape != (batch,):
                 raise ModelError(f"{name}= has the shape {list(rows.shape)}: give one value for each of {batch} rows")
         if lengths is not None and not torch.compiler.is_compiling():
-            check_lengths(lengths, length)
+            check_lengths(lengths, least, length)
         state = self.initial_state(batch) if state is None else state
+        if not isinstance(state, ModelState):
+            raise ModelError(f"state= is a {type(state).__name__}: give the output.state of the row's last segment")
         for tensor in state.named_tensors().values():
             if len(tensor) != batch:
                 raise ModelError(

@@ -7,7 +7,7 @@ the maximum and the mean of all (concat pooling in ULMFiT, Howard & Ruder, arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -214,7 +214,7 @@ class DocumentClassifier(MemoryModel):
         Args:
             targets: the class of each row that is asked for now, at one of its places, [batch, length], and -100.
         """
-        begun, lengths = self._begin(input_ids, state, reset, None, lengths, attention_mask)
+        begun, lengths = self._begin(input_ids, state, reset, None, lengths, attention_mask, least=0)
         assert isinstance(begun, DocumentState)
         read = self.reader(
             input_ids, state=begun, lengths=lengths, return_logits=False, return_intermediates=True, **options
@@ -273,8 +273,8 @@ class DocumentClassifier(MemoryModel):
     def sharding_units(self) -> list[nn.Module]:
         return self.reader.sharding_units()
 
-    def checkpoint_activations(self) -> None:
-        self.reader.checkpoint_activations()
+    def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.reader._checkpointing(function)
 
     def compile_layers(self) -> None:
         self.reader.compile_layers()

@@ -184,7 +184,7 @@ class Expansion:
             numbers = _layers_with_memory(self.before)
             layers = [layers[numbers.index(source)] for source in self.layers if source in numbers]
         state = ModelState(tuple(layers))
-        axes = {name: _axes_of_state(self.before, name) for name in state.named_tensors()}
+        axes = {name: _axes_of_state(self.after, name) for name in state.named_tensors()}
         names = iter(axes.items())
 
         def grow(tensor: Tensor) -> Tensor:
@@ -609,7 +609,9 @@ def _layers_with_memory(config: PreTrainedConfig) -> list[int]:
     if memory is None:
         return []
     chosen = getattr(config, "memory_layers", None)
-    return every if chosen is None or memory.short_term_length else sorted(chosen, key=chosen.index)
+    if chosen is None or memory.short_term_length:
+        return every
+    return sorted(chosen) if memory.stands_alone else list(chosen)
 
 
 def _axes_of_weight(config: PreTrainedConfig, name: str) -> tuple[str, ...]:
@@ -644,7 +646,9 @@ def _axes_of_state(config: PreTrainedConfig, name: str) -> tuple[str, ...]:
     pair = "heads key:score | heads value"
     keeps_pairs = memory is not None and memory.keeps_key_values
     if name.endswith((".short_term.entries", ".sinks")) and isinstance(config, InfformerConfig):
-        wants_hidden = memory is not None and not memory.stands_alone and not keeps_pairs
+        layer = _layers_with_memory(config)[int(name.split(".")[1])]
+        is_chosen = config.memory_layers is None or layer in config.memory_layers
+        wants_hidden = memory is not None and not memory.stands_alone and not keeps_pairs and is_chosen
         return ("", "", f"write | {pair}" if wants_hidden else pair)
     if name.endswith(".coefficients"):
         return ("", "", pair if keeps_pairs else "write")

@@ -76,8 +76,8 @@ def load_weights(kind: Any, config: PreTrainedConfig, name: str, option: str, **
     Raises:
         ModelError: the folder lacks weights, holds others than those of such a model, or some are not finite.
     """
-    _check_size(config, name, option)
     kwargs.setdefault("dtype", dtype_of(config))
+    _check_size(config, name, option, None if "quantization_config" in kwargs else kwargs["dtype"])
     model, report = load(kind, name, option, config=config, output_loading_info=True, **kwargs)
     ours = isinstance(model, MemoryModel)
     for what, names in (("lacks", report["missing_keys"]), ("also holds", report["unexpected_keys"] if ours else ())):
@@ -155,10 +155,13 @@ def _check_json(file: Path, option: str) -> None:
         )
 
 
-def _check_size(config: PreTrainedConfig, name: str, option: str) -> None:
+def _check_size(config: PreTrainedConfig, name: str, option: str, dtype: torch.dtype | str | None) -> None:
     """Make sure that a folder can hold the weights that its config.json describes, and this machine's memory too.
 
     What a folder lacks is made up by transformers: all of a large model, where a config.json belongs to another folder.
+
+    Args:
+        dtype: in which they are loaded; another value where that, and so what they take, is not known yet.
     """
     folder = _place(name)
     stored = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
@@ -179,8 +182,8 @@ def _check_size(config: PreTrainedConfig, name: str, option: str) -> None:
             f"{stored:,} bytes: they do not belong together; give the folder as it was saved"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * weights > memory:
+    if isinstance(dtype, torch.dtype) and (needed := weights * dtype.itemsize) > memory:
         raise ModelError(
-            f"{option}={name}: its {weights:,} weights take {4 * weights / 2**30:.0f} GiB in float32, and this machine "
-            f"has {memory / 2**30:.0f}; give a smaller model"
+            f"{option}={name}: its {weights:,} weights take {needed / 2**30:.0f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and this machine has {memory / 2**30:.0f}; give a smaller model"
         )

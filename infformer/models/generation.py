@@ -245,8 +245,14 @@ class Writer(nn.Module, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         state: list[_Rows] | None = None,
+        use_cache: bool = False,
         **ignored: Any,
     ) -> _NextScores:
+        if use_cache:  # of a logits processor that reads another text; transformers' loops do not say it
+            raise ModelError(
+                "guidance_scale=: transformers reads what was written without its prompt by a cache of keys and "
+                "values, which a memory is not; leave guidance_scale out, or set use_cache=False too"
+            )
         input_ids = input_ids.to(self.model.device)
         rows = self._begin(input_ids, attention_mask) if state is None else []
         for numbers, place in state or ():

@@ -30,17 +30,23 @@ def lengths_of(attention_mask: Tensor, batch: int, length: int) -> Tensor:
     return lengths
 
 
-def check_lengths(lengths: Tensor, length: int) -> None:
-    """Make sure that no row has fewer real tokens than none, or more than there are.
+def check_lengths(lengths: Tensor, least: int, most: int) -> None:
+    """Make sure how many real tokens each row has.
 
     Raises:
-        ModelError: one has; on CUDA an error of the device, later.
+        ModelError: one has too few or too many; on CUDA an error of the device, later.
     """
+    message = (
+        f"a row has from {least} to {most} tokens"
+        if least < most
+        else (
+            f"each row has {most} tokens where use_cache=True: the segment goes on behind them, and not behind padding"
+        )
+    )
     if lengths.is_cuda:
-        possible = ((lengths >= 0) & (lengths <= length)).all()
-        torch._assert_async(possible, f"lengths= are from 0 to {length}, the tokens of a row")  # waits for nothing
-    elif not ((numbers := lengths.numpy(force=True)) >= 0).all() or (numbers > length).any():
-        raise ModelError(f"lengths={lengths.tolist()}: a row has from 0 to {length} tokens")
+        torch._assert_async(((lengths >= least) & (lengths <= most)).all(), f"lengths=: {message}")  # waits for nothing
+    elif ((numbers := lengths.numpy(force=True)) < least).any() or (numbers > most).any():
+        raise ModelError(f"lengths={lengths.tolist()}: {message}")
 
 
 def without_padding(labels: Tensor, lengths: Tensor | None) -> Tensor:

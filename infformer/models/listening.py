@@ -39,6 +39,13 @@ class Ear:
                 f"model.memory.stores=keys_values: a {type(attention).__name__} computes its scores by itself, so "
                 "nobody is told its queries; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
             )
+        width = attention.config.hidden_size
+        self.outputs = [part for part in attention.children() if _numbers(part)[1] == width]
+        if not self.outputs:
+            raise ModelError(
+                f"model.memory.stores=keys_values: a {type(attention).__name__} has no linear map to its output, "
+                "through which what is read would go; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
+            )
         self.attention: Any = attention
         self.eager: Callable[..., Any] = getattr(module, "eager_attention_forward")  # noqa: B009, for any module
         self.heard: tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any], Tensor] | None = None
@@ -91,9 +98,9 @@ class Ear:
             scores = (query @ keys.mT).float() * scale
             if (cap := options.get("softcap")) is not None:
                 scores = torch.tanh(scores / cap) * cap
-            if mask is None:  # the kernel is causal by itself
-                causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-                scores = scores.masked_fill(~causal.tril(scores.shape[-1] - scores.shape[-2]), -torch.inf)
+            if mask is None or mask.dim() == 2:  # the kernel is causal by itself, and is told at most of padding
+                seen = _seen_causally(scores, mask, options.get("sliding_window"))
+                scores = scores.masked_fill(~seen, -torch.inf)
             elif mask.dtype == torch.bool:
                 scores = scores.masked_fill(~mask[..., : scores.shape[-1]], -torch.inf)
             else:
@@ -103,18 +110,36 @@ class Ear:
         return LayerHeads(queries, self._project, attended), pair
 
     def _project(self, heads: Tensor) -> Tensor:
-        """The output projection, the last linear map of an attention that takes all its heads, without its bias."""
+        """The output projection, the last linear map of an attention from all its heads to its output, without bias."""
         joined = heads.transpose(1, 2).flatten(2)
-        *_, last = (part for part in self.attention.children() if _inputs(part) == joined.shape[-1])
+        *_, last = (part for part in self.outputs if _numbers(part)[0] == joined.shape[-1])
         projected: Tensor = last(joined)
         if getattr(last, "bias", None) is None:
             return projected
         return projected - last(torch.zeros_like(joined[:1, :1]))
 
 
-def _inputs(module: nn.Module) -> int | None:
-    """How many numbers a linear map takes; None for another module."""
-    return getattr(module, "in_features", None) or getattr(module, "nx", None)
+def _seen_causally(scores: Tensor, real: Tensor | None, window: int | None) -> Tensor:
+    """Which keys the last queries see, bool, broadcast to scores [batch, heads, queries, keys].
+
+    Args:
+        real: which keys are not padding, [batch, keys]; None: all.
+        window: how many keys a query sees, its own among them; None: all up to it.
+    """
+    queries, keys = scores.shape[-2:]
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=scores.device)
+    seen = ones.tril(keys - queries)
+    if window is not None:
+        seen = seen & ones.triu(keys - queries - window + 1)
+    return seen if real is None else seen & real.bool()[:, None, None, :keys]
+
+
+def _numbers(module: nn.Module) -> tuple[int | None, int | None]:
+    """How many numbers a linear map takes and returns; None for another module."""
+    return (
+        getattr(module, "in_features", None) or getattr(module, "nx", None),
+        getattr(module, "out_features", None) or getattr(module, "nf", None),
+    )
 
 
 def _listening(module: Any, *tensors: Any, **options: Any) -> Any:

@@ -295,7 +295,7 @@ class InfformerForCausalLM(MemoryModel):
             self.segment_length = config.segment_length
             self._seen = memory.key_values
             self._check_places(memory, config.segment_length)
-            window = getattr(config.backbone, "sliding_window", None)
+            window = getattr(config.backbone, "sliding_window", None) or None  # Qwen2-MoE says 0 for none
             if memory.keeps_key_values and window is not None and window < config.segment_length:
                 raise ModelError(
                     f"training.segment_length={config.segment_length}: a segment in pieces loses its first keys where "
@@ -353,6 +353,10 @@ class InfformerForCausalLM(MemoryModel):
         Raises:
             ModelError: there is no such model, or it is not one that a memory can be put beside.
         """
+        if not isinstance(memory, MemoryConfig | None):
+            raise ModelError(
+                f"memory={memory}: give its options, such as LongTermMemoryConfig() of infformer, or None for none"
+            )
         if isinstance(backbone, str | os.PathLike):
             from infformer.models.folders import load_config, load_weights, model_folder  # it asks the Auto classes
 
@@ -378,6 +382,9 @@ class InfformerForCausalLM(MemoryModel):
         if backbone.generation_config is not None:
             model.generation_config = backbone.generation_config
         model.memories.to(backbone.device)
+        if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+            # Layers that are computed anew have to be told again what they remember.
+            model.checkpoint_activations()
         adopt_quantization(model, backbone)
         return model
 
@@ -506,6 +513,17 @@ class InfformerForCausalLM(MemoryModel):
                 f"first ones these are more than the {self.positions} positions of the backbone; set it to "
                 f"{max(0, most)} at most"
             )
+        rotation = getattr(self.config.backbone, "rope_parameters", None) or {}
+        short = rotation.get("original_max_position_embeddings", 0) if rotation.get("rope_type") == "longrope" else 0
+        seen = memory.key_values
+        if (seen or memory.keeps_key_values) and seen < short < seen + segment_length:
+            # It chooses by the last place that it is asked for, so that a segment in pieces would have both.
+            raise ModelError(
+                f"training.segment_length={segment_length}: this backbone rotates otherwise where a text is longer "
+                f"than {short} tokens, and a segment behind {seen} others would begin before that and end behind it; take "
+                f"segments of at most {short - seen} tokens, or see at least {short} before each "
+                "(model.memory.short_term_length=)"
+            )
 
     def _check_rotated(self, config: InfformerConfig, depth: int) -> None:
         if set(config.rotated_layers or ()) != set(range(depth)):
@@ -563,6 +581,11 @@ def _checked(backbone: Any) -> PreTrainedModel:
         ModelError: they cannot.
     """
     kind = type(backbone).__name__
+    if isinstance(backbone, MemoryModel):
+        raise ModelError(
+            f"backbone={kind}: this model has its memories already; give the stock model (.stock_backbone()), or go on "
+            "with it as it is"
+        )
     if hasattr(backbone, "merge_and_unload") or getattr(backbone, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"backbone={kind}: adapters give the weights other names, by which they would not be found again; merge "

@@ -17,6 +17,7 @@ from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.memory import KeyValues, LayerHeads, SegmentContext
 from infformer.memory.signal import ContinuousSignal
 from infformer.models.decoder import DecoderConfig
+from infformer.models.listening import Ear
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.training.optimization import make_optimizer
 
@@ -146,6 +147,7 @@ BACKBONES = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 6},
     "gpt2": {},
     "gpt_neox": {"rotary_pct": 0.5},
+    "phi3": {"num_key_value_heads": 2},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 5},
 }
 
@@ -235,6 +237,22 @@ def test_keys_and_queries_of_a_llama_are_those_before_its_rotation():
     reading = model(text, return_intermediates=True).intermediates[0].memory.reading
     expected = torch.cat([seen["k_proj"], seen["v_proj"]], dim=-1)
     torch.testing.assert_close(reading.written, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_kernel_that_is_told_of_padding_alone_is_causal_and_keeps_its_window(window):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=generator, dtype=torch.float64)
+    real = torch.arange(6) >= torch.tensor([[0], [2]])
+    places = torch.arange(6)
+    seen = (places <= places[:, None]) & (places > places[:, None] - (window or 6)) & real[:, None, None]
+    ear = Ear(backbone("llama").model.layers[0].self_attn)
+    attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    ear.heard = query, key, value, real.long(), {"sliding_window": window}, attended.transpose(1, 2)
+    heads, _ = ear.heads(None, None, 0)
+    _, sums = heads.attended()
+    expected = (query @ key.mT / 8**0.5).masked_fill(~seen, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(sums[real[:, None].expand_as(sums)], expected[real[:, None].expand_as(sums)].float())
 
 
 def test_a_backbone_that_computes_its_scores_by_itself_is_refused():

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from infformer.errors import ModelError
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
+from infformer.models.backbone import find_rotations
 from infformer.models.generation import continue_text
 from infformer.models.pretrained import InfformerForCausalLM
 
@@ -130,6 +131,35 @@ def test_the_short_term_memory_of_any_family_reads_as_one_pass_over_all_it_holds
 def test_what_was_read_at_absolute_places_cannot_be_moved_back(kind, sizes):
     with pytest.raises(ModelError, match=r"short_term_length: what a .* has read cannot be moved back: its layer 0"):
         InfformerForCausalLM.from_backbone(stock(kind, sizes), MemoryConfig(short_term_length=4), segment_length=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_channel_a_hundred_times_as_large_does_not_hide_the_rotation_of_the_others(dtype):
+    """As the key biases of Qwen2 are, in the pair that turns the slowest."""
+    backbone = stock("qwen2", {**GROUPED, "head_dim": 32})
+    for layer in backbone.model.layers:
+        layer.self_attn.k_proj.bias.data[[15, 31]] = 100
+    assert find_rotations(backbone.to(dtype)) == [0, 1]
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+
+
+@pytest.mark.parametrize(("short_term_length", "fits"), [(8, True), (9, False), (12, True)])
+def test_a_segment_in_which_a_backbone_begins_to_rotate_otherwise_is_refused(short_term_length, fits):
+    rotation = {**LONGROPE, "original_max_position_embeddings": 12}
+    backbone = stock("phi3", {**GROUPED, "rope_parameters": rotation, "original_max_position_embeddings": 12})
+    memory = MemoryConfig(short_term_length=short_term_length, sink_tokens=0)
+    if fits:
+        model = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT)
+        with torch.no_grad():
+            whole = model(TEXT[:, :4]).logits
+            first = model(TEXT[:, :1], use_cache=True)
+            rest = model(TEXT[:, 1:4], segment_cache=first.segment_cache).logits
+        torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ModelError, match=r"segment_length=4: .* segments of at most 3 tokens, or see at least 12"):
+            InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT)
 
 
 def test_a_backbone_needs_nothing_but_its_own_configuration():

@@ -91,6 +91,12 @@ READING = [
     ),
     Call("lengths=[9]", "from 0 to 8", lambda g: g.model(TEXT[:1], lengths=torch.tensor([9]))),
     Call("lengths=[8, -1]", "from 0 to 8", lambda g: g.model(TEXT[:2], lengths=torch.tensor([8, -1]))),
+    Call(
+        "lengths=[4, 2]",
+        "not behind padding",
+        lambda g: g.model(TEXT[:2, :4], lengths=torch.tensor([4, 2]), use_cache=True),
+    ),
+    Call("state= is a MemoryModelOutput", "output.state", lambda g: g.model(TEXT, state=g.model(TEXT))),
     Call("lengths=", "each of 2 rows", lambda g: g.model(TEXT[:2], lengths=torch.tensor([8]))),
     Call("reset=", "each of 2 rows", lambda g: g.model(TEXT[:2], reset=torch.tensor([True, False, True]))),
     Call("state= has 4 rows, input_ids 1", "select_rows", lambda g: g.model(TEXT[:1], state=g.state(4))),
@@ -123,6 +129,12 @@ BACKBONES = [
         "backbone=GPT2Model",
         "give a causal language model",
         lambda g: InfformerForCausalLM.from_backbone(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1))),
+    ),
+    Call("backbone=InfformerForCausalLM", "stock_backbone()", lambda g: InfformerForCausalLM.from_backbone(g.model)),
+    Call(
+        "memory=sticky",
+        "LongTermMemoryConfig()",
+        lambda g: InfformerForCausalLM.from_backbone(g.model_folder, "sticky"),
     ),
     Call(
         "backbone=Linear", "give a causal language model", lambda g: InfformerForCausalLM.from_backbone(nn.Linear(1, 1))

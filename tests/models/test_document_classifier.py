@@ -174,6 +174,24 @@ def test_the_language_model_stays_what_it_was(reader):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.reader.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("ask", ["checkpoint_activations", "gradient_checkpointing_enable"])
+def test_layers_are_computed_anew_in_the_backward_pass_whoever_asks_for_it(ask):
+    gradients = []
+    for is_asked in (False, True):
+        torch.manual_seed(0)
+        model = DocumentClassifier.on_top(wrapped(), HeadConfig("plain", 7, 0.0), LABELS).train()
+        if is_asked:
+            getattr(model, ask)()
+        state = model(padded()[:, :SEGMENT]).state.detach()
+        targets = torch.full((len(LENGTHS), SEGMENT), -100)
+        targets[:, -1] = 1
+        model(padded()[:, SEGMENT : 2 * SEGMENT], state=state, targets=targets).loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 def test_a_second_backward_pass_is_refused():
     model = DocumentClassifier.on_top(decoder(), HeadConfig("plain"), LABELS)
     first = model(documents()[3])

@@ -244,7 +244,19 @@ def test_a_model_whose_memory_turns_keys_back_in_single_precision_grows_to_that(
 def test_new_layers_of_a_model_whose_memory_stands_in_some_have_what_the_layer_after_them_has():
     larger = assert_grows(wrapped(MEMORIES["long-term"], memory_layers=[1]), {"num_hidden_layers": 4})
     assert larger.config.memory_layers == [2, 3]
-    assert_grows(wrapped(MEMORIES["behind"], memory_layers=[1]), {"num_hidden_layers": 3}, 1e-5)
+
+
+@pytest.mark.usefixtures("norms_in_double_precision")
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 4}, {"hidden_size": 16}, {"num_attention_heads": 8}], ids=str)
+@pytest.mark.parametrize("memory", ["behind", "short-term"])
+def test_a_short_term_memory_stands_in_layers_too_that_have_no_other(memory, sizes):
+    assert_grows(wrapped(MEMORIES[memory], memory_layers=[1]), sizes, 1e-5)
+
+
+@pytest.mark.usefixtures("norms_in_double_precision")
+def test_layers_may_be_named_in_any_order():
+    for memory in (CacheConfig(length=SEGMENT), MEMORIES["long-term"]):
+        assert_grows(wrapped(memory, memory_layers=[1, 0]), {"num_hidden_layers": 4}, 1e-5)
 
 
 @pytest.mark.usefixtures("norms_in_double_precision")

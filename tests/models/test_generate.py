@@ -144,6 +144,20 @@ def test_padding_behind_a_prompt_is_refused(model):
         written(model, ids.flip(1), mask.flip(1))
 
 
+def test_guidance_by_a_cache_of_keys_and_values_is_refused(model):
+    ids, mask = prompts()
+    with pytest.raises(ModelError, match=r"guidance_scale=: .* set use_cache=False too"):
+        written(model, ids, mask, guidance_scale=2.0)
+    assert written(model, ids, mask, guidance_scale=2.0, use_cache=False, max_new_tokens=2).shape == (len(LENGTHS), 2)
+
+
+def test_a_model_with_neither_memory_nor_a_limit_of_positions_writes_segment_by_segment():
+    torch.manual_seed(0)
+    model = wrapped("bloom", None).eval()
+    ids = torch.randint(2, VOCABULARY, (1, 6))
+    assert torch.equal(written(model, ids), written(model, ids[:, SEGMENT:]))
+
+
 def test_choices_processors_criteria_and_streams_are_those_of_transformers(model):
     """Sampling that its seed repeats, a penalty that forbids, a criterion that ends, and a streamer that is told."""
 

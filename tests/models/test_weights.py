@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from infformer.errors import ModelError
 from infformer.memory.long_term_options import LongTermMemoryConfig
+from infformer.models import folders
 from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.folders import model_folder
@@ -168,6 +169,18 @@ class TestTypes:
         AutoModelForCausalLM.from_config(backbone.config).half().save_pretrained(tmp_path)
         assert InfformerForCausalLM.from_backbone(tmp_path).dtype == torch.float32
         assert InfformerForCausalLM.from_backbone(tmp_path, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [(torch.float32, False), (torch.bfloat16, True), ("auto", True)])
+def test_what_weights_take_is_held_against_the_machine_in_their_own_type(dtype, fits, backbone, tmp_path, monkeypatch):
+    backbone.save_pretrained(tmp_path)
+    bytes_of_the_machine = {"SC_PAGE_SIZE": 3, "SC_PHYS_PAGES": backbone.num_parameters()}
+    monkeypatch.setattr(folders.os, "sysconf", bytes_of_the_machine.get)
+    if fits:
+        InfformerForCausalLM.from_backbone(tmp_path, dtype=dtype)
+    else:
+        with pytest.raises(ModelError, match="in float32, and this machine has 0; give a smaller model"):
+            InfformerForCausalLM.from_backbone(tmp_path, dtype=dtype)
 
 
 class TestTheFolderOfARun:
