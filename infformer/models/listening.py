@@ -39,12 +39,12 @@ class Ear:
                 f"model.memory.stores=keys_values: a {type(attention).__name__} computes its scores by itself, so "
                 "nobody is told its queries; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
             )
-        width = attention.config.hidden_size
+        width = getattr(attention.config, "hidden_size", None)
         self.outputs = [part for part in attention.children() if _numbers(part)[1] == width]
         if not self.outputs:
             raise ModelError(
                 f"model.memory.stores=keys_values: a {type(attention).__name__} has no linear map to its output, "
-                "through which what is read would go; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
+                "for what is read to go through; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
             )
         self.attention: Any = attention
         self.eager: Callable[..., Any] = getattr(module, "eager_attention_forward")  # noqa: B009, for any module

@@ -520,8 +520,8 @@ class InfformerForCausalLM(MemoryModel):
             # It chooses by the last place that it is asked for, so that a segment in pieces would have both.
             raise ModelError(
                 f"training.segment_length={segment_length}: this backbone rotates otherwise where a text is longer "
-                f"than {short} tokens, and a segment behind {seen} others would begin before that and end behind it; take "
-                f"segments of at most {short - seen} tokens, or see at least {short} before each "
+                f"than {short} tokens, and a segment behind {seen} others would begin before that and end after it; "
+                f"take segments of at most {short - seen} tokens, or see at least {short} before each "
                 "(model.memory.short_term_length=)"
             )
 

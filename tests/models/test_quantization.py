@@ -94,7 +94,7 @@ LORA = [None, pytest.param(2, marks=needs("peft"))]
 @pytest.mark.needs("bitsandbytes")
 @pytest.mark.parametrize("kind", ["llama"])
 def test_channels_that_stand_out_do_not_look_like_later_tokens(folder, kind):
-    """Eight bits leave out the channels that are large in any token of a call, so that the first token rounds otherwise."""
+    """Eight bits leave out channels that are large in any token of a call, so that the first token rounds otherwise."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1) if parameter.dim() == 1 else nn.init.normal_(parameter, std=0.1)
