@@ -23,6 +23,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return import_module("infformer.api").__all__
     # Python asks here for a module of the package, too, before it imports it.
     if name.startswith("_") or find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -30,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *import_module("infformer.api").__all__})
+    return sorted({"__version__", *import_module("infformer.api").__all__})
 
 
 def _register_models() -> None:

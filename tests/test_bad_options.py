@@ -64,7 +64,7 @@ REFUSED = [
     ("train", "model/memory=none model.memory.ridge=0.1", "", "such as model/memory=sticky"),
     ("train", "model/memory=none ++model.memory.ridge=0.1", "", "such as model/memory=sticky"),
     ("train", "model.memory.rate=2", "", "choose model/memory=compressive"),
-    ("train", "model.memory=sticky", "", "options are set one by one"),
+    ("train", "model.memory=sticky", "", "type model/memory=, one of"),
     ("train", "model=null", "", "choose one of classifier, decoder, gpt2"),
     ("train", "optimizer=null", "", "choose one of adam, adamw"),
     ("train", "optimizer=3", "", "choose one of adam, adamw"),

@@ -106,9 +106,13 @@ def eval_refused(refused, texts, model_folder, token_cache, tmp_path) -> Refused
             marks=pytest.mark.processor,
         ),
         ("model.memory_layers=[0,7]", ["model.memory_layers=[0, 7]", "layers 0 to 0"]),
+        ("model.memory=sticky", ["model.memory=sticky", "type model/memory=, one of ", " none, ", " sticky"]),
+        ("memory=sticky", ["memory=sticky", "type model/memory=, one of "]),
+        ("model.memory.kind=sticky", ["there is no option model.memory.kind"]),
+        ("data=mine/book.txt", ["data=mine/book.txt", "or for files of your own text with data.train=FILES"]),
         ("training.batch_size=64", ["training.batch_size=64", "smaller batch"]),
         ("training.batch_size=3", ["training.batch_size=3", "training.gradient_accumulation=2", "multiple of 2"]),
-        ("resume=nowhere", ["resume=nowhere", "cannot be gone on from", "nowhere"]),
+        ("resume=nowhere", ["resume=nowhere", "there is no such folder", "resume=auto"]),
     ],
 )
 def test_training_refuses(train_refused, option, says):

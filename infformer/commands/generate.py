@@ -11,6 +11,8 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import logging
+import re
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Compose the configuration, check it, read and write."""
+    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     start("generate", GenerationRunConfig, CONF, run)
 
 
@@ -58,6 +61,15 @@ def run(config: GenerationRunConfig) -> None:
             read = read_text(model, prompt, length, read)
         if read is not None and config.tokens:
             _write(model, tokenizer, read, length, config)
+
+
+def _quoted(argument: str) -> str:
+    """A prompt as Hydra reads any text, with commas, brackets and quotes, unless it is quoted already."""
+    name, _, text = argument.partition("=")
+    if name != "prompt" or re.fullmatch(r"null|\".*\"|'.*'", text, re.DOTALL):
+        return argument
+    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (found[2] and '\\"'), text)
+    return f'prompt="{escaped}"'
 
 
 def _read(model: MemoryModel, document: torch.Tensor, length: int, before: ReadText | None) -> ReadText:

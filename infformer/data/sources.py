@@ -178,7 +178,10 @@ def _files(config: DataConfig, split: str) -> list[tuple[Path, str]]:
     if config.source == "sample":
         paths = [_SAMPLE / f"{place}.jsonl.gz" for place in places]
         if not paths[0].exists():
-            raise DataError(f"data.{split}={places[0]}: the sample has the splits {', '.join(SPLITS)}; choose one.")
+            raise DataError(
+                f"data.{split}={places[0]}: the sample has the splits {', '.join(SPLITS)}; choose one, or "
+                f"for files of your own type data=text data.{split}={places[0]}"
+            )
     else:
         paths = find_files(places, f"data.{split}")
     return list(zip(paths, name_files(paths), strict=True))

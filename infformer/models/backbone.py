@@ -236,8 +236,9 @@ def find_rotations(backbone: PreTrainedModel, move: bool = True) -> list[int]:
             continue
         if not _alike(near, far):
             raise ModelError(
-                f"model.memory.short_term_length: what a {backbone.config.model_type!r} has read cannot be moved back: "
+                f"model.memory: what a {backbone.config.model_type!r} has read cannot be moved back: "
                 f"its layer {layer} knows places neither by rotary positions nor by distances alone; choose a backbone "
-                "such as Llama, or no short-term memory (model.memory.short_term_length=0)"
+                "such as Llama, or a memory that keeps no tokens as they were: model/memory=long_term, sticky or none, "
+                "with model.memory.short_term_length=0"
             )
     return rotated

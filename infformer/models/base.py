@@ -352,20 +352,23 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         """Give those of the memories' weights that were not loaded what a new memory has."""
         raise NotImplementedError
 
-    def check_segment_length(self, length: int) -> None:
+    def check_segment_length(self, length: int, option: str = "segment_length") -> None:
         """Make sure that the model can read segments of this length, and that its memory writes them.
+
+        Args:
+            option: by which it was chosen, for the error.
 
         Raises:
             ModelError: it cannot, or does not.
         """
         if self.segment_length is not None and length != self.segment_length:
             raise ModelError(
-                f"segment_length={length} is not that of the memory, which writes whole segments of "
+                f"{option}={length} is not that of the memory, which writes whole segments of "
                 f"{self.segment_length} tokens and forgets all others: set it to {self.segment_length}"
             )
         if self.positions is not None and length > self.positions:
             raise ModelError(
-                f"segment_length={length} is longer than the {self.positions} positions of the model: set it to "
+                f"{option}={length} is longer than the {self.positions} positions of the model: set it to "
                 f"{self.positions} at most"
             )
 

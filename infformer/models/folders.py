@@ -126,9 +126,10 @@ def load(kind: Any, name: str, option: str, **kwargs: Any) -> Any:
         raise ModelError(f"{option}={name}: {error}") from error
     except Exception as error:  # whatever a broken folder makes the libraries raise
         if problem is not None:
+            here = f"there is no such folder (seen from {Path.cwd()}), and on the hub: " if path.parent.is_dir() else ""
             raise ModelError(
-                f"{option}={name}: {problem}, and no earlier download of it was found. To work without a network set "
-                f"{option}= to a local folder, {WITHOUT_A_NETWORK}"
+                f"{option}={name}: {here}{problem}, and no earlier download of it was found. To work without a network "
+                f"set {option}= to a local folder, {WITHOUT_A_NETWORK}"
             ) from error
         reason = " ".join(str(error).split())
         raise ModelError(f"{option}={name}: no {kind.__name__} could be loaded from there: {reason}") from error

@@ -44,7 +44,8 @@ class Ear:
         if not self.outputs:
             raise ModelError(
                 f"model.memory.stores=keys_values: a {type(attention).__name__} has no linear map to its output, "
-                "for what is read to go through; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
+                "for what is read to go through; choose a backbone such as Llama or GPT-2, or "
+                "model.memory.stores=hidden"
             )
         self.attention: Any = attention
         self.eager: Callable[..., Any] = getattr(module, "eager_attention_forward")  # noqa: B009, for any module

@@ -58,12 +58,12 @@ def load_pretrained(
     is_bare = memory is None and memory_layers is None and (lora is None or lora.rank is None)
     if isinstance(config, InfformerConfig) and is_bare:
         model: InfformerForCausalLM = load_weights(InfformerForCausalLM, config, folder, "model.pretrained", **kwargs)
-        model.check_segment_length(segment_length)
+        model.check_segment_length(segment_length, "training.segment_length")
         return model
     if isinstance(config, InfformerConfig):
         raise ModelError(
-            f"model.pretrained={name} has a memory already; to go on with it choose model/memory=none and nothing else "
-            "that stands beside a backbone, to begin with its backbone alone export that first: python "
+            f"model.pretrained={name} has a memory already; to train that on, type model/memory=none and nothing else "
+            "that stands beside a backbone; to begin with its backbone alone, export that first: python "
             "scripts/export.py CHECKPOINT FOLDER --what backbone"
         )
     if isinstance(config, ClassifierConfig | DocumentClassifierConfig):
@@ -99,7 +99,7 @@ def load_decoder(name: str, segment_length: int, **unwanted: Any) -> DecoderForC
             )
     folder = model_folder(name)
     model = load_weights(DecoderForCausalLM, load_config(folder, "model.pretrained"), folder, "model.pretrained")
-    model.check_segment_length(segment_length)
+    model.check_segment_length(segment_length, "training.segment_length")
     return model
 
 
@@ -215,7 +215,8 @@ def load_tokenizer(name: str, option: str = "model.tokenizer") -> PreTrainedToke
     tokenizer = load(GPT2Tokenizer if is_bare else AutoTokenizer, folder, option)
     if len(tokenizer) < 2:
         raise ModelError(
-            f"{option}={name}: the tokenizer there is empty; give a folder with tokenizer.json or vocab.json"
+            f"{option}={name}: there is no tokenizer in this folder, no tokenizer.json and no vocab.json; name another "
+            "folder for it by model.tokenizer= (eval.py, generate.py and scripts: tokenizer=)"
         )
     return tokenizer
 

@@ -291,7 +291,7 @@ class InfformerForCausalLM(MemoryModel):
                 memory.check_pretrained()
             except ValueError as error:
                 raise ModelError(str(error)) from error
-            self.check_segment_length(config.segment_length)
+            self.check_segment_length(config.segment_length, "training.segment_length")
             self.segment_length = config.segment_length
             self._seen = memory.key_values
             self._check_places(memory, config.segment_length)

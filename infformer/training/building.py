@@ -92,7 +92,7 @@ def build_model(
             model = new_model(architecture, chosen.memory, chosen.memory_layers, segment_length, chosen.attention)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
-    model.check_segment_length(segment_length)
+    model.check_segment_length(segment_length, "training.segment_length")
     if config.training.freeze_backbone:
         model.backbone.requires_grad_(False)
     if config.training.gradient_checkpointing:

@@ -23,7 +23,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from infformer.config import MEMORIES, TASKS, options_of, register_schemas, schema_of, without_none
+from infformer.config import CHOICES, MEMORIES, TASKS, options_of, register_schemas, schema_of, without_none
 from infformer.errors import UserError
 
 Options = TypeVar("Options")
@@ -149,9 +149,12 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
         if str(error).startswith("Multiple values for ") and override.is_add():
             return OptionError(f"{_line(override)}: this is chosen already; type it without +")
         if not isinstance(choice, str) or (isinstance(error, MissingConfigException) and choice not in choices):
+            own_files = (
+                ", or for files of your own text with data.train=FILES" if override.key_or_group == "data" else ""
+            )
             return OptionError(
                 f"{_line(override)}: there is no such choice{_perhaps(str(choice), choices)}; choose one of "
-                f"{', '.join(choices)}"
+                f"{', '.join(choices)}{own_files}"
             )
     try:
         base = _compose(name, conf, [_line(override) for override in chosen])
@@ -159,7 +162,7 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
         return OptionError(_in_one_line(error))
     for override in values:
         ours = not override.key_or_group.startswith("hydra.") and not override.is_sweep_override()
-        problem = _problem(override, base, kind) if ours else None
+        problem = _problem(override, base, kind, conf) if ours else None
         if problem is not None:
             return problem
     return OptionError(_in_one_line(error))
@@ -183,9 +186,14 @@ def _compose(name: str, conf: Path, overrides: Sequence[str]) -> DictConfig:
     return composed
 
 
-def _problem(override: Override, base: DictConfig, kind: type[Any]) -> OptionError | None:
+def _problem(override: Override, base: DictConfig, kind: type[Any], conf: Path) -> OptionError | None:
     """What is wrong with one option, seen from what the chosen groups make; None if nothing is."""
     option, line = override.key_or_group, _line(override)
+    for group in CHOICES:
+        above, _, name = group.rpartition("/")
+        if above in base and option in (group.replace("/", "."), name) and isinstance(override.value(), str):
+            choices = ", ".join(choices_of(group, conf))
+            return OptionError(f"{line}: a {name} is chosen with a slash; type {group}=, one of {choices}")
     *parents, last = option.split(".")
     node: Any = base
     for depth, parent in enumerate(parents):
@@ -204,9 +212,9 @@ def _problem(override: Override, base: DictConfig, kind: type[Any]) -> OptionErr
             return None
         near = _perhaps(last, [str(name) for name in node])
         return OptionError(f"{line}: there is no {option} in this run{near}; to add it, type +{line}")
-    declared = typing.get_type_hints(kind_of_node).get(last)
-    if declared is None:
+    if last not in _names(kind_of_node):
         return _no_such_option(line, option, kind)
+    declared = typing.get_type_hints(kind_of_node)[last]
     if override.is_delete():
         return None
     try:
@@ -273,7 +281,7 @@ def _in_words(declared: Any) -> str:
         list[str]: "must be a list of texts, such as [one,two]",
     }
     if dataclasses.is_dataclass(inner):
-        return f"this is a group, whose options are set one by one: {', '.join(typing.get_type_hints(inner))}"
+        return f"this is a group, whose options are set one by one: {', '.join(_names(inner))}"
     if typing.get_origin(inner) is list and dataclasses.is_dataclass(typing.get_args(inner)[0]):
         required, *options = typing.get_type_hints(typing.get_args(inner)[0])
         return f"must be a list of groups, such as [{{{required}: 1, {options[-1]}: 2}}], of {', '.join(options)}"
@@ -281,6 +289,11 @@ def _in_words(declared: Any) -> str:
         return "must be fields with values, such as {name: value}"
     said = words.get(inner, "")
     return f"{said}, or null" if said and inner is not declared else said
+
+
+def _names(kind: Any) -> list[str]:
+    """The options of a group."""
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _as_typed(message: str, composed: DictConfig) -> str:

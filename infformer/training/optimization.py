@@ -97,6 +97,11 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int, 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # as torch wants it of who begins later
     depths = [group.get("below", 0) for group in optimizer.param_groups]
+    if config.name != "slanted_triangular" and config.warmup_steps >= max_steps:
+        logger.warning(
+            "schedule.warmup_steps=%d: the rates still rise when the run ends at training.max_steps=%d",
+            config.warmup_steps, max_steps,
+        )  # fmt: skip
     every, factor = config.unfreeze_every, _factor(config, max_steps)
     learn = max(depths) if config.unfreeze_layers is None else config.unfreeze_layers
     if learn > max(depths):

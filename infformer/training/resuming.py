@@ -45,6 +45,16 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
         checkpoint = newest
     else:
         checkpoint = Path(config.resume).expanduser().resolve()
+        if not checkpoint.is_dir():
+            raise RunError(
+                f"resume={config.resume}: there is no such folder (seen from {Path.cwd()}); type resume=auto to go on "
+                f"with the newest checkpoint in output_dir={folder}, or name a checkpoint"
+            )
+        if (own := newest_checkpoint(checkpoint) or newest_checkpoint(checkpoint / "checkpoints")) is not None:
+            raise RunError(
+                f"resume={config.resume}: this is the folder of a run; name one of its checkpoints, of which the "
+                f"newest is {own}, or go on with it by output_dir= and resume=auto"
+            )
         problem = validate_checkpoint(checkpoint)
         if problem is not None:
             raise RunError(f"resume={config.resume}: this checkpoint cannot be gone on from: {problem}")

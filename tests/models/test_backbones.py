@@ -129,7 +129,7 @@ def test_the_short_term_memory_of_any_family_reads_as_one_pass_over_all_it_holds
 
 @pytest.mark.parametrize(("kind", "sizes"), ABSOLUTE_ONES)
 def test_what_was_read_at_absolute_places_cannot_be_moved_back(kind, sizes):
-    with pytest.raises(ModelError, match=r"short_term_length: what a .* has read cannot be moved back: its layer 0"):
+    with pytest.raises(ModelError, match=r"model.memory: what a .* has read cannot be moved back: its layer 0"):
         InfformerForCausalLM.from_backbone(stock(kind, sizes), MemoryConfig(short_term_length=4), segment_length=4)
 
 

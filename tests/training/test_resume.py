@@ -531,10 +531,21 @@ class TestRefused:
             train(configure(folder))
         assert contents(folder) == before
 
-    @pytest.mark.parametrize("path", ["nowhere", "run", "run/checkpoints", "run/checkpoints/step-00000006"])
-    def test_a_path_that_is_no_whole_checkpoint_is_refused(self, configure, train, folder, tmp_path, path):
+    @pytest.mark.parametrize(
+        ("path", "says"),
+        [
+            ("nowhere", r"there is no such folder \(seen from .*; type resume=auto"),
+            (
+                "run",
+                r"this is the folder of a run; name one of its checkpoints, of which the newest is .*step-00000004",
+            ),
+            ("run/checkpoints", "this is the folder of a run"),
+            ("run/checkpoints/step-00000006", "this checkpoint cannot be gone on from"),
+        ],
+    )
+    def test_a_path_that_is_no_whole_checkpoint_is_refused(self, configure, train, folder, tmp_path, path, says):
         (folder / "checkpoints" / "step-00000006" / "optimizer.safetensors").unlink()
-        with pytest.raises(RunError, match=f"resume={tmp_path / path}: this checkpoint cannot be gone on from"):
+        with pytest.raises(RunError, match=f"resume={tmp_path / path}: {says}"):
             train(configure(tmp_path / "new", {"resume": str(tmp_path / path)}))
         assert not (tmp_path / "new").exists()
 
