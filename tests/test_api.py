@@ -41,8 +41,12 @@ def test_an_import_of_the_package_loads_no_library() -> None:
 
 
 def test_all_that_the_list_of_names_imports_is_offered() -> None:
-    assert {name for name in vars(api) if not name.startswith("_")} == {*api.__all__} <= {*dir(infformer)}
+    assert {name for name in vars(api) if not name.startswith("_")} == {*api.__all__}
+    assert {*dir(infformer)} == {*api.__all__, "__version__"}
     assert infformer.InfformerForCausalLM is InfformerForCausalLM
+    names: dict[str, object] = {}
+    exec("from infformer import *", names)
+    assert {*api.__all__} <= {*names}
 
 
 @pytest.mark.parametrize("name", ["Transformer", "_private", "__wrapped__"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from infformer.commands.generate import quoted
 from infformer.config import CONF, GenerationRunConfig
 from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
@@ -67,6 +68,20 @@ def test_the_command_writes_and_ends(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", *typed])
     main()
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    "prompt", ["It was, and was not", "It's dark", 'Say "no" (or not)', "a=b: {c}", "1e3", 'a \\"b\\', "${x}"]
+)
+def test_a_prompt_is_taken_as_it_is_typed(prompt):
+    overrides = [quoted(f"prompt={prompt}"), "checkpoint=somewhere"]
+    composed = compose("generate", GenerationRunConfig, CONF, overrides)
+    assert composed.prompt == prompt
+
+
+@pytest.mark.parametrize("typed", ['prompt="a, b"', "prompt='a, b'", "prompt=null", "tokens=3", "prompt"])
+def test_what_is_quoted_already_or_no_prompt_stays_as_it_is(typed):
+    assert quoted(typed) == typed
 
 
 def test_what_was_read_is_asked_again_without_reading_it(generate, tmp_path):

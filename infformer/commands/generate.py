@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Compose the configuration, check it, read and write."""
-    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     start("generate", GenerationRunConfig, CONF, run)
 
 
@@ -63,13 +63,13 @@ def run(config: GenerationRunConfig) -> None:
             _write(model, tokenizer, read, length, config)
 
 
-def _quoted(argument: str) -> str:
+def quoted(argument: str) -> str:
     """A prompt as Hydra reads any text, with commas, brackets and quotes, unless it is quoted already."""
-    name, _, text = argument.partition("=")
-    if name != "prompt" or re.fullmatch(r"null|\".*\"|'.*'", text, re.DOTALL):
+    name, equals, text = argument.partition("=")
+    if name != "prompt" or not equals or re.fullmatch(r"null|\".*\"|'.*'", text, re.DOTALL):
         return argument
-    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (found[2] and '\\"'), text)
-    return f'prompt="{escaped}"'
+    text = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (found[2] and '\\"'), text)
+    return f'prompt="{text}"'.replace("${", r"\${")
 
 
 def _read(model: MemoryModel, document: torch.Tensor, length: int, before: ReadText | None) -> ReadText:

@@ -257,6 +257,13 @@ class TestLayers:
             assert depths[id(embedding)] == len(layers) + 1
             assert depths.keys().isdisjoint(map(id, [*top.maps.parameters(), *top.norms.parameters()]))
 
+    def test_a_run_that_ends_while_rates_still_rise_says_so(self, model, caplog):
+        optimizer = make_optimizer(model(), OptimizerConfig())
+        make_schedule(optimizer, ScheduleConfig(warmup_steps=99), max_steps=100)
+        assert not caplog.text
+        make_schedule(optimizer, ScheduleConfig(warmup_steps=100), max_steps=100)
+        assert "schedule.warmup_steps=100: the rates still rise when the run ends" in caplog.text
+
     def test_a_run_that_ends_before_all_layers_have_joined_says_so(self, model, caplog):
         optimizer = make_optimizer(model(), OptimizerConfig(**RATES), by_layer=True)
         make_schedule(optimizer, ScheduleConfig(unfreeze_every=50), 100)
