@@ -25,7 +25,7 @@ from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.adapters import LoraConfig
 from infformer.models.document_classifier import HeadConfig
 from infformer.models.quantization import QUANTIZATIONS
-from infformer.options import check_finite, free, measuring
+from infformer.options import check_finite, free, measuring, to_come
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.classification import ClassificationConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
@@ -227,7 +227,7 @@ class ModelConfig:
 class TrainingConfig:
     """The loop."""
 
-    max_steps: int = free(1000)
+    max_steps: int = to_come(1000)
     """Optimiser steps."""
     batch_size: int = 8
     """Lanes: streams of text read side by side, all processes and microbatches together."""
@@ -259,8 +259,9 @@ class TrainingConfig:
     where a document begins, and learns what the memory adds to it."""
     log_every: int = free(10)
     """Steps between two lines of metrics."""
-    evaluate_every: int | None = free(200)
-    """Steps between two evaluations on the validation documents. Null: only at the end."""
+    evaluate_every: int | None = to_come(200)
+    """Steps between two evaluations on the validation documents, by which the best weights are chosen. Null: only
+    at the end."""
     checkpoint_every: int | None = free(200)
     """Steps between two checkpoints. Null: only at the end."""
     keep_checkpoints: int = free(2)
@@ -509,7 +510,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    growth: list[GrowthConfig] = free(list)
+    growth: list[GrowthConfig] = to_come(list)
     """When the model becomes larger, one growth after the other, such as `[{step: 200, num_hidden_layers: 4}]`. A
     resumed run may change those that are still to come."""
     evaluation: EvaluationConfig = measuring(EvaluationConfig)

@@ -34,6 +34,14 @@ def free(default: Any) -> Any:
     return _marked(default, "free")
 
 
+def to_come(default: Any) -> Any:
+    """The field of an option that decides on what is still to come: a resumed run may change it, and learns otherwise.
+
+    So runs that differ in it are not the same.
+    """
+    return _marked(default, "to come")
+
+
 def measuring(default: Any) -> Any:
     """The field of an option that changes what is measured, not what is learned: a resumed run may change it."""
     return _marked(default, "measuring")

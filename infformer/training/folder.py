@@ -114,14 +114,23 @@ def differences(then: Mapping[str, object], now: Mapping[str, object], kind: typ
     An option that the version which wrote the first did not have was what it is by default.
     """
     options = dict(options_of(kind))
-    free = tuple(name for name, field in options.items() if field.metadata.get("may_change") in marks)
     then = {option: options[option].default for option in now if option in options} | dict(then.items())
+    left_out = marked({**then, **now}, kind, *marks)
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
         for option in sorted(then.keys() | now.keys())
-        if then.get(option) != now.get(option)
-        and not any(option == group or option.startswith(f"{group}.") for group in free)
+        if then.get(option) != now.get(option) and option not in left_out
     ]
+
+
+def marked(options: Mapping[str, object], kind: type[Any], *marks: str) -> dict[str, object]:
+    """Of a flat configuration of a kind the options that have one of these marks, or are in a group that has."""
+    groups = [name for name, field in options_of(kind) if field.metadata.get("may_change") in marks]
+    return {
+        option: value
+        for option, value in options.items()
+        if any(option == group or option.startswith(f"{group}.") for group in groups)
+    }
 
 
 def evaluation_folder(config: EvaluationRunConfig) -> Path:

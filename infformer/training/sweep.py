@@ -13,14 +13,14 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from infformer.config import RunConfig, options_of
+from infformer.config import RunConfig
 from infformer.errors import UserError
 from infformer.evaluation.comparison import check_comparable, gain_parts
 from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.report import write_results
 from infformer.plots.sweep import plot_sweep
 from infformer.results import Difference, Interval, Results, Sweep, SweepRow
-from infformer.training.folder import flatten
+from infformer.training.folder import flatten, marked
 
 
 class SweepError(UserError, ValueError):
@@ -50,7 +50,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     Raises:
         SweepError: a folder holds no run, or its files cannot be read.
     """
-    free = {name for name, field in options_of(RunConfig) if field.metadata.get("may_change") == "free"}
     runs, unfinished = [], []
     for folder in folders:
         if not (folder / "config.yaml").exists():
@@ -65,7 +64,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             seed = int(str(options.pop("seed")))
         except (OSError, ValueError, KeyError, OmegaConfBaseException) as error:
             raise SweepError(f"{folder}: its config.yaml or results.json cannot be read ({error})") from error
-        kept = {name: value for name, value in options.items() if name not in free | {"name", "output_dir", "resume"}}
+        free = marked(options, RunConfig, "free")
+        kept = {name: value for name, value in options.items() if name not in free}
         runs.append(Run(folder, kept, seed, results))
     return runs, unfinished
 

@@ -116,6 +116,29 @@ def test_rows_are_named_by_what_differs(run):
     assert [row["name"] for row in summarise(folders[0])["rows"]] == ["all alike"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"training": {"max_steps": 100}}, {"training": {"max_steps": 9}}),
+        ({"training": {"evaluate_every": 5}}, {"training": {"evaluate_every": None}}),
+        ({"growth": []}, {"growth": [{"step": 5, "num_hidden_layers": 9}]}),
+    ],
+)
+def test_runs_that_differ_in_what_they_learned_have_rows_of_their_own(run, one, other):
+    folders = [
+        run(name, {"seed": 0, **options}, perplexities([2, 2, 2])) for name, options in (("a", one), ("b", other))
+    ]
+    assert len(summarise(*folders)["rows"]) == 2
+
+
+def test_seeds_are_pooled_whatever_engine_and_tracker_they_had(run):
+    one: dict[str, object] = {"engine": {"name": "ddp"}, "tracker": {"name": "none"}}
+    other: dict[str, object] = {"engine": {"name": "fsdp2"}, "tracker": {"name": "wandb"}, "data": {"workers": 4}}
+    both = [{"seed": 0, **one}, {"seed": 1, **other}]
+    folders = [run(f"run_{options['seed']}", options, perplexities([2, 2, 2])) for options in both]
+    assert [row["seeds"] for row in summarise(*folders)["rows"]] == [[0, 1]]
+
+
 def test_accuracies_are_better_where_they_are_higher(run):
     def cells(*values: float) -> dict[str, Any]:
         found = [{"exact_match": value, "answers": count} for value, count in zip(values, (1, 3), strict=True)]
