@@ -17,7 +17,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,7 +114,7 @@ def differences(then: Mapping[str, object], now: Mapping[str, object], kind: typ
     An option that the version which wrote the first did not have was what it is by default.
     """
     options = dict(options_of(kind))
-    then = {option: options[option].default for option in now if option in options} | dict(then.items())
+    then = {option: _default(options[option]) for option in now if option in options} | dict(then.items())
     left_out = marked({**then, **now}, kind, *marks)
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
@@ -131,6 +131,10 @@ def marked(options: Mapping[str, object], kind: type[Any], *marks: str) -> dict[
         for option, value in options.items()
         if any(option == group or option.startswith(f"{group}.") for group in groups)
     }
+
+
+def _default(option: Field[Any]) -> object:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def evaluation_folder(config: EvaluationRunConfig) -> Path:

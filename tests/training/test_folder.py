@@ -22,6 +22,7 @@ from infformer.training.folder import (
     LOCK,
     RunError,
     check_that_it_may_be_written,
+    differences,
     evaluation_folder,
     held,
     open_record,
@@ -160,6 +161,15 @@ def test_a_configuration_that_could_not_be_written_is_the_old_one(configure, tmp
         open_record(configure(tmp_path, {"training.max_steps": 99}), tmp_path, 0, None, 0)
     assert (tmp_path / "config.yaml").read_text() == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_option_that_was_not_there_yet_was_what_it_is_by_default():
+    """Also a list, whose default is made anew for each."""
+    now = {"optimizer.betas": [0.9, 0.999], "optimizer.epsilon": 1e-8}
+    assert differences({}, now, RunConfig) == []
+    assert differences({}, {"optimizer.betas": [0.5, 0.5]}, RunConfig) == [
+        "optimizer.betas was [0.9, 0.999], is [0.5, 0.5]"
+    ]
 
 
 class TestWhatAFolderHolds:
