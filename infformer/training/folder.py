@@ -17,11 +17,11 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import MISSING, Field, asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +33,9 @@ from infformer.errors import UserError
 from infformer.training.checkpoint import point_to_best, remove_unfinished
 from infformer.training.metrics import MetricsLog
 from infformer.training.runtime import Accelerator, decided_by_main
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +111,18 @@ def flatten(nested: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def differences(then: Mapping[str, object], now: Mapping[str, object], kind: type[Any], *marks: str) -> list[str]:
-    """The options in which two flat configurations of a kind differ, in words, without those that have such a mark.
+def differences(
+    then: Mapping[str, object], now: Mapping[str, object], config: DataclassInstance, *marks: str
+) -> list[str]:
+    """The options in which two flat configurations differ, in words, without those that have such a mark.
 
     An option that the version which wrote the first did not have was what it is by default.
+
+    Args:
+        config: of which the second are options.
     """
-    options = dict(options_of(kind))
-    then = {option: _default(options[option]) for option in now if option in options} | dict(then.items())
-    left_out = marked({**then, **now}, kind, *marks)
+    then = {option: default for option, default in _defaults(config) if option in now} | dict(then.items())
+    left_out = marked({**then, **now}, type(config), *marks)
     return [
         f"{option} was {then.get(option)}, is {now.get(option)}"
         for option in sorted(then.keys() | now.keys())
@@ -133,8 +140,14 @@ def marked(options: Mapping[str, object], kind: type[Any], *marks: str) -> dict[
     }
 
 
-def _default(option: Field[Any]) -> object:
-    return option.default if option.default_factory is MISSING else option.default_factory()
+def _defaults(config: DataclassInstance, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every option of a configuration, as it is typed, and what it is by default with this task and this memory."""
+    for field in fields(config):
+        option, value = prefix + field.name, getattr(config, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _defaults(value, f"{option}.")
+        else:
+            yield option, field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def evaluation_folder(config: EvaluationRunConfig) -> Path:
@@ -166,7 +179,7 @@ def check_that_it_may_be_written(config: EvaluationRunConfig, folder: Path) -> N
         return
     try:
         then = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        changed = differences(then, _options(config), EvaluationRunConfig, "free")
+        changed = differences(then, _options(config), config, "free")
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"output_dir={folder} holds results, and nothing says of what ({error}): {remedy}") from error
     if changed:

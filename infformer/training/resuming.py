@@ -136,7 +136,7 @@ def _check_that_it_may_begin(config: RunConfig, folder: Path) -> None:
 
 
 def _check_that_it_is_the_same(config: RunConfig, then: Mapping[str, object], run: str) -> None:
-    changed = differences(then, flatten(asdict(config)), RunConfig, "free", "to come", "measuring")
+    changed = differences(then, flatten(asdict(config)), config, "free", "to come", "measuring")
     if changed:
         raise RunError(
             f"resume={config.resume}: {run} was configured otherwise: {'; '.join(changed)}. Set these back, or begin a "

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import pytest
 from omegaconf import OmegaConf
 
-from infformer.config import EvaluationRunConfig, RunConfig
+from infformer.config import EvaluationRunConfig, ModelConfig, RunConfig
 from infformer.data.options import DataConfig
 from infformer.tasks.haystack import PasskeyConfig
+from infformer.tasks.sorting import SortingConfig
 from infformer.training import trainer
 from infformer.training.folder import (
     LOCK,
@@ -163,13 +164,14 @@ def test_a_configuration_that_could_not_be_written_is_the_old_one(configure, tmp
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_an_option_that_was_not_there_yet_was_what_it_is_by_default():
-    """Also a list, whose default is made anew for each."""
-    now = {"optimizer.betas": [0.9, 0.999], "optimizer.epsilon": 1e-8}
-    assert differences({}, now, RunConfig) == []
-    assert differences({}, {"optimizer.betas": [0.5, 0.5]}, RunConfig) == [
-        "optimizer.betas was [0.9, 0.999], is [0.5, 0.5]"
-    ]
+@pytest.mark.parametrize(("task", "lengths"), [(SortingConfig, []), (PasskeyConfig, [1024])])
+def test_an_option_that_was_not_there_yet_was_what_it_is_by_default(task, lengths):
+    """Also a list, which is made anew for each, and one that tasks share, of which each has its own default."""
+    default = {"task.training_lengths": lengths, "optimizer.betas": [0.9, 0.999], "optimizer.epsilon": 1e-8}
+    config = RunConfig(model=ModelConfig(pretrained="gpt2"), task=task())
+    assert differences({}, default, config) == []
+    says = "optimizer.betas was [0.9, 0.999], is [0.5, 0.5]"
+    assert differences({}, {**default, "optimizer.betas": [0.5, 0.5]}, config) == [says]
 
 
 class TestWhatAFolderHolds:
