@@ -174,7 +174,7 @@ class CheckpointWriter:
             CheckpointError: the one before could not be written.
         """
         self.finish(wait=True)
-        self._copy, self._error = _copy_of(state, self._accelerator, rank_rows), None
+        self._copy, self._error, self._files = _copy_of(state, self._accelerator, rank_rows), None, {}
         self._thread = threading.Thread(target=self._write, args=(self._copy, state), name="checkpoint")
         self._thread.start()
 
@@ -228,9 +228,10 @@ class CheckpointWriter:
 
     def _outcome(self) -> int:
         """How far this process has come with writing."""
+        is_alive = self._thread.is_alive()  # asked first: an error may be the last thing that the thread leaves
         if self._error is not None:
             return _DIVERGED if isinstance(self._error, DivergedError) else _FAILED
-        return _WRITING if self._thread.is_alive() else _WHOLE
+        return _WRITING if is_alive else _WHOLE
 
     def _write(self, copy: _Copy, state: TrainingState) -> None:
         """Write a copy to the disk, in the background; of the state only what never changes is used."""

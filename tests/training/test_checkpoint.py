@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from infformer.tasks.task import Validation
 from infformer.training import trainer
 from infformer.training.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     model_tensors,
     newest_checkpoint,
     point_to_best,
@@ -235,6 +237,20 @@ def test_weights_that_are_not_finite_are_not_measured(root: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ModelError, match=r"checkpoint=.*: the weights backbone.transformer.wpe.weight .* not finite"):
         load_trained(str(root / "step-00000008"))
+
+
+def test_a_failure_in_the_moment_of_being_asked_is_no_whole_checkpoint(tmp_path: Path) -> None:
+    """The thread that writes ends between two questions: whether there is an error, and whether it is alive."""
+    writer = CheckpointWriter(tmp_path, Namespace(num_processes=1), keep=1)
+
+    def fails() -> bool:
+        writer._error = OSError("no room")
+        return False
+
+    writer._copy = Namespace(name="step-00000002", step=2, is_main=True, is_best=False)
+    writer._thread = Namespace(is_alive=fails, join=lambda: None)
+    with pytest.raises(CheckpointError, match="no room"):
+        writer.finish(wait=False)
 
 
 class TestWhereItGoesOn:
