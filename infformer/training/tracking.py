@@ -47,7 +47,9 @@ class Tracker(Protocol):
         """Send what is still on its way, and close."""
 
 
-def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, config: Mapping[str, object]) -> Tracker:
+def open_tracker(
+    options: TrackerConfig, run_name: str, run_directory: Path, config: Mapping[str, object], step: int = 0
+) -> Tracker:
     """Open the tracker of a run, on the main process only.
 
     Args:
@@ -56,6 +58,7 @@ def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, con
         run_directory: the run's folder; what the tracker stores locally goes below it. Opening a tracker again on the
             same folder continues the same run.
         config: the run's resolved configuration, nested as it is.
+        step: after which the run goes on; what was reported of later ones is reported again.
 
     Raises:
         TrackerError: the tracker's package is not installed, or wandb would report online and nobody is logged in.
@@ -65,7 +68,7 @@ def open_tracker(options: TrackerConfig, run_name: str, run_directory: Path, con
     run_directory.mkdir(parents=True, exist_ok=True)
     if options.name == "wandb":
         return _ForgivingTracker(_WandbTracker(options, run_name, run_directory, config))
-    return _ForgivingTracker(_TensorBoardTracker(run_directory, config))
+    return _ForgivingTracker(_TensorBoardTracker(run_directory, config, step))
 
 
 def check_tracker(options: TrackerConfig) -> None:
@@ -244,8 +247,8 @@ def _import_tensorboard() -> Any:
 class _TensorBoardTracker:
     """TensorBoard event files under `tensorboard/` in the run's folder."""
 
-    def __init__(self, run_directory: Path, config: Mapping[str, object]) -> None:
-        self._writer = _import_tensorboard()(log_dir=str(run_directory / "tensorboard"))
+    def __init__(self, run_directory: Path, config: Mapping[str, object], step: int) -> None:
+        self._writer = _import_tensorboard()(log_dir=str(run_directory / "tensorboard"), purge_step=step + 1)
         from torch.utils.tensorboard.summary import hparams
 
         # Without the list of metrics that `add_hparams` writes: TensorBoard then shows all that there are.

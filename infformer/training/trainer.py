@@ -232,7 +232,7 @@ class Trainer:
         if accelerator.is_main_process:
             logger.info("%s: %s", config.name, self.stream.describe())
             self._log_sizes()
-            self.tracker = open_tracker(config.tracker, config.name, self.folder, asdict(config))
+            self.tracker = open_tracker(config.tracker, config.name, self.folder, asdict(config), progress.step)
         self.writer = CheckpointWriter(self.folder / "checkpoints", accelerator, config.training.keep_checkpoints)
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._prefetched: Future[tuple[list[_Read], Mapping[str, object]]] | None = None

@@ -70,6 +70,22 @@ def test_tensorboard_receives_everything(tmp_path, figure):
 
 
 @pytest.mark.needs("tensorboard")
+def test_tensorboard_shows_steps_that_are_made_again_once(tmp_path):
+    """A run goes on after its last checkpoint, which may lie some steps back."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    for begins_after, losses in ((0, {1: 5.0, 2: 4.0, 3: 3.0}), (1, {2: 4.5, 3: 3.5, 4: 2.5})):
+        tracker = open_tracker(TrackerConfig("tensorboard"), "run", tmp_path, CONFIG, begins_after)
+        for step, loss in losses.items():
+            tracker.log({"train/loss": loss}, step)
+        tracker.finish()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(1, 5.0), (2, 4.5), (3, 3.5), (4, 2.5)]
+
+
+@pytest.mark.needs("tensorboard")
 def test_tensorboard_shows_the_final_figures_beside_the_options(tmp_path, figure):
     """In its table of hyperparameters, as the plugin itself finds them."""
     from tensorboard import context
