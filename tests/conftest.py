@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
@@ -191,11 +190,9 @@ def configure(base_config: dict[str, Any]) -> Configure:
 
 @pytest.fixture(scope="session")
 def train() -> Train:
-    """A whole run as in a new process; without the plots, unless asked for: they take longer than all the rest."""
+    """A whole run, without the plots, unless asked for: they take longer than all the rest."""
 
     def start(config: RunConfig, plots: bool = False) -> dict[str, Any]:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         with pytest.MonkeyPatch.context() as patch:
             if not plots:
                 patch.setattr(trainer, "plot_run", lambda folder: [])

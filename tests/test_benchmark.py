@@ -14,7 +14,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from matplotlib.image import imread
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -524,8 +523,6 @@ class TestCommands:
         ]
 
     def test_the_loop_is_measured_beside_a_bare_step(self, run, capsys):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --functions 8 --samples 8"
         _, lines = run(capsys, f"loop {options} --rounds 3")
         assert lines["train.py / bare step"]["ratio"] == [
@@ -611,8 +608,6 @@ class TestAllRows:
     @pytest.mark.parametrize("name", ROWS)
     def test_a_row_of_a_gpu_runs_on_the_processor_too(self, script, run, capsys, monkeypatch, name):
         """In small; compiled, but by a compiler that needs no other."""
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         row = script.ROWS_ON_GPU[name]

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
@@ -47,8 +46,6 @@ def start(monkeypatch, capsys) -> Iterator[Callable[..., tuple[object, str]]]:
     handlers, level = root.handlers[:], root.level
 
     def call(command, *options: str) -> tuple[object, str]:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *options])
         code: object = 0
         sentence = ""

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -68,8 +67,6 @@ def evaluate_with(checkpoint, data, tmp_path, monkeypatch, capsys) -> Evaluate:
         return forward(self, input_ids, *arguments, **options)
 
     def start(**options: Any) -> Evaluation:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         monkeypatch.setattr(InfformerForCausalLM, "forward", noted)
         monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: None)  # nobody looks at it
         folder = tmp_path / f"found {len(list(tmp_path.iterdir()))}"

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,7 +101,7 @@ def init_distributed(
     gradient_clipping: float | None = None,
     option: str = "training.precision",
 ) -> Accelerator:
-    """Join the processes that the launcher started.
+    """Join the processes that the launcher started, whatever run these processes have made before.
 
     Args:
         engine: resolved, by `resolve_engine`.
@@ -123,10 +124,14 @@ def init_distributed(
             "use bfloat16 or float32"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, where a process makes a whole sweep
+    GradientState._reset_state()
     plugin = None
     if zero:
         plugin = _deepspeed_plugin(engine, precision, gradient_accumulation, gradient_clipping)
         _be_launched()
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which accelerate has set if the run before had DeepSpeed
     if engine.name == "fsdp2":
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # it is done by `shard`, and would be done twice
     communication = InitProcessGroupKwargs(timeout=_PATIENCE, backend=None if has_device else "gloo")
@@ -262,10 +267,9 @@ def seed_everything(seed: int) -> None:
 
 def use_tf32(accelerator: Accelerator, wanted: bool) -> bool:
     """Whether operands of float32 products are rounded to TF32 from now on: where it is wanted, on CUDA alone."""
-    if wanted and accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        return True
-    return False
+    rounded = wanted and accelerator.device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    return rounded
 
 
 def rows_of_rank(accelerator: Accelerator, lanes: int) -> range:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedTokenizerFast
 
 from infformer.config import EvaluationConfig, RunConfig
@@ -40,8 +39,6 @@ DECODER = {
 
 @pytest.fixture
 def accelerator(configure, tmp_path) -> Any:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     return init_distributed(resolve_engine(configure(tmp_path).engine), "float32", 2)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from infformer.config import ENGINES, EngineConfig
@@ -28,8 +27,6 @@ def a_process_of_its_own(monkeypatch) -> None:
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
             monkeypatch.delenv(name)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -247,6 +244,20 @@ class TestDeepSpeedsConfiguration:
         assert engine == EngineConfig("zero1", {**ZERO[1], "gradient_clipping": "auto"})
 
 
+def test_a_process_makes_one_run_after_the_other_each_as_it_says():
+    """As Hydra does in a sweep: what a run is made of must not be that of the run before."""
+    for precision, accumulation, says in (("bfloat16", 2, "bf16"), ("float32", 1, "no"), ("bfloat16", 3, "bf16")):
+        made = init_distributed(EngineConfig("ddp"), precision, accumulation)
+        assert (made.mixed_precision, made.gradient_accumulation_steps) == (says, accumulation)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_process_makes_a_run_without_deepspeed_after_one_with_it(monkeypatch, name):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate does
+    assert init_distributed(EngineConfig(name), "bfloat16").distributed_type == DistributedType.NO
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+
+
 class TestProcessesThatDoNotWorkTogether:
     @pytest.fixture
     def accelerate(self, monkeypatch) -> Callable[[int, DistributedType], None]:
@@ -284,7 +295,7 @@ class TestProcessesThatDoNotWorkTogether:
     ("device", "wanted", "precision"), [("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")]
 )
 def test_float32_products_are_rounded_where_it_is_wanted_on_cuda_alone(monkeypatch, device, wanted, precision):
-    now = ["highest"]
+    now = ["by the run before"]
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda new: now.append(new))
     assert use_tf32(Namespace(device=torch.device(device)), wanted) == (precision == "high")
     assert now[-1] == precision
