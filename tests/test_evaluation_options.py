@@ -20,6 +20,7 @@ from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.loading import load_pretrained
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.tasks import language_modelling
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.haystack import PasskeyConfig
 
@@ -69,10 +70,10 @@ def evaluate_with(checkpoint, data, tmp_path, monkeypatch, capsys) -> Evaluate:
     def start(**options: Any) -> Evaluation:
         monkeypatch.setattr(InfformerForCausalLM, "forward", noted)
         monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: None)  # nobody looks at it
-        folder = tmp_path / f"found {len(list(tmp_path.iterdir()))}"
-        typed = {"checkpoint": str(checkpoint), "data": data, "output_dir": str(folder), "controls": False, **options}
+        folder = str(tmp_path / f"found {len(list(tmp_path.iterdir()))}")
+        typed = {"checkpoint": str(checkpoint), "data": data, "output_dir": folder, "controls": False, **options}
         eval_command.run(EvaluationRunConfig(**typed))
-        results = json.loads((folder / "results.json").read_text())
+        results = json.loads((Path(typed["output_dir"]) / "results.json").read_text())
         return Evaluation(results, capsys.readouterr().out, shapes)
 
     return start
@@ -206,3 +207,20 @@ class TestATask:
         )
         assert asked == [(books, split)]
         assert found.results["cells"][0]["answers"] == 1
+
+
+def test_an_evaluation_that_is_killed_while_it_draws_can_be_made_again(evaluate_with, tmp_path, monkeypatch):
+    """Its figures lie there already, and must not lie beside the record of others."""
+    folder = tmp_path / "found"
+    typed = {"output_dir": str(folder), "overwrite": True}
+    evaluate_with(**typed, split="validation")
+
+    def killed(results: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(language_modelling, "plot_results", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_with(**typed)
+    assert json.loads((folder / "results.json").read_text())["documents"] == 4
+    assert evaluate_with(output_dir=str(folder)).results["documents"] == 4

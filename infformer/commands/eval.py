@@ -90,8 +90,10 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     results = evaluation.measure(config.checkpoint)
     assert results is not None  # there are documents, or none are asked for
     if accelerator.is_main_process:
-        drawn = evaluation.report(results, folder)
+        # Whenever it is killed, there is no record beside the results of another evaluation.
+        (folder / "results.json").unlink(missing_ok=True)
         write_record(config, folder)
+        drawn = evaluation.report(results, folder)
         print(f"written to {folder / 'results.json'}" + (f", drawn in {drawn[0].parent}" if drawn else ""))
 
 
