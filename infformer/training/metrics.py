@@ -8,16 +8,21 @@ a run that diverged, and a plot of it breaks the line there.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import SEEK_END
 from pathlib import Path
 from statistics import fmean
+from typing import BinaryIO
 
 import torch
 
 from infformer.durable import replacing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,18 +111,32 @@ def matmul_flops(device: torch.device, precision: torch.dtype) -> float:
 
 
 class MetricsLog:
-    """Appends to a metrics file. A line is handed to the system before `write` returns: a killed run keeps it."""
+    """Appends to a metrics file. A line is handed to the system before `write` returns: a killed run keeps it.
+
+    A line that cannot be written, as where the disk is full, is lost; the first one is told of.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._has_lost = False
 
     def write(self, step: int, tokens: int, **values: float) -> None:
         """Append one line; names with a slash are passed as `**{"train/loss": loss}`."""
         record = {"step": step, "tokens": tokens, **{name: _strict(value) for name, value in values.items()}}
-        line = json.dumps(record, allow_nan=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self.append(record)
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Append one line of anything that has a step."""
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                _remove_half_line(file)
+                file.write(line.encode())
+        except OSError as error:
+            if not self._has_lost:
+                logger.warning("%s cannot be written (%s); the run goes on without these lines", self.path, error)
+            self._has_lost = True
 
     def truncate_after(self, step: int) -> None:
         """Remove the lines after `step`, and a half-written last one.
@@ -139,6 +158,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         {name: math.nan if value is None else value for name, value in record.items()}
         for _, _, record in _whole_lines(Path(path))
     ]
+
+
+def _remove_half_line(file: BinaryIO) -> None:
+    """Cut off what a disk that was full has taken of the line before: the next one would be spoilt by it."""
+    if file.seek(0, SEEK_END):
+        file.seek(-1, SEEK_END)
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _strict(value: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -228,6 +227,7 @@ class Trainer:
         self.progress = progress
         size = self.sizes["weight_bytes"] + self.sizes["optimizer_bytes"]
         decided_by_main(accelerator, lambda: open_record(config, self.folder, progress.step, progress.best_step, size))
+        self._metrics, self._samples = (MetricsLog(self.folder / f"{name}.jsonl") for name in ("metrics", "samples"))
         self.tracker: Tracker = NoTracker()
         if accelerator.is_main_process:
             logger.info("%s: %s", config.name, self.stream.describe())
@@ -522,13 +522,12 @@ class Trainer:
         text = self.evaluation.sample(step, self.config.training.sample_tokens)
         if text is None or not self.accelerator.is_main_process:
             return
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+        self._samples.append({"step": step, "text": text})
         self.tracker.log_text("sample", text, step)
         logger.info("step %d  sample: %s", step, text)
 
     def _record(self, metrics: dict[str, float]) -> None:
-        MetricsLog(self.folder / "metrics.jsonl").write(self.progress.step, self.progress.tokens, **metrics)
+        self._metrics.write(self.progress.step, self.progress.tokens, **metrics)
         self.tracker.log({"tokens": self.progress.tokens, **metrics}, self.progress.step)
 
     def _save(self, must_succeed: bool) -> None:

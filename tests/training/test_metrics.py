@@ -1,8 +1,11 @@
 """What is measured: means over tokens; the file is strict JSON, survives a kill, and is cut back at resume."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +95,26 @@ def test_a_half_written_last_line_is_not_read_and_goes_at_resume(tmp_path):
     log.truncate_after(100)
     log.write(2, 1024, **{"train/loss": 1.5})
     assert [record["step"] for record in read_metrics(log.path)] == [1, 2]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_its_lines_and_one_warning(tmp_path, monkeypatch, caplog):
+    """Also where it took the half of one: what is written later can be read."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, 512, **{"train/loss": 2.0})
+    with log.path.open("ab") as file:
+        file.write(b'{"step": 2, "text": "wh')
+
+    def refuse(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", refuse)
+        log.write(2, 1024)
+        log.append({"step": 3})
+    assert len(caplog.records) == 1
+    assert "metrics.jsonl cannot be written (" in caplog.text
+    log.write(4, 2048)
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 4]
 
 
 def test_a_failed_truncation_leaves_the_file_as_it_was(tmp_path, monkeypatch):
