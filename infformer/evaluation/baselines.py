@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.comparison import paired_difference
 from infformer.evaluation.figures import figures_of
 from infformer.evaluation.streaming import Evaluator, Situation, read_documents
-from infformer.models.streaming import stream
+from infformer.models.streaming import reading, stream
 from infformer.results import CONTINUOUS_CACHE, DOCUMENT_UNIGRAM, Baseline, Figures
 
 SIZES = (128, 512, 2048)
@@ -55,8 +55,7 @@ def measure_baselines(
         validation: documents by which size, θ and λ are chosen.
         own: the figures of the model as it is.
     """
-    embeddings: Any = evaluator.model.get_input_embeddings()
-    vocabulary, width = embeddings.weight.shape
+    vocabulary, width = evaluator.model.vocabulary_size, _width(evaluator)
     caches = [Settings(size, sharpness) for size in SIZES for sharpness in SHARPNESS]
     totals = torch.zeros(1 + len(caches), len(WEIGHTS), dtype=torch.float64, device=evaluator.model.device)
     read_documents(evaluator, validation, _with_past(evaluator, [UNIGRAM, *caches], totals), "choosing baselines")
@@ -119,6 +118,15 @@ def _with_past(evaluator: Evaluator, choices: Sequence[Settings], totals: Tensor
             yield losses
 
     return read
+
+
+def _width(evaluator: Evaluator) -> int:
+    """How many numbers a hidden state has, of which the scores are made."""
+    model = evaluator.model
+    # Once only: a compiled model would compile anew for it.
+    with torch.compiler.set_stance("force_eager"), reading(model, evaluator.protocol.precision):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        return model(token, return_intermediates=True, return_logits=False).hidden.shape[-1]
 
 
 def mixed(nats: Tensor, shares: Tensor, weight: float) -> Tensor:

@@ -102,6 +102,15 @@ def test_settings_are_the_best_of_the_validation_documents(model, documents, doc
         assert baseline["nll"] == pytest.approx(nats.sum(dtype=np.float64), rel=1e-6)
 
 
+def test_a_vocabulary_in_bands_is_counted_whole(documents_of, evaluator):
+    config = DecoderConfig(300, 16, 1, 2, feed_forward_size=16, segment_length=16, adaptive_cutoffs=[100])
+    reader, text = evaluator(DecoderForCausalLM(config), progress=False), documents_of("short")
+    found = measure_baselines(reader, text, text, evaluate(reader, text))
+    assert found[DOCUMENT_UNIGRAM]["settings"]["floats"] == 300
+    settings = found[CONTINUOUS_CACHE]["settings"]
+    assert settings["floats"] == 16 * settings["size"]
+
+
 def test_results_and_table_hold_baselines_beside_controls(model, documents, documents_of, evaluator):
     reader = evaluator(model, progress=False)
     results = measure(reader, documents, True, "somewhere", documents_of("wind"))
