@@ -387,7 +387,8 @@ class ClassificationResults(TypedDict):
     accuracy_interval: Interval
     """Of the share of independent examples, by Wilson."""
     baselines: dict[str, float]
-    """What is right without reading: `majority`, and of lists by their first operation `root_operator`."""
+    """What is right without reading: `majority`, and of lists by their first operation `root_operator`, as learned from
+    the training examples; nothing where those were not read."""
     protocol: ClassificationProtocol
     attention_span: NotRequired[AttentionSpan]
     """Of a classifier with softmax attention alone."""

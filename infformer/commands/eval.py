@@ -76,7 +76,8 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
             documents["validation"] = tokenize_documents(config.data, "validation", tokenizer, first())
         if accelerator.is_main_process:
             logger.info(beginning_of_documents(config.data, tokenizer))
-    asked = {"test": examples[config.split]} if examples else {}
+    if examples:
+        examples = {**examples, "test": examples[config.split]}
     material = Material(
         evaluator,
         tokenizer,
@@ -84,7 +85,7 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
         config.data,
         controls=config.controls,
         baselines=config.baselines,
-        examples=asked,
+        examples=examples,
     )
     evaluation = config.task.build_evaluation(material)
     results = evaluation.measure(config.checkpoint)

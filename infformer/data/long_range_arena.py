@@ -104,6 +104,8 @@ class ExampleSource:
     ) -> dict[str, Examples]:
         """The examples of these splits, from the cache or made now.
 
+        Those to learn from are there too where they had to be read, as they say which classes there are.
+
         Args:
             most: how many of a split; None for all.
             tokenizer: cuts texts up; None: they are bytes.
@@ -127,7 +129,7 @@ class ExampleSource:
                 examples = self._examples(data, split, tokenizer, drawn)
                 source = f"data.{split}={getattr(data, split)}"
                 found[split] = keep_examples(data.cache_folder / name, examples, size, classes, source)
-        return {split: found[split].some(most(split)) for split in splits}
+        return {split: examples.some(most(split)) for split, examples in found.items()}
 
     def own(self, data: DataConfig) -> DataConfig:
         """The options of files of one's own; the sample has no labels, so what is named is meant as a file.

@@ -261,12 +261,12 @@ class Classification(Evaluation[ClassificationResults]):
     def measure(self, checkpoint: str) -> ClassificationResults | None:
         if "test" not in self._examples:
             return None
-        test = self._examples["test"]
+        test, train = self._examples["test"], self._examples.get("train")
         protocol = self._evaluator.protocol
         results: ClassificationResults = {
             **measure(self._evaluator, test, "test"),
             "classes": len(test.classes),
-            "baselines": baselines(self._examples.get("train", test), test, self._config.kind),
+            "baselines": {} if train is None else baselines(train, test, self._config.kind),
             "protocol": {
                 "task": self._config.kind,
                 "length": self._config.length,

@@ -112,6 +112,8 @@ class TaskConfig(ABC):
     ) -> Mapping[str, Examples]:
         """The examples of these splits, or of all that are named, of a task that has some.
 
+        Those to learn from are there too where they had to be read, as they say which classes there are.
+
         Raises:
             DataError: they cannot be read.
         """

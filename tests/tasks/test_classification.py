@@ -328,6 +328,28 @@ def test_more_classes_than_a_model_knows_are_refused(examples):
         ClassificationConfig().build_evaluation(Material(evaluator, examples={"train": examples}))
 
 
+def test_baselines_of_a_measured_model_are_those_of_its_training_examples(reviews, tmp_path):
+    with open(reviews["train"], "a") as file:
+        file.write("a plot,good\n")  # the most frequent class, which is that of a quarter in the test
+    with open(reviews["test"], "a") as file:
+        file.write("a film,bad\n" * 20)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "feed_forward_size": 8, "longest": 64}
+    TextClassifier(ClassifierConfig(vocab_size=257, classes=2, **sizes)).save_pretrained(tmp_path / "model")
+    options = ["task=classification", "task.length=64", f"checkpoint={tmp_path / 'model'}", "data.validation=null"]
+    places = [f"data.{split}={reviews[split]}" for split in ("train", "test")]
+    evaluation.run(
+        compose("eval", EvaluationRunConfig, CONF, [*options, *places, f"output_dir={tmp_path / 'measured'}"])
+    )
+    assert json.loads((tmp_path / "measured" / "results.json").read_text())["baselines"] == {"majority": 0.25}
+
+
+def test_without_training_examples_there_are_no_baselines(examples):
+    model = TextClassifier(ClassifierConfig(vocab_size=5, classes=3, longest=32))
+    evaluator = Evaluator(model=model, protocol=ReadingProtocol(32), processes=Processes(progress=False))
+    task = ClassificationConfig().build_evaluation(Material(evaluator, examples={"test": examples}))
+    assert task.measure("somewhere")["baselines"] == {}
+
+
 def test_baselines_are_learned_and_then_measured(examples):
     train = replace(examples, labels=np.full(13, 2))
     assert baselines(train, examples, "text") == {"majority": float((examples.labels == 2).mean())}
