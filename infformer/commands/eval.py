@@ -83,6 +83,7 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
         tokenizer,
         documents,
         config.data,
+        learns=False,
         controls=config.controls,
         baselines=config.baselines,
         examples=examples,

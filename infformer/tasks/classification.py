@@ -223,14 +223,20 @@ class Classification(Evaluation[ClassificationResults]):
         self._config = config
         self._evaluator = material.evaluator
         self._examples = material.examples
-        model, length = material.evaluator.model, material.evaluator.protocol.segment_length
+        model, length, learns = material.evaluator.model, material.evaluator.protocol.segment_length, material.learns
         for split, examples in self._examples.items():
             longest = examples.longest * examples.texts
-            if not model.has_memory and longest > length:
+            is_read = learns or split != "train"
+            if is_read and not model.has_memory and longest > length:
+                option, sees_more, remembers = (
+                    ("training.segment_length", "and model.architecture.longest of a classifier", "by model/memory=")
+                    if learns
+                    else ("segment_length", "if the model has as many positions", "in another model")
+                )
                 raise DataError(
-                    f"training.segment_length={length}: an example of data.{split} has {longest:,} tokens, and a model "
-                    f"without memory would see only a piece of it: set it to {longest} (and model.architecture.longest "
-                    "of a classifier), shorten examples by task.length=, or choose a memory by model/memory="
+                    f"{option}={length}: an example of data.{split} has {longest:,} tokens, and a model without memory "
+                    f"would see only a piece of it: set it to {longest} ({sees_more}), shorten examples by "
+                    f"task.length=, or choose a memory {remembers}"
                 )
             labels = getattr(model.config, "labels", None)
             if labels is not None and examples.classes != labels:
@@ -242,9 +248,9 @@ class Classification(Evaluation[ClassificationResults]):
             classes = len(examples.classes)
             known = getattr(model.config, "classes", model.vocabulary_size)
             if classes > known:
+                remedy = " (model.architecture.vocab_size, or classes of a classifier)" if learns else ""
                 raise DataError(
-                    f"data.{split} has {classes} classes, and the model knows {known}: choose a model with more "
-                    "(model.architecture.vocab_size, or classes of a classifier)"
+                    f"data.{split} has {classes} classes, and the model knows {known}: choose one with more{remedy}"
                 )
 
     def validate(self) -> Validation | None:

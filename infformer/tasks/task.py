@@ -52,6 +52,8 @@ class Material:
     bptt_segments: int = 1
     """Segments of each lane in one step of language modelling."""
     seed: int = 0
+    learns: bool = True
+    """The model learns, in a run of `train.py`; False: `eval.py` measures it as it is, by options of its own."""
     before: bool = True
     """Measure before training too; this and what follows are as in `evaluation.*`."""
     controls: bool = True

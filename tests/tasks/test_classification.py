@@ -321,6 +321,16 @@ def test_an_example_that_a_model_cannot_see_is_refused(examples):
         ClassificationConfig().build_evaluation(Material(evaluator, examples={"test": examples}))
 
 
+def test_what_a_measured_model_cannot_see_is_refused_by_options_of_eval(examples):
+    model = TextClassifier(ClassifierConfig(vocab_size=5, classes=3, longest=16))
+    material = Material(Evaluator(model=model, protocol=ReadingProtocol(16)), learns=False)
+    with pytest.raises(DataError) as caught:
+        ClassificationConfig().build_evaluation(replace(material, examples={"test": examples}))
+    assert str(caught.value).startswith("segment_length=16: an example of data.test has 19 tokens")
+    assert "model.architecture" not in str(caught.value)
+    ClassificationConfig().build_evaluation(replace(material, examples={"train": examples}))  # which it does not read
+
+
 def test_more_classes_than_a_model_knows_are_refused(examples):
     model = TextClassifier(ClassifierConfig(vocab_size=5, classes=2, longest=32))
     evaluator = Evaluator(model=model, protocol=ReadingProtocol(32))
