@@ -31,7 +31,7 @@ from infformer.data.cache import checksum
 from infformer.data.examples import BYTES, Example, Examples, bytes_of, keep_examples
 from infformer.data.files import Row, read_lines
 from infformer.data.list_operations import SYMBOLS, draw_trees
-from infformer.data.options import SPLITS, DataConfig
+from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.data.pathfinder import draw_images
 from infformer.data.sources import check_sources, describe_source, read_fields
 from infformer.data.tokenization import describe_tokenizer
@@ -144,6 +144,8 @@ class ExampleSource:
         }
         if not any(named.values()):
             raise DataError(f"data.train={data.train}: {self._where_to_get()}")
+        if data.max_held_out_characters == DATA["sample"].max_held_out_characters:
+            named["max_held_out_characters"] = None  # the novels are cut by it
         return replace(data, source="files", **named)
 
     def _where_to_get(self) -> str:
@@ -176,7 +178,7 @@ class ExampleSource:
         if self.is_drawn(data):
             return ["drawn", self.seed]
         own = self.own(data)
-        return [describe_source(own, split), own.text_field, own.max_documents, own.max_document_characters]
+        return [describe_source(own, split), own.text_field, own.max_documents, own.most_characters(split)]
 
     def _examples(
         self, data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase | None, most: int | None
@@ -191,8 +193,9 @@ class ExampleSource:
                 case _:
                     yield from _archived_images(files, split)
         elif not self.is_drawn(data):
-            for row in read_fields(self.own(data), split, self._fields(data)):
-                yield self._example(row, data, tokenizer)
+            own = self.own(data)
+            for row in read_fields(own, split, self._fields(own)):
+                yield self._example(row, own, split, tokenizer)
         elif self.kind == "listops":
             # The splits are pieces of one sequence of trees, those to learn from the last, so that there may be fewer.
             first = 0 if split == "test" else _LIST_OPERATIONS["test"]
@@ -210,7 +213,7 @@ class ExampleSource:
             return {"data.text_field": "Source", "task.label_field": "Target"}  # as in the archive
         return {"data.text_field": data.text_field, "task.label_field": self.label_field}
 
-    def _example(self, row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Example:
+    def _example(self, row: Row, data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Example:
         *texts, label = (row.fields[field] for field in self._fields(data).values())
         if self.kind == "pixels":
             return Example(row.place, (self._pixels(texts[0], row.place),), str(label))
@@ -222,7 +225,7 @@ class ExampleSource:
                 )
         if self.kind == "listops":
             return Example(row.place, (_listops(str(texts[0]), row.place),), str(label))
-        cut = [str(text)[: data.max_document_characters] for text in texts]
+        cut = [str(text)[: data.most_characters(split)] for text in texts]
         if tokenizer is None:
             return Example(row.place, tuple(bytes_of(text, self.length, row.place) for text in cut), str(label))
         encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][: self.length] for text in cut]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -59,6 +60,18 @@ class TestOwnTexts:
         assert tokens.tolist() == [[98, 99, 0, 0], [98, 99, 100, 101]]
         assert lengths.tolist() == [2, 4]
         assert examples.batch([1], least=3)[0].tolist() == [[98, 99, 0]]
+
+    def test_held_out_texts_are_cut_as_asked(self, tmp_path):
+        train, test = (table(tmp_path / f"{split}.csv", [("abcdef", 1), ("ab", 0)]) for split in ("train", "test"))
+        data = DataConfig(train=train, test=test, max_document_characters=5)
+        source = ExampleSource("text", 100)
+        for most, expected in ((None, "abcde"), (3, "abc")):
+            found = source.read(replace(data, max_held_out_characters=most), ["train", "test"])
+            assert [texts(found[split])[0] for split in ("train", "test")] == ["abcde", expected]
+
+    def test_texts_of_ones_own_are_not_cut_like_the_novels(self, tmp_path):
+        data = replace(DATA["sample"], test=table(tmp_path / "mine.csv", [("a", 1)]))
+        assert ExampleSource("text", 100).own(data).max_held_out_characters is None
 
     def test_pairs_have_half_of_a_row_each(self, tmp_path):
         path = table(tmp_path / "pairs.csv", [("ab", "abc", 1), ("abcd", "a", 0)], ("text1", "text2", "label"))
