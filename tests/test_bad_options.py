@@ -302,6 +302,41 @@ def test_what_can_be_run_is_not_refused(monkeypatch, tmp_path, options):
     assert not (tmp_path / "run").exists()
 
 
+LARGE = [*BASES["SMALL"].split(), "model.architecture.hidden_size=1024"]
+
+
+class TestWhereWeightsLie:
+    """A model whose weights, gradients and moments take some 90 MiB, and what is read hardly anything."""
+
+    @pytest.fixture
+    def check(self, monkeypatch) -> Callable[..., None]:
+        def check(*options: str, device: int = GIB, host: int = GIB, processes: int = 1) -> None:
+            monkeypatch.setattr(before, "memory_of_this_machine", lambda: device)
+            monkeypatch.setattr(before, "memory_of_the_host", lambda: host)
+            before.check_run(compose("train", RunConfig, CONF, [*LARGE, *options]), processes, True)
+
+        return check
+
+    @pytest.mark.parametrize("engine", ["ddp", "zero3"])
+    def test_a_size_of_the_model_is_named_where_its_weights_are_too_large(self, check, engine):
+        with pytest.raises(UserError, match=r"^model\.architecture\.hidden_size=1024: .* GiB of memory"):
+            check(f"engine={engine}", "training.segment_length=512", device=64 * 2**20)
+
+    def test_what_is_offloaded_is_held_against_the_memory_of_the_host(self, check):
+        check("engine=zero3_offload", device=64 * 2**20)
+        with pytest.raises(UserError, match=r"^model\.architecture\.hidden_size=1024: .* GiB of the host's memory"):
+            check("engine=zero3_offload", host=64 * 2**20)
+
+    def test_an_engine_that_accelerate_was_configured_for_is_counted_as_it_is(self, check, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+        with pytest.raises(UserError, match=r"hidden_size=1024"):
+            check(device=64 * 2**20)
+        check(device=64 * 2**20, processes=4)
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+        check(device=64 * 2**20)
+
+
 def floats(kind: type[Any], prefix: str = "") -> Iterator[tuple[type[Any], str]]:
     """Every number of a typed tree, with the class that holds it."""
     for name, declared in typing.get_type_hints(kind).items():

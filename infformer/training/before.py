@@ -18,6 +18,7 @@ from infformer.models.loading import load_config
 from infformer.models.memories import check_memories
 from infformer.models.pretrained import InfformerConfig
 from infformer.models.quantization import check_installed
+from infformer.training.runtime import off_the_device, resolve_engine
 from infformer.training.tracking import check_tracker
 
 GIB = 2.0**30
@@ -46,7 +47,7 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
             "by side: its statistics are those of all lanes; take one process, at least two lanes "
             "(training.batch_size) and training.gradient_accumulation=1, or model.head.kind=plain"
         )
-    weights = 0
+    weights = offloaded = 0
     if chosen.pretrained is not None:
         shape: Any = load_config(chosen.pretrained, "model.pretrained")
         try_kernel(shape, chosen.attention)
@@ -73,11 +74,13 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
             vocabulary |= {"bos_token_id": None, "eos_token_id": None}
         model = try_architecture({**vocabulary, **chosen.architecture}, chosen.attention)
         shape = model.config
-        trained = 1 if training.freeze_backbone else 4  # gradients and two moments beside them
+        engine = resolve_engine(config.engine)
         known = (parameter for parameter in model.parameters() if unknown not in parameter.shape)
-        weights = 4 * trained * sum(parameter.numel() for parameter in known)
-        if config.engine.name not in ("auto", "ddp"):
-            weights //= processes
+        each = 4 * sum(parameter.numel() for parameter in known) // (1 if engine.name == "ddp" else processes)
+        parts = {"param": each, "optimizer": 0 if training.freeze_backbone else 3 * each}  # gradients and two moments
+        elsewhere = off_the_device(engine)
+        weights = sum(size for part, size in parts.items() if part not in elsewhere)
+        offloaded = sum(size for part, size in parts.items() if elsewhere.get(part) == "cpu")
     memory = chosen.memory
     if memory is not None:
         length = training.segment_length
@@ -91,6 +94,7 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
         lanes_at_once=max(1, lanes // training.gradient_accumulation),
         bptt_segments=training.bptt_segments,
         weights=weights,
+        offloaded=offloaded,
         longest_text=_longest_text(config),
         options={
             "training.batch_size": (training.batch_size, 64),
@@ -153,6 +157,7 @@ def check_size(
     lanes_at_once: int = 1,
     bptt_segments: int = 1,
     weights: int = 0,
+    offloaded: int = 0,
     longest_text: int = 0,
 ) -> None:
     """Refuse what certainly does not fit into memory: what is counted is the least that it takes.
@@ -161,7 +166,8 @@ def check_size(
         shape: the model's configuration.
         memory: what each layer remembers.
         options: those that decide on it, each with its value and a usual one; the message names the most unusual.
-        weights: bytes of the model and of what is kept to train it.
+        weights: bytes of the model and of what is kept to train it, on the device.
+        offloaded: the same in the host's memory.
 
     Raises:
         SizeError: it does not.
@@ -172,20 +178,27 @@ def check_size(
     remembered = 0 if memory is None else 4 * memory.numbers(hidden, layers, lanes, lanes_at_once, segment_length)
     seen = 0 if memory is None else memory.entries
     allowed = lanes_at_once * segment_length * (segment_length + seen) if seen else 0
-    needed = weights + activations + remembered + allowed + 8 * lanes * longest_text
-    there = memory_of_this_machine()
-    if needed > there:
-        option = max(options, key=lambda name: options[name][0] / options[name][1])
-        raise SizeError(
-            f"{option}={options[option][0]}: this would take {needed / GIB:,.0f} GiB of memory at least, and there "
-            f"are {there / GIB:,.0f} GiB; choose less"
-        )
+    read = (activations, remembered, allowed, 8 * lanes * longest_text)
+    of_weights = [name for name in options if name.startswith(("model.architecture.", "task."))]
+    for needed, there, where, deciding in (
+        (weights + sum(read), memory_of_this_machine(), "memory", of_weights if weights > max(read) else options),
+        (offloaded, memory_of_the_host(), "the host's memory", of_weights),
+    ):
+        if needed > there:
+            option = max(deciding, key=lambda name: options[name][0] / options[name][1])
+            raise SizeError(
+                f"{option}={options[option][0]}: this would take {needed / GIB:,.0f} GiB of {where} at least, and "
+                f"there are {there / GIB:,.0f} GiB; choose less"
+            )
 
 
 def memory_of_this_machine() -> int:
-    """Bytes that this process can have at most: of its accelerator, or of the host and the container it runs in."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[1]
+    """Bytes that this process can have at most: of its accelerator, or of the host."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else memory_of_the_host()
+
+
+def memory_of_the_host() -> int:
+    """Bytes that this process can have at most of the host and of the container it runs in."""
     there = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in map(Path, CONTROL_GROUPS):
         limit = file.read_text().strip() if file.exists() else ""

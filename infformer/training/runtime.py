@@ -43,6 +43,7 @@ __all__ = [
     "init_distributed",
     "is_compiled",
     "is_zero",
+    "off_the_device",
     "prepare",
     "release",
     "resolve_engine",
@@ -92,6 +93,22 @@ def resolve_engine(engine: EngineConfig) -> EngineConfig:
             "follow that configuration, or launch with torchrun, which has none"
         )
     return engine
+
+
+def off_the_device(engine: EngineConfig) -> dict[str, str]:
+    """Where DeepSpeed keeps weights (`param`), or gradients and moments (`optimizer`), if not on the device.
+
+    Args:
+        engine: resolved, by `resolve_engine`.
+
+    Returns:
+        `cpu` or `nvme`, of what lies there.
+    """
+    options = engine.deepspeed if engine.config is None else _read_deepspeed_file(engine.config)
+    zero = options.get("zero_optimization")
+    told = {part: zero.get(f"offload_{part}") for part in ("param", "optimizer")} if isinstance(zero, Mapping) else {}
+    places = {part: said.get("device", "none") for part, said in told.items() if isinstance(said, Mapping)}
+    return {part: place for part, place in places.items() if place != "none"}
 
 
 def init_distributed(
