@@ -688,6 +688,11 @@ class EvaluationRunConfig:
         if not self.checkpoint:
             raise ValueError("checkpoint=: name a checkpoint of a run, a model folder, or a model on the hub")
         _check_choice("split", self.split, SPLITS)
+        if self.baselines and self.split == "validation":
+            raise ValueError(
+                "baselines=true with split=validation: how baselines are mixed in is chosen on validation documents, so "
+                "their figures there would be too good; measure others, by split=test, or leave the baselines out"
+            )
         _check_choice("precision", self.precision, _PRECISIONS)
         _check_at_least("segment_length", self.segment_length, 2)
         _check_at_least("stride", self.stride, 1)

@@ -192,6 +192,7 @@ REFUSED = [
     ("eval", "checkpoint=", "", "name a checkpoint"),
     ("eval", "checkpoint=x output_dir=", "", "name a folder"),
     ("eval", "checkpoint=x baselines=true data.validation=null", "baselines=true", "name some"),
+    ("eval", "checkpoint=x split=validation baselines=true", "baselines=true", "by split=test"),
     ("train", "evaluation.baselines=true data.validation=null", "evaluation.baselines=true", "name some"),
     ("eval", "checkpoint=x control=false", "", "did you mean controls?"),
     ("eval", "checkpoint=x +controll=false", "", "did you mean controls?"),
