@@ -690,8 +690,8 @@ class EvaluationRunConfig:
         _check_choice("split", self.split, SPLITS)
         if self.baselines and self.split == "validation":
             raise ValueError(
-                "baselines=true with split=validation: how baselines are mixed in is chosen on validation documents, so "
-                "their figures there would be too good; measure others, by split=test, or leave the baselines out"
+                "baselines=true with split=validation: how baselines are mixed in is chosen on these documents, so "
+                "their figures would be too good; measure others, by split=test, or leave the baselines out"
             )
         _check_choice("precision", self.precision, _PRECISIONS)
         _check_at_least("segment_length", self.segment_length, 2)
@@ -720,6 +720,9 @@ class GenerationRunConfig:
     """What the same model read before, a file of `save_state`. Document and prompt come after it."""
     save_state: str | None = None
     """Where to keep what was read, the prompt not included."""
+    beginning_of_document: bool = True
+    """Begin the text with the tokenizer's beginning-of-sequence token (or, if it has none, its end-of-sequence token),
+    as `data.beginning_of_document` does in training. After `state` the text goes on, and no such token is read."""
     tokens: int = 200
     """How many to write, at most; a token that ends a text ends this one. 0: read only."""
     temperature: float = 1.0

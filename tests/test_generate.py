@@ -61,6 +61,21 @@ def test_a_document_and_a_prompt_are_one_text(generate, tmp_path):
     assert both != generate(prompt=f"{TEXT}Then", seed=1)
 
 
+def test_a_text_begins_with_the_token_that_documents_begin_with_in_training(generate, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    options = [{"prompt": "Then"}, {"document": f"{tmp_path}/book.txt"}]
+    for option, text in zip(options, ["Then", TEXT], strict=True):
+        begun = generate(**option)
+        assert begun == generate(prompt=f"<s>{text}", beginning_of_document=False)
+        assert begun != generate(**option, beginning_of_document=False)
+
+
+def test_a_text_that_goes_on_does_not_begin_anew(generate, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    generate(document=f"{tmp_path}/book.txt", save_state=f"{tmp_path}/read.safetensors")
+    assert generate(state=f"{tmp_path}/read.safetensors", prompt="Then") == generate(prompt=f"{TEXT}Then")
+
+
 def test_the_command_writes_and_ends(checkpoint, monkeypatch, capsys):
     from infformer.commands.generate import main
 

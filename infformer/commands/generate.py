@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from infformer.config import CONF, GenerationRunConfig
-from infformer.data.tokenization import Encoder
+from infformer.data.tokenization import Encoder, first_token
 from infformer.durable import check_place
 from infformer.errors import DataError
 from infformer.models.base import MemoryModel
@@ -45,8 +45,13 @@ def run(config: GenerationRunConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, "tokenizer" if config.tokenizer else "checkpoint")
     if config.save_state is not None:
         check_place("save_state", Path(config.save_state).parent)
-    document = None if config.document is None else _encode(tokenizer, "document", _text(Path(config.document)))
-    prompt = None if config.prompt is None else _encode(tokenizer, "prompt", config.prompt)
+    begins = config.beginning_of_document and config.state is None
+    first = [first_token(tokenizer, "beginning_of_document")] if begins else []
+    document = prompt = None
+    if config.document is not None:
+        document, first = _encode(tokenizer, "document", _text(Path(config.document)), first), []
+    if config.prompt is not None:
+        prompt = _encode(tokenizer, "prompt", config.prompt, first)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
     check_vocabulary(model, tokenizer, "tokenizer")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type] # whose decorator hides its own self
@@ -105,12 +110,12 @@ def _text(path: Path) -> str:
         raise DataError(f"document={path}: cannot be read ({error}); give a file of UTF-8 text") from error
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, option: str, text: str) -> torch.Tensor:
-    """Token ids, [length]."""
+def _encode(tokenizer: PreTrainedTokenizerBase, option: str, text: str, first: list[int]) -> torch.Tensor:
+    """Token ids of a text, and before them the first ones, [length]."""
     (tokens,) = Encoder(tokenizer)([option], [text])
     if not tokens:
         raise DataError(f"{option}=: there is no text in it; give at least one word, or leave {option}= out")
-    return torch.tensor(tokens)
+    return torch.tensor([*first, *tokens])
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def beginning_of_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBas
     """
     if not config.beginning_of_document:
         return "no token stands before a document (data.beginning_of_document=false)"
-    token = tokenizer.convert_ids_to_tokens(_first_token(tokenizer))
+    token = tokenizer.convert_ids_to_tokens(first_token(tokenizer))
     return f"every document begins with the token {token} (data.beginning_of_document=false: with its text)"
 
 
@@ -263,7 +263,7 @@ def warn_of_shared_documents(documents: Mapping[str, TokenizedDocuments]) -> Non
 
 def _make(place: Path, fingerprint: str, config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Tokenise a split; returns the folder in `place` in which the tokens are."""
-    first = _first_token(tokenizer) if config.beginning_of_document else None
+    first = first_token(tokenizer) if config.beginning_of_document else None
     texts = place / "texts.arrow"
     found = _write_texts(texts, follow(read_documents(config, split), f"reading {split}", "documents"))
     if not found:
@@ -301,13 +301,21 @@ def _make(place: Path, fingerprint: str, config: DataConfig, split: str, tokeniz
     return whole
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def first_token(tokenizer: PreTrainedTokenizerBase, option: str = "data.beginning_of_document") -> int:
+    """The token that stands before a document: the tokenizer's first of a sequence, or if it has none the last.
+
+    Args:
+        option: that asks for it, for the message.
+
+    Raises:
+        DataError: there is neither.
+    """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise DataError(
-        "data.beginning_of_document=true: the tokenizer has neither a beginning-of-sequence nor an end-of-sequence "
-        "token to put before a document; set data.beginning_of_document=false, or give the tokenizer a bos_token."
+        f"{option}=true: the tokenizer has neither a beginning-of-sequence nor an end-of-sequence token to put before "
+        f"a document; set {option}=false, or give the tokenizer a bos_token."
     )
 
 
