@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from infformer.durable import write_text
+from infformer.durable import check_place, write_text
+from infformer.errors import UserError
 from infformer.evaluation.figures import interval_of_ratio, place_edges, previous_occurrences
 from infformer.evaluation.report import write_results
 from infformer.models.loading import load_tokenizer, load_trained
@@ -46,19 +48,50 @@ def main() -> None:
     parser.add_argument("--before", nargs="+", type=int, default=(0, 128, 512, 1024, 1536), metavar="TOKENS")
     parser.add_argument("--folder", type=Path, default=Path("outputs/context"))
     arguments = parser.parse_args()
-
-    model, tokenizer = load_trained(arguments.model), load_tokenizer(arguments.model, "--model")
-    texts = [path.read_text(encoding="utf-8")[: arguments.characters] for path in arguments.texts]
-    documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-    nats = {before: list[NDArray[np.float64]]() for before in arguments.before}
-    for document in follow(documents, "reading", "texts", len(documents)):
-        for before, found in losses(model, document, arguments.segment, arguments.before).items():
-            nats[before].append(found)
-    rows = describe([document.numpy() for document in documents], nats, arguments.segment)
+    try:
+        rows = measure(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     write_results(arguments.folder / "context.json", {"segment": arguments.segment, "rows": rows})
     table = format_tables(rows)
     write_text(arguments.folder / "context.md", table)
     print(table)
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `describe` says of the texts, read with each context.
+
+    Raises:
+        UserError: the model, a text or an option cannot be used.
+    """
+    check_place("--folder", arguments.folder)
+    for option, values, least in (("--segment", [arguments.segment], 1), ("--before", arguments.before, 0)):
+        if min(values) < least:
+            raise UserError(f"{option} {min(values)}: must be at least {least}")
+    texts = [_text(path)[: arguments.characters] for path in arguments.texts]
+    tokenizer, model = load_tokenizer(arguments.model, "--model"), load_trained(arguments.model)
+    longest = max(arguments.before) + arguments.segment
+    if model.positions is not None and longest > model.positions:
+        raise UserError(
+            f"--before {max(arguments.before)} --segment {arguments.segment}: these are {longest} tokens at once, and "
+            f"the model has {model.positions} positions; give fewer"
+        )
+    documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    for path, document in zip(arguments.texts, documents, strict=True):
+        if len(document) < 2:
+            raise UserError(f"{path}: there are fewer than 2 tokens in it, so none to predict; give a longer text")
+    nats = {before: list[NDArray[np.float64]]() for before in arguments.before}
+    for document in follow(documents, "reading", "texts", len(documents)):
+        for before, found in losses(model, document, arguments.segment, arguments.before).items():
+            nats[before].append(found)
+    return describe([document.numpy() for document in documents], nats, arguments.segment)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a file of UTF-8 text") from error
 
 
 def losses(model: Any, document: torch.Tensor, segment: int, contexts: Sequence[int]) -> dict[int, NDArray[np.float64]]:

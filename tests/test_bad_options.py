@@ -439,6 +439,7 @@ class TestScripts:
             ("benchmark", ["read", "--folder", "FOLDER"], "--folder=FOLDER"),
             ("benchmark", ["read", "--json", "FOLDER/read.jsonl"], "--json=FOLDER"),
             ("export", ["checkpoint", "FOLDER"], "FOLDER=FOLDER"),
+            ("context", ["--model", "somewhere", "text", "--folder", "FOLDER"], "--folder=FOLDER"),
         ],
     )
     def test_a_place_that_cannot_be_written_is_found_before_the_work(self, refused, script, arguments, option, folder):
@@ -446,6 +447,28 @@ class TestScripts:
         message = refused(script, *(argument.replace("FOLDER", folder) for argument in arguments))
         assert f"{place}={folder}: nothing can be written there" in message
         assert f"set {place}= to another place" in message
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["TEXT", "--model", "/nowhere"], "--model=/nowhere: there is no such folder"),
+            (["nowhere.txt", "--model", "/nowhere"], "nowhere.txt: cannot be read"),
+            (
+                ["TEXT", "--model", "MODEL", "--characters", "1", "--segment", "8", "--before", "8"],
+                "there are fewer than 2 tokens in it",
+            ),
+            (["TEXT", "--model", "MODEL", "--before", "4000"], "--before 4000 --segment 512: these are 4512 tokens"),
+            (["TEXT", "--model", "MODEL", "--segment", "0"], "--segment 0: must be at least 1"),
+            (["TEXT", "--model", "MODEL", "--before", "8", "-1"], "--before -1: must be at least 0"),
+        ],
+    )
+    def test_contexts_that_cannot_be_measured_are_named(self, refused, model_folder, tmp_path, arguments, said):
+        (tmp_path / "text.txt").write_text("The white whale")
+        places = {"TEXT": tmp_path / "text.txt", "MODEL": model_folder}
+        typed = [places.get(argument, argument) for argument in arguments]
+        message = refused("context", *typed, "--folder", tmp_path / "out")
+        assert message.startswith("error: ")
+        assert said in message
 
     @pytest.mark.parametrize("text", ["", "[1]", "[" * 100_000, "\0"])
     def test_results_that_cannot_be_read_are_named(self, refused, tmp_path, text):
