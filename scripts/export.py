@@ -66,17 +66,16 @@ def export(checkpoint: str, folder: Path, what: str, dtype: torch.dtype) -> None
 
 
 def _save(model: MemoryModel, what: str, dtype: torch.dtype, folder: Path) -> None:
-    if not isinstance(model, InfformerForCausalLM):
-        model.to(dtype).save_pretrained(folder)
-        return
-    match what:
-        case "all":
-            model.backbone.to(dtype)
-            model.save_pretrained(folder)
-        case "backbone":
-            model.stock_backbone().to(dtype).save_pretrained(folder)
-        case "memories":
-            save_memories(model, folder)
+    if what == "all" or not isinstance(model, InfformerForCausalLM):
+        memories = {id(parameter) for parameter in model.memory_parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in memories:
+                parameter.data = parameter.data.to(dtype)
+        model.save_pretrained(folder)
+    elif what == "backbone":
+        model.stock_backbone().to(dtype).save_pretrained(folder)
+    else:
+        save_memories(model, folder)
 
 
 if __name__ == "__main__":

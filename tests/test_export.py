@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -81,6 +82,18 @@ def test_a_decoder_is_exported_without_a_tokenizer_that_it_does_not_have(export,
     export(symbols, tmp_path / "out")
     assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(place)) for place in (symbols, tmp_path / "out")))
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "symbols"])
+def test_memories_keep_their_precision_in_a_model_of_half_of_it(export, request, tmp_path, kind):
+    export(request.getfixturevalue(kind), tmp_path / "out", "--dtype", "float16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    memories = {id(parameter) for parameter in model.memory_parameters()}
+    of_memories = {name for name, parameter in model.named_parameters() if id(parameter) in memories}
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert of_memories
+    for name, tensor in saved.items():
+        assert tensor.dtype is (torch.float32 if name in of_memories else torch.float16), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
