@@ -10,6 +10,7 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
+import argparse
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ COLOURS = {
 
 def main() -> None:
     """Three panels, one below the other: a row is a window, a unit of the axis a token."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figure = new_figure(9.5, 6.8)
     panels = figure.subplots(3, 1, height_ratios=[3, 7, 5], sharex=True)
     _draw(panels[0], SEGMENT, 0, "Disjoint segments (the default)")

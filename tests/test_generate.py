@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from infformer.commands.generate import quoted
 from infformer.config import CONF, GenerationRunConfig
 from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
+from infformer.models.document_classifier import DocumentClassifier, HeadConfig
 from infformer.models.generation import read_text, sample_tokens
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.models.read_files import load_read_text, save_read_text
@@ -68,6 +70,38 @@ def test_a_text_begins_with_the_token_that_documents_begin_with_in_training(gene
         begun = generate(**option)
         assert begun == generate(prompt=f"<s>{text}", beginning_of_document=False)
         assert begun != generate(**option, beginning_of_document=False)
+
+
+def test_a_document_may_be_compressed(generate, tmp_path):
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    assert generate(document=f"{tmp_path}/book.txt.gz") == generate(prompt=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("books.jsonl", b'{"text": "Call me"}', "this holds records"),
+        ("book.txt", b" \n", "the file is empty"),
+        ("book.txt", b"", "the file is empty"),
+        ("book.txt", b"caf\xe9", "not UTF-8 at byte 3"),
+        ("book.txt", None, "there is no such file"),
+    ],
+)
+def test_a_document_that_is_no_text_is_refused_by_its_name(generate, tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"document={tmp_path}/{name}\b.*{says}"):
+        generate(document=f"{tmp_path}/{name}")
+
+
+def test_a_classifier_writes_no_text(checkpoint, tokenizer, tmp_path):
+    from infformer.commands.generate import run
+
+    reader = InfformerForCausalLM.from_pretrained(checkpoint)
+    DocumentClassifier.on_top(reader, HeadConfig("plain"), ["bad", "good"]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a classifier writes no text; give the language model"):
+        run(GenerationRunConfig(checkpoint=str(tmp_path), prompt="Hi"))
 
 
 def test_a_text_that_goes_on_does_not_begin_anew(generate, tmp_path):
@@ -169,14 +203,6 @@ def test_a_state_of_another_model_or_memory_is_refused(checkpoint, tmp_path):
 def test_what_cannot_be_written_is_said_before_anything_is_loaded(options, said):
     with pytest.raises(UserError, match=said):
         compose("generate", GenerationRunConfig, CONF, ["checkpoint=nowhere", *options])
-
-
-@pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), (b"\xff\xfe", "UTF-8"), (b"", "no text in it")])
-def test_a_document_without_text_is_refused(generate, tmp_path, text, said):
-    if text is not None:
-        (tmp_path / "book.txt").write_bytes(text)
-    with pytest.raises(UserError, match=f"document=.*{said}"):
-        generate(document=f"{tmp_path}/book.txt")
 
 
 def test_what_the_page_shows_of_writing_after_a_book_runs(checkpoint, tmp_path, monkeypatch, capsys):

@@ -21,10 +21,13 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from infformer.config import CONF, GenerationRunConfig
+from infformer.data.files import holds_records, read_lines
 from infformer.data.tokenization import Encoder, first_token
 from infformer.durable import check_place
-from infformer.errors import DataError
+from infformer.errors import DataError, ModelError
 from infformer.models.base import MemoryModel
+from infformer.models.document_classifier import DocumentClassifier
+from infformer.models.encoder import TextClassifier
 from infformer.models.generation import ReadText, read_text, sample_tokens
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.models.read_files import load_read_text, save_read_text
@@ -53,6 +56,10 @@ def run(config: GenerationRunConfig) -> None:
     if config.prompt is not None:
         prompt = _encode(tokenizer, "prompt", config.prompt, first)
     model = load_trained(config.checkpoint, config.segment_length, config.short_term_length)
+    if isinstance(model, TextClassifier | DocumentClassifier):
+        raise ModelError(
+            f"checkpoint={config.checkpoint}: a classifier writes no text; give the language model that it was made of"
+        )
     check_vocabulary(model, tokenizer, "tokenizer")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type] # whose decorator hides its own self
     length = model.choose_segment_length(config.segment_length)
@@ -104,10 +111,15 @@ def _write(
 
 
 def _text(path: Path) -> str:
+    path = path.expanduser()
+    if not path.is_file():
+        raise DataError(f"document={path}: there is no such file (seen from {Path.cwd()})")
+    if holds_records(path):
+        raise DataError(f"document={path}: this holds records, and one text is read; save that in a file such as .txt")
     try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"document={path}: cannot be read ({error}); give a file of UTF-8 text") from error
+        return "".join(read_lines(path))
+    except DataError as error:
+        raise DataError(f"document={error}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, option: str, text: str, first: list[int]) -> torch.Tensor:

@@ -100,6 +100,11 @@ def is_text(path: Path) -> bool:
     return _kind(path) in TEXT
 
 
+def holds_records(path: Path) -> bool:
+    """Whether a file is one of many records with fields."""
+    return _kind(path) in (*JSON_LINES, *TABLES, *PARQUET)
+
+
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text file, maybe compressed, with their ends as they are; a byte order mark is left out.
 
