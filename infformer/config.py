@@ -391,7 +391,7 @@ class EvaluationConfig:
     documents twice more and the validation documents once."""
     inspected_segments: int = 16
     """In the end, look into the memory along so many segments of the longest test document. 0: do not."""
-    max_validation_tokens: int | None = None
+    max_validation_tokens: int | None = measuring(None, "validation")
     """In evaluations during training, read at most this much of the beginnings of the documents. Null: all."""
 
     def __post_init__(self) -> None:

@@ -42,12 +42,17 @@ def to_come(default: Any) -> Any:
     return _marked(default, "to come")
 
 
-def measuring(default: Any) -> Any:
-    """The field of an option that changes what is measured, not what is learned: a resumed run may change it."""
-    return _marked(default, "measuring")
+def measuring(default: Any, *splits: str) -> Any:
+    """The field of an option that changes what is measured, not what is learned: a resumed run may change it.
+
+    Args:
+        splits: `validation`, `test` or both, if it says which texts these are: figures from before it was changed are
+            not compared with those after.
+    """
+    return _marked(default, "measuring", *splits)
 
 
-def _marked(default: Any, mark: str) -> Any:
+def _marked(default: Any, *marks: str) -> Any:
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"may_change": mark})
-    return dataclasses.field(default=default, metadata={"may_change": mark})
+        return dataclasses.field(default_factory=default, metadata={"marks": marks})
+    return dataclasses.field(default=default, metadata={"marks": marks})

@@ -42,10 +42,10 @@ class DataConfig:
     """Documents to learn from. `hub`: a split, such as `train` or `train[:10%]`; `files`: a path, a glob (`**` goes
     into folders) or a list of them; null: none."""
 
-    validation: Any = measuring("validation")
+    validation: Any = measuring("validation", "validation")
     """Documents held out, to be measured during training. Written like `train`."""
 
-    test: Any = measuring("test")
+    test: Any = measuring("test", "test")
     """Documents held out for the final figures. Written like `train`."""
 
     text_field: str = "text"

@@ -53,9 +53,9 @@ class ClassificationConfig(TaskConfig):
     """The field, or the column, that holds the class, a number or a word."""
     training_examples: int | None = None
     """How many to learn from, taken from all. Null: all."""
-    validation_examples: int | None = measuring(None)
+    validation_examples: int | None = measuring(None, "validation")
     """How many are measured during training. Null: all."""
-    test_examples: int | None = measuring(None)
+    test_examples: int | None = measuring(None, "test")
     """How many are measured at the end. Null: all."""
     pad_to_length: bool = False
     """Pad all texts to `length`, so that every step has the same shape: for training.compile. False: to the longest

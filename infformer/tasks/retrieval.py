@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 class RetrievalConfig(TaskConfig):
     """What every retrieval task asks: something that stood at some depth of a long text."""
 
-    lengths: list[int] = measuring(lambda: [1024, 4096])
+    lengths: list[int] = measuring(lambda: [1024, 4096], "validation", "test")
     """How many tokens the texts to measure by have, questions and answers included; during training only the first."""
-    depths: list[float] = measuring(lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    depths: list[float] = measuring(lambda: [0.0, 0.25, 0.5, 0.75, 1.0], "validation", "test")
     """Where to look for the answer, as a part of the text: 0 is its beginning, 1 its end, just before the question."""
     training_lengths: list[int] = field(default_factory=lambda: [1024])
     """Tokens of the texts to learn from, the answers at any depth: each step draws one, with a probability ∝ 1/length,
     so that all lengths together are read equally much."""
-    validation_questions: int = measuring(8)
+    validation_questions: int = measuring(8, "validation")
     """How many texts are read during training at each depth."""
-    test_questions: int = measuring(20)
+    test_questions: int = measuring(20, "test")
     """How many texts are read at the end at each length and depth."""
 
     def __post_init__(self) -> None:

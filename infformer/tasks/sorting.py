@@ -45,11 +45,11 @@ class SortingConfig(TaskConfig):
     training_sequences: int | None = None
     """How many sequences to learn from, epoch after epoch, each in an order of its own; published: 8000. Null: never
     the same one twice."""
-    validation_sequences: int = measuring(64)
+    validation_sequences: int = measuring(64, "validation")
     """How many are measured during training."""
-    test_sequences: int = measuring(200)
+    test_sequences: int = measuring(200, "test")
     """How many are measured at the end, of each length."""
-    evaluation_lengths: list[int] = measuring(list)
+    evaluation_lengths: list[int] = measuring(list, "test")
     """Further lengths to measure at the end."""
 
     def __post_init__(self) -> None:

@@ -77,6 +77,9 @@ class Progress:
     best_step: int | None = None
     results_before: Mapping[str, object] | None = None
     """Test figures before the first step; None, or in older checkpoints nothing, where they were not wanted."""
+    held_out: Mapping[str, object] = field(default_factory=dict)
+    """The options, as they are typed, by whose texts the best loss and these figures were measured; in older
+    checkpoints none."""
 
 
 @dataclass
@@ -285,7 +288,7 @@ def load_checkpoint(folder: Path, state: TrainingState, accelerator: Accelerator
         group["lr"] = rate
     if accelerator.scaler is not None and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    state.progress = Progress(**{each.name: record[each.name] for each in fields(Progress)})
+    state.progress = Progress(**{each.name: record[each.name] for each in fields(Progress) if each.name in record})
     state.progress.unreported = [StepMetrics(**entry) for entry in record["unreported"]]
     microbatches = len(memories) * accelerator.num_processes
     if microbatches != saved["parts"] and accelerator.is_main_process:

@@ -132,7 +132,7 @@ def differences(
 
 def marked(options: Mapping[str, object], kind: type[Any], *marks: str) -> dict[str, object]:
     """Of a flat configuration of a kind the options that have one of these marks, or are in a group that has."""
-    groups = [name for name, field in options_of(kind) if field.metadata.get("may_change") in marks]
+    groups = [name for name, field in options_of(kind) if set(marks) & set(field.metadata.get("marks", ()))]
     return {
         option: value
         for option, value in options.items()

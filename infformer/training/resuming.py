@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import cast
 
 from infformer.config import RunConfig
-from infformer.training.checkpoint import newest_checkpoint, put_back_replaced, step_of, validate_checkpoint
+from infformer.training.checkpoint import (
+    Progress,
+    newest_checkpoint,
+    put_back_replaced,
+    step_of,
+    validate_checkpoint,
+)
 from infformer.training.folder import (
     OF_A_RUN,
     RunError,
     differences,
     flatten,
+    marked,
     saved_options,
     what_lies_in,
 )
@@ -76,6 +83,24 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
     _check_that_it_has_grown_so(config, then, checkpoint)
     _tell_of_another_end(config, then, checkpoint)
     return checkpoint
+
+
+def forget_figures_of_other_texts(config: RunConfig, progress: Progress) -> list[str]:
+    """Forget what was measured by other texts than those that are held out now; what and why, in sentences."""
+    now = marked(flatten(asdict(config)), RunConfig, "validation", "test")
+    then, progress.held_out = progress.held_out or now, now
+    validation, test = (
+        "; ".join(differences(marked(then, RunConfig, split), marked(now, RunConfig, split), config))
+        for split in ("validation", "test")
+    )
+    forgotten = []
+    if validation and progress.best_loss is not None:
+        progress.best_loss = progress.best_step = None
+        forgotten.append(f"{validation}: the best checkpoint is chosen anew, as its loss is of other texts")
+    if test and progress.results_before is not None:
+        progress.results_before = None
+        forgotten.append(f"{test}: the figures from before training are left out, as they are of other texts")
+    return forgotten
 
 
 def _refuse_what_is_there(folder: Path) -> None:

@@ -62,7 +62,7 @@ from infformer.training.growing import check_engine, grown
 from infformer.training.metrics import DeviceMeter, MetricsLog, StepMetrics, matmul_flops, summarise
 from infformer.training.optimization import learning_rates, make_optimizer, make_schedule
 from infformer.training.recording import EAGER_PASSES, Recorder, check_recording
-from infformer.training.resuming import find_checkpoint
+from infformer.training.resuming import find_checkpoint, forget_figures_of_other_texts
 from infformer.training.runtime import (
     Accelerator,
     all_reduce_max,
@@ -225,6 +225,9 @@ class Trainer:
             self.stream.load_state_dict(progress.task)
             logger.info("going on from %s: step %d, %s tokens", checkpoint, progress.step, f"{progress.tokens:,}")
         self.progress = progress
+        for forgotten in forget_figures_of_other_texts(config, progress):
+            if accelerator.is_main_process:
+                logger.warning(forgotten)
         size = self.sizes["weight_bytes"] + self.sizes["optimizer_bytes"]
         decided_by_main(accelerator, lambda: open_record(config, self.folder, progress.step, progress.best_step, size))
         self._metrics, self._samples = (MetricsLog(self.folder / f"{name}.jsonl") for name in ("metrics", "samples"))

@@ -5,6 +5,7 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ from transformers import AutoModelForCausalLM
 
 from infformer.errors import ModelError
 from infformer.models.loading import load_trained
+from infformer.tasks.haystack import PasskeyConfig
 from infformer.tasks.language_modelling import LanguageModelling
 from infformer.tasks.task import Validation
 from infformer.training import trainer
 from infformer.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
+    Progress,
     model_tensors,
     newest_checkpoint,
     point_to_best,
     remove_old_checkpoints,
     validate_checkpoint,
 )
-from infformer.training.resuming import RunError, find_checkpoint
+from infformer.training.resuming import RunError, find_checkpoint, forget_figures_of_other_texts
 from infformer.training.trainer import TrainingFailedError
 
 LANES, LAYERS, BASIS_FUNCTIONS, WIDTH = 4, 1, 8, 16
@@ -273,6 +276,44 @@ class TestWhereItGoesOn:
         config = configure(root.parent, {"resume": "auto", "training.max_steps": 7})
         with pytest.raises(RunError, match=r"training.max_steps=7, and .*step-00000008 has made 8 already"):
             find_checkpoint(config, root.parent)
+
+    @pytest.mark.parametrize(
+        ("change", "forgets"),
+        [
+            ({"data.validation": "elsewhere.jsonl"}, ["data.validation"]),
+            ({"data.test": "elsewhere.jsonl"}, ["data.test"]),
+            ({"evaluation.max_validation_tokens": 9}, ["evaluation.max_validation_tokens"]),
+            ({"task.validation_questions": 3}, ["task.validation_questions"]),
+            ({"task.test_questions": 3}, ["task.test_questions"]),
+            ({"task.lengths": [64]}, ["task.lengths", "task.lengths"]),
+            ({"task.depths": [0.5]}, ["task.depths", "task.depths"]),
+            ({"evaluation.batch_size": 3, "evaluation.before": False, "training.max_steps": 99}, []),
+        ],
+    )
+    def test_what_other_texts_were_measured_by_is_forgotten(
+        self, configure, tmp_path: Path, change: dict[str, Any], forgets: list[str]
+    ) -> None:
+        """And no more: a best checkpoint stays the best whatever it will be tested by."""
+        progress = Progress(task={}, best_loss=1.5, best_step=4, results_before={"nll": 2.0})
+        assert forget_figures_of_other_texts(configure(tmp_path, {"task": PasskeyConfig()}), progress) == []
+        saved = Progress(**json.loads(json.dumps(asdict(progress))))
+        other = configure(tmp_path, {"task": PasskeyConfig(), **change})
+        sentences = forget_figures_of_other_texts(other, saved)
+        assert [sentence.split(" was ")[0] for sentence in sentences] == forgets
+        by_validation = any("best checkpoint" in sentence for sentence in sentences)
+        assert (saved.best_loss, saved.best_step) == ((None, None) if by_validation else (1.5, 4))
+        by_test = any("before training" in sentence for sentence in sentences)
+        assert saved.results_before == (None if by_test else {"nll": 2.0})
+        assert by_validation + by_test == len(forgets)
+        assert forget_figures_of_other_texts(other, saved) == []
+
+    def test_a_checkpoint_that_does_not_say_which_texts_it_was_measured_by_forgets_nothing(
+        self, configure, tmp_path: Path
+    ) -> None:
+        """It is of an earlier version; from then on it says so."""
+        progress = Progress(task={}, best_loss=1.5, best_step=4, results_before={"nll": 2.0})
+        assert forget_figures_of_other_texts(configure(tmp_path, {"data.test": None}), progress) == []
+        assert progress.held_out["data.test"] is None
 
     def test_what_was_taken_away_for_a_newer_one_comes_back(self, root: Path, configure) -> None:
         """The run was killed in between; that was its newest."""

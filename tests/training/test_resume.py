@@ -99,6 +99,16 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert_same_tensors(folder / last, other / last)
 
 
+def remove_from_state(checkpoint_folder: Path, name: str) -> None:
+    """As if a version had written the checkpoint that did not know of this."""
+    state, manifest = checkpoint_folder / "state.json", checkpoint_folder / "manifest.json"
+    state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != name}))
+    said = json.loads(manifest.read_text())
+    said["files"]["state.json"] = {"bytes": state.stat().st_size, "crc32": checkpoint._checksum(state)}
+    said["crc32"] = checkpoint._checksum_of(said["files"])
+    manifest.write_text(json.dumps(said))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -262,6 +272,7 @@ class TestGoesOnExactly:
         config = OmegaConf.load(folder / "config.yaml")
         del config["model"]["lora"], config["training"]["memory_dropout"]
         OmegaConf.save(config, folder / "config.yaml")
+        remove_from_state(folder / "checkpoints" / f"step-{LAST_CHECKPOINT:08d}", "held_out")
         with pytest.raises(RunError, match=r"training\.memory_dropout was 0\.0, is 0\.5"):
             train(configure(folder, {"resume": "auto", "training.memory_dropout": 0.5}))
         train(configure(folder, {"resume": "auto"}))
@@ -292,6 +303,18 @@ class TestGoesOnExactly:
         with interrupted(3, die), pytest.raises(Killed):
             train(configure(tmp_path, {**changes, "evaluation.before": False}))
         assert train(configure(tmp_path, {**changes, "resume": "auto"}))["before"] is None
+
+    def test_a_run_that_goes_on_by_other_documents_compares_no_figures_of_those_before(
+        self, configure, train, texts, folder, caplog
+    ):
+        """The best checkpoint is one of those that were measured by the new ones; of the others there were more."""
+        splits = {"validation": "test", "test": "validation"}
+        swapped = {f"data.{split}": str(texts / f"{other}.jsonl") for split, other in splits.items()}
+        found = train(configure(folder, {"resume": "auto", **swapped}))
+        assert (len(found["per_document"]), found["before"]) == (2, None)
+        assert (folder / "checkpoints" / "best").resolve().name == f"step-{STEPS:08d}"
+        for split in splits:
+            assert f"data.{split} was " in caplog.text
 
     def test_a_run_goes_on_under_another_gradient_checkpointing_and_longer(self, configure, train, whole, folder):
         changes = {"training.gradient_checkpointing": True, "training.max_steps": 10, "training.log_every": 2}
