@@ -64,9 +64,9 @@ def describe(folder: Path, results: Results) -> dict[str, Any]:
         results: what its `results.json` holds.
     """
     checkpoint = folder / "checkpoints" / Path(results["protocol"]["checkpoint"]).name
-    model = OmegaConf.load(folder / "config.yaml").model
+    memory = OmegaConf.load(folder / "config.yaml").model.memory or {}  # null of a model that remembers nothing
     sizes = ("short_term_length", "length", "basis_functions")
-    vectors = sum(model.memory.get(name, 0) for name in sizes)
+    vectors = sum(memory.get(name, 0) for name in sizes)
     return {
         "parameters": count_parameters(checkpoint / "model"),
         "vectors": vectors,

@@ -580,6 +580,15 @@ class TestCapacity:
             capacity.main()
 
 
+def test_a_model_without_memory_remembers_no_vectors(from_scratch, tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {memory: null}")
+    results = {
+        "protocol": {"checkpoint": "checkpoints/best"}, "perplexity": {"token": 2.0, "word": 3.0}, "controls": {}
+    }  # fmt: skip
+    described = from_scratch.describe(tmp_path, results)
+    assert described == {"parameters": 0, "vectors": 0, "per_token": 2.0, "per_word": 3.0}
+
+
 def test_parameters_are_counted_in_the_file(from_scratch, tmp_path):
     """Neither the long-term memory's operators are among them, nor anything twice."""
     long_term = LongTermMemoryConfig(
