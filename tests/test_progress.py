@@ -79,8 +79,9 @@ def test_many_short_pieces_of_work_are_long_together(caplog, monkeypatch):
     assert "a piece" in caplog.text
 
 
-def test_short_work_and_work_of_another_process_say_nothing(caplog, capsys):
+def test_short_work_and_work_of_another_process_say_nothing(caplog, capsys, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(Pace, "_said", time.monotonic())  # other work may have been silent for long
     assert list(follow("abc", "reading", "letters", 3)) == ["a", "b", "c"]
     with Pace("reading", 3, "letters", shown=False) as pace:
         pace.advance()

@@ -1,5 +1,7 @@
 """Sizes are those of the tensors that are there."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +22,7 @@ LLAMA = {
 
 
 def test_a_gpt2_with_memory_has_the_sizes_of_its_tensors(backbone):
-    model = InfformerForCausalLM.from_backbone(backbone, SIGNAL, segment_length=16)
+    model = InfformerForCausalLM.from_backbone(copy.deepcopy(backbone), SIGNAL, segment_length=16)
     sizes = model_sizes(model)
     assert sizes["backbone_parameters"] == sum(parameter.numel() for parameter in backbone.parameters())
     assert sizes["memory_parameters"] == sum(parameter.numel() for parameter in model.memories.parameters())

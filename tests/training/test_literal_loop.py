@@ -327,7 +327,7 @@ class TestWhatItTells:
         def written(name: str) -> list[dict]:
             return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
-        assert calls[0] == ("open", config.tracker, "a name", folder, asdict(config))
+        assert calls[0] == ("open", config.tracker, "a name", folder, asdict(config), 0)
         assert [call[1] for call in calls if call[0] == "log"] == written("metrics.jsonl")
         texts = [{"step": sample["step"], "sample": sample["text"]} for sample in written("samples.jsonl")]
         assert [call[1] for call in calls if call[0] == "text"] == texts

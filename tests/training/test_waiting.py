@@ -57,7 +57,7 @@ def counted() -> Iterator[Counter[str]]:
 
 def test_a_step_between_two_logs_waits_for_nothing(configure, train, tmp_path, monkeypatch):
     """But for the check of lengths, which on a GPU is made there."""
-    monkeypatch.setattr("infformer.models.base.check_lengths", lambda lengths, length: None)
+    monkeypatch.setattr("infformer.models.base.check_lengths", lambda lengths, least, most: None)
     found: list[Counter[str]] = []
     timed_step = trainer.Trainer._timed_step
 
