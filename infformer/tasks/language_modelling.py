@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ class DocumentStream:
     def __init__(self, material: Material) -> None:
         self._documents = material.documents["train"]
         self._bptt_segments = material.bptt_segments
+        self._tokens_of_a_step = material.lanes * material.segment_length * material.bptt_segments
         self._lanes = Lanes(
             self._documents,
             material.lanes,
@@ -51,7 +53,8 @@ class DocumentStream:
 
     def describe(self) -> str:
         tokens = int(self._documents.token_counts.sum())
-        return f"{len(self._documents):,} documents, {tokens:,} tokens to learn from"
+        steps = math.ceil(tokens / self._tokens_of_a_step)
+        return f"{len(self._documents):,} documents, {tokens:,} tokens to learn from, in about {steps:,} steps once"
 
 
 class LanguageModelling(Evaluation[Results]):

@@ -192,7 +192,7 @@ class TrainingStream(Protocol[State]):
         """Where each lane of a segment is, in words: `lane 3: 'a book' at token 512`."""
 
     def describe(self) -> str:
-        """What there is to learn from, in words: `17 documents, 5,042,123 tokens to learn from`."""
+        """What there is to learn from, in words: `17 documents, 5,042,123 tokens to learn from, …`."""
 
 
 class TextStreamState(TypedDict):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -111,8 +112,11 @@ class TestAStep:
                 assert segment.input_ids[row, :length].tolist() == tokens.tolist()
 
     def test_a_stream_says_how_much_there_is_to_learn_from(self, documents, stream):
-        counts = documents["train"].token_counts
-        assert stream().describe() == f"6 documents, {sum(counts.tolist()):,} tokens to learn from"
+        tokens = sum(documents["train"].token_counts.tolist())
+        steps = math.ceil(tokens / (LANES * SEGMENT * 2))
+        assert stream(bptt_segments=2).describe() == (
+            f"6 documents, {tokens:,} tokens to learn from, in about {steps:,} steps once"
+        )
 
 
 class TestWhatIsMeasured:
