@@ -125,7 +125,13 @@ def window_mask(length: int, reach: int, seen_by_all: int = 0, causal: bool = Fa
 
 
 def big_bird_attention(
-    query: Tensor, key: Tensor, value: Tensor, block: int, chosen: Tensor, real: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: int,
+    order: Tensor,
+    random_blocks: int,
+    real: Tensor | None = None,
 ) -> Tensor:
     """BigBird (Zaheer et al., arXiv 2007.14062): blocks see their neighbours, the two outer blocks, and random ones.
 
@@ -133,28 +139,29 @@ def big_bird_attention(
 
     Args:
         block: positions of a block.
-        chosen: which other blocks each block sees, [batch or 1, blocks, random blocks], of `choose_blocks`.
+        order: random numbers, [longest, longest], by which each block chooses the random ones, as `choose_blocks` does.
+        random_blocks: how many.
     """
     length = query.shape[2]
     rows, row_keys, row_values = (_in_blocks(tensor, block) for tensor in (query, key, value))
     row_real = _blocks_of_real(real, length, block, query.device)
     number = torch.arange(row_real.shape[2], device=query.device)
-    last = count_blocks(real, length, block, query.device).unsqueeze(-1) - 1  # [batch or 1, 1]
+    last = torch.where(row_real.any(dim=3).squeeze(1), number, 0).amax(dim=-1, keepdim=True)  # [batch or 1, 1]
     is_outer = (number == 0) | (number == last)
+
+    def attend(index: Tensor, exists: Tensor) -> Part:
+        """Attention of all blocks, or of each, to some blocks, both [batch or 1, 1 or blocks, asked]."""
+        keys, values, shown = (_take_blocks(tensor, index) for tensor in (row_keys, row_values, row_real.unsqueeze(-1)))
+        return attend_part(rows, keys, values, shown.mT & exists.repeat_interleave(block, dim=2)[:, None, :, None])
+
     # Whole blocks are near or far: a position counts by the number of its block.
     places = number.unsqueeze(-1).expand(-1, block)
     parts = [_attend_window(rows, row_keys, row_values, row_real, places, 1, False, is_outer[:, None, :, None])]
-    outer = torch.cat([torch.zeros_like(last), last], dim=-1).unsqueeze(1)
-    outer_real = _take_blocks(row_real.unsqueeze(-1), outer).squeeze(-1).unsqueeze(-2)
-    only_once = (torch.arange(2 * block, device=query.device) < block) | (last > 0)
-    outer_keys, outer_values = (_take_blocks(tensor, outer) for tensor in (row_keys, row_values))
-    parts.append(attend_part(rows, outer_keys, outer_values, outer_real & only_once[:, None, None, None]))
-    if chosen.shape[2]:
-        exists = (chosen >= 0).repeat_interleave(block, dim=2)[:, None, :, None]
-        index = chosen.clamp(min=0)
-        found_keys, found_values = (_take_blocks(tensor, index) for tensor in (row_keys, row_values))
-        found_real = _take_blocks(row_real.unsqueeze(-1), index).squeeze(-1).unsqueeze(-2)
-        parts.append(attend_part(rows, found_keys, found_values, found_real & exists))
+    outer = torch.stack([torch.zeros_like(last), last], dim=-1)
+    parts.append(attend(outer, torch.stack([torch.ones_like(last > 0), last > 0], dim=-1)))
+    if random_blocks:
+        chosen = choose_blocks(order[: len(number), : len(number)], last.squeeze(-1) + 1, random_blocks)
+        parts.append(attend(chosen.clamp(min=0), chosen >= 0))
     attended = join_parts(parts)
     everything = softmax_attention(_take_blocks(rows, outer).squeeze(2), key, value, real).unsqueeze(2)
     of_last, of_first = everything[:, :, :, block:], everything[:, :, :, :block]
@@ -196,13 +203,6 @@ def choose_blocks(order: Tensor, counts: Tensor, count: int) -> Tensor:
     drawn = order.masked_fill(known, 2.0).sort(dim=-1)
     found = drawn.indices.masked_fill(drawn.values > 1, -1)[:, :, :count]
     return F.pad(found, (0, count - found.shape[2]), value=-1)
-
-
-def count_blocks(real: Tensor | None, length: int, block: int, device: torch.device) -> Tensor:
-    """How many blocks there are up to a text's last real position, int64 [batch], or [1] for all without padding."""
-    places = torch.arange(length, device=device)
-    last = places[-1:] if real is None else (places * real).amax(dim=-1)
-    return last // block + 1
 
 
 def _attend_window(

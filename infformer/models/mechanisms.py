@@ -20,8 +20,6 @@ from infformer.attention.features import linear_attention, orthogonal_directions
 from infformer.attention.low_rank import linformer_attention, synthesizer_attention
 from infformer.attention.patterns import (
     big_bird_attention,
-    choose_blocks,
-    count_blocks,
     fixed_attention,
     local_attention,
     strided_attention,
@@ -204,13 +202,9 @@ class BigBird(Mechanism):
         self.block, self.random_blocks, self.blocks = block, random_blocks, -(-shape.longest // block)
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
-        length, device = query.shape[2], query.device
         # Of the longest text, so that what a text sees does not depend on its padding.
         order = torch.rand(self.blocks, self.blocks, generator=torch.Generator().manual_seed(self.layer))
-        blocks = -(-length // self.block)
-        counts = count_blocks(real, length, self.block, device)
-        chosen = choose_blocks(order[:blocks, :blocks].to(device), counts, self.random_blocks)
-        return big_bird_attention(query, key, value, self.block, chosen, real)
+        return big_bird_attention(query, key, value, self.block, order.to(query.device), self.random_blocks, real)
 
 
 class Reformer(Mechanism):

@@ -11,12 +11,15 @@ LENGTHS = (1, 5, 16, 37, 100)
 BLOCK = 8
 
 
+def random_order(longest=100):
+    side = -(-longest // BLOCK)
+    return torch.rand(side, side, generator=torch.Generator().manual_seed(3))
+
+
 def chosen(*lengths, count=2, longest=100):
     """Of texts of so many positions, [texts, blocks, count]."""
     blocks = [-(-length // BLOCK) for length in lengths]
-    side = -(-longest // BLOCK)
-    order = torch.rand(side, side, generator=torch.Generator().manual_seed(3))[: max(blocks), : max(blocks)]
-    return patterns.choose_blocks(order, torch.tensor(blocks), count)
+    return patterns.choose_blocks(random_order(longest)[: max(blocks), : max(blocks)], torch.tensor(blocks), count)
 
 
 PATTERNS = {
@@ -41,9 +44,7 @@ PATTERNS = {
         lambda length, causal: patterns.window_mask(length, 5, 3, causal),
     ),
     "big_bird": (
-        lambda q, k, v, real, causal: patterns.big_bird_attention(
-            q, k, v, BLOCK, chosen(*([q.shape[2]] if real is None else real.sum(-1).tolist())), real
-        ),
+        lambda q, k, v, real, causal: patterns.big_bird_attention(q, k, v, BLOCK, random_order(), 2, real),
         lambda length, causal: patterns.big_bird_mask(length, BLOCK, chosen(length)[0]),
     ),
 }
