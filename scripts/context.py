@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from infformer.data.files import read_lines
 from infformer.durable import check_place, write_text
 from infformer.errors import UserError
 from infformer.evaluation.figures import interval_of_ratio, place_edges, previous_occurrences
@@ -68,7 +69,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for option, values, least in (("--segment", [arguments.segment], 1), ("--before", arguments.before, 0)):
         if min(values) < least:
             raise UserError(f"{option} {min(values)}: must be at least {least}")
-    texts = [_text(path)[: arguments.characters] for path in arguments.texts]
+    texts = ["".join(read_lines(path))[: arguments.characters] for path in arguments.texts]
     tokenizer, model = load_tokenizer(arguments.model, "--model"), load_trained(arguments.model)
     longest = max(arguments.before) + arguments.segment
     if model.positions is not None and longest > model.positions:
@@ -85,13 +86,6 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for before, found in losses(model, document, arguments.segment, arguments.before).items():
             nats[before].append(found)
     return describe([document.numpy() for document in documents], nats, arguments.segment)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a file of UTF-8 text") from error
 
 
 def losses(model: Any, document: torch.Tensor, segment: int, contexts: Sequence[int]) -> dict[int, NDArray[np.float64]]:
