@@ -56,7 +56,8 @@ def problem_with_the_hub(kind: Literal["dataset", "model"], name: str, option: s
     Raises:
         HubError: the hub answers that there is no such thing, or that it is not for everyone.
     """
-    answer = ask_briefly(lambda: HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE))
+    # Twice as long: of two limits that end together now the one speaks and now the other.
+    answer = ask_briefly(lambda: HfApi().repo_info(name, repo_type=kind, timeout=2 * PATIENCE))
     if answer is None:
         return None
     if isinstance(answer, SilentHubError):
