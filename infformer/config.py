@@ -6,7 +6,7 @@ An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.adapters import LoraConfig
 from infformer.models.document_classifier import HeadConfig
 from infformer.models.quantization import QUANTIZATIONS
-from infformer.options import check_finite, free, measuring, to_come
+from infformer.options import check_at_least, check_choices, check_finite, free, measuring, to_come
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.classification import ClassificationConfig
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
@@ -35,16 +35,6 @@ from infformer.tasks.task import LanguageModellingConfig, TaskConfig
 
 CONF = Path(__file__).parent / "conf"
 """The folder of the groups that the commands compose."""
-
-
-def _check_choice(option: str, value: object, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{option}={value}: choose one of {', '.join(choices)}")
-
-
-def _check_at_least(option: str, value: float | None, minimum: float) -> None:
-    if value is not None and value < minimum:
-        raise ValueError(f"{option}={value}: must be at least {minimum}")
 
 
 def _check_baselines(option: str, baselines: bool, data: DataConfig) -> None:
@@ -169,9 +159,9 @@ class ModelConfig:
     room. Null: as `dtype` says."""
 
     def __post_init__(self) -> None:
-        _check_choice("model.dtype", self.dtype, _PRECISIONS)
+        check_choices("model.", self, dtype=_PRECISIONS)
         if self.quantization is not None:
-            _check_choice("model.quantization", self.quantization, QUANTIZATIONS)
+            check_choices("model.", self, quantization=QUANTIZATIONS)
         for name in ("pretrained", "tokenizer", "attention", "memories"):
             if getattr(self, name) == "":
                 raise ValueError(f"model.{name}=: give a folder or a name, or null")
@@ -273,14 +263,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_finite("training.", self)
-        _check_choice("training.precision", self.precision, _PRECISIONS)
+        check_choices("training.", self, precision=_PRECISIONS)
         if self.compile not in (None, True, False, "graphs"):
             raise ValueError(f"training.compile={self.compile}: choose true or false, graphs, or null")
-        for name in ("max_steps", "batch_size", "bptt_segments", "gradient_accumulation", "log_every", "sample_tokens"):
-            _check_at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "sample_every"):
-            _check_at_least(f"training.{name}", getattr(self, name), 1)
-        _check_at_least("training.segment_length", self.segment_length, 2)
+        sizes = ("max_steps", "batch_size", "bptt_segments", "gradient_accumulation", "log_every", "sample_tokens")
+        often = ("evaluate_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+        check_at_least(1, "training.", self, *sizes, *often)
+        check_at_least(2, "training.", self, "segment_length")
         if not 0 <= self.memory_dropout < 1:
             raise ValueError(f"training.memory_dropout={self.memory_dropout}: must be at least 0 and less than 1")
         if self.gradient_clipping is not None and self.gradient_clipping <= 0:
@@ -315,10 +304,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_finite("optimizer.", self)
-        _check_choice("optimizer.name", self.name, _WEIGHT_DECAYS)
-        for name in ("learning_rate", "memory_learning_rate", "gate_learning_rate", "weight_decay"):
-            _check_at_least(f"optimizer.{name}", getattr(self, name), 0)
-        _check_at_least("optimizer.layer_decay", self.layer_decay, 1)
+        check_choices("optimizer.", self, name=_WEIGHT_DECAYS)
+        rates = ("learning_rate", "memory_learning_rate", "gate_learning_rate", "weight_decay")
+        check_at_least(0, "optimizer.", self, *rates)
+        check_at_least(1, "optimizer.", self, "layer_decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: give two numbers in [0, 1)")
         if self.epsilon <= 0:
@@ -358,11 +347,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_finite("schedule.", self)
-        _check_choice("schedule.name", self.name, _WARMUP_STEPS)
-        _check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
-        _check_at_least("schedule.ratio", self.ratio, 1)
-        _check_at_least("schedule.unfreeze_every", self.unfreeze_every, 1)
-        _check_at_least("schedule.unfreeze_layers", self.unfreeze_layers, 0)
+        check_choices("schedule.", self, name=_WARMUP_STEPS)
+        check_at_least(0, "schedule.", self, "warmup_steps", "unfreeze_layers")
+        check_at_least(1, "schedule.", self, "ratio", "unfreeze_every")
         if not 0 < self.cut < 1:
             raise ValueError(f"schedule.cut={self.cut}: must lie between 0 and 1")
         if self.restart and self.unfreeze_every is None:
@@ -395,9 +382,8 @@ class EvaluationConfig:
     """In evaluations during training, read at most this much of the beginnings of the documents. Null: all."""
 
     def __post_init__(self) -> None:
-        _check_at_least("evaluation.batch_size", self.batch_size, 1)
-        _check_at_least("evaluation.inspected_segments", self.inspected_segments, 0)
-        _check_at_least("evaluation.max_validation_tokens", self.max_validation_tokens, 1)
+        check_at_least(1, "evaluation.", self, "batch_size", "max_validation_tokens")
+        check_at_least(0, "evaluation.", self, "inspected_segments")
 
 
 _ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 100_000}  # smaller parameters stay whole
@@ -434,7 +420,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_finite("engine.", self)
-        _check_choice("engine.name", self.name, _DEEPSPEED)
+        check_choices("engine.", self, name=_DEEPSPEED)
         if self.config is not None and not self.name.startswith("zero"):
             raise ValueError(
                 f"engine.config={self.config} with engine={self.name}: a DeepSpeed configuration belongs to "
@@ -464,11 +450,11 @@ class TrackerConfig:
     """`online` or `offline`. Null leaves the choice to WANDB_MODE and wandb's own settings, which default to online."""
 
     def __post_init__(self) -> None:
-        _check_choice("tracker.name", self.name, _TRACKERS)
+        check_choices("tracker.", self, name=_TRACKERS)
         if not self.project:
             raise ValueError("tracker.project=: give the project a name, such as tracker.project=infformer")
         if self.mode is not None:
-            _check_choice("tracker.mode", self.mode, ("online", "offline"))
+            check_choices("tracker.", self, mode=("online", "offline"))
 
 
 TRACKERS = {name: TrackerConfig(name) for name in _TRACKERS}
@@ -687,18 +673,16 @@ class EvaluationRunConfig:
         _check_baselines("baselines", self.baselines, self.data)
         if not self.checkpoint:
             raise ValueError("checkpoint=: name a checkpoint of a run, a model folder, or a model on the hub")
-        _check_choice("split", self.split, SPLITS)
+        check_choices("", self, split=SPLITS)
         if self.baselines and self.split == "validation":
             raise ValueError(
                 "baselines=true with split=validation: how baselines are mixed in is chosen on these documents, so "
                 "their figures would be too good; measure others, by split=test, or leave the baselines out"
             )
-        _check_choice("precision", self.precision, _PRECISIONS)
-        _check_at_least("segment_length", self.segment_length, 2)
-        _check_at_least("stride", self.stride, 1)
-        _check_at_least("warmup_documents", self.warmup_documents, 0)
-        _check_at_least("short_term_length", self.short_term_length, 1)
-        _check_at_least("batch_size", self.batch_size, 1)
+        check_choices("", self, precision=_PRECISIONS)
+        check_at_least(2, "", self, "segment_length")
+        check_at_least(1, "", self, "stride", "short_term_length", "batch_size")
+        check_at_least(0, "", self, "warmup_documents")
         if not self.task.is_language_modelling and (self.stride is not None or self.warmup_documents):
             raise ValueError(
                 f"stride={self.stride}, warmup_documents={self.warmup_documents}: the texts of a task are read in "
@@ -750,11 +734,10 @@ class GenerationRunConfig:
             raise ValueError("document=null prompt=null state=null: give a text to go on from, one of these three")
         if self.save_state is not None and self.document is None and self.state is None:
             raise ValueError(f"save_state={self.save_state}: there is nothing to keep; give document=, a file to read")
-        _check_choice("precision", self.precision, _PRECISIONS)
-        for name in ("tokens", "temperature", "top_k", "seed"):
-            _check_at_least(name, getattr(self, name), 0)
-        _check_at_least("segment_length", self.segment_length, 2)
-        _check_at_least("short_term_length", self.short_term_length, 1)
+        check_choices("", self, precision=_PRECISIONS)
+        check_at_least(0, "", self, "tokens", "temperature", "top_k", "seed")
+        check_at_least(2, "", self, "segment_length")
+        check_at_least(1, "", self, "short_term_length")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: a probability, more than 0 and at most 1")
 

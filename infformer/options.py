@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,37 @@ def check_finite(group: str, options: DataclassInstance) -> None:
         numbers = value if isinstance(value, list) else [value]
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise ValueError(f"{group}{field.name}={value}: must be finite; set it to a number")
+
+
+def check_at_least(minimum: float, group: str, options: DataclassInstance, *names: str) -> None:
+    """Make sure that some options are null or no less than a number.
+
+    Args:
+        group: as above.
+
+    Raises:
+        ValueError: one is less.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{group}{name}={value}: must be at least {minimum}")
+
+
+def check_choices(group: str, options: DataclassInstance, **choices: Collection[str]) -> None:
+    """Make sure that some options are each one of what there is to choose from.
+
+    Args:
+        group: as above.
+        choices: of each option.
+
+    Raises:
+        ValueError: one is another.
+    """
+    for name, allowed in choices.items():
+        value = getattr(options, name)
+        if value not in allowed:
+            raise ValueError(f"{group}{name}={value}: choose one of {', '.join(allowed)}")
 
 
 def free(default: Any) -> Any:

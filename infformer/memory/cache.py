@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 from infformer.memory.memory import Memory
 from infformer.memory.options import MemoryConfig
 from infformer.memory.short_term import KeyValueMemory, ShortTermMemory
+from infformer.options import check_at_least
 
 
 @dataclass
@@ -26,10 +27,7 @@ class CacheConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("length", "match_floats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.memory.{name}={value}: must be at least 1")
+        check_at_least(1, "model.memory.", self, "length", "match_floats")
 
     def with_short_term_length(self, default: int) -> Self:
         return super().with_short_term_length(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from infformer.memory.memory import ContentAttention, Entries, Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.short_term import Queue
-from infformer.options import check_finite
+from infformer.options import check_at_least, check_choices, check_finite
 
 FUNCTIONS = ("convolution", "mean", "max", "most_used")
 
@@ -41,11 +41,8 @@ class CompressiveMemoryConfig(MemoryConfig):
                 "model.memory.short_term_length=0: a compressed memory keeps what leaves the short-term memory; set it "
                 "to a multiple of the segment, or to null"
             )
-        if self.function not in FUNCTIONS:
-            raise ValueError(f"model.memory.function={self.function}: choose one of {', '.join(FUNCTIONS)}")
-        for name in ("length", "rate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
+        check_choices("model.memory.", self, function=FUNCTIONS)
+        check_at_least(1, "model.memory.", self, "length", "rate")
         if self.reconstruction_weight < 0:
             raise ValueError(f"model.memory.reconstruction_weight={self.reconstruction_weight}: must not be negative")
 

@@ -19,6 +19,7 @@ from infformer.errors import UserError
 from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
+from infformer.options import check_at_least, check_choices
 
 CHUNK = 64
 """Tokens whose changes are found by one triangular solve."""
@@ -55,17 +56,15 @@ class FastWeightMemoryConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {
-            "rule": ("delta", "sum"),
-            "features": ("plain", "elu", "dpfp"),
-            "strength": ("content", "loss"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.memory.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        for name, least in (("dpfp_order", 1), ("key_convolution", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least {least}")
+        check_choices(
+            "model.memory.",
+            self,
+            rule=("delta", "sum"),
+            features=("plain", "elu", "dpfp"),
+            strength=("content", "loss"),
+        )
+        check_at_least(1, "model.memory.", self, "dpfp_order")
+        check_at_least(0, "model.memory.", self, "key_convolution")
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"model.memory.heads={self.heads}: give a number of at least 1, or null")
         if self.within_segment and self.strength == "loss":

@@ -13,7 +13,7 @@ from infformer.memory.long_term import LongTermMemory
 from infformer.memory.memory import Memory
 from infformer.memory.options import MemoryConfig
 from infformer.memory.signal import ContinuousSignal
-from infformer.options import check_finite
+from infformer.options import check_at_least, check_choices, check_finite
 
 
 @dataclass
@@ -95,21 +95,18 @@ class LongTermMemoryConfig(MemoryConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_finite("model.memory.", self)
-        choices = {
-            "contraction": ("constant", "uniform", "dyadic"),
-            "read": ("affine", "moments", "slots", "gibbs"),
-            "stores": ("hidden", "keys_values"),
-            "combination": ("gates", "joint"),
-            "density": ("gaussian", "truncated_parabola"),
-            "sticky_placement": ("sampled", "published"),
-            "sticky_by": ("attention", "loss", "both"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.memory.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        for name in ("basis_functions", "past_samples", "sticky_bins", "levels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.memory.{name}={getattr(self, name)}: must be at least 1")
+        check_choices(
+            "model.memory.",
+            self,
+            contraction=("constant", "uniform", "dyadic"),
+            read=("affine", "moments", "slots", "gibbs"),
+            stores=("hidden", "keys_values"),
+            combination=("gates", "joint"),
+            density=("gaussian", "truncated_parabola"),
+            sticky_placement=("sampled", "published"),
+            sticky_by=("attention", "loss", "both"),
+        )
+        check_at_least(1, "model.memory.", self, "basis_functions", "past_samples", "sticky_bins", "levels")
         if self.points is not None and (self.read != "gibbs" or self.points < 2):
             raise ValueError(
                 f"model.memory.points={self.points}: so many points of the signal, at least 2, are looked at by "

@@ -26,7 +26,7 @@ from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.encoder import losses_of_classes
 from infformer.models.second_backward import refuse_second_backward
 from infformer.models.segment_read import MemoryModelOutput, SegmentRead, SegmentToRead
-from infformer.options import check_finite
+from infformer.options import check_at_least, check_finite
 
 HEADS = ("batch_norm", "plain")
 
@@ -51,8 +51,7 @@ class HeadConfig:
             value = getattr(self, option.name)
             if self.kind is None and value != option.default:
                 raise ValueError(f"model.head.{option.name}={value}: there is no head; set model.head.kind= too")
-        if self.hidden_size < 1:
-            raise ValueError(f"model.head.hidden_size={self.hidden_size}: must be at least 1")
+        check_at_least(1, "model.head.", self, "hidden_size")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.head.dropout={self.dropout}: must be at least 0 and less than 1")
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from infformer.data.options import SPLITS
 from infformer.errors import DataError
+from infformer.options import check_at_least
 from infformer.tasks.questions import NOT_ASKED, Floats, Integers, Questions, random_of
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
 from infformer.tasks.task import Material
@@ -34,9 +35,8 @@ class AssociativeRecallConfig(RetrievalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("keys", 1), ("values", 2), ("queries", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"task.{name}={getattr(self, name)}: must be at least {least}")
+        check_at_least(1, "task.", self, "keys", "queries")
+        check_at_least(2, "task.", self, "values")
 
     @property
     def vocabulary_size(self) -> int:

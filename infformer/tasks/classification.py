@@ -26,7 +26,7 @@ from infformer.errors import DataError
 from infformer.evaluation.attention_span import measure_attention_span
 from infformer.models.document_classifier import DocumentClassifier
 from infformer.models.streaming import TextSegment, reading, stream
-from infformer.options import measuring
+from infformer.options import check_at_least, check_choices, measuring
 from infformer.progress import Pace
 from infformer.results import ClassificationResults, Interval
 from infformer.tasks.task import Evaluation, Material, TaskConfig, TextStream, Validation, cut_texts, numbers_of_step
@@ -66,16 +66,11 @@ class ClassificationConfig(TaskConfig):
     has_examples = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"task.kind={self.kind}: choose one of {', '.join(KINDS)}")
-        for name in ("length", "training_examples", "validation_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"task.{name}={value}: must be at least 1")
+        check_choices("task.", self, kind=KINDS)
+        check_at_least(1, "task.", self, "length", "training_examples", "validation_examples", "test_examples")
         if self.length % self.texts:
             raise ValueError(f"task.length={self.length}: the texts of a pair have half each; choose an even number")
-        if self.examples_seed < 0:
-            raise ValueError(f"task.examples_seed={self.examples_seed}: must be at least 0")
+        check_at_least(0, "task.", self, "examples_seed")
         if not self.label_field.strip():
             raise ValueError("task.label_field=: name the field that holds the class, such as task.label_field=label")
 

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from infformer.errors import DataError
-from infformer.options import measuring
+from infformer.options import check_at_least, measuring
 from infformer.results import MEMORY_OFF, RetrievalCell, RetrievalResults
 from infformer.tasks.answering import answer
 from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
@@ -49,9 +49,7 @@ class RetrievalConfig(TaskConfig):
                 f"task.depths={list(self.depths)}: name one at least, each from 0, the beginning of the text, to 1, "
                 "its end"
             )
-        for name in ("validation_questions", "test_questions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"task.{name}={getattr(self, name)}: must be at least 1")
+        check_at_least(1, "task.", self, "validation_questions", "test_questions")
 
     @abstractmethod
     def build_source(self, material: Material) -> RetrievalSource:

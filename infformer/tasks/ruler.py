@@ -14,6 +14,7 @@ from string import ascii_uppercase
 
 import numpy as np
 
+from infformer.options import check_at_least
 from infformer.tasks.haystack import BEGINNINGS, Haystack, Needle, occasion
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
 from infformer.tasks.task import Material
@@ -38,8 +39,7 @@ class MultikeyConfig(RetrievalConfig):
         super().__post_init__()
         if not 1 <= self.keys <= BEGINNINGS:
             raise ValueError(f"task.keys={self.keys}: must be from 1 to {BEGINNINGS}, which are all different")
-        if self.values < 1:
-            raise ValueError(f"task.values={self.values}: must be at least 1")
+        check_at_least(1, "task.", self, "values")
         _check_numbers(self.digits, self.keys * self.values)
 
     def build_source(self, material: Material) -> RetrievalSource:
@@ -72,10 +72,8 @@ class VariableTrackingConfig(RetrievalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chains < 1:
-            raise ValueError(f"task.chains={self.chains}: must be at least 1")
-        if self.hops < 0:
-            raise ValueError(f"task.hops={self.hops}: must be at least 0")
+        check_at_least(1, "task.", self, "chains")
+        check_at_least(0, "task.", self, "hops")
         names = len(ascii_uppercase) ** LETTERS
         if self.chains * (self.hops + 1) > names:
             raise ValueError(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infformer.errors import DataError
-from infformer.options import measuring
+from infformer.options import check_at_least, measuring
 from infformer.results import Accuracies, SortingFigures, SortingResults, TeacherForced
 from infformer.tasks.answering import Forced, answer, answer_forced
 from infformer.tasks.questions import HELD_OUT_SEED, Floats, Integers, Questions, QuestionStream, random_of
@@ -55,10 +55,7 @@ class SortingConfig(TaskConfig):
     def __post_init__(self) -> None:
         if self.symbols < 2:
             raise ValueError(f"task.symbols={self.symbols}: must be at least 2, or there is nothing to sort")
-        for name in ("length", "training_sequences", "validation_sequences", "test_sequences"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"task.{name}={value}: must be at least 1")
+        check_at_least(1, "task.", self, "length", "training_sequences", "validation_sequences", "test_sequences")
         for name in ("training_lengths", "evaluation_lengths"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"task.{name}={list(getattr(self, name))}: each must be at least 1")
