@@ -151,7 +151,7 @@ class Lanes(Iterator[Segment]):
         seed: int,
         shuffle: bool = True,
         segments_per_visit: int | None = None,
-        rank_rows: Sequence[int] | slice | None = None,
+        rank_rows: Sequence[int] | None = None,
     ) -> None:
         self._documents = documents
         self._visits = _Visits(
@@ -165,7 +165,7 @@ class Lanes(Iterator[Segment]):
                 "or more documents."
             )
         self._lanes = _Places(lanes)
-        self._rank_rows = _rows(rank_rows, lanes)
+        self._rank_rows = range(lanes) if rank_rows is None else rank_rows
         self._segment_length = segment_length
         # What a saved state must agree with, by the option that says it.
         self._identity: dict[str, object] = {
@@ -176,16 +176,6 @@ class Lanes(Iterator[Segment]):
             "data.segments_per_visit": segments_per_visit,
             "the documents (data.*, tokenizer)": documents.fingerprint,
         }
-
-    @property
-    def epoch(self) -> int:
-        """The epoch from which the last visit was taken, from 0."""
-        return self._visits.epoch
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """How many tokens an epoch predicts."""
-        return int((self._documents.token_counts - 1).sum())
 
     def __next__(self) -> Segment:
         self._lanes.refill(self._visits.take(self._lanes.finished.size))
@@ -237,7 +227,7 @@ def load_windows(
     documents: TokenizedDocuments,
     windows: Sequence[Window | None],
     segment_length: int,
-    rank_rows: Sequence[int] | Integers,
+    rank_rows: Sequence[int],
     reads: Integers,
 ) -> Segment:
     """The segment that the lanes of this process read.
@@ -354,15 +344,6 @@ class _Places:
         for name, values in lists.items():
             setattr(places, name, np.array(values, dtype=np.int64))
         return places
-
-
-def _rows(rank_rows: Sequence[int] | slice | None, lanes: int) -> Integers:
-    if isinstance(rank_rows, slice) or rank_rows is None:
-        return np.arange(lanes)[rank_rows or slice(None)]
-    chosen = np.array(rank_rows, dtype=np.int64)
-    if not np.isin(chosen, np.arange(lanes)).all():
-        raise DataError(f"rank_rows: lanes {chosen.tolist()}, of which not all are in 0 to {lanes - 1}.")
-    return chosen
 
 
 def _spell(value: object) -> str:

@@ -54,11 +54,13 @@ def visits(segments: Iterable[Segment]) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("segments_per_visit", [None, 1, 3])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_predicts_every_token_exactly_once(documents_of, segments_per_visit, shuffle):
-    lanes = Lanes(documents_of(*LENGTHS), 1, 4, 7, shuffle=shuffle, segments_per_visit=segments_per_visit)
+    documents = documents_of(*LENGTHS)
+    tokens = int((documents.token_counts - 1).sum())
+    lanes = Lanes(documents, 1, 4, 7, shuffle=shuffle, segments_per_visit=segments_per_visit)
     for epoch in range(3):  # one lane: an epoch ends where its number of tokens is reached
         read: list[int] = []
-        while len(read) < lanes.tokens_per_epoch:
-            assert lanes.epoch <= epoch
+        while len(read) < tokens:
+            assert lanes.state_dict()["epoch"] <= epoch
             read += targets([next(lanes)])
         assert Counter(read) == all_targets(LENGTHS)
 
@@ -139,7 +141,7 @@ def test_seeds_and_epochs_differ(documents_of):
 def test_shares_together_are_the_whole(documents_of, segments_per_visit):
     documents = documents_of(*LENGTHS)
     whole = take(Lanes(documents, 5, 4, 9, segments_per_visit=segments_per_visit), 50)
-    for shares in ([range(2), slice(2, 5)], [range(0, 5, 2), range(1, 5, 2)], [slice(0, 5)]):
+    for shares in ([range(2), range(2, 5)], [range(0, 5, 2), range(1, 5, 2)], [range(5)]):
         parts = [
             take(Lanes(documents, 5, 4, 9, segments_per_visit=segments_per_visit, rank_rows=rank_rows), 50)
             for rank_rows in shares
@@ -174,7 +176,7 @@ def test_resumed_at_any_step_is_never_stopped(documents_of, segments_per_visit):
         assert torch.equal(next(other).input_ids, whole[step].input_ids[2:])
         next(running)
         next(half)
-    assert running.epoch >= 2
+    assert running.state_dict()["epoch"] >= 2
 
 
 @pytest.mark.parametrize(
@@ -212,11 +214,6 @@ def test_fewer_visits_than_lanes_are_refused(documents_of):
     Lanes(documents, 5, 4, 1, segments_per_visit=1)  # 9 inputs are 3 segments, 8 are 2
     with pytest.raises(DataError, match=r"training.batch_size=6.* make only 5 .*segments_per_visit=1"):
         Lanes(documents, 6, 4, 1, segments_per_visit=1)
-
-
-def test_a_share_of_lanes_that_there_are_not_is_refused(documents_of):
-    with pytest.raises(DataError, match="not all are in 0 to 1"):
-        Lanes(documents_of(10, 9), 2, 4, 1, rank_rows=range(1, 3))
 
 
 def test_a_segment_moves_as_a_whole(documents_of):
