@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -33,25 +33,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from infformer.config import EngineConfig
 from infformer.errors import UserError
 from infformer.models.base import MemoryModel
-
-__all__ = [
-    "Accelerator",
-    "EngineError",
-    "all_reduce_max",
-    "decided_by_main",
-    "gathered",
-    "init_distributed",
-    "is_compiled",
-    "is_zero",
-    "off_the_device",
-    "prepare",
-    "release",
-    "resolve_engine",
-    "rows_of_rank",
-    "seed_everything",
-    "shard",
-    "use_tf32",
-]
 
 Told = TypeVar("Told")
 
@@ -275,11 +256,6 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], Told]) -> Tol
     if told[1] is not None:
         raise told[1]
     return told[0]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every generator that initialisation and dropout draw from."""
-    set_seed(seed)
 
 
 def use_tf32(accelerator: Accelerator, wanted: bool) -> bool:

@@ -15,6 +15,10 @@ from typing import Self
 
 import torch.distributed
 
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 70
+"""The exit code of a process that was given up: EX_SOFTWARE, an internal error."""
 INSISTENCE = 3
 """How often SIGINT has to come to interrupt at once: the second may have been sent along with the first."""
 
@@ -91,12 +95,6 @@ class StopSignals:
                 os.write(2, text.encode())
 
 
-logger = logging.getLogger(__name__)
-
-EXIT_CODE = 70
-"""The exit code of a process that was given up: EX_SOFTWARE, an internal error."""
-
-
 class Watchdog:
     """Watches over the progress of one process of several; use it as a context manager.
 
@@ -133,9 +131,8 @@ class Watchdog:
         """Report progress, and what comes next, such as `computes (step 7)`."""
         self._last = time.monotonic()
         if self._processes > 1:
-            with suppress(
-                RuntimeError
-            ):  # the launcher kept the store and is gone, and the checkpoint is yet to be written
+            # The launcher kept the store and may be gone, and the checkpoint is yet to be written.
+            with suppress(RuntimeError):
                 _store().set(_key(self._process), what)
 
     def _watch(self) -> None:

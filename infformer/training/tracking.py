@@ -14,12 +14,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from matplotlib.image import imread
 
 from infformer.config import TrackerConfig
 from infformer.errors import UserError
+from infformer.training.folder import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ class TrackerError(UserError, RuntimeError):
     """A tracker that cannot start."""
 
 
-class Tracker(Protocol):
-    """What the training loop needs of a tracker."""
+class Tracker:
+    """What the training loop needs of a tracker; this one reports nothing."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Report numbers by name."""
@@ -64,7 +65,7 @@ def open_tracker(
         TrackerError: the tracker's package is not installed, or wandb would report online and nobody is logged in.
     """
     if options.name == "none":
-        return NoTracker()
+        return Tracker()
     run_directory.mkdir(parents=True, exist_ok=True)
     if options.name == "wandb":
         return _ForgivingTracker(_WandbTracker(options, run_name, run_directory, config))
@@ -88,26 +89,7 @@ def check_tracker(options: TrackerConfig) -> None:
         _mode_of_wandb(options, wandb)
 
 
-class NoTracker:
-    """Reports nothing."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        pass
-
-    def log_figure(self, name: str, path: Path, step: int) -> None:
-        pass
-
-    def summarise(self, figures: Mapping[str, float], step: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-class _ForgivingTracker:
+class _ForgivingTracker(Tracker):
     """Passes everything on to a tracker until that fails; then warns once and goes on without it."""
 
     def __init__(self, tracker: Tracker) -> None:
@@ -133,10 +115,10 @@ class _ForgivingTracker:
             report(*arguments)
         except Exception:
             logger.warning("The tracker failed; the run goes on without it.", exc_info=True)
-            self._tracker = NoTracker()
+            self._tracker = Tracker()
 
 
-class _WandbTracker:
+class _WandbTracker(Tracker):
     """Weights & Biases."""
 
     def __init__(
@@ -244,15 +226,20 @@ def _import_tensorboard() -> Any:
     return SummaryWriter
 
 
-class _TensorBoardTracker:
+class _TensorBoardTracker(Tracker):
     """TensorBoard event files under `tensorboard/` in the run's folder."""
 
     def __init__(self, run_directory: Path, config: Mapping[str, object], step: int) -> None:
         self._writer = _import_tensorboard()(log_dir=str(run_directory / "tensorboard"), purge_step=step + 1)
         from torch.utils.tensorboard.summary import hparams
 
+        # Plain values, the only ones that it accepts.
+        plain = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in flatten(config).items()
+        }
         # Without the list of metrics that `add_hparams` writes: TensorBoard then shows all that there are.
-        _, options, _ = hparams(flatten(config), {})
+        _, options, _ = hparams(plain, {})
         self._writer.file_writer.add_summary(options)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -272,21 +259,6 @@ class _TensorBoardTracker:
 
     def finish(self) -> None:
         self._writer.close()
-
-
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Flatten a nested configuration to dotted names and plain values, the only ones TensorBoard accepts.
-
-    >>> flatten({"model": {"width": 8, "layers": [1, 2], "name": None}})
-    {'model.width': 8, 'model.layers': '[1, 2]', 'model.name': 'None'}
-    """
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
 
 
 def _missing_package(name: str) -> TrackerError:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from infformer.config import EngineConfig, GrowthConfig, RunConfig
@@ -74,7 +75,6 @@ from infformer.training.runtime import (
     release,
     resolve_engine,
     rows_of_rank,
-    seed_everything,
     shard,
     use_tf32,
 )
@@ -91,7 +91,7 @@ from infformer.training.step import (
     train_step,
 )
 from infformer.training.supervision import StopRequested, StopSignals, Watchdog
-from infformer.training.tracking import NoTracker, Tracker, open_tracker
+from infformer.training.tracking import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Trainer:
         self.signals = StopSignals(partial(all_reduce_max, accelerator), shows=accelerator.is_main_process)
         self.watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, engine.patience)
         self.rank_rows = rows_of_rank(accelerator, config.training.batch_size)
-        seed_everything(config.seed)  # the new weights are the same on all processes
+        set_seed(config.seed)  # the new weights are the same on all processes
         tokenizer = build_tokenizer(config, accelerator)
         examples = config.task.read_examples(config.data, tokenizer, accelerator.main_process_first())
         self._build_model = partial(build_model, config, tokenizer, examples)
@@ -231,7 +231,7 @@ class Trainer:
         size = self.sizes["weight_bytes"] + self.sizes["optimizer_bytes"]
         decided_by_main(accelerator, lambda: open_record(config, self.folder, progress.step, progress.best_step, size))
         self._metrics, self._samples = (MetricsLog(self.folder / f"{name}.jsonl") for name in ("metrics", "samples"))
-        self.tracker: Tracker = NoTracker()
+        self.tracker = Tracker()
         if accelerator.is_main_process:
             logger.info("%s: %s", config.name, self.stream.describe())
             self._log_sizes()

@@ -367,7 +367,7 @@ def test_a_tracker_is_closed_also_when_the_run_fails(configure, train, tmp_path,
     """What it still held back is not lost."""
     done: list[str] = []
 
-    class Tracker(trainer.NoTracker):
+    class Tracker(trainer.Tracker):
         def finish(self) -> None:
             done.append("finished")
 

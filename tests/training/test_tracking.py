@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from infformer.config import TrackerConfig
-from infformer.training.tracking import NoTracker, TrackerError, _ForgivingTracker, flatten, open_tracker
+from infformer.training.tracking import Tracker, TrackerError, _ForgivingTracker, open_tracker
 
 CONFIG = {"seed": 1, "model": {"name": "gpt2_ltm", "layers": [0, 1], "memory": {"size": 512, "ridge": 0.5, "kl": None}}}
 
@@ -102,17 +102,6 @@ def test_tensorboard_shows_the_final_figures_beside_the_options(tmp_path, figure
     found = backend.experiment_from_metadata(request, "", True, backend.hparams_metadata(request, ""), None)
     assert {metric.name.tag for metric in found.metric_infos} >= {"test/perplexity", "test/rise_by_memory_off"}
     assert "model.memory.size" in {option.name for option in found.hparam_infos}
-
-
-def test_nested_configuration_becomes_flat_plain_values():
-    assert flatten(CONFIG) == {
-        "seed": 1,
-        "model.name": "gpt2_ltm",
-        "model.layers": "[0, 1]",
-        "model.memory.size": 512,
-        "model.memory.ridge": 0.5,
-        "model.memory.kl": "None",
-    }
 
 
 def test_wandb_is_told_all_of_it(tmp_path, figure, monkeypatch):
@@ -246,7 +235,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatc
 
 
 def test_a_tracker_that_fails_does_not_stop_the_run(figure, caplog):
-    class Broken(NoTracker):
+    class Broken(Tracker):
         calls = 0
 
         def log(self, metrics, step):
