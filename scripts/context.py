@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from grid import write_report
 from numpy.typing import NDArray
 
 from infformer.data.files import read_lines
-from infformer.durable import check_place, write_text
+from infformer.durable import check_place
 from infformer.errors import UserError
 from infformer.evaluation.figures import interval_of_ratio, place_edges, previous_occurrences
-from infformer.evaluation.report import write_results
 from infformer.models.loading import load_tokenizer, load_trained
 from infformer.models.streaming import reading
 from infformer.progress import follow
@@ -53,10 +53,7 @@ def main() -> None:
         rows = measure(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
-    write_results(arguments.folder / "context.json", {"segment": arguments.segment, "rows": rows})
-    table = format_tables(rows)
-    write_text(arguments.folder / "context.md", table)
-    print(table)
+    write_report(arguments.folder, "context", {"segment": arguments.segment, "rows": rows}, format_tables(rows))
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from types import FrameType
 from typing import Any
 
+from infformer.durable import write_text
 from infformer.evaluation.report import write_results
 from infformer.progress import follow
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def new_parser(description: str | None, folder: str, seeds: Sequence[int] = (0, 1)) -> argparse.ArgumentParser:
+    """The options of every script that makes a grid of runs, by default in this folder and with these seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
+    parser.add_argument("--folder", type=Path, default=Path(folder))
+    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
+    return parser
+
+
+def add_memories(parser: argparse.ArgumentParser, memories: Mapping[str, list[str]], default: list[str]) -> None:
+    """Which memories are rows: some of these, and others by their options; see `chosen_memories`."""
+    parser.add_argument("--memories", nargs="*", choices=memories, default=default, metavar="MEMORY")
+    parser.add_argument(
+        "--row", nargs="+", action="append", default=[], metavar="NAME OPTION", help="another memory, by its options"
+    )
+
+
+def chosen_memories(arguments: argparse.Namespace, memories: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The options of each row, by its name."""
+    return {name: memories[name] for name in arguments.memories} | {name: row for name, *row in arguments.row}
+
+
+def write_report(
+    folder: Path, name: str, found: Any, table: str, plot: Callable[[Path], list[Path]] = lambda path: []
+) -> None:
+    """Write what was found, in JSON and as a table in Markdown, print the table, and draw.
+
+    Args:
+        name: of both files.
+        plot: from the file in JSON to figures.
+    """
+    write_results(folder / f"{name}.json", found)
+    write_text(folder / f"{name}.md", table)
+    print(table)
+    for figure in plot(folder / f"{name}.json"):
+        print(f"drawn: {figure}")
 
 
 def run_all(runs: dict[str, list[str]], folder: Path, until: float = math.inf) -> dict[str, Any]:

@@ -24,12 +24,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from grid import format_mean, make_rows
+from grid import format_mean, make_rows, write_report
 from torch import Tensor
 
-from infformer.durable import write_text
 from infformer.errors import UserError
-from infformer.evaluation.report import write_results
 from infformer.memory.fast_weights import FastWeightMemoryConfig, Writes, advance, feature_size, features_of
 from infformer.plots.capacity import EXPERIMENTS, plot_capacity
 from infformer.results import CapacityRun
@@ -74,11 +72,7 @@ def main() -> None:
         )
     ]
     rows = make_rows(runs, train, arguments.folder / "runs.json", "training")
-    write_results(arguments.folder / "capacity.json", {"rows": rows})
-    table = format_table(rows)
-    write_text(arguments.folder / "capacity.md", table)
-    print(table)
-    print(f"drawn: {plot_capacity(arguments.folder / 'capacity.json')}")
+    write_report(arguments.folder, "capacity", {"rows": rows}, format_table(rows), plot_capacity)
 
 
 def train(keys: str, mechanism: str, associations: int, steps: int, seed: int) -> dict[str, Any]:

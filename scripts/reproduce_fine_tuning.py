@@ -14,13 +14,11 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
-import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any
 
-from grid import format_mean, run_all
+from grid import format_mean, new_parser, run_all
 
 from infformer.durable import write_text
 from infformer.models.folders import SHIPPED
@@ -42,7 +40,7 @@ ROWS = {
 
 def main() -> None:
     """Read the options, make the runs that are still to be made, write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "outputs/fine_tuning")
     for split in ("train", "validation", "test"):
         parser.add_argument(f"--{split}", required=True, metavar="FILE", help="texts with their labels")
     parser.add_argument("--length", type=int, default=128, help="tokens of a text, at most; default: 128")
@@ -51,10 +49,7 @@ def main() -> None:
     parser.add_argument("--task-steps", type=int, default=60, help="of the second stage; default: 60")
     parser.add_argument("--every", type=int, default=10, help="steps between two layers that join; default: 10")
     parser.add_argument("--memory", default="none", help="of the second stage and from scratch; default: none")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many; default: go on")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/fine_tuning"))
-    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     chosen = parser.parse_args()
     until = time.monotonic() + 60 * chosen.minutes
 

@@ -14,15 +14,11 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
-import argparse
-import json
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from grid import format_mean, run_all
+from grid import format_mean, new_parser, run_all, write_report
 from omegaconf import OmegaConf
-from safetensors import safe_open
 
 from infformer.results import Results
 
@@ -32,13 +28,10 @@ COLUMNS = ("per_token", "per_word", "memory_off", "memory_of_another_document")
 
 def main() -> None:
     """Read the options, run the grid, write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "outputs/from_scratch")
     parser.add_argument(
         "--experiments", nargs="+", default=EXPERIMENTS, metavar="EXPERIMENT", help="of conf/experiment"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
-    parser.add_argument("--folder", type=Path, default=Path("outputs/from_scratch"))
-    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
 
     runs, cells = {}, {}
@@ -49,11 +42,7 @@ def main() -> None:
             cells[name] = {"experiment": experiment, "seed": seed}
     results = run_all(runs, arguments.folder)
     rows = [{**cells[name], **describe(arguments.folder / name, result)} for name, result in results.items()]
-
-    (arguments.folder / "perplexity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    table = format_table(rows)
-    (arguments.folder / "perplexity.md").write_text(table, encoding="utf-8")
-    print(table)
+    write_report(arguments.folder, "perplexity", rows, format_table(rows))
 
 
 def describe(folder: Path, results: Results) -> dict[str, Any]:
@@ -63,26 +52,14 @@ def describe(folder: Path, results: Results) -> dict[str, Any]:
         folder: the run's.
         results: what its `results.json` holds.
     """
-    checkpoint = folder / "checkpoints" / Path(results["protocol"]["checkpoint"]).name
     memory = OmegaConf.load(folder / "config.yaml").model.memory or {}  # null of a model that remembers nothing
-    sizes = ("short_term_length", "length", "basis_functions")
-    vectors = sum(memory.get(name, 0) for name in sizes)
     return {
-        "parameters": count_parameters(checkpoint / "model"),
-        "vectors": vectors,
+        "parameters": results["sizes"]["backbone_parameters"] + results["sizes"]["memory_parameters"],
+        "vectors": sum(memory.get(name, 0) for name in ("short_term_length", "length", "basis_functions")),
         "per_token": results["perplexity"]["token"],
         "per_word": results["perplexity"]["word"],
         **{name: control["perplexity"]["token"] for name, control in results["controls"].items()},
     }
-
-
-def count_parameters(folder: Path) -> int:
-    """The weights of a saved model, of which only the shapes are read."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, it is no dict
-    return count
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -14,17 +14,14 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from grid import format_mean, run_all
+from grid import format_mean, new_parser, run_all, write_report
 from torch.utils.flop_counter import FlopCounterMode
 
 from infformer.config import CONF, RunConfig
-from infformer.durable import write_text
-from infformer.evaluation.report import write_results
 from infformer.models.loading import new_decoder
 from infformer.plots.growing import plot_growing
 from infformer.training.command_line import compose
@@ -47,11 +44,8 @@ SHARED = [
 
 def main() -> None:
     """Read the options, make the runs that are still to be made, write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "outputs/growing")
     parser.add_argument("--steps", type=int, default=100, help="of the largest from scratch; default: 100")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
-    parser.add_argument("--folder", type=Path, default=Path("outputs/growing"))
-    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
 
     shared = [*SHARED, *arguments.options]
@@ -71,13 +65,8 @@ def main() -> None:
     results = run_all(runs, arguments.folder)
     for name, result in results.items():
         rows[name] |= {"perplexity": result["perplexity"]["token"], **curve_of(arguments.folder / name, rows[name])}
-    study = {"rows": list(rows.values())}
-    write_results(arguments.folder / "growing.json", study)
-    table = format_table(study["rows"])
-    write_text(arguments.folder / "growing.md", table)
-    print(table)
-    for figure in plot_growing(arguments.folder / "growing.json"):
-        print(f"drawn: {figure}")
+    found = list(rows.values())
+    write_report(arguments.folder, "growing", {"rows": found}, format_table(found), plot_growing)
 
 
 def flops_of_a_step(config: RunConfig) -> int:

@@ -15,12 +15,10 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
-import argparse
-import json
 from pathlib import Path
 from statistics import mean
 
-from grid import format_mean, run_all
+from grid import format_mean, new_parser, run_all, write_report
 
 from infformer.models.mechanisms import mechanism_kinds
 from infformer.plots.long_range_arena import plot_trade_off
@@ -45,14 +43,11 @@ TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 
 def main() -> None:
     """Read the options, run the grid, write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "outputs/long_range_arena", (0,))
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--attentions", nargs="+", default=sorted(mechanism_kinds()), choices=sorted(mechanism_kinds()))
     parser.add_argument("--set", default="lra_small", help="of sizes: lra_small, lra_release, lra_paper")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--folder", type=Path, default=Path("outputs/long_range_arena"))
     parser.add_argument("--speed", type=Path, help="results of scripts/benchmark.py attention, for the trade-off")
-    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
 
     runs, trained = {}, {}
@@ -76,10 +71,7 @@ def main() -> None:
         }
         for name, (task, attention, seed) in trained.items()
     ]
-    (arguments.folder / "accuracy.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    table = format_table(rows)
-    (arguments.folder / "accuracy.md").write_text(table, encoding="utf-8")
-    print(table)
+    write_report(arguments.folder, "accuracy", rows, format_table(rows))
     if arguments.speed is not None:
         print(f"drawn: {plot_trade_off(arguments.folder / 'accuracy.json', arguments.speed)}")
 

@@ -25,13 +25,11 @@ from statistics import mean
 from typing import Any
 
 import torch
-from grid import format_mean, make_rows
+from grid import format_mean, make_rows, write_report
 from torch import Tensor, nn
 
 from infformer.data.options import DataConfig
 from infformer.data.sources import read_documents
-from infformer.durable import write_text
-from infformer.evaluation.report import write_results
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.plots.norms import plot_norms
 from infformer.results import NormResults, NormTraining
@@ -80,11 +78,7 @@ def main() -> None:
         "training": make_rows(trainings, train, kept, "training"),
         "byte_frequencies": byte_frequencies(),
     }
-    write_results(arguments.folder / "norms.json", results)
-    table = format_tables(results)
-    write_text(arguments.folder / "norms.md", table)
-    print(table)
-    print(f"drawn: {plot_norms(arguments.folder / 'norms.json')}")
+    write_report(arguments.folder, "norms", results, format_tables(results), plot_norms)
 
 
 def at_initialisation(

@@ -15,12 +15,9 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
-import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
 
-from grid import format_mean, run_all
+from grid import add_memories, chosen_memories, format_mean, new_parser, run_all, write_report
 
 from infformer.plots.sorting import plot_accuracy_by_length
 from infformer.results import Accuracies, SortingResults, SortingRun
@@ -46,19 +43,13 @@ MEMORIES = {
 
 def main() -> None:
     """Read the options, run the grid, write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "outputs/sorting")
+    add_memories(parser, MEMORIES, list(MEMORIES)[:4])
     parser.add_argument("--experiment", default="sorting_small")
-    parser.add_argument("--memories", nargs="*", choices=MEMORIES, default=list(MEMORIES)[:4], metavar="MEMORY")
-    parser.add_argument(
-        "--row", nargs="+", action="append", default=[], metavar="NAME OPTION", help="another memory, by its options"
-    )
     parser.add_argument("--lengths", nargs="+", type=int, help="train a model for each, instead of the experiment's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
-    parser.add_argument("--folder", type=Path, default=Path("outputs/sorting"))
-    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
 
-    rows = {name: MEMORIES[name] for name in arguments.memories} | {name: row for name, *row in arguments.row}
+    rows = chosen_memories(arguments, MEMORIES)
     runs, trained = {}, {}
     for seed in arguments.seeds:
         for length in arguments.lengths or [None]:
@@ -75,13 +66,7 @@ def main() -> None:
         for name, (memory, seed) in trained.items()
         for figures in results[name]["lengths"]
     ]
-
-    (arguments.folder / "accuracy.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
-    table = format_table(measured)
-    (arguments.folder / "accuracy.md").write_text(table, encoding="utf-8")
-    print(table)
-    for figure in plot_accuracy_by_length(arguments.folder / "accuracy.json"):
-        print(f"drawn: {figure}")
+    write_report(arguments.folder, "accuracy", measured, format_table(measured), plot_accuracy_by_length)
 
 
 def format_table(rows: list[SortingRun]) -> str:

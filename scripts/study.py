@@ -15,19 +15,15 @@ from infformer import command
 if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import format_mean, run_all
+from grid import add_memories, chosen_memories, format_mean, new_parser, run_all, write_report
 
-from infformer.durable import write_text
 from infformer.evaluation.comparison import compare
-from infformer.evaluation.report import write_results
 from infformer.plots.study import plot_study
 from infformer.results import (
     CONTINUOUS_CACHE,
@@ -61,21 +57,15 @@ NONE, SHORT_TERM, CACHE, BEHIND = "none", "short_term", "cache", "behind_short_t
 
 def main() -> None:
     """Read the options, make the runs that are still to be made, write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "outputs/study")
+    add_memories(parser, MEMORIES, list(MEMORIES))
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a causal language model with rotary places")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many; default: go on")
-    parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES), metavar="MEMORY")
-    parser.add_argument(
-        "--row", nargs="+", action="append", default=[], metavar="NAME OPTION", help="another memory, by its options"
-    )
     parser.add_argument("--short-term", type=int, default=512, metavar="TOKENS", help="on top of which; default: 512")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
-    parser.add_argument("--folder", type=Path, default=Path("outputs/study"))
-    parser.add_argument("options", nargs="*", help="of train.py, for all runs")
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
 
-    rows = {name: MEMORIES[name] for name in arguments.memories} | {name: row for name, *row in arguments.row}
+    rows = chosen_memories(arguments, MEMORIES)
     shared = ["model=hf", f"model.pretrained={arguments.model}", "training.bptt_segments=2", *arguments.options]
     found: dict[str, dict[int, Results]] = {}
     for seed in arguments.seeds:
@@ -88,12 +78,7 @@ def main() -> None:
         for name, result in [*of_seed.items(), *_baselines(of_seed)]:
             found.setdefault(name, {})[seed] = result
     study = [describe(name, found) for name in found]
-    write_results(arguments.folder / "study.json", {"rows": study})
-    table = format_table(study)
-    write_text(arguments.folder / "study.md", table)
-    print(table)
-    for figure in plot_study(arguments.folder / "study.json"):
-        print(f"drawn: {figure}")
+    write_report(arguments.folder, "study", {"rows": study}, format_table(study), plot_study)
 
 
 def _plan(rows: dict[str, list[str]], short_term: int, found: dict[str, Results]) -> Iterator[tuple[str, list[str]]]:

@@ -17,7 +17,7 @@ STYLES = [
 DASHES = {"softmax": ":", "sum": "--", "delta": "-"}
 
 
-def plot_capacity(path: Path) -> Path:
+def plot_capacity(path: Path) -> list[Path]:
     """Draw the loss of each mechanism against the number of associations, a panel for each experiment.
 
     Args:
@@ -46,4 +46,4 @@ def plot_capacity(path: Path) -> Path:
                       textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
         label(axes, EXPERIMENTS[experiment], "associations", "½‖answer − value‖²" if axes is panels[0] else "")
     legend_below(figure, *panels[0].get_legend_handles_labels())
-    return save(figure, Path(path).with_name("capacity.png"))
+    return [save(figure, Path(path).with_name("capacity.png"))]

@@ -21,7 +21,7 @@ STRETCH = 8
 """Steps whose mean is a point."""
 
 
-def plot_norms(path: Path) -> Path:
+def plot_norms(path: Path) -> list[Path]:
     """Draw the gradient of each layer at initialisation, a line for each depth, and the losses of what was trained.
 
     Args:
@@ -39,7 +39,7 @@ def plot_norms(path: Path) -> Path:
     for part, depth in zip(parts[len(NORMS) :], depths, strict=True):
         rows = [row for row in found["training"] if row["depth"] == depth]
         _draw_losses(part, depth, rows, found["byte_frequencies"])
-    return save(figure, Path(path).with_name("norms.png"))
+    return [save(figure, Path(path).with_name("norms.png"))]
 
 
 def _draw_gradients(figure: SubFigure, norm: str, rows: list[InitialGradients]) -> None:
