@@ -10,20 +10,18 @@ import torch
 
 from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, take_turns
-from benchmarks.models import new_reader
+from benchmarks.models import add_sizes, new_reader
 from benchmarks.report import Comparison, Result, paired
 from infformer.models.streaming import TextSegment, reading, remember
+
+SIZES = {"layers": 4, "hidden": 192, "heads": 4, "vocabulary": 4096, "segment": 64}
 
 
 def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """`answers`, by default of a model as the one that comes with the package."""
     text = "answers to task=needle, against reading its texts once"
     parser = commands.add_parser("answers", help=text, parents=parents)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--segment", type=int, default=64)
+    add_sizes(parser, **SIZES)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a text")
     parser.add_argument("--texts", dest="batch", type=int, default=4, help="read side by side")
     parser.add_argument("--rounds", type=int, default=5)
@@ -65,7 +63,6 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
 
     contestants = {"reading": Contestant(read), "answers": Contestant(lambda: answer(evaluator, questions, "answers"))}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
-    names = ("layers", "hidden", "heads", "vocabulary", "segment", "length", "compile")
-    chosen = {name: getattr(options, name) for name in names} | {"texts": sizes.batch}
+    chosen = {name: getattr(options, name) for name in (*SIZES, "length", "compile")} | {"texts": sizes.batch}
     results = [Result(name, values) for name, values in seconds.items()]
     return Comparison("answers", chosen, results, [paired("answers / reading", seconds["answers"], seconds["reading"])])

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, summarize, take_turns
+from benchmarks.models import add_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.mechanisms import mechanism_kinds
@@ -33,9 +34,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 3072, 4096])
     parser.add_argument("--alone", type=int, nargs="*", default=[], help="more lengths, without softmax")
     parser.add_argument("--forward", action="store_true", help="forward alone")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    add_sizes(parser, batch=1, hidden=128, heads=4)
     parser.add_argument("--feed-forward", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.set_defaults(compare=compare)

@@ -17,7 +17,7 @@ from benchmarks import arithmetic
 from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, take_turns
-from benchmarks.models import memory_config
+from benchmarks.models import add_sizes, memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous.density import Gaussian
 from infformer.memory.signal import ContinuousSignal
@@ -27,11 +27,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """`density`."""
     text = "the read's innermost product, forward and backward, against the formula in torch's own operators"
     parser = commands.add_parser("density", help=text, parents=parents)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--segment", type=int, default=512, help="queries")
-    parser.add_argument("--functions", type=int, default=512, help="N, basis functions")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
+    add_sizes(parser, batch=1, segment=512, functions=512, hidden=768, heads=12)
     parser.add_argument("--deviation", type=float, default=0.05, help="of the densities, as a part of the memory")
     parser.add_argument("--rounds", type=int, default=20)
     parser.set_defaults(compare=compare)

@@ -9,19 +9,17 @@ import torch
 
 from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
-from benchmarks.models import new_reader
+from benchmarks.models import add_sizes, new_reader
 from benchmarks.report import Comparison, Result, paired
+
+SIZES = {"layers": 12, "hidden": 768, "heads": 12, "vocabulary": 50257, "segment": 512}
 
 
 def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """`evaluation`."""
     text = "perplexity with all its figures, against forward passes alone"
     parser = commands.add_parser("evaluation", help=text, parents=parents)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--segment", type=int, default=512)
+    add_sizes(parser, **SIZES)
     parser.add_argument("--documents", dest="batch", type=int, default=2, help="read side by side; up to 4")
     parser.add_argument("--segments", type=int, default=4, help="of each document")
     parser.add_argument("--rounds", type=int, default=5)
@@ -58,26 +56,20 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     def forward_alone() -> None:
         state = None
         for read in segments:
+            told = {"reset": read.reset, "targets": read.targets, "lengths": read.lengths}
             with setting.autocast():
-                state = model(
-                    read.input_ids,
-                    state=state,
-                    reset=read.reset,
-                    targets=read.targets,
-                    lengths=read.lengths,
-                ).state
+                state = model(read.input_ids, state=state, **told).state
 
-    def whole_evaluation() -> None:
-        evaluate(evaluator, documents)
-
-    contestants = {"forward alone": Contestant(forward_alone), "evaluation": Contestant(whole_evaluation)}
+    contestants = {
+        "forward alone": Contestant(forward_alone),
+        "evaluation": Contestant(lambda: evaluate(evaluator, documents)),
+    }
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     tokens = int((documents.token_counts - 1).sum())
     results = [
         Result(name, values, figures={"tokens_per_second": tokens / summarize(values).median})
         for name, values in seconds.items()
     ]
-    names = ("layers", "hidden", "heads", "vocabulary", "segment", "segments", "compile")
-    chosen = {name: getattr(options, name) for name in names} | {"documents": len(documents)}
+    chosen = {name: getattr(options, name) for name in (*SIZES, "segments", "compile")} | {"documents": len(documents)}
     ratio = paired("evaluation / forward alone", seconds["evaluation"], seconds["forward alone"])
     return Comparison("evaluation", chosen, results, [ratio])

@@ -13,7 +13,7 @@ from benchmarks import arithmetic
 from benchmarks.arithmetic import NO_WORK, Sizes
 from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, take_turns
-from benchmarks.models import memory_config
+from benchmarks.models import add_sizes, memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous import naive
 from infformer.continuous.density import Density, Gaussian
@@ -21,6 +21,7 @@ from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 
+SIZES = {"batch": 1, "segment": 512, "functions": 512, "samples": 512, "hidden": 768, "heads": 12}
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}
 """By how much the two may differ, as a part of the largest entry, before a comparison means nothing."""
 
@@ -86,12 +87,7 @@ def add_commands(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     }
     for name, text in helps.items():
         parser = commands.add_parser(name, help=text, parents=parents)
-        parser.add_argument("--batch", type=int, default=1)
-        parser.add_argument("--segment", type=int, default=512, help="T, tokens that read and are written")
-        parser.add_argument("--functions", type=int, default=512, help="N, basis functions")
-        parser.add_argument("--samples", type=int, default=512, help="M, points at which the past is sampled")
-        parser.add_argument("--hidden", type=int, default=768)
-        parser.add_argument("--heads", type=int, default=12)
+        add_sizes(parser, **SIZES)
         parser.add_argument("--rounds", type=int, default=20)
         parser.set_defaults(compare=compare)
 
@@ -126,8 +122,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     ratios = [paired(f"naive / {name}, time", seconds["naive"], seconds[name]) for name in own]
     ratios += [Ratio(f"{name} / naive, peak extra memory", [peaks[name] / peaks["naive"]]) for name in own]
     profiles = {name: profile_table(each, setting.device) for name, each in passes.items()} if options.profile else {}
-    chosen = {name: getattr(options, name) for name in ("batch", "segment", "functions", "samples", "hidden", "heads")}
-    return Comparison(options.command, chosen | {"compile": options.compile}, results, ratios, profiles)
+    chosen = {name: getattr(options, name) for name in (*SIZES, "compile")}
+    return Comparison(options.command, chosen, results, ratios, profiles)
 
 
 def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> dict[str, Callable[[], list[Tensor]]]:

@@ -9,6 +9,7 @@ states, as Transformer-XL does, and projects them to keys and values anew for ev
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ from infformer.models.pretrained import InfformerForCausalLM, cache_argument
 from infformer.models.segment_read import MemoryModelOutput
 
 BACKBONES = ("gpt2", "rotary")
+MEANINGS = {
+    "segment": "T, tokens of a segment",
+    "functions": "N, basis functions",
+    "samples": "M, points where the past is sampled",
+}
+
+
+def add_sizes(parser: argparse.ArgumentParser, **sizes: int) -> None:
+    """Options of these names and defaults."""
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=MEANINGS.get(name))
 
 
 def memory_config(sizes: Sizes) -> LongTermMemoryConfig:

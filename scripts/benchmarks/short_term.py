@@ -10,9 +10,14 @@ import torch
 
 from benchmarks.machine import Setting
 from benchmarks.measuring import Contestant, summarize, take_turns
+from benchmarks.models import add_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+
+SIZES = {
+    "layers": 4, "hidden": 256, "heads": 4, "vocabulary": 4096, "segment": 128, "memory": 128, "batch": 8,
+}  # fmt: skip
 
 
 def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -20,13 +25,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     text = "the decoder with short-term memory, against the same without"
     parser = commands.add_parser("decoder", help=text, parents=parents)
     parser.add_argument("--positions", choices=("relative", "rotary"), default="relative")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--segment", type=int, default=128)
-    parser.add_argument("--memory", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8)
+    add_sizes(parser, **SIZES)
     parser.add_argument("--rounds", type=int, default=20)
     parser.set_defaults(compare=compare)
 
@@ -56,8 +55,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         Ratio("by the multiplications", [multiplications["without"] / multiplications["with"]]),
         Ratio("by the attention lengths alone", [1 / attention]),
     ]
-    names = ("positions", "layers", "hidden", "heads", "vocabulary", "segment", "memory", "batch", "compile")
-    return Comparison("decoder", {name: getattr(options, name) for name in names}, results, ratios)
+    chosen = {name: getattr(options, name) for name in ("positions", *SIZES, "compile")}
+    return Comparison("decoder", chosen, results, ratios)
 
 
 def multiplications_per_token(options: argparse.Namespace, memory: int) -> float:

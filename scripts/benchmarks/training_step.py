@@ -18,6 +18,7 @@ from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, su
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
+    add_sizes,
     check_windows,
     compile_layers,
     model_sizes,
@@ -105,15 +106,8 @@ class TrainingStep:
 
 def add_model_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """The sizes of a model; `model_sizes` reads them."""
-    parser.add_argument("--layers", type=int, default=defaults["layers"])
-    parser.add_argument("--hidden", type=int, default=defaults["hidden"])
-    parser.add_argument("--heads", type=int, default=defaults["heads"])
-    parser.add_argument("--vocabulary", type=int, default=defaults["vocabulary"])
-    parser.add_argument("--segment", type=int, default=defaults["segment"])
-    parser.add_argument("--functions", type=int, default=defaults["functions"], help="N, basis functions")
-    parser.add_argument("--samples", type=int, default=defaults["samples"], help="M, points where the past is sampled")
+    add_sizes(parser, **defaults, batch=1)
     parser.add_argument("--key-value-heads", type=int, help="of the rotary backbone; as many as heads without")
-    parser.add_argument("--batch", type=int, default=1)
 
 
 GPT2_SMALL = {
