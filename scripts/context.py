@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from infformer.data.files import read_lines
 from infformer.durable import check_place
 from infformer.errors import UserError
-from infformer.evaluation.figures import interval_of_ratio, place_edges, previous_occurrences
+from infformer.evaluation.figures import place_edges, previous_occurrences, ratio_of
 from infformer.models.loading import load_tokenizer, load_trained
 from infformer.models.streaming import reading
 from infformer.progress import follow
@@ -134,15 +134,14 @@ def describe(
             counts = np.array([which.sum() for which in chosen])
             sums = np.array([each[which].sum() for each, which in zip(found, chosen, strict=True)])
             base = np.array([each[which].sum() for each, which in zip(first, chosen, strict=True)])
-            total = int(counts.sum())
-            interval = interval_of_ratio(sums - base, counts)
+            more = ratio_of(sums - base, counts)
             cells.append(
                 {
                     "name": name,
-                    "tokens": total,
-                    "nats_per_token": float(sums.sum() / total) if total else None,
-                    "difference": float((sums - base).sum() / total) if total else None,
-                    "interval": None if interval is None else list(interval),
+                    "tokens": int(counts.sum()),
+                    "nats_per_token": ratio_of(sums, counts)["nats_per_token"],
+                    "difference": more["nats_per_token"],
+                    "interval": more["interval"],
                 }
             )
         rows.append({"before": before, "classes": cells})

@@ -24,7 +24,7 @@ from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.comparison import paired_difference
 from infformer.evaluation.figures import figures_of
 from infformer.evaluation.streaming import Evaluator, Situation, read_documents
-from infformer.models.streaming import reading, stream
+from infformer.models.streaming import stream
 from infformer.results import CONTINUOUS_CACHE, DOCUMENT_UNIGRAM, Baseline, Figures
 
 SIZES = (128, 512, 2048)
@@ -55,7 +55,8 @@ def measure_baselines(
         validation: documents by which size, θ and λ are chosen.
         own: the figures of the model as it is.
     """
-    vocabulary, width = evaluator.model.vocabulary_size, _width(evaluator)
+    vocabulary = evaluator.model.vocabulary_size
+    width = evaluator.read_a_token(return_intermediates=True).hidden.shape[-1]  # of a hidden state
     caches = [Settings(size, sharpness) for size in SIZES for sharpness in SHARPNESS]
     totals = torch.zeros(1 + len(caches), len(WEIGHTS), dtype=torch.float64, device=evaluator.model.device)
     read_documents(evaluator, validation, _with_past(evaluator, [UNIGRAM, *caches], totals), "choosing baselines")
@@ -118,15 +119,6 @@ def _with_past(evaluator: Evaluator, choices: Sequence[Settings], totals: Tensor
             yield losses
 
     return read
-
-
-def _width(evaluator: Evaluator) -> int:
-    """How many numbers a hidden state has, of which the scores are made."""
-    model = evaluator.model
-    # Once only: a compiled model would compile anew for it.
-    with torch.compiler.set_stance("force_eager"), reading(model, evaluator.protocol.precision):
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        return model(token, return_intermediates=True, return_logits=False).hidden.shape[-1]
 
 
 def mixed(nats: Tensor, shares: Tensor, weight: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from infformer.evaluation.figures import interval_of_ratio
+from infformer.evaluation.figures import ratio_of
 from infformer.evaluation.streaming import EvaluationError, describe_protocol
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
@@ -28,7 +28,6 @@ from infformer.results import (
     Difference,
     Document,
     GainParts,
-    Ratio,
     Results,
 )
 
@@ -52,7 +51,6 @@ def compare(a: Results, b: Results, across_protocols: bool = False) -> Compariso
         EvaluationError: they were measured on other documents or by another protocol.
     """
     check_comparable(a, b, across_protocols)
-    documents = list(zip(a["per_document"], b["per_document"], strict=True))
     protocols = dict.fromkeys(describe_protocol(run["protocol"]) for run in (a, b))
     return {
         "protocol": " against ".join(protocols),
@@ -62,28 +60,12 @@ def compare(a: Results, b: Results, across_protocols: bool = False) -> Compariso
         "b": _compared(b),
         "difference": paired_difference(a["per_document"], b["per_document"]),
         "parts": _parts(a, b),
-        "by_position": [
-            {"from": place["from"], "to": place["to"], "tokens": tokens, **ratio}
-            for index, place in enumerate(a["by_position"])
-            for tokens, ratio in [_difference_in_class(documents, "by_position", index)]
-        ],
-        "by_place": [
-            {"from": place["from"], "to": place["to"], "tokens": tokens, **ratio}
-            for index, place in enumerate(
-                a.get("by_place", []) if "by_place" in b else []
-            )  # not in those of earlier versions
-            if _same_tokens(documents, "by_place", index)
-            for tokens, ratio in [_difference_in_class(documents, "by_place", index)]
-        ],
-        "by_recency": [
-            {"previous_occurrence": place["previous_occurrence"], "tokens": tokens, **ratio}
-            for index, place in enumerate(a["by_recency"])
-            if _same_tokens(documents, "by_recency", index)
-            for tokens, ratio in [_difference_in_class(documents, "by_recency", index)]
-        ],
+        "by_position": _by_class(a, b, "by_position"),
+        "by_place": _by_class(a, b, "by_place"),
+        "by_recency": _by_class(a, b, "by_recency"),
         "per_document": [
             {"id": one["id"], "tokens": one["tokens"], "nats_per_token": (other["nll"] - one["nll"]) / one["tokens"]}
-            for one, other in documents
+            for one, other in zip(a["per_document"], b["per_document"], strict=True)
         ],
     }
 
@@ -317,7 +299,7 @@ def _nats(documents: list[Document]) -> NDArray[Any]:
 
 
 def _difference(differences: NDArray[Any], tokens: NDArray[Any]) -> Difference:
-    ratio = _ratio(differences, tokens)
+    ratio = ratio_of(differences, tokens)
     assert ratio["nats_per_token"] is not None
     return {
         "nats_per_token": ratio["nats_per_token"],
@@ -328,29 +310,19 @@ def _difference(differences: NDArray[Any], tokens: NDArray[Any]) -> Difference:
     }
 
 
-def _same_tokens(
-    documents: list[tuple[Document, Document]], breakdown: Literal["by_place", "by_recency"], index: int
-) -> bool:
-    """Whether a class holds the same tokens in both: other windows see other tokens."""
-    return all(
-        index < len(other[breakdown]) and one[breakdown][index][0] == other[breakdown][index][0]
-        for one, other in documents
-    )
+def _by_class(a: Results, b: Results, breakdown: Literal["by_position", "by_place", "by_recency"]) -> list[Any]:
+    """The difference in each class of tokens, such as the first 64 of each document, that holds the same in both.
 
-
-def _difference_in_class(
-    documents: list[tuple[Document, Document]], breakdown: Literal["by_position", "by_place", "by_recency"], index: int
-) -> tuple[int, Ratio]:
-    """In one class of tokens, such as the first 64 of each document."""
-    pairs = [(one[breakdown][index], other[breakdown][index]) for one, other in documents]
-    tokens = np.array([one[0] for one, _ in pairs])
-    return int(tokens.sum()), _ratio(np.array([other[1] - one[1] for one, other in pairs]), tokens)
-
-
-def _ratio(differences: NDArray[Any], tokens: NDArray[Any]) -> Ratio:
-    total = tokens.sum()
-    interval = interval_of_ratio(differences, tokens)
-    return {
-        "nats_per_token": float(differences.sum() / total) if total else None,
-        "interval": None if interval is None else list(interval),
-    }
+    Other windows see other tokens.
+    """
+    rows: list[Any] = []
+    both = a.get(breakdown, []), b.get(breakdown, [])  # those of earlier versions have not all of them
+    for index, (place, _) in enumerate(zip(*both, strict=False)):
+        documents = zip(a["per_document"], b["per_document"], strict=True)
+        pairs = [(one[breakdown][index], other[breakdown][index]) for one, other in documents]
+        if all(one[0] == other[0] for one, other in pairs):
+            tokens = np.array([one[0] for one, _ in pairs])
+            named = {name: value for name, value in place.items() if name not in ("tokens", "nll")}
+            ratio = ratio_of(np.array([other[1] - one[1] for one, other in pairs]), tokens)
+            rows.append({**named, "tokens": int(tokens.sum()), **ratio})
+    return rows

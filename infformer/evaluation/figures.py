@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.streaming import Evaluator, TokenLosses
-from infformer.results import RECENCY, Figures, Interval
+from infformer.results import RECENCY, Figures, Interval, Position, Ratio
 
 
 def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenLosses) -> Figures:
@@ -50,14 +50,8 @@ def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenL
         "perplexity": {"token": _exp(nll / tokens.sum()), "word": _exp(nll / max(int(words.sum()), 1))},
         "perplexity_interval": {"token": _interval(by_document, tokens), "word": _interval(by_document, words)},
         "bits_per_byte": nll / (math.log(2) * max(int(bytes_.sum()), 1)),
-        "by_position": [
-            {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
-            for first, last, count, loss in zip(edges[:-1], edges[1:], *by_position.sum(axis=1), strict=True)
-        ],
-        "by_place": [
-            {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
-            for first, last, count, loss in zip(places[:-1], places[1:], *by_place.sum(axis=1), strict=True)
-        ],
+        "by_position": _positions(edges, by_position),
+        "by_place": _positions(places, by_place),
         "by_recency": [
             {"previous_occurrence": name, "tokens": int(count), "nll": float(loss)}
             for name, count, loss in zip(RECENCY, *by_recency.sum(axis=1), strict=True)
@@ -94,7 +88,16 @@ def place_edges(segment_length: int) -> NDArray[np.int64]:
     return np.array([*edges[:-1], segment_length], dtype=np.int64)
 
 
-def interval_of_ratio(values: NDArray[Any], counts: NDArray[Any]) -> tuple[float, float] | None:
+def ratio_of(values: NDArray[Any], counts: NDArray[Any]) -> Ratio:
+    """sum(values) / sum(counts) over documents, with its interval; see `interval_of_ratio`."""
+    total = counts.sum()
+    return {
+        "nats_per_token": float(values.sum() / total) if total else None,
+        "interval": interval_of_ratio(values, counts),
+    }
+
+
+def interval_of_ratio(values: NDArray[Any], counts: NDArray[Any]) -> Interval | None:
     """Of 95 %, of sum(values) / sum(counts) over documents: the jackknife, with Student's distribution.
 
     The standard error is that of the ratios with each of the n documents left out; with n − 1 degrees of freedom the
@@ -114,12 +117,20 @@ def interval_of_ratio(values: NDArray[Any], counts: NDArray[Any]) -> tuple[float
     without = (values.sum() - values) / (counts.sum() - counts)
     error = math.sqrt((documents - 1) / documents * np.square(without - without.mean()).sum())
     reach = float(stdtrit(documents - 1, 0.975)) * error
-    return float(ratio - reach), float(ratio + reach)
+    return [float(ratio - reach), float(ratio + reach)]
 
 
 def _count(classes: NDArray[np.int64], losses: NDArray[np.float64], number: int) -> NDArray[np.float64]:
     """Tokens and nats of each class, [2, number]."""
     return np.stack([np.bincount(classes, minlength=number), np.bincount(classes, losses, minlength=number)])
+
+
+def _positions(edges: NDArray[np.int64], by_document: NDArray[np.float64]) -> list[Position]:
+    """The classes between some edges, of their tokens and nats in each document, [2, documents, classes]."""
+    return [
+        {"from": int(first), "to": int(last), "tokens": int(count), "nll": float(loss)}
+        for first, last, count, loss in zip(edges[:-1], edges[1:], *by_document.sum(axis=1), strict=True)
+    ]
 
 
 def _recency(evaluator: Evaluator, text: NDArray[np.int64]) -> NDArray[np.int64]:

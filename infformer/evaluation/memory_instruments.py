@@ -20,7 +20,7 @@ from torch import Tensor
 
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Density, Gaussian, Gibbs, TruncatedParabola, match_moments
-from infformer.evaluation.figures import interval_of_ratio
+from infformer.evaluation.figures import ratio_of
 from infformer.evaluation.streaming import EvaluationError
 from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
 from infformer.memory.memory import Memory
@@ -178,14 +178,8 @@ def costs_without(reading: Readings) -> Costs:
 
     def ratio(nats: Sequence[float | None]) -> Ratio:
         rows = zip(nats, reading["nats"], reading["tokens"], strict=True)
-        read = np.array([((off - on) * tokens, tokens) for off, on, tokens in rows if off is not None])
-        if not len(read):
-            return {"nats_per_token": None, "interval": None}
-        interval = interval_of_ratio(*read.T)
-        return {
-            "nats_per_token": float(read[:, 0].sum() / read[:, 1].sum()),
-            "interval": None if interval is None else list(interval),
-        }
+        read = [((off - on) * tokens, tokens) for off, on, tokens in rows if off is not None]
+        return ratio_of(*np.array(read).reshape(-1, 2).T)
 
     by_layer = zip(*reading["nats_without_layer"], strict=True)
     return {

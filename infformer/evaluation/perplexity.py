@@ -21,7 +21,6 @@ from infformer.evaluation.streaming import (
     with_shuffled_memory,
     without_memory,
 )
-from infformer.models.streaming import reading
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
     MEMORY_OFF,
@@ -96,10 +95,7 @@ def evaluate_controls(evaluator: Evaluator, documents: TokenizedDocuments) -> di
 
 def _cost(evaluator: Evaluator, seconds: float, tokens: int) -> Cost:
     model, processes = evaluator.model, evaluator.processes
-    # Once only: a compiled model would compile anew for it.
-    with torch.compiler.set_stance("force_eager"), reading(model, evaluator.protocol.precision):
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        read = model(token, use_cache=True, return_logits=False)
+    read = evaluator.read_a_token(use_cache=True)
     on_gpu = model.device.type == "cuda"
     return {
         "seconds_per_token": seconds * processes.world_size / tokens,

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import tee
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +147,35 @@ class Evaluator:
         """The same without other processes, and silent: for a look in between."""
         return replace(self, processes=Processes(progress=False))
 
+    def of_all_processes(self, own: NDArray[Any]) -> NDArray[np.float32]:
+        """What all processes found, where each number is every process's zero but one's, so that their sum is exact."""
+        found = torch.from_numpy(own.astype(np.float32)).to(self.model.device)
+        summed: NDArray[np.float32] = self.processes.reduce(found).cpu().numpy()
+        return summed
+
+    def shares(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Of some texts those of this process, as many side by side as the batch allows.
+
+        Every process gets the same number of batches: one that has no more texts reads the first of all once more, and
+        it does not count.
+
+        Returns:
+            Which texts, and how many of them count.
+        """
+        rank, count = self.processes.rank, self.processes.world_size
+        own, side_by_side = numbers[rank::count], -(-self.batch_size // count)
+        for first in range(0, -(-len(numbers) // count), side_by_side):
+            chosen = own[first : first + side_by_side]
+            yield (chosen if len(chosen) else np.zeros(1, dtype=np.int64)), len(chosen)
+            self.processes.after_segment()
+
+    def read_a_token(self, **wanted: Any) -> Any:
+        """What the model says of one token, to see of which sizes that is."""
+        # Once only: a compiled model would compile anew for it.
+        with torch.compiler.set_stance("force_eager"), reading(self.model, self.protocol.precision):
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+            return self.model(token, return_logits=False, **wanted)
+
 
 def describe_protocol(protocol: Protocol) -> str:
     """A protocol in a few words, to stand beside every figure: `disjoint segments of 512, float32`."""
@@ -178,10 +208,7 @@ def read_documents(
             places = (first[segment.documents.numpy()] + segment.starts.numpy())[:, None] + np.arange(scored.shape[1])
             token_losses[places[scored]] = losses.float().cpu().numpy()[scored]
             evaluator.processes.after_segment()
-    # Each token is another process's zero but in one of them, so the sum is exact.
-    own = torch.from_numpy(token_losses).to(evaluator.model.device)
-    summed: TokenLosses = evaluator.processes.reduce(own).cpu().numpy()
-    return summed
+    return evaluator.of_all_processes(token_losses)
 
 
 def with_memory(evaluator: Evaluator) -> Situation:
@@ -194,21 +221,16 @@ def with_memory(evaluator: Evaluator) -> Situation:
             return after
         return before.replace_rows(segment.starts % length == 0, after)
 
-    def read(segments: Iterable[Segment]) -> Iterator[Tensor]:
-        for _, output in stream(evaluator.model, segments, carry=carry):
-            yield output.token_losses
-
-    return read
+    return lambda segments: (output.token_losses for _, output in stream(evaluator.model, segments, carry=carry))
 
 
 def without_memory(evaluator: Evaluator) -> Situation:
     """Each segment is read with an empty memory."""
 
-    def read(segments: Iterable[Segment]) -> Iterator[Tensor]:
-        for _, output in stream(evaluator.model, segments, carry=lambda segment, before, after: None):
-            yield output.token_losses
+    def carry(segment: Segment, before: ModelState | None, after: ModelState | None) -> None:
+        """Nothing is written."""
 
-    return read
+    return lambda segments: (output.token_losses for _, output in stream(evaluator.model, segments, carry=carry))
 
 
 def with_shuffled_memory(evaluator: Evaluator) -> Situation:

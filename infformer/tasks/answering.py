@@ -55,7 +55,7 @@ def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> For
     with reading(evaluator.model, evaluator.protocol.precision):
         for rows, counted, end, scores, place in _batches(evaluator, questions, title):
             outcome[:, rows[:counted]] = _answer_forced(evaluator, end, scores, place)[:, :counted]
-    right, nats = _of_all_processes(evaluator, outcome)[:, questions.asked]
+    right, nats = evaluator.of_all_processes(outcome)[:, questions.asked]
     return Forced(right == 1, nats.astype(np.float32))
 
 
@@ -75,7 +75,7 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
             outcome[:2, rows[:counted]] = _answer_forced(evaluator, end, scores, place)[:, :counted]
             free = _answer_freely(evaluator, end, scores, place, asked, asked_anywhere)
             outcome[2, rows[:counted]] = free[:counted].cpu()
-    right, nats, free_running = _of_all_processes(evaluator, outcome)[:, questions.asked]
+    right, nats, free_running = evaluator.of_all_processes(outcome)[:, questions.asked]
     return Answers(Forced(right == 1, nats.astype(np.float32)), free_running.astype(np.int64))
 
 
@@ -125,37 +125,22 @@ def _answer_freely(
 def _batches(
     evaluator: Evaluator, questions: Questions, title: str
 ) -> Iterator[tuple[Integers, int, Tensor, Tensor, Place]]:
-    """Read the questions of this process up to what is asked, as many side by side as the evaluator allows.
-
-    Every process gets the same number of batches: one that has no more questions reads the first of all once more, and
-    it does not count.
+    """Read the questions of this process up to what is asked.
 
     Returns:
         Which questions, how many of them count, their last tokens, the scores of the first of these, and where the rows
         stand before it.
     """
-    processes = evaluator.processes
-    own = np.arange(processes.rank, len(questions.tokens), processes.world_size)
-    side_by_side = -(-evaluator.batch_size // processes.world_size)
-    total = len(own) * questions.tokens.shape[1]
+    processes, numbers = evaluator.processes, np.arange(len(questions.tokens))
+    total = len(numbers[processes.rank :: processes.world_size]) * questions.tokens.shape[1]
     with Pace(title, total, "tokens", processes.progress) as pace:
-        for first in range(0, -(-len(questions.tokens) // processes.world_size), side_by_side):
-            rows = own[first : first + side_by_side]
-            read = rows if len(rows) else np.zeros(1, dtype=np.int64)
-            tokens = torch.from_numpy(questions.tokens[read]).to(evaluator.model.device)
+        for rows, counted in evaluator.shares(numbers):
+            tokens = torch.from_numpy(questions.tokens[rows]).to(evaluator.model.device)
             length = questions.answers.shape[1]
             text, end = tokens.split([tokens.shape[1] - length, length], dim=1)
             place = Place()
             for segment in text.split(evaluator.protocol.segment_length, dim=1):
                 scores, place = _read(evaluator, segment, place)
-                pace.advance(len(rows) * segment.shape[1])
-            yield read, len(rows), end, scores, place
-            processes.after_segment()
-            pace.advance(len(rows) * length)
-
-
-def _of_all_processes(evaluator: Evaluator, outcome: NDArray[np.float64]) -> NDArray[np.float32]:
-    """What all processes found: the sum of what each found, zero for the questions of others, which is exact."""
-    own = torch.from_numpy(outcome.astype(np.float32)).to(evaluator.model.device)
-    summed: NDArray[np.float32] = evaluator.processes.reduce(own).cpu().numpy()
-    return summed
+                pace.advance(counted * segment.shape[1])
+            yield rows, counted, end, scores, place
+            pace.advance(counted * length)

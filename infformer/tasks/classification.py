@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -281,13 +280,6 @@ class Classification(Evaluation[ClassificationResults]):
             results["attention_span"] = span
         return results
 
-    def report(self, results: ClassificationResults, folder: Path) -> list[Path]:
-        from infformer.evaluation.report import write_results  # this loads for seconds
-
-        write_results(folder / "results.json", results)
-        print(self.table(results), flush=True)
-        return []
-
     def table(self, results: ClassificationResults) -> str:
         return format_classification(results)
 
@@ -299,10 +291,13 @@ def measure(evaluator: Evaluator, examples: Examples, title: str) -> Measured:
     """Ask a model for the class of every example; it is left in evaluation mode. All processes together."""
     outcome = np.zeros((2, len(examples)))
     with reading(evaluator.model, evaluator.protocol.precision):
-        for numbers, counted in _batches(evaluator, examples, title):
-            outcome[:, numbers[:counted]] = _answer(evaluator, examples, numbers)[:, :counted]
-    own = torch.from_numpy(outcome.astype(np.float32)).to(evaluator.model.device)
-    right, nats = evaluator.processes.reduce(own).cpu().numpy()  # each is another process's zero but in one of them
+        order = np.argsort(-examples.lengths.sum(axis=1), kind="stable")
+        total = len(order[evaluator.processes.rank :: evaluator.processes.world_size])
+        with Pace(title, total, "examples", evaluator.processes.progress) as pace:
+            for numbers, counted in evaluator.shares(order):  # alike in length
+                outcome[:, numbers[:counted]] = _answer(evaluator, examples, numbers)[:, :counted]
+                pace.advance(counted)
+    right, nats = evaluator.of_all_processes(outcome)
     count = int(right.sum())
     return {
         "examples": len(examples),
@@ -381,24 +376,3 @@ def _segments(evaluator: Evaluator, pieces: Sequence[tuple[Tensor, Tensor]], len
         unscored = None if ending.any() else torch.full_like(tokens, IGNORE_INDEX).to(device)
         yield TextSegment(tokens.to(device), unscored, real.to(device))
         start += tokens.shape[1]
-
-
-def _batches(evaluator: Evaluator, examples: Examples, title: str) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """The examples of this process, as many side by side as the evaluator allows, alike in length.
-
-    Every process gets the same number of batches: one that has no more examples reads the first of all once more, and
-    it does not count.
-
-    Returns:
-        Which examples, and how many of them count.
-    """
-    processes = evaluator.processes
-    order = np.argsort(-examples.lengths.sum(axis=1), kind="stable")
-    own = order[processes.rank :: processes.world_size]
-    side_by_side = -(-evaluator.batch_size // processes.world_size)
-    with Pace(title, len(own), "examples", processes.progress) as pace:
-        for first in range(0, -(-len(order) // processes.world_size), side_by_side):
-            numbers = own[first : first + side_by_side]
-            yield (numbers if len(numbers) else np.zeros(1, dtype=np.int64)), len(numbers)
-            processes.after_segment()
-            pace.advance(len(numbers))

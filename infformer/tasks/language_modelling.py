@@ -12,7 +12,7 @@ from infformer.data.segments import Lanes, LanesState, Segment
 from infformer.evaluation.comparison import gain_parts
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, measure
-from infformer.evaluation.report import format_table, write_results
+from infformer.evaluation.report import format_table
 from infformer.evaluation.streaming import EvaluationError, describe_protocol
 from infformer.models.generation import continue_text
 from infformer.plots.evaluation import plot_results
@@ -98,8 +98,7 @@ class LanguageModelling(Evaluation[Results]):
         return measure(self._evaluator, self._test, self._controls, checkpoint, chosen_on)
 
     def report(self, results: Results, folder: Path) -> list[Path]:
-        write_results(folder / "results.json", results)
-        print(self.table(results), flush=True)
+        super().report(results, folder)
         return plot_results(folder / "results.json")
 
     def table(self, results: Results) -> str:

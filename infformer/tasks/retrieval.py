@@ -179,11 +179,9 @@ class Retrieval(Evaluation[RetrievalResults]):
         }
 
     def report(self, results: RetrievalResults, folder: Path) -> list[Path]:
-        from infformer.evaluation.report import write_results  # these load for seconds
-        from infformer.plots.retrieval import plot_retrieval
+        from infformer.plots.retrieval import plot_retrieval  # this loads for seconds
 
-        write_results(folder / "results.json", results)
-        print(self.table(results), flush=True)
+        super().report(results, folder)
         return plot_retrieval(folder / "results.json")
 
     def table(self, results: RetrievalResults) -> str:

@@ -185,11 +185,9 @@ class Sorting(Evaluation[SortingResults]):
         }
 
     def report(self, results: SortingResults, folder: Path) -> list[Path]:
-        from infformer.evaluation.report import write_results  # these load for seconds
-        from infformer.plots.sorting import plot_accuracy
+        from infformer.plots.sorting import plot_accuracy  # this loads for seconds
 
-        write_results(folder / "results.json", results)
-        print(self.table(results), flush=True)
+        super().report(results, folder)
         return plot_accuracy(folder / "results.json")
 
     def table(self, results: SortingResults) -> str:

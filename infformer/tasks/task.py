@@ -320,7 +320,7 @@ class Evaluation(Generic[Measured]):
         return None
 
     def report(self, results: Measured, folder: Path) -> list[Path]:
-        """Write `results.json`, print a table, draw figures; on the main process only.
+        """Write `results.json` and print its table; on the main process only. Tasks draw figures besides.
 
         Args:
             results: what `measure` returned; of a run with what `measure_before` returned under `before`.
@@ -332,6 +332,8 @@ class Evaluation(Generic[Measured]):
         from infformer.evaluation.report import write_results  # this loads for seconds
 
         write_results(folder / "results.json", results)
+        if table := self.table(results):
+            print(table, flush=True)
         return []
 
     def table(self, results: Measured) -> str:

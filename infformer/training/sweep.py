@@ -180,11 +180,10 @@ def _perplexity_row(name: str, group: Sequence[Run]) -> SweepRow:
 
 def _accuracy_row(name: str, group: Sequence[Run]) -> SweepRow:
     values = np.array([_accuracy(run.results) for run in group])
-    interval = interval_of_ratio(values, np.ones_like(values))
     return {
         **_row(name, group),
         "value": float(values.mean()),
-        "interval": None if interval is None else list(interval),
+        "interval": interval_of_ratio(values, np.ones_like(values)),
         "by_seed": values.tolist(),
     }
 
@@ -214,10 +213,9 @@ def _accuracy(results: Mapping[str, Any]) -> float:
 
 def _behind(nats: np.ndarray[Any, Any], best: np.ndarray[Any, Any], figures: Results) -> Difference:
     tokens = np.array([document["tokens"] for document in figures["per_document"]])
-    interval = interval_of_ratio(nats - best, tokens)
     return {
         "nats_per_token": float((nats - best).sum() / tokens.sum()),
-        "interval": None if interval is None else list(interval),
+        "interval": interval_of_ratio(nats - best, tokens),
         "documents": len(tokens),
         "better": int((nats < best).sum()),
         "worse": int((nats > best).sum()),
