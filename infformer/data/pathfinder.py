@@ -157,18 +157,6 @@ class _Pen:
         ends = np.unique(around, axis=0)
         return ends, np.arctan2(ends[:, 0], ends[:, 1])
 
-    def segment(self, angle: float) -> _Segment:
-        """A segment from the middle of a small canvas, in a direction."""
-        return _draw_segment(self.drawing, self.margin, angle)
-
-    def footprint(self, angle: float) -> list[Place]:
-        """What must be free for a snake to begin in a direction, around its beginning; empty: none begins so.
-
-        With the published images none does where this, laid at some edge, lies wholly outside of the image: what is
-        there was not zero but the least of all numbers for the library that widened the images, and all was given up.
-        """
-        return _footprint(self.drawing, self.margin, angle)
-
     def disc(self, place: Place) -> Floats:
         """A marker on an otherwise empty image."""
         size, radius = self.drawing.size, self.drawing.marker_radius * _FINER
@@ -208,13 +196,14 @@ def _pen(drawing: Drawing, margin: int) -> _Pen:
 
 
 @lru_cache(maxsize=4096)
-def _draw_segment(drawing: Drawing, margin: int, angle: float) -> _Segment:
-    reach = _pen(drawing, margin).reach
+def _draw_segment(pen: _Pen, angle: float) -> _Segment:
+    """A segment from the middle of a small canvas, in a direction."""
+    drawing, reach = pen.drawing, pen.reach
     fine = Image.new("L", (2 * reach * _FINER + 1,) * 2)
     middle = reach * _FINER
     y, x = _moved((middle, middle), angle, drawing.segment_length * _FINER)
     ImageDraw.Draw(fine).line([(middle, middle), (x, y)], fill=255, width=round(drawing.thickness * _FINER))
-    wider = _dilated(np.asarray(fine), _round(margin * _FINER))
+    wider = _dilated(np.asarray(fine), _round(pen.margin * _FINER))
     line, mask = (
         np.asarray(own.resize((2 * reach + 1,) * 2, Image.Resampling.LANCZOS)) / 255.0
         for own in (fine, Image.fromarray(wider))
@@ -223,10 +212,14 @@ def _draw_segment(drawing: Drawing, margin: int, angle: float) -> _Segment:
 
 
 @lru_cache(maxsize=1024)
-def _footprint(drawing: Drawing, margin: int, angle: float) -> list[Place]:
-    pen = _pen(drawing, margin)
+def _footprint(pen: _Pen, angle: float) -> list[Place]:
+    """What must be free for a snake to begin in a direction, around its beginning; empty: none begins so.
+
+    With the published images none does where this, laid at some edge, lies wholly outside of the image: what is there
+    was not zero but the least of all numbers for the library that widened the images, and all was given up.
+    """
     # Laid around the head of the segment, which is one pixel beside the middle, and cut to what a step reaches.
-    around = _draw_segment(drawing, margin, angle).mask >= 1
+    around = _draw_segment(pen, angle).mask >= 1
     places = [(int(row) - pen.reach + 1, int(column) - pen.reach + 1) for row, column in np.argwhere(around)]
     places = [place for place in places if max(map(abs, place)) <= pen.step]
     rows, columns = zip(*places, strict=True) if places else ((1,), (1,))
@@ -317,7 +310,7 @@ def _seed(pen: _Pen, mask: Floats, border: int, random: np.random.Generator) -> 
     """The first segment of a snake, drawn uniformly from the places where it fits; None: it fits nowhere."""
     for _ in range(_SEGMENT_TRIALS):
         angle = _any_angle(random)
-        footprint = pen.footprint(angle)
+        footprint = _footprint(pen, angle)
         if not footprint:
             return None
         size = len(mask)
@@ -362,7 +355,7 @@ def _begin(pen: _Pen, tail: Place, angle: float) -> _Snake | None:
     pivot = _moved(head, _opposite(angle), pen.step)
     if not all(0 <= coordinate < pen.drawing.size for coordinate in (*head, *pivot)):
         return None
-    return _Snake(pivot, angle, tail, pen.segment(angle), tail)
+    return _Snake(pivot, angle, tail, _draw_segment(pen, angle), tail)
 
 
 def _extend(pen: _Pen, snake: _Snake, mask: Floats, random: np.random.Generator) -> _Snake | None:
@@ -383,7 +376,7 @@ def _extend(pen: _Pen, snake: _Snake, mask: Floats, random: np.random.Generator)
         index = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
         number = chosen[min(index, len(chosen) - 1)]
         angle, head = float(angles[number]), (int(rows[number]), int(columns[number]))
-        segment = pen.segment(_opposite(angle))  # drawn from its end backwards
+        segment = _draw_segment(pen, _opposite(angle))  # drawn from its end backwards
         there, own = pen.windows(head)
         if (mask[there] + segment.mask[own]).max() < _CROSSING:
             return _Snake(pivot, angle, head, segment, head)
