@@ -23,21 +23,17 @@ _USE = """## Use
 ```python
 import infformer  # which makes transformers know the model
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM{tokenizer}
 
 place = "."  # this folder, or the model's name on the hub
 model = AutoModelForCausalLM.from_pretrained(place)
 {tokens}
-state = None  # what the model remembers: a value, that goes in and comes out
+state = None  # what the model remembers{remembers}
 with torch.no_grad():
     for segment in tokens.split({segment}, dim=1):
         output = model(segment, state=state)
         state = output.state
-```
-
-`infformer-generate checkpoint=. document=book.txt prompt='And so'` reads a text of any length and goes on from it.
-"""
-
+{said}```"""
 _USE_OF_A_CLASSIFIER = """## Use
 
 ```python
@@ -49,28 +45,11 @@ model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or the model's
 texts = torch.randint(1, {vocabulary}, (2, {length}))  # token {padding} is padding, behind a text
 with torch.no_grad():
     classes = model(texts).logits.squeeze(1).argmax(dim=-1)
-```
-"""
-
-
-_USE_OF_A_DOCUMENT_CLASSIFIER = """## Use
-
-```python
-import infformer  # which makes transformers know the model
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-place = "."  # this folder, or the model's name on the hub
-model = AutoModelForCausalLM.from_pretrained(place)
-{tokens}
-state = None  # what the model remembers of the document, and what it has pooled
-with torch.no_grad():
-    for segment in tokens.split({segment}, dim=1):
-        output = model(segment, state=state)
-        state = output.state
-print(model.config.labels[output.logits.argmax()])
-```
-"""
+```"""
+_COMMAND = (
+    "`infformer-generate checkpoint=. document=book.txt prompt='And so'` reads a text of any length and goes on from "
+    "it."
+)
 
 
 def model_card(
@@ -88,43 +67,47 @@ def model_card(
         reads_text: it has a tokenizer.
         data: for `ModelCardData`, what the hub is told beside the text.
     """
-    config = model.config
+    config, sections = model.config, sections or {}
+    tags = ["infformer"] if config.model_type == "classifier" else ["infformer", "long-context"]
+    task = "text-classification" if config.model_type in ("classifier", "document_classifier") else "text-generation"
     if config.model_type == "classifier":
-        told = ModelCardData(library_name="infformer", pipeline_tag="text-classification", tags=["infformer"], **data)
         use = _USE_OF_A_CLASSIFIER.format(
             vocabulary=config.vocab_size, length=model.positions, padding=config.pad_token_id
         )
+        title = "A classifier"
         kind = f"A classifier of {config.classes} classes, by infformer. Its attention: {config.attention}."
-        return _card(told, name or "A classifier", kind, use, sections)
-    tokens = _TOKENS if reads_text else f"tokens = torch.zeros(1, 8, dtype=torch.long)  # of {model.vocabulary_size}"
-    if config.model_type == "document_classifier":
-        told = ModelCardData(
-            library_name="infformer", pipeline_tag="text-classification", tags=["infformer", "long-context"], **data
+    else:
+        tokens = (
+            _TOKENS if reads_text else f"tokens = torch.zeros(1, 8, dtype=torch.long)  # of {model.vocabulary_size}"
         )
-        use = _USE_OF_A_DOCUMENT_CLASSIFIER.format(tokens=tokens, segment=config.reader.segment_length)
-        use = use if reads_text else use.replace(", AutoTokenizer", "")
-        kind = f"A classifier of documents of any length ({', '.join(config.labels)}), on top of a language model, by "
-        sections = {**_memory(config.reader), **(sections or {})}
-        return _card(told, name or "A classifier", f"{kind}infformer.", use, sections)
-    stock = getattr(config, "backbone", None)
-    kind = "A decoder" if stock is None else f"A `{stock.model_type}`"
-    what = "with a memory of fixed size beside each attention" if config.memory else "without a memory"
-    origin = None if stock is None else stock.name_or_path
-    if origin and is_hub_name(origin):
-        data["base_model"] = origin
-    told = ModelCardData(
-        library_name="infformer", pipeline_tag="text-generation", tags=["infformer", "long-context"], **data
-    )
-    use = _USE.format(tokens=tokens, segment=config.segment_length)
-    if not reads_text:
-        use = use[: use.index("\n`infformer-generate")].replace(", AutoTokenizer", "")
-    kind = f"{kind} {what}, by infformer. It reads a text segment by segment, in constant memory."
-    return _card(told, name or "A language model", kind, use, {**_memory(config), **(sections or {})})
-
-
-def _card(told: ModelCardData, name: str, kind: str, use: str, sections: Mapping[str, Sequence[str]] | None) -> str:
-    parts = [f"---\n{told.to_yaml()}\n---", f"# {name}", kind, use.strip()]
-    for heading, paragraphs in (sections or {}).items():
+        shared = {"tokens": tokens, "tokenizer": ", AutoTokenizer" if reads_text else ""}
+        if config.model_type == "document_classifier":
+            use = _USE.format(
+                **shared,
+                segment=config.reader.segment_length,
+                remembers=" of the document, and what it has pooled",
+                said="print(model.config.labels[output.logits.argmax()])\n",
+            )
+            title = "A classifier"
+            labels = ", ".join(config.labels)
+            kind = f"A classifier of documents of any length ({labels}), on top of a language model, by infformer."
+            sections = {**_memory(config.reader), **sections}
+        else:
+            use = _USE.format(
+                **shared, segment=config.segment_length, remembers=": a value, that goes in and comes out", said=""
+            )
+            use = f"{use}\n\n{_COMMAND}" if reads_text else use
+            stock = getattr(config, "backbone", None)
+            what = "A decoder" if stock is None else f"A `{stock.model_type}`"
+            with_memory = "with a memory of fixed size beside each attention" if config.memory else "without a memory"
+            title = "A language model"
+            kind = f"{what} {with_memory}, by infformer. It reads a text segment by segment, in constant memory."
+            sections = {**_memory(config), **sections}
+            if stock is not None and stock.name_or_path and is_hub_name(stock.name_or_path):
+                data["base_model"] = stock.name_or_path
+    told = ModelCardData(library_name="infformer", pipeline_tag=task, tags=tags, **data)
+    parts = [f"---\n{told.to_yaml()}\n---", f"# {name or title}", kind, use]
+    for heading, paragraphs in sections.items():
         parts += [f"## {heading}", *paragraphs]
     return "\n\n".join(parts) + "\n"
 
