@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infformer.errors import UserError
-from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import Memory, MemoryOutput, SegmentContext, apply_linear, split_heads
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState
 from infformer.options import check_at_least, check_choices
@@ -209,16 +209,16 @@ class Writing(nn.Module):
 
     def forward(self, hidden: Tensor) -> Writes:
         """What tokens [batch, length, hidden] write; a key sees no token before the first of them."""
-        keys = _project(self.key, hidden)
+        keys = apply_linear(self.key, hidden)
         if self.config.key_convolution:
             weight = self.convolution.weight.to(keys)
             padded = F.pad(keys.mT, (self.config.key_convolution - 1, 0))
             keys = F.conv1d(padded, weight, groups=weight.shape[0]).mT
         return Writes(
             features_of(split_heads(keys, self.heads), self.config),
-            split_heads(_project(self.value, hidden), self.heads),
-            (_project(self.strength, hidden) + self.strength_offset.to(hidden)).mT,
-            (_project(self.forgetting, hidden) + self.forgetting_offset.to(hidden)).mT,
+            split_heads(apply_linear(self.value, hidden), self.heads),
+            (apply_linear(self.strength, hidden) + self.strength_offset.to(hidden)).mT,
+            (apply_linear(self.forgetting, hidden) + self.forgetting_offset.to(hidden)).mT,
         )
 
 
@@ -269,7 +269,7 @@ class FastWeightMemory(Memory):
         weights = state.weights
         with torch.autocast(hidden.device.type, enabled=False):
             own = hidden.to(weights.dtype)
-            queries = features_of(split_heads(_project(self.query, own), self.heads), self.config)
+            queries = features_of(split_heads(apply_linear(self.query, own), self.heads), self.config)
             after: Tensor | None = None
             if self.config.within_segment:
                 after, read = self._read_segment(own, queries, weights, context)
@@ -302,7 +302,7 @@ class FastWeightMemory(Memory):
     def combine(self, read: Tensor) -> Tensor:
         """What is added, [batch, length, hidden], of what each head read, [batch, heads, length, head]; 0 for zeros."""
         normed = F.rms_norm(read, read.shape[-1:], eps=1e-6) * torch.tanh(self.gate.to(read)).view(-1, 1, 1)
-        return _project(self.output, normed.transpose(1, 2).flatten(2) * self.scale.to(read))
+        return apply_linear(self.output, normed.transpose(1, 2).flatten(2) * self.scale.to(read))
 
     def shuffle_time(self, state: FastWeightState, shuffle: Any) -> FastWeightState:
         """The same: a matrix does not say when its parts were written."""
@@ -337,13 +337,3 @@ def features_of(vectors: Tensor, config: FastWeightMemoryConfig) -> Tensor:
 def feature_size(head: int, config: FastWeightMemoryConfig) -> int:
     """How many features a key of so many numbers has."""
     return 2 * config.dpfp_order * head if config.features == "dpfp" else head
-
-
-def split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """[batch, length, hidden] to [batch, heads, length, head]."""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _project(linear: nn.Linear, tensor: Tensor) -> Tensor:
-    """The linear map in the type of the tensor, not in that of the weights."""
-    return F.linear(tensor, linear.weight.to(tensor))

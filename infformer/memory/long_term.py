@@ -24,7 +24,7 @@ from infformer.continuous.density import (
     match_moments,
     variance_divergence,
 )
-from infformer.memory.memory import Memory, MemoryOutput, SegmentContext
+from infformer.memory.memory import Memory, MemoryOutput, SegmentContext, apply_linear, split_heads
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 from infformer.memory.state import MemoryState
 from infformer.memory.sticky import attention_histogram, moved_losses, warped_positions, with_new_losses
@@ -208,12 +208,12 @@ class LongTermMemory(Memory):
             of_keys, of_values = self.signal.looked_at(coefficients)
             if self.config.read == "affine":
                 mixtures = self.placement.weight.to(of_keys) @ of_keys  # [batch, 2, hidden]
-                keys = _project(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
+                keys = apply_linear(self.key, mixtures).unflatten(-1, (self.heads, -1))  # [batch, 2, heads, head]
                 query_weight = self.query.weight.to(coefficients).unflatten(0, (self.heads, -1))
                 placing = torch.einsum("bkhe,hed->bkhd", keys, query_weight) / math.sqrt(keys.shape[-1])
             else:
-                placing = self._split_heads(_project(self.key, of_keys))
-            values = self._split_heads(_project(self.value, of_values.to(operands)))
+                placing = split_heads(apply_linear(self.key, of_keys), self.heads)
+            values = split_heads(apply_linear(self.value, of_values.to(operands)), self.heads)
             values = values.contiguous()  # which many tokens read, one by one
             return Projected(placing, values, real=self.signal.real(state.segments))
 
@@ -231,7 +231,7 @@ class LongTermMemory(Memory):
         attention = self.place(hidden, projected)
         with torch.autocast(hidden.device.type, enabled=False):
             expected = attention.read(self.signal.grid, projected.values)
-            return Reading(_project(self.output, expected.transpose(1, 2).flatten(2)), attention)
+            return Reading(apply_linear(self.output, expected.transpose(1, 2).flatten(2)), attention)
 
     def place(self, hidden: Tensor, projected: Projected) -> Density:
         """Where each head of each token looks, shape [batch, heads, queries]; the arguments are those of `read`.
@@ -243,7 +243,7 @@ class LongTermMemory(Memory):
             if self.config.read == "affine":
                 directions = projected.placing.flatten(1, 2)
                 return self.density((directions @ hidden.mT).unflatten(1, (2, self.heads)))
-            queries = self._split_heads(_project(self.query, hidden))
+            queries = split_heads(apply_linear(self.query, hidden), self.heads)
             return self.density(self.scores(queries, projected))
 
     def scores(self, queries: Tensor, projected: Projected) -> Tensor:
@@ -369,15 +369,6 @@ class LongTermMemory(Memory):
         if isinstance(attention, Slots | Gibbs):
             return attention.weights.new_zeros(()).expand(attention.weights.shape[0], attention.weights.shape[2])
         return variance_divergence(attention.variance, self.config.prior_standard_deviation**2).mean(dim=1)
-
-    def _split_heads(self, tensor: Tensor) -> Tensor:
-        """[batch, length, hidden] to [batch, heads, length, head]."""
-        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def _project(linear: nn.Linear, tensor: Tensor) -> Tensor:
-    """The linear map in the type of the tensor, not in that of the weights."""
-    return F.linear(tensor, linear.weight.to(tensor))
 
 
 def type_of_products(tensor: Tensor) -> torch.dtype:

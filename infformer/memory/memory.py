@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infformer.memory.state import MemoryState
@@ -118,6 +119,16 @@ class MemoryOutput(NamedTuple):
     pending: Any = None
     """What `write_by_losses` writes, tensors [batch, …]; None where `state` is what the memory holds after the segment.
     """
+
+
+def split_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[batch, length, width] to [batch, heads, length, head]."""
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def apply_linear(linear: nn.Linear, tensor: Tensor) -> Tensor:
+    """The linear map in the type of the tensor, not in that of the weights."""
+    return F.linear(tensor, linear.weight.to(tensor))
 
 
 class DerivedBuffers(nn.Module):

@@ -156,13 +156,13 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
     def layer_memories(self) -> dict[int, Memory]:
         """The memories by the numbers of their layers, from 0, in their order."""
 
-    @abstractmethod
     def read_segment(self, segment: SegmentToRead) -> SegmentRead:
-        """Take a segment through all layers."""
+        """Take a segment through all layers; asked by `forward`, of which one model has its own."""
+        raise NotImplementedError
 
-    @abstractmethod
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Hidden states [tokens, hidden] and targets [tokens] to nats [tokens]."""
+        """Hidden states [tokens, hidden] and targets [tokens] to nats [tokens]; not of models that score no tokens."""
+        raise NotImplementedError
 
     def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Hidden states [batch, length, hidden] and targets to nats [batch, length], without all logits at once."""

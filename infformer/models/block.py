@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from infformer.errors import ModelError
-from infformer.memory.memory import KeyValues, LayerHeads
+from infformer.memory.memory import KeyValues, LayerHeads, split_heads
 from infformer.models.mechanisms import Mechanism
 
 
@@ -254,7 +254,7 @@ class Attention(nn.Module):
             What is read, heads side by side [batch, queries, width], and the weights [batch, heads, queries, length].
         """
         query, key, value = (
-            F.linear(source, projection.weight.detach()).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            split_heads(F.linear(source, projection.weight.detach()), self.heads)
             for projection, source in (
                 (self.query, hidden.detach()),
                 (self._key_projection, entries),
@@ -266,7 +266,7 @@ class Attention(nn.Module):
 
     def _heads(self, projection: nn.Linear, hidden: Tensor) -> Tensor:
         """[batch, length, hidden] to [batch, heads, length, head]."""
-        return projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split_heads(projection(hidden), self.heads)
 
 
 def encode_positions(length: int, width: int, positions: str, device: torch.device) -> Tensor:

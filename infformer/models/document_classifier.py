@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
 
@@ -25,7 +24,7 @@ from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.encoder import losses_of_classes
 from infformer.models.second_backward import refuse_second_backward
-from infformer.models.segment_read import MemoryModelOutput, SegmentRead, SegmentToRead
+from infformer.models.segment_read import MemoryModelOutput
 from infformer.options import check_at_least, check_finite
 
 HEADS = ("batch_norm", "plain")
@@ -252,15 +251,6 @@ class DocumentClassifier(MemoryModel):
         (first_norm, second_norm), (first, second) = self.norms, self.maps
         inner = torch.relu(first(self.dropout(first_norm(hidden.squeeze(1)))))
         return second(self.dropout(second_norm(inner))).unsqueeze(1)
-
-    def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return losses_of_classes(self.logits(hidden), targets)
-
-    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
-
-    def read_segment(self, segment: SegmentToRead) -> SegmentRead:
-        return self.reader.read_segment(segment)
 
     def initial_state(self, batch: int) -> DocumentState:
         layers = self.reader.initial_state(batch).layers

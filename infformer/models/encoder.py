@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
-from infformer.memory.memory import Memory
+from infformer.memory.memory import Memory, split_heads
 from infformer.models.base import MemoryModel
 from infformer.models.block import (
     BlockSizes,
@@ -28,6 +28,7 @@ from infformer.models.block import (
     check_choices,
     check_number,
     check_size,
+    encode_positions,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_read import SegmentRead, SegmentToRead
@@ -148,15 +149,11 @@ class EncoderLayer(GradientCheckpointingLayer):
     def forward(self, stream: Stream, real: Tensor) -> Stream:
         """The stream after a layer, of positions that are real or not, bool [batch, length]."""
         seen = self.attention_residual.enter(stream)
-        query, value = self._split_heads(self.query(seen)), self._split_heads(self.value(seen))
-        key = query if self.key is None else self._split_heads(self.key(seen))
+        query, value = (split_heads(part(seen), self.heads) for part in (self.query, self.value))
+        key = query if self.key is None else split_heads(self.key(seen), self.heads)
         attended = self.mechanism(seen, query, key, value, real)
         stream = self.attention_residual.leave(stream, self.output(attended.transpose(1, 2).flatten(2)))
         return self.feed_forward_residual.leave(stream, self.feed_forward(self.feed_forward_residual.enter(stream)))
-
-    def _split_heads(self, tensor: Tensor) -> Tensor:
-        """[batch, length, width] to [batch, heads, length, head]."""
-        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class TextClassifier(MemoryModel):
@@ -223,7 +220,7 @@ class TextClassifier(MemoryModel):
         if self.config.positions == "learned":
             places = self.place.weight[:length]
         else:
-            places = sinusoids(length, self.config.hidden_size, hidden.device)
+            places = encode_positions(length, self.config.hidden_size, "relative", hidden.device).flip(0)
         stream = self.sizes.begin(self.dropout(hidden + places))
         for layer in self.layers:
             stream = layer(stream, real)
@@ -235,9 +232,6 @@ class TextClassifier(MemoryModel):
 
     def segment_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return losses_of_classes(self.logits(hidden), targets)
-
-    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the classes, [batch, 1, classes], of what the head sees, [batch, 1, texts · hidden]."""
@@ -283,13 +277,6 @@ def losses_of_classes(scores: Tensor, targets: Tensor) -> Tensor:
     is_target = targets != IGNORE_INDEX
     labels = targets.masked_fill(~is_target, 0).amax(dim=1)
     return F.cross_entropy(scores.squeeze(1).float(), labels, reduction="none").unsqueeze(1) * is_target
-
-
-def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Sines and cosines of the places 0 … length − 1, [length, width], as in Vaswani et al., arXiv 1706.03762."""
-    frequencies = 10000 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
 
 
 AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)

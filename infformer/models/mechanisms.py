@@ -31,7 +31,7 @@ from infformer.attention.softmax import softmax_attention
 from infformer.continuous.attention import continuous_attention
 from infformer.errors import ModelError
 from infformer.memory.fast_weights import Writes, advance
-from infformer.memory.memory import DerivedBuffers
+from infformer.memory.memory import DerivedBuffers, split_heads
 
 NOTHING = -1e4
 """Before a sigmoid or a softplus: no strength, no forgetting."""
@@ -175,7 +175,7 @@ class Longformer(Mechanism):
             return attended
         first = hidden[:, : self.seen_by_all]
         query, key, value = (
-            projection(source).unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
+            split_heads(projection(source), query.shape[1])
             for projection, source in ((self.query, first), (self.key, hidden), (self.value, hidden))
         )
         if self.causal:  # they see each other, and nothing after them
