@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, legend_below, new_figure, save
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, legend_below, new_figure, read_json, save
 from infformer.results import CapacityRun
 
 EXPERIMENTS = {"different": "Every key once", "repeated": "Keys with replacement, each about twice"}
@@ -26,7 +25,7 @@ def plot_capacity(path: Path) -> list[Path]:
     Returns:
         The figure written, `capacity.png` beside the file.
     """
-    rows: list[CapacityRun] = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    rows: list[CapacityRun] = read_json(path)["rows"]
     experiments = list(dict.fromkeys(row["keys"] for row in rows))
     figure = new_figure(1 + 4.8 * len(experiments), 4.6)
     panels = figure.subplots(1, len(experiments), sharey=True, squeeze=False)[0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from infformer.plots.style import BLUE, GREY, ORANGE, at_least, label, new_figure, save, shorten
+from infformer.plots.style import BLUE, GREY, ORANGE, at_least, label, new_figure, read_json, save, shorten
 from infformer.results import PARTS, RECENCY, Comparison, Difference, PositionRatio, RecencyRatio
 
 LEAST_DIFFERENCE = 0.005
@@ -27,7 +26,7 @@ def plot_comparison(path: Path) -> list[Path]:
     Returns:
         The figure written, `comparison.png` beside the file.
     """
-    comparison: Comparison = json.loads(Path(path).read_text(encoding="utf-8"))
+    comparison: Comparison = read_json(path)
     figure = new_figure(10.5, 4.8)
     _draw_classes(figure.add_subplot(1, 2, 1), comparison)
     _draw_documents(figure.add_subplot(1, 2, 2), comparison)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, at_least, label, legend_below, new_figure, save, shorten
+from infformer.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    at_least,
+    label,
+    legend_below,
+    new_figure,
+    read_json,
+    save,
+    shorten,
+)
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
     MEMORY_OFF,
@@ -35,7 +46,7 @@ def plot_results(results_json: Path) -> list[Path]:
     Returns:
         The figures written, in `plots/` beside the results file.
     """
-    results: Results = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    results: Results = read_json(results_json)
     directory = Path(results_json).parent / "plots"
     figures = []
     if results.get("by_position"):

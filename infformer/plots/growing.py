@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from infformer.plots.style import BLUE, ORANGE, label, mark, new_figure, save
+from infformer.plots.style import BLUE, ORANGE, label, mark, new_figure, read_json, save
 
 STYLES = {"grown": (BLUE, "-", "o"), "from_scratch": (ORANGE, "--", "s")}
 
@@ -19,7 +18,7 @@ def plot_growing(path: Path) -> list[Path]:
     Returns:
         The figure written, `growing.png` beside the file.
     """
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    rows = read_json(path)["rows"]
     figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     for number, row in enumerate(rows):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from infformer.plots.style import BLUE, label, new_figure, save, tick_logarithmic
+from infformer.plots.style import BLUE, label, new_figure, read_json, save, tick_logarithmic
 from infformer.results import ArenaRun, BenchmarkLine
 
 BASELINE = "softmax written out"
@@ -25,7 +25,7 @@ def plot_trade_off(accuracies: Path, speeds: Path) -> Path:
     Returns:
         The figure written, `trade_off.png` beside the accuracies.
     """
-    rows: list[ArenaRun] = json.loads(Path(accuracies).read_text(encoding="utf-8"))
+    rows: list[ArenaRun] = read_json(accuracies)
     lines: list[BenchmarkLine] = [json.loads(line) for line in Path(speeds).read_text(encoding="utf-8").splitlines()]
     by_name = {line["name"]: line for line in lines if line["kind"] == "contestant"}
     length = max(line["text_tokens"] for name, line in by_name.items() if name.startswith(BASELINE))

@@ -5,7 +5,6 @@ Up to eight layers each have a line or a panel of their own. More are rows of a 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -29,6 +28,7 @@ from infformer.plots.style import (
     label,
     legend_below,
     new_figure,
+    read_json,
     save,
     tick_logarithmic,
 )
@@ -53,7 +53,7 @@ def plot_inspection(inspection_json: Path) -> list[Path]:
     Returns:
         The figures written, beside the file.
     """
-    inspection: Inspection = json.loads(Path(inspection_json).read_text(encoding="utf-8"))
+    inspection: Inspection = read_json(inspection_json)
     folder = Path(inspection_json).parent
     figures = {}
     if inspection["reconstruction"]:

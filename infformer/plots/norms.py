@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, save
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, read_json, save
 from infformer.results import InitialGradients, NormResults, NormTraining
 
 PLACEMENTS = {"post": "Norms after the sum", "pre": "Norms before the parts", "dual": "Both (ResiDual)"}
@@ -30,7 +29,7 @@ def plot_norms(path: Path) -> list[Path]:
     Returns:
         The figure written, `norms.png` beside the file.
     """
-    found: NormResults = json.loads(Path(path).read_text(encoding="utf-8"))
+    found: NormResults = read_json(path)
     depths = sorted({row["depth"] for row in found["training"]})
     figure = new_figure(11, 0.6 + 3.1 * (len(NORMS) + len(depths)))
     parts = figure.subfigures(len(NORMS) + len(depths), 1, squeeze=False)[:, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from infformer.plots.style import ORANGE, new_figure, save
+from infformer.plots.style import ORANGE, new_figure, read_json, save
 from infformer.results import RetrievalCell, RetrievalResults
 
 Measure = Literal["exact_match", "accuracy"]
@@ -29,7 +28,7 @@ def plot_retrieval(results_json: Path) -> list[Path]:
     Returns:
         The figure written, in `plots/` beside the results file; none if nothing was measured.
     """
-    results: RetrievalResults = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    results: RetrievalResults = read_json(results_json)
     if not results.get("cells"):
         return []
     situations = {"this model": results["cells"]}

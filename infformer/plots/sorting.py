@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, save
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, read_json, save
 from infformer.results import SortingFigures, SortingResults, SortingRun
 
 Measure = Literal["accuracy", "accuracy_free_running"]
@@ -41,7 +40,7 @@ def plot_accuracy(results_json: Path) -> list[Path]:
     Returns:
         The figure written, in `plots/` beside the results file; none if nothing was measured.
     """
-    results: SortingResults = json.loads(Path(results_json).read_text(encoding="utf-8"))
+    results: SortingResults = read_json(results_json)
     lengths = results.get("lengths", [])
     if not lengths:
         return []
@@ -68,7 +67,7 @@ def plot_accuracy_by_length(path: Path) -> list[Path]:
     Returns:
         The figure written, `accuracy_by_length.png` beside the file; none if it has no rows.
     """
-    rows: list[SortingRun] = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows: list[SortingRun] = read_json(path)
     if not rows:
         return []
     lengths = sorted({row["length"] for row in rows})

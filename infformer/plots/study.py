@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, label, legend_below, new_figure, save
+from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, label, legend_below, new_figure, read_json, save
 from infformer.results import Study
 
 OPPONENTS = {
@@ -26,7 +25,7 @@ def plot_study(path: Path) -> list[Path]:
     Returns:
         The figure written, `study.png` beside the file; none where there is nothing to compare with.
     """
-    study: Study = json.loads(Path(path).read_text(encoding="utf-8"))
+    study: Study = read_json(path)
     rows = [row for row in study["rows"] if row["against_none"] is not None]
     if not rows:
         return []

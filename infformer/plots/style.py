@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 # Okabe and Ito's palette, told apart under the common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#666666"
+
+
+def read_json(path: Path) -> Any:
+    """What a file of results holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def new_figure(width: float, height: float) -> Figure:

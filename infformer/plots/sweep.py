@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from infformer.plots.style import BLUE, GREY, label, new_figure, save, shorten
+from infformer.plots.style import BLUE, GREY, label, new_figure, read_json, save, shorten
 from infformer.results import Interval, Sweep
 
 
@@ -20,7 +19,7 @@ def plot_sweep(path: Path) -> list[Path]:
     Returns:
         The figure written, `summary.png` beside the file.
     """
-    sweep: Sweep = json.loads(Path(path).read_text(encoding="utf-8"))
+    sweep: Sweep = read_json(path)
     rows = sweep["rows"]
     perplexity = sweep["measure"] == "perplexity"
     figure = new_figure(11.5 if perplexity else 9.0, 1.8 + 0.34 * len(rows))
