@@ -195,11 +195,13 @@ class TestMeasuring:
         clock = Namespace(now=lambda: float(next(ticks)))
         calls = []
         contestants = {
-            "quick": measuring.Contestant(lambda: calls.append("quick")),
+            "quick": lambda: calls.append("quick"),
             # What is done to prepare takes time, and is not counted; what is done when called is.
-            "slow": measuring.Contestant(lambda: next(ticks), prepare=lambda: (next(ticks), calls.append("prepare"))),
+            "slow": lambda: next(ticks),
         }
-        seconds = measuring.take_turns(contestants, rounds=3, warmup=2, clock=clock)
+        seconds = measuring.take_turns(
+            contestants, 3, 2, clock, {"slow": lambda: (next(ticks), calls.append("prepare"))}
+        )
         assert seconds == {"quick": [1.0] * 3, "slow": [2.0] * 3}
         assert calls == ["quick", "prepare"] * 5
 

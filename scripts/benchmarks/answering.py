@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import PRECISIONS, Setting
-from benchmarks.measuring import Contestant, take_turns
+from benchmarks.measuring import take_turns
 from benchmarks.models import add_sizes, new_reader
 from benchmarks.report import Comparison, Result, paired
 from infformer.models.streaming import TextSegment, reading, remember
@@ -61,7 +61,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         with reading(model, precision):
             remember(model, map(TextSegment, segments))
 
-    contestants = {"reading": Contestant(read), "answers": Contestant(lambda: answer(evaluator, questions, "answers"))}
+    contestants = {"reading": read, "answers": lambda: answer(evaluator, questions, "answers")}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     chosen = {name: getattr(options, name) for name in (*SIZES, "length", "compile")} | {"texts": sizes.batch}
     results = [Result(name, values) for name, values in seconds.items()]

@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, summarize, take_turns
+from benchmarks.measuring import peak_extra_bytes, profile_table, summarize, take_turns
 from benchmarks.models import add_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.models.encoder import ClassifierConfig, TextClassifier
@@ -50,9 +50,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     for length in sorted({*options.lengths, *options.alone}):
         here = names if length in options.lengths else names[len(BASELINES) :]
         passes = {name: new_pass(name, length, options, setting) for name in here}
-        seconds = take_turns(
-            {name: Contestant(each) for name, each in passes.items()}, options.rounds, options.warmup, setting.clock
-        )
+        seconds = take_turns(passes, options.rounds, options.warmup, setting.clock)
         peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
         for name in here:
             medians[name][length] = summarize(seconds[name]).median

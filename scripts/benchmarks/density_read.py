@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import arithmetic
 from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import PRECISIONS, Setting
-from benchmarks.measuring import Contestant, peak_extra_bytes, take_turns
+from benchmarks.measuring import peak_extra_bytes, take_turns
 from benchmarks.models import add_sizes, memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous.density import Gaussian
@@ -44,8 +44,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         past_samples=options.segment,
     )
     passes = new_passes(sizes, options.deviation, setting)
-    contestants = {name: Contestant(each) for name, each in passes.items()}
-    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
+    seconds = take_turns(passes, options.rounds, options.warmup, setting.clock)
     peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
     work = arithmetic.density_read(sizes, backward=True)
     work = Work(work.flops, work.bytes * PRECISIONS[setting.precision].itemsize / arithmetic.FLOAT)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import PRECISIONS, Setting
-from benchmarks.measuring import Contestant, summarize, take_turns
+from benchmarks.measuring import summarize, take_turns
 from benchmarks.models import add_sizes, new_reader
 from benchmarks.report import Comparison, Result, paired
 
@@ -60,10 +60,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
             with setting.autocast():
                 state = model(read.input_ids, state=state, **told).state
 
-    contestants = {
-        "forward alone": Contestant(forward_alone),
-        "evaluation": Contestant(lambda: evaluate(evaluator, documents)),
-    }
+    contestants = {"forward alone": forward_alone, "evaluation": lambda: evaluate(evaluator, documents)}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     tokens = int((documents.token_counts - 1).sum())
     results = [

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, peak_extra_bytes, summarize, take_turns
+from benchmarks.measuring import peak_extra_bytes, summarize, take_turns
 from benchmarks.models import BACKBONES, check_windows, model_sizes, new_model, new_window_model
 from benchmarks.report import Comparison, Ratio, Result, paired
 from benchmarks.streaming import SMALL
@@ -69,11 +70,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         whole = network.choose_segment_length(None)
         writers[f"window of {window} segments"] = _writer(network, prompt, whole, setting, options.compile)
     turn = options.turn or sizes.segment
-    contestants = {name: Contestant(lambda write=write: write(turn)) for name, write in writers.items()}
+    contestants = {name: partial(write, turn) for name, write in writers.items()}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
-    peaks = {
-        name: peak_extra_bytes(lambda write=write: write(MEASURED), setting.device) for name, write in writers.items()
-    }
+    peaks = {name: peak_extra_bytes(partial(write, MEASURED), setting.device) for name, write in writers.items()}
     results = [
         Result(
             name,

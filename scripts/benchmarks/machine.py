@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import Clock, Contestant, take_turns
+from benchmarks.measuring import Clock, take_turns
 from infformer.results import BenchmarkMachine
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,7 +94,7 @@ def measure_machine(setting: Setting) -> Machine:
 
 
 def _best_seconds(call: Callable[[], object], clock: Clock) -> float:
-    return min(take_turns({"": Contestant(call)}, rounds=5, warmup=1, clock=clock)[""])
+    return min(take_turns({"": call}, rounds=5, warmup=1, clock=clock)[""])
 
 
 def _processor() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,19 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from infformer.models.sizes import most_held
 from infformer.progress import follow
-
-
-def _nothing() -> None:
-    pass
-
-
-class Contestant(NamedTuple):
-    """What takes part in a comparison."""
-
-    run: Callable[[], object]
-    """Timed, once a round."""
-    prepare: Callable[[], object] = _nothing
-    """Called before each turn, and not timed."""
 
 
 class Summary(NamedTuple):
@@ -58,20 +45,28 @@ class Clock(NamedTuple):
         return time.perf_counter() if self.kind == "wall" else time.process_time()
 
 
-def take_turns(contestants: dict[str, Contestant], rounds: int, warmup: int, clock: Clock) -> dict[str, list[float]]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    clock: Clock,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
     """The seconds of every contestant in every round.
 
     All run once, in their order, then all again: a machine that becomes slower for a while does so for all of them.
 
     Args:
         warmup: rounds before those that count.
+        prepare: what is called before each turn of some of them, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in follow(range(warmup + rounds), "measuring", "rounds", warmup + rounds):
         for name, contestant in contestants.items():
-            contestant.prepare()
+            if prepare is not None and name in prepare:
+                prepare[name]()
             start = clock.now()
-            contestant.run()
+            contestant()
             seconds[name].append(clock.now() - start)
     return {name: values[warmup:] for name, values in seconds.items()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks import arithmetic
 from benchmarks.arithmetic import NO_WORK, Sizes
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, take_turns
+from benchmarks.measuring import peak_extra_bytes, profile_table, take_turns
 from benchmarks.models import add_sizes, memory_config
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous import naive
@@ -108,9 +108,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     )
     passes = new_passes(sizes, options.command, setting, options.compile)
     _check_agreement(passes, setting.precision)
-    seconds = take_turns(
-        {name: Contestant(each) for name, each in passes.items()}, options.rounds, options.warmup, setting.clock
-    )
+    seconds = take_turns(passes, options.rounds, options.warmup, setting.clock)
     work = NO_WORK
     if options.command != "write":
         work += arithmetic.read(sizes, backward=True)
@@ -154,16 +152,12 @@ def new_passes(sizes: Sizes, command: str, setting: Setting, compiled: bool) -> 
     for name, memory in {"ours": ours, "naive": literal}.items():
         with torch.no_grad():
             attention = memory.read(segments[2], state).attention
-        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream, _as_it_is)
+        calls[name] = _new_pass(memory, command, setting, segments[2], state, attention, upstream)
         if compiled and memory is ours:
             calls["ours, compiled"] = _new_pass(
                 memory, command, setting, segments[2], state, attention, upstream, torch.compile
             )
     return calls
-
-
-def _as_it_is(function: Any) -> Any:
-    return function
 
 
 def _new_pass(
@@ -174,7 +168,7 @@ def _new_pass(
     state: LongTermState,
     looked: Density,
     upstream: list[Tensor],
-    transform: Callable[[Any], Any],
+    transform: Callable[[Any], Any] = lambda function: function,
 ) -> Callable[[], list[Tensor]]:
     """One forward and backward pass.
 

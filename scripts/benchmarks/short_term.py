@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, summarize, take_turns
+from benchmarks.measuring import summarize, take_turns
 from benchmarks.models import add_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.memory.options import MemoryConfig
@@ -34,8 +34,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Training steps with and without short-term memory, beside what the attention lengths let one expect."""
     lengths = {"without": 0, "with": options.memory}
     steps = {name: _training_step(options, length, setting) for name, length in lengths.items()}
-    contestants = {name: Contestant(step) for name, step in steps.items()}
-    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
+    seconds = take_turns(steps, options.rounds, options.warmup, setting.clock)
     multiplications = {name: multiplications_per_token(options, length) for name, length in lengths.items()}
     tokens = options.batch * options.segment
     results = [

@@ -16,7 +16,7 @@ import torch
 from benchmarks import arithmetic
 from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import Setting
-from benchmarks.measuring import Clock, Contestant, peak_extra_bytes, summarize, take_turns
+from benchmarks.measuring import Clock, peak_extra_bytes, summarize, take_turns
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
@@ -127,9 +127,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     for name, other in others.items():
         streams[name] = Stream(other, sizes, setting, options.compile)
         streams[name].read_up_to(1 + max(options.windows, default=0))  # the windows are full then
-    contestants = {name: Contestant(stream.read) for name, stream in streams.items()}
-    contestants[EARLY_NAME] = Contestant(early.read, early.stay_early)
-    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
+    contestants = {name: stream.read for name, stream in streams.items()}
+    prepare = {EARLY_NAME: early.stay_early}
+    seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock, prepare)
 
     reach = {EARLY_NAME: 8, LATE_NAME: options.segments, "without": 1}
     reach |= {f"window of {window} segments": window for window in options.windows}
@@ -162,13 +162,13 @@ def _follow(late: Stream, early: Stream, segment: int, clock: Clock) -> list[tup
     Returns:
         For every 50 segments the number of the last, and the median of what one took by what an early one took.
     """
-    contestants = {"late": Contestant(late.read), "early": Contestant(early.read, early.stay_early)}
+    contestants = {"late": late.read, "early": early.read}
     track, ratios = [], []
     while late.segments < segment:
         if late.segments % 5:
             late.read()
             continue
-        seconds = take_turns(contestants, rounds=1, warmup=0, clock=clock)
+        seconds = take_turns(contestants, rounds=1, warmup=0, clock=clock, prepare={"early": early.stay_early})
         ratios.append(seconds["late"][0] / seconds["early"][0])
         if len(ratios) == 10:
             track.append((late.segments, summarize(ratios).median))

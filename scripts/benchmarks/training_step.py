@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import arithmetic
 from benchmarks.arithmetic import NO_WORK, Sizes, Work
 from benchmarks.machine import Setting
-from benchmarks.measuring import Contestant, peak_extra_bytes, profile_table, summarize, take_turns
+from benchmarks.measuring import peak_extra_bytes, profile_table, summarize, take_turns
 from benchmarks.models import (
     BACKBONES,
     WindowReader,
@@ -153,10 +153,8 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
             compile_layers(step.model)
     # The windows have to be full, and what is recorded is so after some steps.
     warmup = max(options.warmup, *(window + 1 for window in options.windows), 5 if options.graphs else 2)
-    first = {name: take_turns({name: Contestant(step)}, 1, 0, setting.clock)[name][0] for name, step in steps.items()}
-    contestants = {name: Contestant(step) for name, step in steps.items()}
-    contestants |= {name: Contestant(part) for name, part in parts.items()}
-    seconds = take_turns(contestants, options.rounds, warmup, setting.clock)
+    first = {name: take_turns({name: step}, 1, 0, setting.clock)[name][0] for name, step in steps.items()}
+    seconds = take_turns({**steps, **parts}, options.rounds, warmup, setting.clock)
 
     work = work_of_steps(sizes, options.windows, ours.model)
     part_work = work_of_parts(sizes, ours.model)
