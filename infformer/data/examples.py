@@ -168,7 +168,12 @@ def _write(
             if not all(map(len, tokens)):
                 raise DataError(f"{place}: the text is empty; remove the example, or write what it says.")
             if known is not None and label not in known:
-                raise _unknown_label(place, label, list(classes or ()))
+                more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
+                raise DataError(
+                    f"{place}: the label {label!r} is none of the classes that are learned "
+                    f"({', '.join(list(classes or ())[:_NAMED])}{more}); mend or remove the example, or learn from "
+                    "examples of this class too."
+                )
             texts = len(tokens)
             for own in tokens:
                 content = own.astype(dtype).tobytes()
@@ -189,11 +194,3 @@ def _write(
     summary = {"classes": names, "texts": texts, "dtype": str(dtype), "fingerprint": digest.hexdigest()}
     (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
     return folder
-
-
-def _unknown_label(place: str, label: str, classes: list[str]) -> DataError:
-    named = ", ".join(classes[:_NAMED]) + (f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else "")
-    return DataError(
-        f"{place}: the label {label!r} is none of the classes that are learned ({named}); mend or remove the example, "
-        "or learn from examples of this class too."
-    )

@@ -273,9 +273,7 @@ class ExampleSource:
 
     def _pairs_table(self, file: Path) -> Iterator[Example]:
         """Lines of five columns: label, two names, two texts; without names of columns and without quotes."""
-        for number, line in enumerate(read_lines(file), start=1):
-            place = f"{file}, line {number}"
-            columns = line.rstrip("\r\n").split("\t")
+        for place, columns in _columns(file):
             if len(columns) != 5 or columns[0] not in ("0", "1", "0.0", "1.0"):
                 raise DataError(
                     f"{place}: not the five columns label (0 or 1), id1, id2, text1, text2; get the file anew."
@@ -343,11 +341,15 @@ def _listops(text: str, place: str) -> NDArray[np.integer]:
 _NUMBER = {symbol: number for number, symbol in enumerate(SYMBOLS, start=1)}
 
 
-def _listops_table(file: Path) -> Iterator[Example]:
+def _columns(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each line of a table, after the place where it stands."""
     for number, line in enumerate(read_lines(file), start=1):
-        place = f"{file}, line {number}"
-        columns = line.rstrip("\r\n").split("\t")
-        if number == 1 and columns == ["Source", "Target"]:
+        yield f"{file}, line {number}", line.rstrip("\r\n").split("\t")
+
+
+def _listops_table(file: Path) -> Iterator[Example]:
+    for number, (place, columns) in enumerate(_columns(file)):
+        if number == 0 and columns == ["Source", "Target"]:
             continue
         if len(columns) != 2:
             raise DataError(f"{place}: not the two columns Source and Target; get the file anew.")

@@ -42,11 +42,7 @@ class MemoryState:
 
     def reset_rows(self, rows: Tensor) -> Self:
         """Empty the rows where `rows` (bool, [batch]) is true."""
-
-        def empty(tensor: Tensor) -> Tensor:
-            return torch.where(rows.view(-1, *(1,) * (tensor.dim() - 1)), torch.zeros_like(tensor), tensor)
-
-        return self.map_tensors(empty)
+        return self.replace_rows(rows, self.map_tensors(torch.zeros_like))
 
     def replace_rows(self, rows: Tensor, other: Self) -> Self:
         """The rows of another state of the same structure where `rows` (bool, [batch]) is true, its own elsewhere.

@@ -204,15 +204,11 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         So do keys and values that a layer's own attention makes, unless these projections are frozen.
         """
         memories = self.layer_memories().values()
-        return any(memory.learns_by_writing for memory in memories) or (
-            any(memory.keeps_key_values for memory in memories) and self._learns_beside_memory
-        )
-
-    @property
-    def _learns_beside_memory(self) -> bool:
-        """Whether anything learns that is not a memory's own."""
-        in_memory = {id(parameter) for parameter in self.memory_parameters()}
-        return any(parameter.requires_grad and id(parameter) not in in_memory for parameter in self.parameters())
+        if not any(memory.keeps_key_values for memory in memories):
+            return any(memory.learns_by_writing for memory in memories)
+        own = {id(parameter) for parameter in self.memory_parameters()}
+        learns_beside = any(each.requires_grad and id(each) not in own for each in self.parameters())
+        return learns_beside or any(memory.learns_by_writing for memory in memories)
 
     @property
     def vocabulary_size(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,13 @@ class BlockSizes:
     norm_epsilon: float
     dropout: float
     attention_dropout: float
+
+    @classmethod
+    def of(cls, config: Any, **others: Any) -> Self:
+        """Those of an architecture, with what it does not say."""
+        others["heads"] = config.num_attention_heads
+        names = [field.name for field in fields(cls) if field.name not in others]
+        return cls(**{name: getattr(config, name) for name in names}, **others)
 
     def begin(self, hidden: Tensor) -> Stream:
         """The residual stream before the first layer."""

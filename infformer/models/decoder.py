@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
@@ -252,10 +251,7 @@ class DecoderForCausalLM(MemoryModel):
         super().__init__(config)
         memory = config.memory_config
         self.segment_length = None if memory is None else config.segment_length
-        self.sizes = sizes = BlockSizes(
-            **{field.name: getattr(config, field.name) for field in fields(BlockSizes) if field.name != "heads"},
-            heads=config.num_attention_heads,
-        )
+        self.sizes = sizes = BlockSizes.of(config)
         self.vocabulary = (
             AdaptiveVocabulary(config.vocab_size, config.hidden_size, config.adaptive_cutoffs, config.adaptive_divisor)
             if config.adaptive_cutoffs

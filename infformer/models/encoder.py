@@ -168,20 +168,8 @@ class TextClassifier(MemoryModel):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config)
         self.segment_length = None
-        self.sizes = sizes = BlockSizes(
-            hidden_size=config.hidden_size,
-            heads=config.num_attention_heads,
-            head_size=config.head_size,
-            key_size=config.head_size,
-            feed_forward_size=config.feed_forward_size,
-            activation=config.activation,
-            positions=config.positions,
-            normalization=config.normalization,
-            normalization_placement=config.normalization_placement,
-            norm_epsilon=1e-5,
-            dropout=config.dropout,
-            attention_dropout=0.0,
-        )
+        others = {"key_size": config.head_size, "norm_epsilon": 1e-5, "attention_dropout": 0.0}
+        self.sizes = sizes = BlockSizes.of(config, **others)
         first = config.pooling == "first"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.first = nn.Parameter(torch.zeros(config.hidden_size)) if first else None

@@ -319,7 +319,11 @@ class InfformerForCausalLM(MemoryModel):
             )
             self.memories.extend(memories.values())
             if len({getattr(memories.get(layer), "length", 0) for layer in range(len(attentions))}) > 1 and self._seen:
-                self._check_rotated(config, len(attentions))
+                if set(config.rotated_layers or ()) != set(range(len(attentions))):
+                    raise ModelError(
+                        f"model.memory_layers={config.memory_layers}: a {config.backbone.model_type!r} knows places by "
+                        "distances that all layers share, so that all must see equally many tokens; set it to null"
+                    )
                 for layer, attention in enumerate(attentions):
                     attention.register_forward_pre_hook(partial(_see_less, layer), with_kwargs=True)
             for place, layer in enumerate(memories):
@@ -523,13 +527,6 @@ class InfformerForCausalLM(MemoryModel):
                 f"than {short} tokens, and a segment behind {seen} others would begin before that and end after it; "
                 f"take segments of at most {short - seen} tokens, or see at least {short} before each "
                 "(model.memory.short_term_length=)"
-            )
-
-    def _check_rotated(self, config: InfformerConfig, depth: int) -> None:
-        if set(config.rotated_layers or ()) != set(range(depth)):
-            raise ModelError(
-                f"model.memory_layers={config.memory_layers}: a {config.backbone.model_type!r} knows places by "
-                "distances that all layers share, so that all must see equally many tokens; set it to null"
             )
 
     def _checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,20 +12,8 @@ from torch import Tensor
 from infformer.memory.state import ModelState
 
 if TYPE_CHECKING:
+    from infformer.data.segments import Segment
     from infformer.models.base import MemoryModel
-
-
-class Readable(Protocol):
-    """What a model needs to know of a segment; the arguments of its `forward`."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def targets(self) -> Tensor | None: ...
-    @property
-    def lengths(self) -> Tensor | None: ...
-    @property
-    def reset(self) -> Tensor | None: ...
 
 
 class TextSegment(NamedTuple):
@@ -37,7 +25,7 @@ class TextSegment(NamedTuple):
     reset: Tensor | None = None
 
 
-SegmentT = TypeVar("SegmentT", bound=Readable)
+SegmentT = TypeVar("SegmentT", bound="Segment | TextSegment")
 
 
 @contextmanager
@@ -87,7 +75,7 @@ def stream(
         state = carry(segment, state, output.state)
 
 
-def remember(model: MemoryModel, segments: Iterable[Readable], state: ModelState | None = None) -> Any:
+def remember(model: MemoryModel, segments: Iterable[TextSegment], state: ModelState | None = None) -> Any:
     """The state after segments, of which no logits are needed; the one before if there are none."""
     for _, output in stream(model, segments, state, return_logits=False):
         state = output.state

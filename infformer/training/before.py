@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,8 @@ def check_run(config: RunConfig, processes: int, is_main_process: bool) -> None:
             "training.batch_size": (training.batch_size, 64),
             "training.segment_length": (training.segment_length, 512),
             "training.bptt_segments": (training.bptt_segments, 8),
-            **{
-                f"model.memory.{name}": (value, 512)
-                for name, value in (vars(memory) if memory else {}).items()
-                if type(value) is int
-            },
-            **{
-                f"model.architecture.{name}": (value, 4096)
-                for name, value in chosen.architecture.items()
-                if type(value) is int
-            },
+            **_whole_numbers("model.memory.", vars(memory) if memory else {}, 512),
+            **_whole_numbers("model.architecture.", chosen.architecture, 4096),
             **_of_task(config),
         },
     )
@@ -204,6 +197,10 @@ def memory_of_the_host() -> int:
         limit = file.read_text().strip() if file.exists() else ""
         there += [int(limit)] if limit.isdigit() else []
     return min(there)
+
+
+def _whole_numbers(group: str, options: Mapping[str, object], usual: int) -> dict[str, tuple[int, int]]:
+    return {f"{group}{name}": (value, usual) for name, value in options.items() if type(value) is int}
 
 
 def _of_task(config: RunConfig | EvaluationRunConfig) -> dict[str, tuple[int, int]]:

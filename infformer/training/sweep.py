@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from infformer.config import RunConfig
 from infformer.errors import UserError
@@ -20,7 +18,7 @@ from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.report import write_results
 from infformer.plots.sweep import plot_sweep
 from infformer.results import Difference, Interval, Results, Sweep, SweepRow
-from infformer.training.folder import flatten, marked
+from infformer.training.folder import marked, saved_options
 
 
 class SweepError(UserError, ValueError):
@@ -58,11 +56,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             unfinished.append(folder)
             continue
         try:
-            config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+            options = saved_options(folder / "config.yaml")
             results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            options = flatten(config)
             seed = int(str(options.pop("seed")))
-        except (OSError, ValueError, KeyError, OmegaConfBaseException) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise SweepError(f"{folder}: its config.yaml or results.json cannot be read ({error})") from error
         free = marked(options, RunConfig, "free")
         kept = {name: value for name, value in options.items() if name not in free}

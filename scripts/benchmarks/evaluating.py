@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import PRECISIONS, Setting
-from benchmarks.measuring import summarize, take_turns
+from benchmarks.measuring import take_turns
 from benchmarks.models import add_sizes, new_reader
-from benchmarks.report import Comparison, Result, paired
+from benchmarks.report import Comparison, paired, with_speeds
 
 SIZES = {"layers": 12, "hidden": 768, "heads": 12, "vocabulary": 50257, "segment": 512}
 
@@ -63,10 +63,6 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     contestants = {"forward alone": forward_alone, "evaluation": lambda: evaluate(evaluator, documents)}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     tokens = int((documents.token_counts - 1).sum())
-    results = [
-        Result(name, values, figures={"tokens_per_second": tokens / summarize(values).median})
-        for name, values in seconds.items()
-    ]
     chosen = {name: getattr(options, name) for name in (*SIZES, "segments", "compile")} | {"documents": len(documents)}
     ratio = paired("evaluation / forward alone", seconds["evaluation"], seconds["forward alone"])
-    return Comparison("evaluation", chosen, results, [ratio])
+    return Comparison("evaluation", chosen, with_speeds(seconds, tokens), [ratio])

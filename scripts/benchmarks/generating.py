@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import Setting
-from benchmarks.measuring import peak_extra_bytes, summarize, take_turns
+from benchmarks.measuring import peak_extra_bytes, take_turns
 from benchmarks.models import BACKBONES, check_windows, model_sizes, new_model, new_window_model
-from benchmarks.report import Comparison, Ratio, Result, paired
+from benchmarks.report import Comparison, Ratio, paired, with_speeds
 from benchmarks.streaming import SMALL
 from benchmarks.training_step import add_model_options
 from infformer.models.base import MemoryModel
@@ -73,17 +73,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     contestants = {name: partial(write, turn) for name, write in writers.items()}
     seconds = take_turns(contestants, options.rounds, options.warmup, setting.clock)
     peaks = {name: peak_extra_bytes(partial(write, MEASURED), setting.device) for name, write in writers.items()}
-    results = [
-        Result(
-            name,
-            values,
-            figures={
-                "tokens_per_second": turn / summarize(values).median,
-                "peak_extra_bytes": peaks[name],
-            },
-        )
-        for name, values in seconds.items()
-    ]
+    results = with_speeds(seconds, turn)
+    for result in results:
+        result.figures["peak_extra_bytes"] = peaks[result.name]
     ratios = [
         paired(f"{name} / with memory, tokens per second", seconds["with memory"], values)
         for name, values in seconds.items()

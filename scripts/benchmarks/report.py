@@ -92,6 +92,14 @@ class Comparison:
         return line
 
 
+def with_speeds(seconds: Mapping[str, list[float]], tokens: int) -> list[Result]:
+    """What each contestant took, and how many tokens a second that is."""
+    return [
+        Result(name, values, figures={"tokens_per_second": tokens / summarize(values).median})
+        for name, values in seconds.items()
+    ]
+
+
 def paired(name: str, above: Sequence[float], below: Sequence[float]) -> Ratio:
     """The ratio of two contestants in each round, in which both met the same machine."""
     return Ratio(name, [one / other for one, other in zip(above, below, strict=True)])

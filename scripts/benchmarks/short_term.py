@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import Setting
-from benchmarks.measuring import summarize, take_turns
+from benchmarks.measuring import take_turns
 from benchmarks.models import add_sizes
-from benchmarks.report import Comparison, Ratio, Result, paired
+from benchmarks.report import Comparison, Ratio, paired, with_speeds
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 
@@ -36,18 +36,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     steps = {name: _training_step(options, length, setting) for name, length in lengths.items()}
     seconds = take_turns(steps, options.rounds, options.warmup, setting.clock)
     multiplications = {name: multiplications_per_token(options, length) for name, length in lengths.items()}
-    tokens = options.batch * options.segment
-    results = [
-        Result(
-            name,
-            values,
-            figures={
-                "tokens_per_second": tokens / summarize(values).median,
-                "multiplications_per_token": multiplications[name],
-            },
-        )
-        for name, values in seconds.items()
-    ]
+    results = with_speeds(seconds, options.batch * options.segment)
+    for result in results:
+        result.figures["multiplications_per_token"] = multiplications[result.name]
     attention = (options.memory + options.segment) / options.segment
     ratios = [
         paired("with / without, throughput", seconds["without"], seconds["with"]),

@@ -18,9 +18,9 @@ from unittest import mock
 import infformer
 from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import Setting
-from benchmarks.measuring import Clock, summarize
+from benchmarks.measuring import Clock
 from benchmarks.models import BACKBONES, architecture, compile_layers, memory_config, model_sizes
-from benchmarks.report import Comparison, Result, paired
+from benchmarks.report import Comparison, paired, with_speeds
 from benchmarks.training_step import GPT2_SMALL, TrainingStep, add_model_options, work_of_steps
 from infformer.models.loading import load_tokenizer
 
@@ -120,10 +120,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         alone, works["train.py without memory"] = measure(memory=False, beside=False)
         seconds["train.py without memory"] = alone["train.py"]
         ratios.append(paired("train.py with memory / without", seconds["train.py"], alone["train.py"]))
-    results = [
-        Result(name, values, works[name], figures={"tokens_per_second": sizes.tokens / summarize(values).median})
-        for name, values in seconds.items()
-    ]
+    results = with_speeds(seconds, sizes.tokens)
+    for result in results:
+        result.work = works[result.name]
     names = ("backbone", "batch", *GPT2_SMALL, "compile", "graphs", "every")
     return Comparison("loop", {name: getattr(options, name) for name in names}, results, ratios)
 
