@@ -58,10 +58,15 @@ def begin() -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a command, and show its last sentence: of `Ended`, or of `sys.exit("error: …")`."""
+    """Run a command, and show its last sentence: of `Ended`, of a `UserError`, or of `sys.exit("error: …")`."""
+    from infformer.errors import UserError  # who only says a sentence, in a process of its own, has no package
+
     gc.enable()
     try:
-        main()
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"error: {error}")
     except SystemExit as ended:
         _ignore_signals()
         if isinstance(ended, Ended):

@@ -16,11 +16,9 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from infformer.durable import check_place
-from infformer.errors import UserError
 from infformer.evaluation.comparison import compare
 from infformer.evaluation.report import format_comparison, write_results
 from infformer.evaluation.streaming import EvaluationError
@@ -40,11 +38,8 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("outputs/comparison"))
     arguments = parser.parse_args()
-    try:
-        check_place("--folder", arguments.folder)
-        comparison = compare(_results(arguments.a), _results(arguments.b), arguments.across_protocols)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    check_place("--folder", arguments.folder)
+    comparison = compare(_results(arguments.a), _results(arguments.b), arguments.across_protocols)
     print(format_comparison(comparison))
     write_results(arguments.folder / "comparison.json", comparison)
     for figure in plot_comparison(arguments.folder / "comparison.json"):

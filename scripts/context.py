@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -49,10 +48,7 @@ def main() -> None:
     parser.add_argument("--before", nargs="+", type=int, default=(0, 128, 512, 1024, 1536), metavar="TOKENS")
     parser.add_argument("--folder", type=Path, default=Path("outputs/context"))
     arguments = parser.parse_args()
-    try:
-        rows = measure(arguments)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    rows = measure(arguments)
     write_report(arguments.folder, "context", {"segment": arguments.segment, "rows": rows}, format_tables(rows))
 
 

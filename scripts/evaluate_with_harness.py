@@ -12,8 +12,6 @@ if __name__ == "__main__":
 
 import sys
 
-from infformer.errors import UserError
-
 
 def main() -> None:
     """Hand everything over to the harness."""
@@ -26,10 +24,7 @@ def main() -> None:
         )
     import infformer.harness.adapter  # noqa: F401, which makes the model known
 
-    try:
-        cli_evaluate()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import sys
 from pathlib import Path
 
 from infformer.durable import check_new_folder, new_folder
@@ -41,12 +40,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of new weights that are free")
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
-    try:
-        if not sizes:
-            raise UserError(f"nothing is to grow: give one of {', '.join(option for option, _ in OPTIONS.values())}")
-        write_expanded(arguments.checkpoint, Path(arguments.folder), sizes, arguments.seed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if not sizes:
+        raise UserError(f"nothing is to grow: give one of {', '.join(option for option, _ in OPTIONS.values())}")
+    write_expanded(arguments.checkpoint, Path(arguments.folder), sizes, arguments.seed)
 
 
 def write_expanded(checkpoint: str, folder: Path, sizes: dict[str, int], seed: int) -> None:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -39,10 +38,7 @@ def main() -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of all weights but memories"
     )
     arguments = parser.parse_args()
-    try:
-        export(arguments.checkpoint, Path(arguments.folder), arguments.what, getattr(torch, arguments.dtype))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    export(arguments.checkpoint, Path(arguments.folder), arguments.what, getattr(torch, arguments.dtype))
 
 
 def export(checkpoint: str, folder: Path, what: str, dtype: torch.dtype) -> None:

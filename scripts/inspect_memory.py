@@ -15,7 +15,6 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("outputs/inspection"), help="where the page is written")
     arguments = parser.parse_args()
-    try:
-        inspection = inspect(arguments)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    inspection = inspect(arguments)
     write_results(arguments.folder / "inspection.json", inspection)
     figures = plot_inspection(arguments.folder / "inspection.json")
     print(f"written to {write_page(arguments.folder / 'inspection.json', figures)}")

@@ -13,11 +13,9 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import sys
 from pathlib import Path
 
 from infformer.durable import check_place
-from infformer.errors import UserError
 from infformer.training.sweep import write_summary
 
 
@@ -27,11 +25,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run")
     parser.add_argument("--folder", type=Path, default=Path("outputs/summary"))
     arguments = parser.parse_args()
-    try:
-        check_place("--folder", arguments.folder)
-        print(write_summary(arguments.runs, arguments.folder))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    check_place("--folder", arguments.folder)
+    print(write_summary(arguments.runs, arguments.folder))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from infformer import durable
 from infformer.config import CONF, RunConfig
 from infformer.data.options import DataConfig
 from infformer.data.sources import check_sources, read_documents
-from infformer.errors import DataError, UserError
+from infformer.errors import DataError
 from infformer.training.command_line import compose
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,10 +40,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096, help="how many tokens it has at most")
     parser.add_argument("options", nargs="*", metavar="data…=…", help="which documents, as for train.py")
     arguments = parser.parse_intermixed_args()
-    try:
-        tokens = make(arguments.folder, arguments.vocabulary, arguments.options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    tokens = make(arguments.folder, arguments.vocabulary, arguments.options)
     fewer = f": the text gives no more, though --vocabulary={arguments.vocabulary}"
     print(f"written to {arguments.folder}: {tokens} tokens{fewer if tokens < arguments.vocabulary else ''}")
 

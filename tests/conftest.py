@@ -36,6 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from infformer.config import CHOICES, CONF, RunConfig, register_schemas, schema_of
+from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.tasks import language_modelling
 from infformer.training import command_line, trainer
@@ -309,6 +310,8 @@ def run_script(monkeypatch, capsys) -> Callable[..., str]:
             script.main()
         except SystemExit as ended:
             return str(ended.code) + capsys.readouterr().err
+        except UserError as error:
+            return f"error: {error}" + capsys.readouterr().err
         return capsys.readouterr().out
 
     return run

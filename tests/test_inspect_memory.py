@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from matplotlib.figure import Figure
 
+from infformer.errors import UserError
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.plots import page
@@ -80,7 +81,7 @@ def test_the_page_needs_no_other_file(script, checkpoint, monkeypatch, tmp_path,
 def test_what_cannot_be_inspected_is_refused(script, checkpoint, monkeypatch, tmp_path, text, options, message):
     if text is not None:
         (tmp_path / "whale.txt").write_text(text)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         run(script, monkeypatch, checkpoint, "whale.txt", *options)
     assert not (tmp_path / "outputs").exists()
 
@@ -106,5 +107,5 @@ def test_tokens_are_blue_where_the_memory_gained_and_orange_where_it_cost():
 
 
 def test_a_model_without_memory_is_refused(script, model_folder, monkeypatch):
-    with pytest.raises(SystemExit, match="this model has no memory to look into"):
+    with pytest.raises(UserError, match="this model has no memory to look into"):
         run(script, monkeypatch, model_folder, "sample")

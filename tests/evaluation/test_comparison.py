@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infformer.errors import UserError
 from infformer.evaluation.comparison import compare, tally, verdict, verdict_on_memory
 from infformer.evaluation.perplexity import measure
 from infformer.evaluation.report import format_comparison, write_results
@@ -308,7 +309,7 @@ def test_the_script_prints_and_writes_the_comparison(without_results, with_resul
     assert json.loads((tmp_path / "comparison.json").read_text()) == compare(without_results, with_results)
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", [*typed[:2], str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match=r"none: there are no results of eval\.py or train\.py that can be read"):
+    with pytest.raises(UserError, match=r"none: there are no results of eval\.py or train\.py that can be read"):
         script.main()
 
 
