@@ -329,16 +329,21 @@ class RetrievalCell(TypedDict):
     """Nats per token of the answers, teacher forced."""
 
 
-class RetrievalProtocol(TypedDict):
-    """What was asked, how the texts were read, and by which model."""
+class TaskProtocol(TypedDict):
+    """How texts were read, and by which model."""
+
+    segment: int
+    dtype: str
+    checkpoint: str
+
+
+class RetrievalProtocol(TaskProtocol):
+    """What was asked beside that, and what could be seen."""
 
     task: str
-    segment: int
     window: int
     """How many tokens a model without long-term memory would see."""
     reset: str
-    dtype: str
-    checkpoint: str
 
 
 class RetrievalResults(TypedDict):
@@ -355,15 +360,12 @@ class RetrievalResults(TypedDict):
     before: NotRequired[None]
 
 
-class ClassificationProtocol(TypedDict):
-    """Which examples were read, how, and by which model."""
+class ClassificationProtocol(TaskProtocol):
+    """Which examples were read beside that."""
 
     task: str
     length: int
     """Tokens of a text, at most."""
-    segment: int
-    dtype: str
-    checkpoint: str
 
 
 class AttentionSpan(TypedDict):
@@ -424,13 +426,10 @@ class SortingFigures(Accuracies):
     """What ideal counters reach on the same sequences, by their names: marks beside the model's figures."""
 
 
-class SortingProtocol(TypedDict):
-    """How the sequences were read, and by which model."""
+class SortingProtocol(TaskProtocol):
+    """How memories began beside that."""
 
-    segment: int
     reset: str
-    dtype: str
-    checkpoint: str
 
 
 class SortingResults(TypedDict):
