@@ -62,20 +62,15 @@ class LanguageModelling(Evaluation[Results]):
 
     def __init__(self, material: Material) -> None:
         assert material.tokenizer is not None
-        self._tokenizer = material.tokenizer
-        self._evaluator = material.evaluator
+        self._material, self._tokenizer, self._evaluator = material, material.tokenizer, material.evaluator
         self._train = material.documents.get("train")
         self._validation = material.documents.get("validation")
         if self._validation is not None and material.max_validation_tokens is not None:
             self._validation = self._validation.beginnings(material.max_validation_tokens)
         self._test = material.documents.get("test")
-        self._before = material.before
-        self._controls = material.controls
-        self._baselines = material.baselines
-        self._inspected_segments = material.inspected_segments
 
     def measure_before(self) -> Figures | None:
-        if self._test is None or not self._before:
+        if self._test is None or not self._material.before:
             return None
         return evaluate(self._evaluator, self._test, "test, before training")
 
@@ -94,8 +89,8 @@ class LanguageModelling(Evaluation[Results]):
     def measure(self, checkpoint: str) -> Results | None:
         if self._test is None:
             return None
-        chosen_on = self._validation if self._baselines else None
-        return measure(self._evaluator, self._test, self._controls, checkpoint, chosen_on)
+        chosen_on = self._validation if self._material.baselines else None
+        return measure(self._evaluator, self._test, self._material.controls, checkpoint, chosen_on)
 
     def report(self, results: Results, folder: Path) -> list[Path]:
         super().report(results, folder)
@@ -122,7 +117,7 @@ class LanguageModelling(Evaluation[Results]):
     def inspect(self) -> Inspection | None:
         """What the memory holds along the longest test document; None without a memory."""
         model = self._evaluator.model
-        if not self._inspected_segments or self._test is None or not model.layer_memories():
+        if not self._material.inspected_segments or self._test is None or not model.layer_memories():
             return None
         document = int(self._test.token_counts.argmax())
         tokens = torch.from_numpy(self._test.tokens(document, 0, int(self._test.token_counts[document])))
@@ -130,7 +125,7 @@ class LanguageModelling(Evaluation[Results]):
             return inspect_document(
                 model,
                 tokens,
-                self._inspected_segments,
+                self._material.inspected_segments,
                 progress=self._evaluator.processes.progress,
                 decode=lambda part: str(self._tokenizer.decode(part, clean_up_tokenization_spaces=False)),
                 after_segment=self._evaluator.processes.after_segment,
