@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from infformer.data import TokenizedDocuments
 from infformer.data.sources import Document
+from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.harness.continuations import Continuation, score_continuations

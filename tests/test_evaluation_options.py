@@ -14,7 +14,8 @@ from torch import nn
 
 from infformer.commands import eval as eval_command
 from infformer.config import EvaluationRunConfig
-from infformer.data import DataConfig, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import tokenize_documents
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.long_term_options import LongTermMemoryConfig

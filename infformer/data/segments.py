@@ -354,13 +354,12 @@ def read_once(
     documents: TokenizedDocuments,
     lanes: int,
     segment_length: int,
-    order: Sequence[int] | None = None,
     rank_rows: Sequence[int] | None = None,
     *,
     stride: int | None = None,
     warmup_documents: int = 0,
 ) -> Iterator[Segment]:
-    """Read each document once.
+    """Read each document once, the longest first, so that the lanes end together.
 
     A lane for which no document is left is idle. Every process yields the same number of segments, until all lanes
     of the global batch are idle; so processes that evaluate together stay together.
@@ -369,27 +368,22 @@ def read_once(
         documents: what to read.
         lanes: lanes of the global batch; there may be more of them than documents.
         segment_length: inputs of a window.
-        order: documents in the order in which they are taken; None: the longest first, so that the lanes end together.
         rank_rows: the lanes for which to load tokens; None: all.
         stride: inputs from one window to the next; None: as many as a window has.
         warmup_documents: before each document, read as many of those that precede it in the list (the last ones before
             the first), in disjoint segments, without scoring them and without emptying the memory after them.
 
     Raises:
-        DataError: the order names a document twice, or one that there is not; or there are not enough documents to
-            warm up with.
+        DataError: there are not enough documents to warm up with.
     """
     inputs = documents.token_counts - 1
-    queue = np.argsort(-inputs, kind="stable") if order is None else np.asarray(order, dtype=np.int64)
-    if len(np.unique(queue)) != len(queue) or not np.isin(queue, np.arange(len(documents))).all():
-        raise DataError(f"order: each of the documents 0 to {len(documents) - 1} at most once, not {queue.tolist()}.")
     if warmup_documents >= len(documents):
         raise DataError(
             f"warmup_documents={warmup_documents}: there are {len(documents)} documents, so at most "
             f"{len(documents) - 1} others can be read before each"
         )
     chosen = range(lanes) if rank_rows is None else rank_rows
-    waiting = iter(queue.tolist())
+    waiting = iter(np.argsort(-inputs, kind="stable").tolist())
     reading: list[Iterator[Window]] = [iter(()) for _ in range(lanes)]
     reads = np.zeros(lanes, dtype=np.int64)
     while True:

@@ -166,11 +166,11 @@ def inspect_document(
     }
 
 
-def few_layers(numbers: Sequence[int], most: int = 4) -> list[int]:
-    """At most so many of them, evenly apart, with the first and the last."""
-    if len(numbers) <= most:
+def few_layers(numbers: Sequence[int]) -> list[int]:
+    """Four of them at most, evenly apart, with the first and the last."""
+    if len(numbers) <= 4:
         return list(numbers)
-    return [numbers[round(index * (len(numbers) - 1) / (most - 1))] for index in range(most)]
+    return [numbers[round(index * (len(numbers) - 1) / 3)] for index in range(4)]
 
 
 def costs_without(reading: Readings) -> Costs:

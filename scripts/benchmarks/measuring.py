@@ -88,7 +88,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     return most_held(profiler)
 
 
-def profile_table(call: Callable[[], object], device: torch.device, rows: int = 15) -> str:
+def profile_table(call: Callable[[], object], device: torch.device) -> str:
     """The operators of a call that take the most time, as torch's profiler prints them."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
@@ -96,4 +96,4 @@ def profile_table(call: Callable[[], object], device: torch.device, rows: int = 
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45)
+    return profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=45)

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from infformer.data import TokenizedDocuments
+from infformer.data.tokenization import TokenizedDocuments
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import shutil
 import textwrap
 
 from infformer.config import CONF, EvaluationRunConfig, RunConfig
-from infformer.data import read_documents
+from infformer.data.sources import read_documents
 from infformer.training.command_line import compose
 
 PLAYS = """

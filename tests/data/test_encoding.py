@@ -4,8 +4,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from infformer.data import DataError, Document, TokenizedDocuments
-from infformer.data.tokenization import Encoder, vocabulary_size
+from infformer.data.sources import Document
+from infformer.data.tokenization import Encoder, TokenizedDocuments, vocabulary_size
+from infformer.errors import DataError
 
 
 def wrap(model: object, pre_tokenizer: object = None, normalizer: object = None) -> PreTrainedTokenizerFast:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infformer.data import IGNORE_INDEX, DataError, Lanes, Segment, TokenizedDocuments
+from infformer.data.segments import IGNORE_INDEX, Lanes, Segment
+from infformer.data.tokenization import TokenizedDocuments
+from infformer.errors import DataError
 
 Make = Callable[..., TokenizedDocuments]
 LENGTHS = (23, 2, 40, 11, 6, 17, 29, 5)

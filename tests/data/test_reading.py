@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from infformer.data import IGNORE_INDEX, DataError, Segment, TokenizedDocuments, read_once
+from infformer.data.segments import IGNORE_INDEX, Segment, read_once
+from infformer.data.tokenization import TokenizedDocuments
+from infformer.errors import DataError
 
 Make = Callable[..., TokenizedDocuments]
 LENGTHS = (23, 2, 40, 11, 6, 17, 29, 5)
 """Of the documents; token t of document d is 1000 (d + 1) + t."""
-ORDER = (4, 2, 0, 1, 3, 5, 7, 6)
 
 
 def targets(segments: Iterable[Segment]) -> Counter[int]:
@@ -33,15 +34,12 @@ def rows_of(segments: Iterable[Segment], lane: int = 0) -> list[tuple[list[int],
     ]
 
 
-@pytest.mark.parametrize(
-    ("lanes", "order", "stride"),
-    [(1, None, None), (3, ORDER, 4), (8, None, 3), (11, ORDER, 2), (3, None, 1), (1, ORDER, 3), (8, ORDER, None)],
-)
-def test_every_token_is_scored_once(documents_of, lanes, order, stride):
-    segments = list(read_once(documents_of(*LENGTHS), lanes, 4, order=order, stride=stride))
+@pytest.mark.parametrize(("lanes", "stride"), [(1, None), (3, 4), (8, 3), (11, 2), (3, 1), (1, 3), (8, None)])
+def test_every_token_is_scored_once(documents_of, lanes, stride):
+    segments = list(read_once(documents_of(*LENGTHS), lanes, 4, stride=stride))
     assert targets(segments) == ALL_TARGETS
     begun = [int(document) for segment in segments for document in segment.documents[segment.reset]]
-    assert begun == list(order or sorted(range(8), key=lambda document: -LENGTHS[document]))
+    assert begun == sorted(range(8), key=lambda document: -LENGTHS[document])
     assert all(segment.global_tokens == int((segment.targets != IGNORE_INDEX).sum()) > 0 for segment in segments)
     for segment in segments:
         for row in range(lanes):
@@ -83,7 +81,7 @@ def test_warm_up_documents_are_read_before_and_not_scored(documents_of, lanes, s
     lengths = (9, 3, 6)
     documents = documents_of(*lengths)
     segments = list(read_once(documents, lanes, 4, stride=stride, warmup_documents=2))
-    plain = [list(read_once(documents, 1, 4, order=[document], stride=stride)) for document in range(3)]
+    plain = list(read_once(documents, 1, 4, stride=stride))
     chains: dict[int, list[tuple[int, list[int], list[int]]]] = {}
     for lane in range(lanes):
         for segment in segments:
@@ -109,21 +107,15 @@ def test_warm_up_documents_are_read_before_and_not_scored(documents_of, lanes, s
                 (document, tokens[start : min(start + 4, len(tokens) - 1)].tolist(), [])
                 for start in range(0, len(tokens) - 1, 4)
             ]
-        expected += [(scored, inputs, labels) for inputs, labels, _ in rows_of(plain[scored])]
+        expected += [
+            (scored, inputs, labels) for inputs, labels, _ in rows_of(s for s in plain if s.documents[0] == scored)
+        ]
         assert chain == expected
 
 
 def test_not_enough_documents_to_warm_up_with_are_refused(documents_of):
     with pytest.raises(DataError, match="warmup_documents=2: there are 2 documents, so at most 1 others"):
         next(read_once(documents_of(5, 6), 2, 4, warmup_documents=2))
-
-
-def test_some_documents_may_be_read_alone(documents_of):
-    segments = list(read_once(documents_of(*LENGTHS), 2, 4, order=[5, 1]))
-    assert [int(document) for segment in segments for document in segment.documents[segment.reset]] == [5, 1]
-    for order in ([0, 0], [8], [-1]):
-        with pytest.raises(DataError, match="order"):
-            next(read_once(documents_of(*LENGTHS), 2, 4, order=order))
 
 
 def test_idle_lanes_are_empty(documents_of):

@@ -17,8 +17,10 @@ import zstandard
 from datasets import Dataset, DatasetDict
 
 from infformer import hub
-from infformer.data import DataConfig, DataError, check_sources, read_documents, sources
-from infformer.data.sources import describe_source
+from infformer.data import sources
+from infformer.data.options import DataConfig
+from infformer.data.sources import check_sources, describe_source, read_documents
+from infformer.errors import DataError
 from infformer.hub import HubError, problem_with_the_hub
 
 ROWS = [{"id": "one", "text": "The first.\nÄ line."}, {"id": "two", "text": "The second."}]

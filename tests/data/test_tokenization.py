@@ -16,17 +16,17 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from infformer.data import (
-    DataConfig,
-    DataError,
-    Document,
-    Lanes,
+from infformer.data import cache, tokenization
+from infformer.data.options import DataConfig
+from infformer.data.segments import Lanes
+from infformer.data.sources import Document
+from infformer.data.tokenization import (
     TokenizedDocuments,
-    cache,
-    tokenization,
+    beginning_of_documents,
     tokenize_documents,
+    warn_of_shared_documents,
 )
-from infformer.data.tokenization import beginning_of_documents, warn_of_shared_documents
+from infformer.errors import DataError
 
 Make = Callable[..., PreTrainedTokenizerFast]
 TEXTS = {"a": "Zwei Übel\n in a row", "b": "x", "c": "and the third one"}

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from infformer.data import DataConfig, DataError, read_documents
+from infformer.data.options import DataConfig
+from infformer.data.sources import read_documents
 from infformer.data.wikitext import articles
+from infformer.errors import DataError
 
 FILE = (
     " \n = First = \n \n A sentence with k \n = 1 henry and C = \n 1 farad . \n \n = = Section = = \n \n Text . \n"

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from infformer.data import DataConfig, DataError, TokenizedDocuments, tokenize_documents, word_vocabulary
+from infformer.data import word_vocabulary
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.data.word_vocabulary import word_tokenizer
+from infformer.errors import DataError
 
 TEXTS = {"a": "the whale , the sea\n\n the\tship of the sea\n", "b": " of whales \xa0the <unk> ,\n"}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from infformer.data import DataConfig, TokenizedDocuments, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM

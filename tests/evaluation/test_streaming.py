@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infformer.data import TokenizedDocuments
+from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.perplexity import evaluate, evaluate_controls, measure
 from infformer.evaluation.streaming import EvaluationError, describe_protocol, partners, read_documents
 from infformer.evaluation.streaming import with_memory as with_memory_of

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from infformer.data import DataConfig, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import tokenize_documents
 from infformer.errors import UserError
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol

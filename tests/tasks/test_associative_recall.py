@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infformer.data import DataError
+from infformer.errors import DataError
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 
 CONFIG = AssociativeRecallConfig(keys=30, values=4, queries=3)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from infformer.config import CONF, RunConfig
-from infformer.data import IGNORE_INDEX, Segment
+from infformer.data.segments import IGNORE_INDEX, Segment
 from infformer.tasks.task import Evaluation, Material, TaskConfig, Validation, cut_texts
 from infformer.training.command_line import compose
 from infformer.training.metrics import read_metrics

@@ -8,7 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from infformer.data import DataConfig, DataError, TokenizedDocuments, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.errors import DataError
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
 from infformer.tasks.task import Material

@@ -11,7 +11,10 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from infformer.data import DataConfig, DataError, Lanes, TokenizedDocuments, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.segments import Lanes
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
+from infformer.errors import DataError
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.perplexity import evaluate, evaluate_controls
 from infformer.evaluation.streaming import EvaluationError, Evaluator, ReadingProtocol

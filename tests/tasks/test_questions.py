@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infformer.data import IGNORE_INDEX, DataError, Segment
+from infformer.data.segments import IGNORE_INDEX, Segment
+from infformer.errors import DataError
 from infformer.tasks.associative_recall import AssociativeRecallConfig
 from infformer.tasks.questions import QuestionStream
 from infformer.tasks.sorting import SortingConfig, draw_sequences

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from infformer.data import DataConfig, DataError, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import tokenize_documents
+from infformer.errors import DataError
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from infformer.data import DataConfig, TokenizedDocuments, tokenize_documents
+from infformer.data.options import DataConfig
+from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.tasks.retrieval import RetrievalConfig
 from infformer.tasks.ruler import MultikeyConfig, VariableTrackingConfig
 from infformer.tasks.task import Material

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from infformer.data import DataError
 from infformer.data.options import SPLITS
+from infformer.errors import DataError
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.models.pretrained import InfformerForCausalLM

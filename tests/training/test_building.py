@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from infformer.config import EvaluationConfig, RunConfig
-from infformer.data import Segment
+from infformer.data.segments import Segment
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig

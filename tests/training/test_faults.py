@@ -12,8 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from infformer.data import DataError
-from infformer.errors import UserError
+from infformer.errors import DataError, UserError
 from infformer.training import trainer
 
 DISKS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "of somebody else": errno.EACCES}

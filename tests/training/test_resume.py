@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from infformer.data import tokenize_documents
+from infformer.data.tokenization import tokenize_documents
 from infformer.durable import write_text
 from infformer.evaluation.perplexity import evaluate
 from infformer.evaluation.streaming import Evaluator, ReadingProtocol

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from infformer.data import Lanes, Segment, TokenizedDocuments
+from infformer.data.segments import Lanes, Segment
+from infformer.data.tokenization import TokenizedDocuments
 from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.state import MemoryState
