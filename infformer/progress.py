@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from threading import Event, Thread
-from types import TracebackType
 from typing import ClassVar, Self, TypeVar
 
 from tqdm import tqdm
@@ -53,9 +52,7 @@ class Pace:
             self._speaker.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._bar.close()
 

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infformer.errors import UserError
 from infformer.memory.memory import Memory, MemoryOutput, SegmentContext, apply_linear, split_heads
-from infformer.memory.options import MemoryConfig
+from infformer.memory.options import MemoryConfig, own_heads
 from infformer.memory.state import MemoryState
 from infformer.options import check_at_least, check_choices
 
@@ -90,13 +89,7 @@ class FastWeightMemoryConfig(MemoryConfig):
         return super().with_short_term_length(0 if self.within_segment else default)
 
     def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
-        option = "architecture.num_attention_heads" if self.heads is None else "memory.heads"
-        heads = self.heads or heads
-        if hidden_size % heads:
-            raise UserError(
-                f"model.{option}={heads}: the heads of fast weights divide "
-                f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
-            )
+        heads = own_heads(self.heads, heads, hidden_size, "fast weights")
         return [FastWeightMemory(self, hidden_size, heads) for _ in range(layers)]
 
 

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from infformer.errors import UserError
 from infformer.memory.dyadic import DyadicSignal
 from infformer.memory.key_value_signal import KeyValueSignal
 from infformer.memory.long_term import LongTermMemory
 from infformer.memory.memory import Memory
-from infformer.memory.options import MemoryConfig
+from infformer.memory.options import MemoryConfig, own_heads
 from infformer.memory.signal import ContinuousSignal
 from infformer.options import check_at_least, check_choices, check_finite
 
@@ -241,13 +240,7 @@ class LongTermMemoryConfig(MemoryConfig):
         return states + operators + rows_at_once * segment_length * (self.sticky_bins if self.sticky else 0)
 
     def build_behind(self, hidden_size: int, heads: int, layers: int, segment_length: int) -> list[Memory]:
-        option = "architecture.num_attention_heads" if self.heads is None else "memory.heads"
-        heads = self.heads or heads
-        if hidden_size % heads:
-            raise UserError(
-                f"model.{option}={heads}: the heads of a long-term memory divide "
-                f"model.architecture.hidden_size={hidden_size} among them; choose a number that divides it"
-            )
+        heads = own_heads(self.heads, heads, hidden_size, "a long-term memory")
         signal = self.build_signal(segment_length)
         return [LongTermMemory(self, hidden_size, heads, signal) for _ in range(layers)]
 

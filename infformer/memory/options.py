@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+from infformer.errors import UserError
 from infformer.memory.memory import Memory
 from infformer.memory.short_term import KeyValueMemory, ShortTermMemory
 
@@ -230,6 +231,24 @@ class MemoryConfig:
             return kind(**fields)
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def own_heads(wanted: int | None, heads: int, hidden_size: int, what: str) -> int:
+    """The heads of a memory that divide the width of the model: as many as are wanted, or as attention has.
+
+    Args:
+        what: has them, for the error.
+
+    Raises:
+        UserError: they do not divide it.
+    """
+    option, heads = ("architecture.num_attention_heads", heads) if wanted is None else ("memory.heads", wanted)
+    if hidden_size % heads:
+        raise UserError(
+            f"model.{option}={heads}: the heads of {what} divide model.architecture.hidden_size={hidden_size} among "
+            "them; choose a number that divides it"
+        )
+    return heads
 
 
 def check_layers(said: Any) -> None:

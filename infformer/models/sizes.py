@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.profiler import profile
 
@@ -68,6 +70,16 @@ def flops_of_a_token(model: MemoryModel, segment_length: int) -> float:
     inner = getattr(model.config, "backbone", model.config).get_text_config()
     seen = (segment_length + 1) / 2 + model.short_term_length
     return weights + 12 * inner.num_hidden_layers * inner.hidden_size * seen
+
+
+def peak_on_cuda(call: Callable[[], object], device: torch.device) -> int:
+    """How much more memory a CUDA device holds at one moment of a call than before it, by the allocator's own count."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def most_held(profiler: profile) -> int:

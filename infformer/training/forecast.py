@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from infformer.config import RunConfig, TrackerConfig
 from infformer.data.tokenization import TokenizedDocuments
-from infformer.models.sizes import in_bytes, most_held
+from infformer.models.sizes import in_bytes, most_held, peak_on_cuda
 from infformer.progress import in_words
 from infformer.results import Sizes
 from infformer.training.folder import nothing_can_be_written
@@ -126,12 +126,7 @@ def peak_of(step: Callable[[], object], optimizer: Optimizer, device: torch.devi
     the moments then, which stay.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_on_cuda(step, device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would say on stderr that it begins and ends
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     running = ExitStack()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from infformer.models.sizes import most_held
+from infformer.models.sizes import most_held, peak_on_cuda
 from infformer.progress import follow
 
 
@@ -77,12 +77,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     On CUDA by the allocator's own count, on the CPU by `most_held`. Both are the same at every repetition.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_on_cuda(call, device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     return most_held(profiler)

@@ -15,6 +15,7 @@ from infformer.models.adapters import LoraConfig, find_targets
 from infformer.models.base import MemoryModel
 from infformer.models.loading import load_pretrained, load_trained
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.streaming import TextSegment, stream
 
 SEGMENT, VOCABULARY = 8, 50
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -66,12 +67,7 @@ def learned(model: MemoryModel) -> MemoryModel:
 
 @torch.no_grad()
 def read(model: MemoryModel) -> list[Tensor]:
-    state, logits = None, []
-    for segment in SEGMENTS:
-        output = model(segment, state=state)
-        state = output.state
-        logits.append(output.logits)
-    return logits
+    return [output.logits for _, output in stream(model, map(TextSegment, SEGMENTS))]
 
 
 def that_learn(model: nn.Module) -> set[str]:

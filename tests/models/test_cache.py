@@ -16,6 +16,7 @@ from infformer.memory.fast_weights import FastWeightMemoryConfig
 from infformer.memory.options import MemoryConfig, check_layers
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
+from infformer.models.streaming import TextSegment, stream
 
 SEGMENT, DEPTH = 5, 3
 TEXT = torch.randint(40, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -46,12 +47,8 @@ def beside(
 
 @torch.no_grad()
 def read(model: Any) -> Tensor:
-    state, logits = None, []
-    for segment in TEXT.split(SEGMENT, dim=1):
-        output = model(segment, state=state)
-        state = output.state
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
+    outputs = stream(model, map(TextSegment, TEXT.split(SEGMENT, dim=1)))
+    return torch.cat([output.logits for _, output in outputs], dim=1)
 
 
 def floats(model: Any) -> int:

@@ -18,6 +18,7 @@ from infformer.models.base import MemoryModel
 from infformer.models.loading import load_pretrained, load_trained
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.models.quantization import check_installed, quantization_config
+from infformer.models.streaming import TextSegment, stream
 
 SEGMENT, VOCABULARY = 8, 50
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -75,12 +76,7 @@ def learned(model: InfformerForCausalLM) -> InfformerForCausalLM:
 
 @torch.no_grad()
 def read(model: MemoryModel) -> list[Tensor]:
-    state, logits = None, []
-    for segment in SEGMENTS:
-        output = model(segment, state=state)
-        state = output.state
-        logits.append(output.logits)
-    return logits
+    return [output.logits for _, output in stream(model, map(TextSegment, SEGMENTS))]
 
 
 QUANTIZED = [
