@@ -12,7 +12,7 @@ Trees are drawn a few thousand at a time, level by level: where one of them ends
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -58,34 +58,6 @@ def draw_trees(shortest: int, longest: int, seed: int) -> Iterator[tuple[Tokens,
             if digest not in seen:
                 seen.add(digest)
                 yield tokens, value
-
-
-def evaluate(tokens: Sequence[int] | Tokens) -> int:
-    """The value of a tree."""
-    open_lists: list[list[int]] = [[]]
-    for token in map(int, tokens):
-        if token == _CLOSE:
-            operation, *digits = open_lists.pop()
-            open_lists[-1].append(_apply(operation, sorted(digits)))
-        elif token >= _MINIMUM:
-            open_lists.append([token])
-        else:
-            open_lists[-1].append(token)
-    ((value,),) = open_lists
-    return value
-
-
-def _apply(operation: int, digits: list[int]) -> int:
-    middle = len(digits) // 2
-    match operation:
-        case 10:
-            return digits[0]
-        case 11:
-            return digits[-1]
-        case 12:
-            return (digits[middle] + digits[-middle - 1]) // 2
-        case _:
-            return sum(digits) % 10
 
 
 def _draw_batch(random: np.random.Generator, shortest: int, longest: int) -> Iterator[tuple[Tokens, int]]:

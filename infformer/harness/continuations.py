@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from infformer.evaluation.streaming import Evaluator
 from infformer.memory.state import ModelState
@@ -98,9 +99,7 @@ def _segments(
     segment_length, device = evaluator.protocol.segment_length, evaluator.model.device
 
     def pad(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-        longest = max(map(len, rows))
-        padded = [[*row, *[padding] * (longest - len(row))] for row in rows]
-        return torch.tensor(padded, dtype=torch.long, device=device)
+        return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, padding).to(device)
 
     for start in range(0, max(map(len, inputs)), segment_length):
         cut = slice(start, start + segment_length)

@@ -20,12 +20,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from infformer.plots import memory, plot_results, plot_run
+from infformer.plots import memory
 from infformer.plots.benchmark import plot_context, plot_parts
 from infformer.plots.capacity import plot_capacity
 from infformer.plots.comparison import plot_comparison
+from infformer.plots.evaluation import plot_results
 from infformer.plots.memory import plot_inspection
 from infformer.plots.norms import plot_norms
+from infformer.plots.run import plot_run
 from infformer.plots.sorting import plot_accuracy
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE
 from infformer.plots.sweep import plot_sweep
