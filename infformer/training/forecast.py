@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -137,13 +136,6 @@ def peak_of(step: Callable[[], object], optimizer: Optimizer, device: torch.devi
         step()
     hook.remove()
     return most_held(profiler)
-
-
-def process_bytes(device: torch.device) -> int:
-    """The most that this process had in memory at once: on CUDA what it allocated there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tokens_to_measure(

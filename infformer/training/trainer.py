@@ -27,7 +27,7 @@ from infformer.evaluation.report import write_results
 from infformer.memory.state import ModelState
 from infformer.models.base import MemoryModel
 from infformer.models.expansion import expansions, size_of
-from infformer.models.sizes import describe_sizes, flops_of_a_token, model_sizes
+from infformer.models.sizes import describe_sizes, flops_of_a_token, model_sizes, process_bytes
 from infformer.models.streaming import reading, stream
 from infformer.plots.memory import plot_inspection
 from infformer.plots.page import write_page
@@ -56,7 +56,6 @@ from infformer.training.forecast import (
     format_forecast,
     nowhere,
     peak_of,
-    process_bytes,
     tokens_to_measure,
 )
 from infformer.training.growing import check_engine, grown

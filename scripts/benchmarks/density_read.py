@@ -17,7 +17,7 @@ from benchmarks import arithmetic
 from benchmarks.arithmetic import Sizes, Work
 from benchmarks.machine import PRECISIONS, Setting
 from benchmarks.measuring import peak_extra_bytes, take_turns
-from benchmarks.models import add_sizes, memory_config
+from benchmarks.models import add_sizes, memory_config, model_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous.density import Gaussian
 from infformer.memory.signal import ContinuousSignal
@@ -35,14 +35,7 @@ def add_command(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     """Both with the same densities, whose means lie anywhere, and values of the type that autocast would give them."""
-    sizes = Sizes(
-        batch=options.batch,
-        segment=options.segment,
-        hidden=options.hidden,
-        heads=options.heads,
-        basis_functions=options.functions,
-        past_samples=options.segment,
-    )
+    sizes = model_sizes(options, "gpt2")
     passes = new_passes(sizes, options.deviation, setting)
     seconds = take_turns(passes, options.rounds, options.warmup, setting.clock)
     peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}

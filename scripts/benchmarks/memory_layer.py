@@ -13,7 +13,7 @@ from benchmarks import arithmetic
 from benchmarks.arithmetic import NO_WORK, Sizes
 from benchmarks.machine import Setting
 from benchmarks.measuring import peak_extra_bytes, profile_table, take_turns
-from benchmarks.models import add_sizes, memory_config
+from benchmarks.models import add_sizes, memory_config, model_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous import naive
 from infformer.continuous.density import Density, Gaussian
@@ -98,14 +98,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     Raises:
         ArithmeticError: they do not.
     """
-    sizes = Sizes(
-        batch=options.batch,
-        segment=options.segment,
-        hidden=options.hidden,
-        heads=options.heads,
-        basis_functions=options.functions,
-        past_samples=options.samples,
-    )
+    sizes = model_sizes(options, "gpt2")
     passes = new_passes(sizes, options.command, setting, options.compile)
     _check_agreement(passes, setting.precision)
     seconds = take_turns(passes, options.rounds, options.warmup, setting.clock)

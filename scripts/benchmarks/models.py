@@ -75,10 +75,10 @@ def model_sizes(options: Any, backbone: str) -> Sizes:
         segment=options.segment,
         hidden=options.hidden,
         heads=options.heads,
-        layers=options.layers,
-        vocabulary=options.vocabulary,
+        layers=getattr(options, "layers", 1),
+        vocabulary=getattr(options, "vocabulary", 0),
         basis_functions=options.functions,
-        past_samples=options.samples,
+        past_samples=getattr(options, "samples", options.segment),
         # Three matrices of two thirds of the width weigh as much as two.
         feed_forward=wide if backbone == "gpt2" else 2 * wide // 3,
         feed_forward_matrices=2 if backbone == "gpt2" else 3,

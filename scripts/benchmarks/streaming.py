@@ -8,7 +8,6 @@ that does.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from benchmarks.models import (
 )
 from benchmarks.report import Comparison, Ratio, Result, paired
 from benchmarks.training_step import add_model_options
+from infformer.models.sizes import process_bytes
 from infformer.results import BenchmarkFigures
 
 EARLY_NAME, LATE_NAME = "with memory, early", "with memory, late"
@@ -115,9 +115,9 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
     # Before anybody else has taken memory: the peak of the process, soon and in the end.
     early.begin_again()
     late.read_up_to(EARLY.stop)
-    process_early = _peak_process_bytes(setting.device)
+    process_early = process_bytes(setting.device)
     track = _follow(late, early, first - 1 - options.warmup, setting.clock)
-    process_late = _peak_process_bytes(setting.device)
+    process_late = process_bytes(setting.device)
 
     streams = {EARLY_NAME: early, LATE_NAME: late}
     others: dict[str, Any] = {"without": new_model(sizes, options.backbone, memory=False)}
@@ -186,12 +186,3 @@ def _work(sizes: Sizes, windows: list[int]) -> dict[str, Work]:
         attention = arithmetic.backbone(sizes, backward=False, window=window * sizes.segment)
         work[f"window of {window} segments"] = attention + head
     return work
-
-
-def _peak_process_bytes(device: torch.device) -> int:
-    """The most that this process has held so far: on CUDA of the device's memory, elsewhere of the setting's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
