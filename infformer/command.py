@@ -31,12 +31,7 @@ _launcher: int | None = None
 
 
 class Ended(SystemExit):
-    """A command has come to an end, and says how.
-
-    Args:
-        sentence: the last that it shows.
-        code: its exit code.
-    """
+    """A command has come to an end, and says how."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(code)

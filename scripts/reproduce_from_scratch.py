@@ -46,12 +46,7 @@ def main() -> None:
 
 
 def describe(folder: Path, results: Results) -> dict[str, Any]:
-    """How large the model of a run is, how much it remembers, and its perplexities.
-
-    Args:
-        folder: the run's.
-        results: what its `results.json` holds.
-    """
+    """How large the model of a run is, how much it remembers, and its perplexities."""
     memory = OmegaConf.load(folder / "config.yaml").model.memory or {}  # null of a model that remembers nothing
     return {
         "parameters": results["sizes"]["backbone_parameters"] + results["sizes"]["memory_parameters"],

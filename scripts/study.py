@@ -138,11 +138,7 @@ def _mean_documents(runs: list[list[Document]]) -> list[Any]:
 
 
 def describe(name: str, found: dict[str, dict[int, Results]]) -> StudyRow:
-    """What a row found, and its differences from its opponents: each of the seeds that both have.
-
-    Args:
-        found: the results of all rows by their names and seeds.
-    """
+    """What a row found, and its differences from its opponents: each of the seeds that both have."""
     runs = found[name]
     first = next(iter(runs.values()))
     behind = f"{name}_{BEHIND}"

@@ -235,11 +235,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
 
 
 def warn_of_shared_documents(documents: Mapping[str, TokenizedDocuments]) -> None:
-    """Say by name which documents are in two splits: what was trained on measures nothing but learning by heart.
-
-    Args:
-        documents: those of each split, by its name.
-    """
+    """Say by name which documents are in two splits: what was trained on measures nothing but learning by heart."""
     for first, second in combinations(documents, 2):
         names = dict(zip(documents[first].digests, documents[first].ids, strict=False))
         shared = [

@@ -510,9 +510,6 @@ class WrittenPast:
     """What one layer has written of one document: every token's hidden state, and where in the memory it lies now.
 
     The hidden states are kept in float16 in the main memory: 2 · width bytes for each token.
-
-    Args:
-        memory: the layer's.
     """
 
     def __init__(self, memory: LongTermMemory) -> None:

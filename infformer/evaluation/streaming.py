@@ -191,7 +191,6 @@ def read_documents(
 
     Args:
         situation: one of those below.
-        title: of the progress bar.
 
     Returns:
         The loss in nats of every token of every document but its first, one document after the other, float32

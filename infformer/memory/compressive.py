@@ -73,12 +73,7 @@ class CompressiveMemoryConfig(MemoryConfig):
 
 
 class Compression(nn.Module):
-    """Hidden states [batch, length, hidden] to length / rate entries.
-
-    Args:
-        config: which function, and its rate.
-        hidden_size: width of the model.
-    """
+    """Hidden states [batch, length, hidden] to length / rate entries."""
 
     def __init__(self, config: CompressiveMemoryConfig, hidden_size: int) -> None:
         super().__init__()
@@ -119,12 +114,7 @@ class Compression(nn.Module):
 
 
 class CompressiveMemory(Memory):
-    """The last compressed entries of a layer, behind its short-term memory.
-
-    Args:
-        config: what it is.
-        hidden_size: width of the model.
-    """
+    """The last compressed entries of a layer, behind its short-term memory."""
 
     def __init__(self, config: CompressiveMemoryConfig, hidden_size: int) -> None:
         super().__init__()

@@ -159,13 +159,7 @@ def advance(weights: Tensor, writes: Writes, rule: str, queries: Tensor | None =
 
 
 class Writing(nn.Module):
-    """What a hidden state writes: key, value, strength and decay.
-
-    Args:
-        config: of the memory.
-        hidden_size: width of the model.
-        heads: of the memory.
-    """
+    """What a hidden state writes: key, value, strength and decay."""
 
     def __init__(self, config: FastWeightMemoryConfig, hidden_size: int, heads: int) -> None:
         super().__init__()
@@ -222,8 +216,6 @@ class FastWeightMemory(Memory):
     begins at zero.
 
     Args:
-        config: what the memory is.
-        hidden_size: width of the model.
         heads: attention heads; must divide the width.
     """
 

@@ -93,8 +93,6 @@ class LongTermMemory(Memory):
     of the output's projection.
 
     Args:
-        config: what the memory is.
-        hidden_size: width of the model.
         heads: attention heads; must divide the width.
         signal: basis and operators, shared between layers.
     """

@@ -46,7 +46,6 @@ class ContinuousSignal(DerivedBuffers):
     float64 and kept in float32, also where the model is cast to a shorter type.
 
     Args:
-        config: of the memories.
         segment_length: T, tokens of a segment.
     """
 

@@ -119,9 +119,6 @@ class Residual(nn.Module):
 
     With dual norms, those of ResiDual (Xie et al., arXiv 2304.14802), they stand after, and the stream also keeps the
     sum of what was added, whose norm is added at the end.
-
-    Args:
-        sizes: of the layer.
     """
 
     def __init__(self, sizes: BlockSizes) -> None:
@@ -144,11 +141,7 @@ class Residual(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between them.
-
-    Args:
-        sizes: of the layer.
-    """
+    """Two linear maps with an activation between them."""
 
     def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
@@ -165,7 +158,6 @@ class Attention(nn.Module):
     """Causal multi-head attention of the last tokens of a context on all of it.
 
     Args:
-        sizes: of the layer.
         mechanism: causal, of a context that is the segment alone, at rotary positions; None for softmax.
     """
 

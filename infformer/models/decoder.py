@@ -184,7 +184,6 @@ class DecoderLayer(GradientCheckpointingLayer):
     """Attention with its memory, then feed-forward, each with its residual sum and its norm.
 
     Args:
-        sizes: of its parts.
         memory: of this layer; None for none.
         mechanism: of its attention; None for softmax.
     """

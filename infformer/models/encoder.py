@@ -126,12 +126,7 @@ class ClassifierConfig(PreTrainedConfig):
 
 
 class EncoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, with norms before or after each.
-
-    Args:
-        sizes: of the layer.
-        mechanism: of its attention.
-    """
+    """Attention and feed-forward, with norms before or after each."""
 
     def __init__(self, sizes: BlockSizes, mechanism: Mechanism) -> None:
         super().__init__()

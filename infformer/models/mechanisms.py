@@ -52,11 +52,7 @@ class AttentionShape:
 
 
 class Mechanism(nn.Module):
-    """How the positions of a text attend to each other.
-
-    Args:
-        shape: of the layer.
-    """
+    """How the positions of a text attend to each other."""
 
     kind: ClassVar[str]
     """What it is called in options."""

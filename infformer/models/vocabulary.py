@@ -13,12 +13,7 @@ from infformer.models.chunked_loss import cross_entropy
 
 
 class TiedVocabulary(nn.Module):
-    """One vector per token: what it is embedded as, and what scores it, with a bias of its own as in Transformer-XL.
-
-    Args:
-        size: number of tokens.
-        hidden: width of the model.
-    """
+    """One vector per token: what it is embedded as, and what scores it, with a bias of its own as in Transformer-XL."""
 
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()

@@ -20,9 +20,6 @@ OCCURRED = dict(
 def plot_comparison(path: Path) -> list[Path]:
     """Draw by how much the second model is better or worse: by class of tokens, and on each document.
 
-    Args:
-        path: `comparison.json`, what `compare` returns.
-
     Returns:
         The figure written, `comparison.png` beside the file.
     """

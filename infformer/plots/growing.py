@@ -12,9 +12,6 @@ STYLES = {"grown": (BLUE, "-", "o"), "from_scratch": (ORANGE, "--", "s")}
 def plot_growing(path: Path) -> list[Path]:
     """Draw the validation loss of each run against its FLOPs, with a dotted line wherever it grew.
 
-    Args:
-        path: `growing.json`.
-
     Returns:
         The figure written, `growing.png` beside the file.
     """

@@ -19,9 +19,6 @@ LINEAR = 0.01
 def plot_study(path: Path) -> list[Path]:
     """Draw by how much each row differs from its opponents, with intervals, beside its time and its floats.
 
-    Args:
-        path: `study.json`.
-
     Returns:
         The figure written, `study.png` beside the file; none where there is nothing to compare with.
     """

@@ -13,9 +13,6 @@ from infformer.results import Interval, Sweep
 def plot_sweep(path: Path) -> list[Path]:
     """Draw each row with its interval, the best on top, and what each of its seeds found.
 
-    Args:
-        path: `summary.json`.
-
     Returns:
         The figure written, `summary.png` beside the file.
     """

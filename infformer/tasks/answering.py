@@ -46,11 +46,7 @@ class Answers:
 
 
 def answer_forced(evaluator: Evaluator, questions: Questions, title: str) -> Forced:
-    """Ask a model with teacher forcing; it is left in evaluation mode. All processes together.
-
-    Args:
-        title: of the progress bar.
-    """
+    """Ask a model with teacher forcing; it is left in evaluation mode. All processes together."""
     outcome = np.zeros((2, *questions.answers.shape))
     with reading(evaluator.model, evaluator.protocol.precision):
         for rows, counted, end, scores, place in _batches(evaluator, questions, title):
@@ -63,9 +59,6 @@ def answer(evaluator: Evaluator, questions: Questions, title: str) -> Answers:
     """Ask a model with teacher forcing and running free, and read the text once. It is left in evaluation mode.
 
     All processes together.
-
-    Args:
-        title: of the progress bar.
     """
     outcome = np.zeros((3, *questions.answers.shape))
     asked_anywhere = np.any(questions.asked, axis=0)

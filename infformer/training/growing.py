@@ -20,9 +20,6 @@ from infformer.training.runtime import EngineError
 def check_growth(growths: Sequence[GrowthConfig], model: MemoryModel) -> None:
     """Try all growths of a run, one after the other, on what has the shapes of its model and no numbers.
 
-    Args:
-        model: as it is before the first of them.
-
     Raises:
         ModelError: it cannot become so large.
         SizeError: it certainly would not fit into memory.

@@ -24,11 +24,7 @@ INSISTENCE = 3
 
 
 class StopRequested(Exception):  # noqa: N818, it is no error
-    """Some process was asked to stop, and all know.
-
-    Args:
-        number: of the signal.
-    """
+    """Some process was asked to stop, and all know."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")

@@ -98,12 +98,7 @@ def summarise_runs(runs: Sequence[Run]) -> Sweep:
 
 
 def write_summary(folders: Sequence[Path], folder: Path) -> str:
-    """Write `summary.json` and `summary.png`; the table, and what lies where, in words.
-
-    Args:
-        folders: of the runs.
-        folder: where to.
-    """
+    """Write `summary.json` and `summary.png`; the table, and what lies where, in words."""
     runs, unfinished = read_runs(folders)
     sweep = summarise_runs(runs)
     write_results(folder / "summary.json", sweep)

@@ -102,7 +102,6 @@ class TrainingStopped(Exception):  # noqa: N818, it is no error
     """The run was asked to stop, and can be gone on with.
 
     Args:
-        number: the signal that asked.
         step: after which; its checkpoint holds everything.
     """
 
