@@ -70,6 +70,13 @@ def performer_attention(
     return feature_attention(of_query, of_key, value, weight, causal, least=1e-9)
 
 
+def softmax_features(tensor: Tensor, directions: Tensor) -> Tensor:
+    """φ(x) with E[φ(q)·φ(k)] = exp(q·k/√d), [..., features]: exp(w·x' − ‖x'‖²/2)/√m, x' = x/d^¼."""
+    scaled = tensor / tensor.shape[-1] ** 0.25
+    exponents = scaled @ directions.mT - scaled.square().sum(dim=-1, keepdim=True) / 2
+    return torch.exp(exponents) / math.sqrt(len(directions))
+
+
 def orthogonal_directions(features: int, size: int, generator: torch.Generator | None = None) -> Tensor:
     """Random directions w, each normal, orthogonal to each other in groups of `size`, [features, size].
 

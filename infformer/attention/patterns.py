@@ -1,7 +1,7 @@
-"""Attention by fixed patterns: local blocks, Sparse Transformer, Longformer, BigBird.
+"""Attention by fixed patterns: local blocks, Sparse Transformer, Longformer, BigBird; and the patterns as masks.
 
 Each costs what its pattern allows: keys are cut into blocks, shifted and gathered, never masked in a product of all
-pairs.
+pairs. `..._mask` says the same as a mask bool [length, length], for tests, figures and whoever wants to see it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def local_attention(
     return attend_part(query, key, value, allowed).attended.flatten(2, 3)[:, :, :length]
 
 
+def local_mask(length: int, block: int, causal: bool = False) -> Tensor:
+    """What `local_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return (query // block == key // block) & _before(query, key, causal)
+
+
 def strided_attention(
     query: Tensor, key: Tensor, value: Tensor, stride: int, real: Tensor | None = None, causal: bool = False
 ) -> Tensor:
@@ -47,6 +53,12 @@ def strided_attention(
     far = attend_part(query, key, value, allowed & _before(query_place, key_place, causal))
     far = Part(far.attended.transpose(2, 3), far.log_mass.transpose(2, 3))
     return join_parts([near, far]).flatten(2, 3)[:, :, :length]
+
+
+def strided_mask(length: int, stride: int, causal: bool = False) -> Tensor:
+    """What `strided_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return (((query - key).abs() <= stride) | ((query - key) % stride == 0)) & _before(query, key, causal)
 
 
 def fixed_attention(
@@ -71,6 +83,12 @@ def fixed_attention(
     real = real[..., -summaries:].flatten(2, 3)[:, :, None, None]
     far = attend_part(query, key, value, real & elsewhere & _before(query_place, key_place, causal))
     return join_parts([own, far]).flatten(2, 3)[:, :, :length]
+
+
+def fixed_mask(length: int, block: int, summaries: int, causal: bool = False) -> Tensor:
+    """What `fixed_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return ((query // block == key // block) | (key % block >= block - summaries)) & _before(query, key, causal)
 
 
 def window_attention(
@@ -98,6 +116,12 @@ def window_attention(
             allowed = allowed & real[:, None, None, None, :seen_by_all]
         parts.append(attend_part(query, first_key, first_value, allowed))
     return join_parts(parts).flatten(2, 3)[:, :, :length]
+
+
+def window_mask(length: int, reach: int, seen_by_all: int = 0, causal: bool = False) -> Tensor:
+    """What `window_attention` lets each position see, bool [length, length]."""
+    query, key = _pairs(length)
+    return (((query - key).abs() <= reach) | (key < seen_by_all)) & _before(query, key, causal)
 
 
 def big_bird_attention(
@@ -144,6 +168,22 @@ def big_bird_attention(
     attended = torch.where((number == last)[:, None, :, None, None], of_last, attended)
     attended = torch.where((number == 0)[:, None, None], of_first, attended)
     return attended.flatten(2, 3)[:, :, :length]
+
+
+def big_bird_mask(length: int, block: int, chosen: Tensor) -> Tensor:
+    """What `big_bird_attention` lets each position of a text without padding see, bool [length, length].
+
+    Args:
+        chosen: of one text, [blocks, random blocks].
+    """
+    blocks = len(chosen)
+    number = torch.arange(blocks)
+    outer = (number == 0) | (number == blocks - 1)
+    seen = (number.unsqueeze(-1) - number).abs() <= 1
+    seen = seen | outer | outer.unsqueeze(-1)
+    for of_block, others in zip(seen, chosen.tolist(), strict=True):
+        of_block[[other for other in others if other >= 0]] = True
+    return seen.repeat_interleave(block, 0).repeat_interleave(block, 1)[:length, :length]
 
 
 def choose_blocks(order: Tensor, counts: Tensor, count: int) -> Tensor:
@@ -228,6 +268,11 @@ def _blocks_of_real(real: Tensor | None, length: int, block: int, device: torch.
 def _places(length: int, block: int, device: torch.device) -> Tensor:
     """The places of all positions, [blocks, block]."""
     return torch.arange(length + -length % block, device=device).unflatten(0, (-1, block))
+
+
+def _pairs(length: int) -> tuple[Tensor, Tensor]:
+    places = torch.arange(length)
+    return places.unsqueeze(-1), places
 
 
 def _before(query: Tensor, key: Tensor, causal: bool) -> Tensor:

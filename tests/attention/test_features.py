@@ -10,6 +10,7 @@ from infformer.attention.features import (
     linear_attention,
     orthogonal_directions,
     performer_attention,
+    softmax_features,
 )
 from infformer.attention.softmax import softmax_attention
 
@@ -17,13 +18,6 @@ from infformer.attention.softmax import softmax_attention
 def new_inputs(length=300, size=8, scale=1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     return [scale * torch.randn(2, 3, length, size, dtype=dtype, generator=generator) for _ in range(3)]
-
-
-def softmax_features(tensor, directions):
-    """φ(x) with E[φ(q)·φ(k)] = exp(q·k/√d), [..., features]: exp(w·x' − ‖x'‖²/2)/√m, x' = x/d^¼."""
-    scaled = tensor / tensor.shape[-1] ** 0.25
-    exponents = scaled @ directions.mT - scaled.square().sum(dim=-1, keepdim=True) / 2
-    return torch.exp(exponents) / math.sqrt(len(directions))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -22,75 +22,30 @@ def chosen(*lengths, count=2, longest=100):
     return patterns.choose_blocks(random_order(longest)[: max(blocks), : max(blocks)], torch.tensor(blocks), count)
 
 
-def local_mask(length, block, causal=False):
-    """What `local_attention` lets each position see, bool [length, length]."""
-    query, key = _pairs(length)
-    return (query // block == key // block) & ((key <= query) | (not causal))
-
-
-def strided_mask(length, stride, causal=False):
-    """What `strided_attention` lets each position see, bool [length, length]."""
-    query, key = _pairs(length)
-    return (((query - key).abs() <= stride) | ((query - key) % stride == 0)) & ((key <= query) | (not causal))
-
-
-def fixed_mask(length, block, summaries, causal=False):
-    """What `fixed_attention` lets each position see, bool [length, length]."""
-    query, key = _pairs(length)
-    return ((query // block == key // block) | (key % block >= block - summaries)) & ((key <= query) | (not causal))
-
-
-def window_mask(length, reach, seen_by_all=0, causal=False):
-    """What `window_attention` lets each position see, bool [length, length]."""
-    query, key = _pairs(length)
-    return (((query - key).abs() <= reach) | (key < seen_by_all)) & ((key <= query) | (not causal))
-
-
-def big_bird_mask(length, block, chosen):
-    """What `big_bird_attention` lets each position of a text without padding see, bool [length, length].
-
-    Args:
-        chosen: of one text, [blocks, random blocks].
-    """
-    blocks = len(chosen)
-    number = torch.arange(blocks)
-    outer = (number == 0) | (number == blocks - 1)
-    seen = (number.unsqueeze(-1) - number).abs() <= 1
-    seen = seen | outer | outer.unsqueeze(-1)
-    for of_block, others in zip(seen, chosen.tolist(), strict=True):
-        of_block[[other for other in others if other >= 0]] = True
-    return seen.repeat_interleave(block, 0).repeat_interleave(block, 1)[:length, :length]
-
-
-def _pairs(length):
-    places = torch.arange(length)
-    return places.unsqueeze(-1), places
-
-
 PATTERNS = {
     "local": (
         lambda q, k, v, real, causal: patterns.local_attention(q, k, v, BLOCK, real, causal),
-        lambda length, causal: local_mask(length, BLOCK, causal),
+        lambda length, causal: patterns.local_mask(length, BLOCK, causal),
     ),
     "strided": (
         lambda q, k, v, real, causal: patterns.strided_attention(q, k, v, BLOCK, real, causal),
-        lambda length, causal: strided_mask(length, BLOCK, causal),
+        lambda length, causal: patterns.strided_mask(length, BLOCK, causal),
     ),
     "fixed": (
         lambda q, k, v, real, causal: patterns.fixed_attention(q, k, v, BLOCK, 2, real, causal),
-        lambda length, causal: fixed_mask(length, BLOCK, 2, causal),
+        lambda length, causal: patterns.fixed_mask(length, BLOCK, 2, causal),
     ),
     "window": (
         lambda q, k, v, real, causal: patterns.window_attention(q, k, v, 5, 0, real, causal),
-        lambda length, causal: window_mask(length, 5, 0, causal),
+        lambda length, causal: patterns.window_mask(length, 5, 0, causal),
     ),
     "window_seen_by_all": (
         lambda q, k, v, real, causal: patterns.window_attention(q, k, v, 5, 3, real, causal),
-        lambda length, causal: window_mask(length, 5, 3, causal),
+        lambda length, causal: patterns.window_mask(length, 5, 3, causal),
     ),
     "big_bird": (
         lambda q, k, v, real, causal: patterns.big_bird_attention(q, k, v, BLOCK, random_order(), 2, real),
-        lambda length, causal: big_bird_mask(length, BLOCK, chosen(length)[0]),
+        lambda length, causal: patterns.big_bird_mask(length, BLOCK, chosen(length)[0]),
     ),
 }
 CASES = [(name, causal) for name in PATTERNS for causal in (False, True) if not (causal and name == "big_bird")]
@@ -143,7 +98,7 @@ def test_random_blocks_are_neither_near_nor_outer_nor_twice_the_same(blocks):
 
 
 def test_big_bird_blocks_see_their_neighbours_the_outer_and_the_random_ones():
-    mask = big_bird_mask(30 * BLOCK, BLOCK, chosen(30 * BLOCK, count=3, longest=30 * BLOCK)[0])
+    mask = patterns.big_bird_mask(30 * BLOCK, BLOCK, chosen(30 * BLOCK, count=3, longest=30 * BLOCK)[0])
     assert (mask.sum(-1)[2 * BLOCK : -2 * BLOCK] == (3 + 2 + 3) * BLOCK).all()
     assert mask[:BLOCK].all()
     assert mask[-BLOCK:].all()
