@@ -420,17 +420,21 @@ class FastWeight(Mechanism):
             strength = strength.masked_fill(~real.unsqueeze(1), NOTHING)
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         if self.causal:
-            return self._read(query, key, value, strength)
+            return self._read(query, key, value, strength).to(value)
         back = [tensor[:, 1::2].flip(2) for tensor in (query, key, value, strength)]
         attended = torch.empty_like(value)
-        attended[:, ::2] = self._read(query[:, ::2], key[:, ::2], value[:, ::2], strength[:, ::2])
-        attended[:, 1::2] = self._read(*back).flip(2)
+        attended[:, ::2] = self._read(query[:, ::2], key[:, ::2], value[:, ::2], strength[:, ::2]).to(value)
+        attended[:, 1::2] = self._read(*back).flip(2).to(value)
         return attended
 
     def _read(self, query: Tensor, key: Tensor, value: Tensor, strength: Tensor) -> Tensor:
+        # As the memory, whatever autocast chooses: the triangular systems have no shorter type.
+        own = torch.promote_types(value.dtype, torch.float32)
+        query, key, value, strength = (tensor.to(own) for tensor in (query, key, value, strength))
         empty = key.new_zeros(*key.shape[:2], key.shape[3], value.shape[3])
         writes = Writes(key, value, strength, torch.full_like(strength, NOTHING))
-        return cast(Tensor, advance(empty, writes, self.rule, query)[1])
+        with torch.autocast(key.device.type, enabled=False):
+            return cast(Tensor, advance(empty, writes, self.rule, query)[1])
 
 
 def mechanism_kinds() -> dict[str, type[Mechanism]]:

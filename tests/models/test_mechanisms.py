@@ -73,6 +73,20 @@ def test_rows_do_not_mix_and_gradients_are_finite(kind):
     assert all(gradient.isfinite().all() for gradient in used)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_mechanism_says_the_same_up_to_rounding(kind, precision):
+    inputs = new_inputs()
+    real = torch.arange(45) < torch.tensor([[45], [30], [1]])
+    shown = real[:, None, :, None]
+    for causal in {False, kind in CAUSAL}:
+        mechanism = new_mechanism(kind, causal)
+        expected = mechanism(*inputs, real) * shown
+        with torch.autocast("cpu", precision):
+            found = mechanism(*(tensor.to(precision) for tensor in inputs), real).float() * shown
+        assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_a_causal_mechanism_sees_nothing_that_comes_later(kind):
     inputs = new_inputs()
