@@ -67,7 +67,9 @@ def _attend_round(query: Tensor, value: Tensor, buckets: Tensor, chunk: int, rea
         keys, values = with_previous(key), with_previous(in_chunks(value))
         seen, key_bucket, key_place = (with_previous(tensor) for tensor in (shown, bucket, place))
     allowed = seen.unsqueeze(-2) & (bucket.unsqueeze(-1) == key_bucket.unsqueeze(-2))
-    scores = (chunks @ keys.mT).masked_fill(place.unsqueeze(-1) == key_place.unsqueeze(-2), ALONE)
+    scores = chunks @ keys.mT
+    alone = max(ALONE, torch.finfo(scores.dtype).min / 8)  # above what is hidden, also in float16
+    scores = scores.masked_fill(place.unsqueeze(-1) == key_place.unsqueeze(-2), alone)
     part = weigh_part(scores, values, allowed)
 
     back = order.argsort(dim=-1)
