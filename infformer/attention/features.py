@@ -24,6 +24,14 @@ def feature_attention(
         causal: by sums over chunks, and within a chunk by all pairs of it.
         least: added to the denominator.
     """
+    device = value.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    if torch.float16 in (autocast, value.dtype):  # whose largest number is less than the sums of 1,024 positions
+        with torch.autocast(device, enabled=False):
+            whole = feature_attention(
+                query.float(), key.float(), value.float(), None if weight is None else weight.float(), causal, least
+            )
+        return whole.to(value)
     value = F.pad(value, (0, 1), value=1.0)  # its last entry sums the weights
     value = value if weight is None else value * weight.unsqueeze(-1)
     if causal:
@@ -31,8 +39,8 @@ def feature_attention(
         query, key, value = (
             F.pad(tensor, (0, 0, 0, -length % CHUNK)).unflatten(2, (-1, CHUNK)) for tensor in (query, key, value)
         )
-        sums = key.mT @ value
-        before = sums.cumsum(dim=2) - sums
+        # Summed without the chunk's own part: to take that away again leaves noise where it is much the larger.
+        before = F.pad(key.mT @ value, (0, 0, 0, 0, 1, -1)).cumsum(dim=2)
         attended = (query @ before + (query @ key.mT).tril() @ value).flatten(2, 3)[:, :, :length]
     else:
         attended = query @ (key.mT @ value)
@@ -64,10 +72,12 @@ def performer_attention(
     log_weight = highest_of_key.squeeze(-1) - key.square().sum(dim=-1) / 2
     if real is not None:
         log_weight = log_weight.masked_fill(~real.unsqueeze(1), -math.inf)
-    weight = torch.exp(log_weight - log_weight.detach().amax(dim=-1, keepdim=True))
+    highest = log_weight.detach().amax(dim=-1, keepdim=True)
+    weight = torch.exp(log_weight - highest.clamp(min=torch.finfo(highest.dtype).min))  # −∞ where all is padding
     # In place: new memory costs more than the arithmetic.
     of_query, of_key = of_query.sub_(highest_of_query).exp_(), of_key.sub_(highest_of_key).exp_()
-    return feature_attention(of_query, of_key, value, weight, causal, least=1e-9)
+    # Weights are parts of the largest of the whole text, so early ones, which causal attention sees alone, may be tiny.
+    return feature_attention(of_query, of_key, value, weight, causal, least=1e-30)
 
 
 def softmax_features(tensor: Tensor, directions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention by features against the weights it stands for."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -76,6 +77,39 @@ def test_performer_comes_nearer_to_softmax_with_more_features():
         drawn = [orthogonal_directions(features, 8, torch.Generator().manual_seed(seed)).double() for seed in range(8)]
         errors.append(sum((performer_attention(*inputs, one) - exact).square().mean() for one in drawn) / len(drawn))
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
+
+
+def test_a_causal_performer_reads_a_beginning_as_the_beginning_alone_however_little_its_keys_weigh():
+    query, key, value = new_inputs(size=32, dtype=torch.float32)
+    key[:, :, :190] *= 4  # longer keys weigh less
+    directions = orthogonal_directions(128, 32, torch.Generator().manual_seed(1))
+    whole = performer_attention(query, key, value, directions, causal=True)
+    for length in (1, 40, 150, 190, 220):
+        beginning = [tensor[:, :, :length].double() for tensor in (query, key, value)]
+        last = performer_attention(*beginning, directions.double())[:, :, -1]
+        torch.testing.assert_close(whole[:, :, length - 1].double(), last, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["linear", "performer"])
+def test_long_texts_are_read_in_float16_as_in_float32(attention):
+    """The sums over 2,048 positions are beyond its largest number."""
+    query, key, value = new_inputs(2048, 64, dtype=torch.float32)
+    directions = orthogonal_directions(128, 64, torch.Generator().manual_seed(1))
+    read = linear_attention if attention == "linear" else partial(performer_attention, directions=directions)
+    expected = read(query, key, value)
+    with torch.autocast("cpu", torch.float16):
+        found = read(query.half(), key.half(), value.half())
+    assert found.dtype == torch.float16
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_text_of_padding_alone_leaves_no_nan():
+    inputs = [tensor.requires_grad_() for tensor in new_inputs(length=9)]
+    real = torch.tensor([[True], [False]]).expand(2, 9)
+    directions = orthogonal_directions(16, 8, torch.Generator().manual_seed(1)).double()
+    for attended in (linear_attention(*inputs, real), performer_attention(*inputs, directions, real)):
+        assert attended.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(attended.sum(), inputs))
 
 
 def test_large_scores_stay_finite():
