@@ -35,21 +35,26 @@ def continuous_attention(
         ridge: λ of the regression G.
         real: which positions are not padding, which stands behind the text, bool [batch, length].
     """
+    own = torch.promote_types(key.dtype, torch.float32)  # as in the memory: a place in a long text wants its digits
     grid = GaussianGrid(
-        torch.linspace(0, 1, functions // len(widths)).to(key), torch.tensor(widths, dtype=key.dtype, device=key.device)
+        torch.linspace(0, 1, functions // len(widths)).to(key.device, own),
+        torch.tensor(widths, dtype=own, device=key.device),
     )
     lengths = [key.shape[2]] if real is None else real.sum(dim=1).tolist()
     operators = [_operator(length, functions, widths, ridge) for length in lengths]
     # Padding has rows of zeros: each text alone is fitted to all of [0, 1].
     padded = torch.stack([F.pad(operator, (0, 0, 0, key.shape[2] - len(operator))) for operator in operators])
-    fit = padded.to(key).mT.unsqueeze(1)
-    key, value = fit @ key, fit @ value
-    mean, variance = match_moments(torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1), grid.basis)
-    return Gaussian(mean, variance).read(grid, value)
+    with torch.autocast(key.device.type, enabled=False):
+        fit = padded.to(key.device, own).mT.unsqueeze(1)
+        scores = query.to(own) @ (fit @ key.to(own)).mT / math.sqrt(query.shape[-1])
+        mean, variance = match_moments(torch.softmax(scores, dim=-1), grid.basis)
+        return Gaussian(mean, variance).read(grid, (fit @ value.to(own)).to(value))
 
 
 @lru_cache(maxsize=256)
 def _operator(length: int, functions: int, widths: tuple[float, ...], ridge: float) -> Tensor:
     """G, from the positions of a text to coefficients, [length, N]."""
+    if length == 0:  # of a text of padding alone
+        return torch.zeros(0, functions)
     basis = GaussianBasis.even_grid(functions, widths)
     return rounded(first_operator(basis, length, ridge, zeros=False), torch.float32)

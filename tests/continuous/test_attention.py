@@ -38,3 +38,21 @@ def test_padding_is_not_seen():
     padded = continuous_attention(query, key, value, 8, WIDTHS, 0.1, real)[:, :, :21]
     alone = continuous_attention(*(tensor[:, :, :21] for tensor in (query, key, value)), 8, WIDTHS, 0.1)
     torch.testing.assert_close(padded, alone)
+
+
+def test_autocast_rounds_what_is_read_and_not_where_a_query_looks():
+    """In bfloat16 a place in the newest part of a text would have two digits, and be off by a function's width."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(1, 2, 32, 16, generator=generator).repeat_interleave(16, dim=2)  # neighbours are alike
+    query, key, value = (text + torch.randn(text.shape, generator=generator) for _ in range(3))
+    expected = continuous_attention(query, key, value, 128, (0.01, 0.05), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = continuous_attention(*(tensor.bfloat16() for tensor in (query, key, value)), 128, (0.01, 0.05), 0.5)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.006 * expected.norm()
+
+
+def test_a_text_of_padding_alone_reads_nothing():
+    query, key, value = (torch.randn(2, 2, 9, 4) for _ in range(3))
+    real = torch.tensor([[True], [False]]).expand(2, 9)
+    assert not continuous_attention(query, key, value, 8, WIDTHS, 0.1, real)[1].any()
