@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -307,6 +307,7 @@ class Sinkhorn(Mechanism):
     def __init__(self, shape: AttentionShape, block: int = 64, iterations: int = 8, temperature: float = 0.75) -> None:
         super().__init__(shape)
         _check_at_least(1, block=block, iterations=iterations)
+        _check_positive(temperature=temperature)
         self.block, self.iterations, self.temperature = block, iterations, temperature
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
@@ -385,10 +386,15 @@ class Continuous(Mechanism):
     ) -> None:
         super().__init__(shape)
         _check_at_least(1, functions=functions)
+        _check_positive(ridge=ridge)
+        if not isinstance(widths, Sequence) or not widths:
+            raise ModelError(f"model.architecture.attention.widths={widths}: give a list of one width at least")
+        for width in widths:
+            _check_positive(widths=width)
         if functions % len(widths) or functions < 2 * len(widths):
             raise ModelError(
                 f"model.architecture.attention.functions={functions}: make it a multiple of the {len(widths)} widths "
-                f"{list(widths)}"
+                f"{list(widths)}, and {2 * len(widths)} at least"
             )
         self.functions, self.widths, self.ridge = functions, tuple(widths), ridge
 
@@ -481,3 +487,14 @@ def _check_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if not isinstance(value, int) or value < least:
             raise ModelError(f"model.architecture.attention.{name}={value}: give a whole number of at least {least}")
+
+
+def _check_positive(**options: float) -> None:
+    """Make sure that options are numbers above 0.
+
+    Raises:
+        ModelError: one is not.
+    """
+    for name, value in options.items():
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(f"model.architecture.attention.{name}={value}: give a number that is more than 0")

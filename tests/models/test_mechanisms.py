@@ -154,11 +154,28 @@ def test_longformer_equals_the_module_of_transformers():
 @pytest.mark.parametrize("kind", KINDS)
 def test_options_of_a_mechanism_are_checked_when_it_is_built(kind):
     options = inspect.signature(mechanism_kinds()[kind]).parameters.keys() - {"shape"}
-    for option in options - {"redraw", "widths", "ridge", "temperature"}:
+    for option in options - {"redraw"}:
         with pytest.raises(ModelError, match=rf"attention\.{option}=-1"):
             new_mechanism(kind, **{option: -1})
     with pytest.raises(ModelError, match=rf"attention.blok=3: {kind} has no such option"):
         new_mechanism(kind, blok=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": []}, r"attention\.widths=\[\]: give a list of one width at least"),
+        ({"widths": [0.1, 0.0]}, r"attention\.widths=0\.0: give a number that is more than 0"),
+        ({"ridge": 0}, r"attention\.ridge=0: give a number that is more than 0"),
+        (
+            {"functions": 2},
+            r"attention\.functions=2: make it a multiple of the 2 widths \[0\.01, 0\.05\], and 4 at least",
+        ),
+    ],
+)
+def test_a_signal_that_cannot_be_fitted_is_refused(options, message):
+    with pytest.raises(ModelError, match=message):
+        new_mechanism("continuous", **options)
 
 
 def test_a_mechanism_that_is_not_known_or_not_causal_is_refused_with_those_that_are():
