@@ -43,7 +43,7 @@ from benchmarks import (
 from benchmarks.machine import PRECISIONS, Setting, measure_machine
 from benchmarks.measuring import Clock
 
-from infformer.durable import check_place
+from infformer.durable import check_place, write_text
 from infformer.errors import UserError
 from infformer.plots.benchmark import plot_attentions, plot_context, plot_parts
 
@@ -108,6 +108,7 @@ def main() -> None:
     print(f"\n{comparison.format(machine)}\n")
     path = options.json or options.folder / f"{options.command}.jsonl"
     comparison.write(path, machine)
+    write_text(path.with_suffix(".command"), shlex.join(sys.argv[1:]))
     print(f"written: {path}")
     if options.command == "stream":
         print(f"drawn: {plot_context(path)}")
@@ -147,7 +148,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         comparison.add_command(commands, [measured])
     every_row = commands.add_parser("all", help="every row that this machine can run", parents=[everywhere])
     every_row.add_argument("--rows", nargs="*", help=f"only some of {', '.join(ROWS_ON_GPU)}")
-    every_row.add_argument("--again", action="store_true", help="also rows whose results are in the folder already")
+    every_row.add_argument(
+        "--again", action="store_true", help="also rows whose results are in the folder already, by the same options"
+    )
     every_row.add_argument("options", nargs="*", help="of all rows, after --, such as -- --threads 1 --clock process")
     options = parser.parse_args(arguments)
     _check(parser, options)
@@ -159,7 +162,7 @@ def run_all(
 ) -> int:
     """Every row in a process of its own, so that no row finds the memory of another; the exit status.
 
-    A row whose results are there is left out, so that what was stopped goes on.
+    A row whose results are there, by the same options, is left out, so that what was stopped goes on.
 
     Args:
         chosen: names of rows; all if not given.
@@ -175,10 +178,12 @@ def run_all(
         if chosen and name not in chosen:
             continue
         path = folder / f"{name}.jsonl"
-        if path.exists() and not again:
+        command = [*shlex.split(row), "--device", str(device), "--json", str(path), *options]
+        typed = path.with_suffix(".command")  # a comparison that was made alone may have the same place
+        same = typed.exists() and typed.read_text(encoding="utf-8") == shlex.join(command)
+        if path.exists() and same and not again:
             print(f"== {name}: already in {path}; --again measures it once more", flush=True)
             continue
-        command = [*shlex.split(row), "--device", str(device), "--json", str(path), *options]
         print(f"== {name}: python scripts/benchmark.py {shlex.join(command)}", flush=True)
         start = time.perf_counter()
         status = subprocess.run([sys.executable, __file__, *command], check=False).returncode

@@ -601,10 +601,19 @@ class TestAllRows:
         assert all(command[-2:] == ["--threads", "1"] for command in commands)
         commands.clear()
         (tmp_path / "one.jsonl").write_text("{}\n")
+        (tmp_path / "one.command").write_text(f"read {LAYER} --device cpu --json {tmp_path / 'one.jsonl'}")
         assert script.run_all(torch.device("cpu"), tmp_path, ["one", "three"], []) == 0
         assert [command[2] for command in commands] == ["layer"]  # what was stopped goes on
         assert script.run_all(torch.device("cpu"), tmp_path, ["one", "three"], [], again=True) == 0
         assert [command[2] for command in commands] == ["layer", "read", "layer"]
+        assert script.run_all(torch.device("cpu"), tmp_path, ["one"], ["--threads", "1"]) == 0
+        assert [command[2] for command in commands] == ["layer", "read", "layer", "read"]  # by other options
+
+    def test_a_comparison_notes_by_which_command_it_was_made(self, run, capsys, tmp_path):
+        run(capsys, f"read {LAYER}")
+        (noted,) = tmp_path.rglob("*.command")
+        assert noted.with_suffix(".jsonl").exists()
+        assert noted.read_text().startswith(f"read {LAYER}")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ROWS)
