@@ -120,7 +120,18 @@ def test_the_command_writes_and_ends(checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["It was, and was not", "It's dark", 'Say "no" (or not)', "a=b: {c}", "1e3", 'a \\"b\\', "${x}"]
+    "prompt",
+    [
+        "It was, and was not",
+        "It's dark",
+        'Say "no" (or not)',
+        "a=b: {c}",
+        "1e3",
+        'a \\"b\\',
+        "${x}",
+        '"Come in," he said, "now."',
+        "'Tis late,' said he, 'tis'",
+    ],
 )
 def test_a_prompt_is_taken_as_it_is_typed(prompt):
     overrides = [quoted(f"prompt={prompt}"), "checkpoint=somewhere"]

@@ -36,6 +36,9 @@ from infformer.training.command_line import start
 
 logger = logging.getLogger(__name__)
 
+QUOTED = r"""null|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'"""
+"""A value that Hydra reads as one; a text that begins and ends with quotations is none."""
+
 
 def main() -> None:
     """Compose the configuration, check it, read and write."""
@@ -78,7 +81,7 @@ def run(config: GenerationRunConfig) -> None:
 def quoted(argument: str) -> str:
     """A prompt as Hydra reads any text, with commas, brackets and quotes, unless it is quoted already."""
     name, equals, text = argument.partition("=")
-    if name != "prompt" or not equals or re.fullmatch(r"null|\".*\"|'.*'", text, re.DOTALL):
+    if name != "prompt" or not equals or re.fullmatch(QUOTED, text, re.DOTALL):
         return argument
     text = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (found[2] and '\\"'), text)
     return f'prompt="{text}"'.replace("${", r"\${")
