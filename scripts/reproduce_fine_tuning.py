@@ -68,8 +68,10 @@ def main() -> None:
         f"training.bptt_segments={segments}", "training.evaluate_every=null", "training.checkpoint_every=null",
     ]  # fmt: skip
     steps = [f"training.max_steps={chosen.steps}", f"schedule.unfreeze_every={chosen.every}"]
-    pretrained = f"model.pretrained={chosen.folder / 'task'}"
-    whole = run_all({"task": task}, chosen.folder, until)
+    # Named by what no option of a classifier says: upon another second stage none of them is whole.
+    second = f"task_{chosen.memory}_{chosen.task_steps}"
+    pretrained = f"model.pretrained={chosen.folder / second}"
+    whole = run_all({second: task}, chosen.folder, until)
     # Of what is typed twice the last holds.
     rows = {name: _last_of_each([*shared, *steps, pretrained, *options]) for name, options in ROWS.items()}
     longer = [f"training.max_steps={chosen.steps + chosen.task_steps}", f"model/memory={chosen.memory}"]

@@ -650,3 +650,19 @@ def test_language_models_are_reproduced_from_the_command_line(tmp_path, texts, t
             assert row[control] == figures["perplexity"]["token"]
         assert f"| {row['experiment']} | {row['parameters']:,} | 128 | {row['per_token']:.2f} |" in table
     assert "==" not in call("reproduce_from_scratch.py", *options)
+
+
+def test_classifiers_are_made_anew_upon_another_second_stage(grid, monkeypatch, tmp_path, capsys):
+    script = import_module("reproduce_fine_tuning")
+    monkeypatch.setattr(script, "format_table", lambda found: "")
+    monkeypatch.setattr(script, "ROWS", {name: script.ROWS[name] for name in ("three stages", script.SCRATCH)})
+    texts = [f"--{split}={split}.jsonl" for split in ("train", "validation", "test")]
+
+    def started(*options: str) -> list[str]:
+        (tmp_path / "started").unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["", *texts, f"--folder={tmp_path}", "--seeds=0", *options])
+        script.main()
+        return (tmp_path / "started").read_text().split()
+
+    assert started() == ["task_none_60", "three_stages_seed0", "from_scratch_as_many_tokens_seed0"]
+    assert started("--task-steps=90") == ["task_none_90", "three_stages_seed0", "from_scratch_as_many_tokens_seed0"]
