@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +32,7 @@ def plot_capacity(path: Path) -> list[Path]:
     panels = figure.subplots(1, len(experiments), sharey=True, squeeze=False)[0]
     for axes, experiment in zip(panels, experiments, strict=True):
         mechanisms = list(dict.fromkeys(row["mechanism"] for row in rows))
-        for mechanism, (colour, marker) in zip(mechanisms, STYLES, strict=False):
+        for mechanism, (colour, marker) in zip(mechanisms, cycle(STYLES), strict=False):
             losses: dict[int, list[float]] = {}
             for row in rows:
                 if (row["keys"], row["mechanism"]) == (experiment, mechanism):

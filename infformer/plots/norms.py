@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from infformer.results import InitialGradients, NormResults, NormTraining
 
 PLACEMENTS = {"post": "Norms after the sum", "pre": "Norms before the parts", "dual": "Both (ResiDual)"}
 NORMS = {"layer": "LayerNorm", "rms": "RMSNorm"}
-STYLES = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), ("black", "-", "v")]
+STYLES = [
+    (BLUE, "-", "o"),
+    (ORANGE, "--", "s"),
+    (GREEN, "-.", "^"),
+    (PURPLE, ":", "D"),
+    ("black", "-", "v"),
+    ("#E69F00", "--", "P"),
+    ("#56B4E9", "-.", "*"),
+]
 """Of lines, in the order of their depths or their ways of training: colour, dashes and marker."""
 STRETCH = 8
 """Steps whose mean is a point."""
@@ -45,7 +54,7 @@ def _draw_gradients(figure: SubFigure, norm: str, rows: list[InitialGradients]) 
     panels = figure.subplots(1, 3, sharey=True)
     depths = list(dict.fromkeys(row["depth"] for row in rows))
     for axes, (placement, name) in zip(panels, PLACEMENTS.items(), strict=True):
-        for depth, (colour, dashes, marker) in zip(depths, STYLES, strict=False):
+        for depth, (colour, dashes, marker) in zip(depths, cycle(STYLES), strict=False):
             (gradients,) = (row["gradients"] for row in rows if (row["placement"], row["depth"]) == (placement, depth))
             axes.plot(
                 range(1, depth + 1), gradients, color=colour, linestyle=dashes, marker=marker, markersize=4,
@@ -64,7 +73,7 @@ def _draw_losses(figure: SubFigure, depth: int, rows: list[NormTraining], freque
     panels = figure.subplots(1, 3, sharey=True)
     ways = list(dict.fromkeys((row["normalization"], row["warmup"]) for row in rows))
     for axes, placement in zip(panels, PLACEMENTS, strict=True):
-        for way, (colour, dashes, marker) in zip(ways, STYLES, strict=False):
+        for way, (colour, dashes, marker) in zip(ways, cycle(STYLES), strict=False):
             norm, warmup = way
             chosen = [
                 row for row in rows if (row["placement"], row["normalization"], row["warmup"]) == (placement, *way)

@@ -13,7 +13,18 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, read_json, save
+from infformer.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    columns_of_legend,
+    label,
+    new_figure,
+    read_json,
+    save,
+)
 from infformer.results import SortingFigures, SortingResults, SortingRun
 
 Measure = Literal["accuracy", "accuracy_free_running"]
@@ -28,7 +39,16 @@ COUNTER_STYLES = [(ORANGE, "-"), (PURPLE, "-"), (GREEN, "--"), (GREEN, "-"), (GR
 # The same beside several models, which have the colours.
 COUNTER_DASHES = [(6, 2), (6, 2, 1, 2), (3, 2), (3, 2, 1, 2), (1, 2)]
 # Of the models, in the order of the results: colour and marker.
-MODEL_STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), ("black", "v"), (GREY, "P")]
+MODEL_STYLES = [
+    (BLUE, "o"),
+    (ORANGE, "s"),
+    (GREEN, "^"),
+    (PURPLE, "D"),
+    ("black", "v"),
+    (GREY, "P"),
+    ("#E69F00", "X"),
+    ("#56B4E9", "*"),
+]
 
 Values = dict[str, dict[int, list[float]]]
 """Of every seed, by what was measured and the length."""
@@ -82,7 +102,8 @@ def plot_accuracy_by_length(path: Path) -> list[Path]:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:,.0f}")
         label(axes, f"Sorting, {name}", "symbols of a sequence", "accuracy")
-    figure.legend(handles=models, loc="outside upper center", ncols=len(models), frameon=False)
+    columns = columns_of_legend(figure, [str(line.get_label()) for line in models])
+    figure.legend(handles=models, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     figure.legend(
         handles=counters, loc="outside lower center", ncols=len(counters), title="ideal counters", frameon=False
     )

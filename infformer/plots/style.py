@@ -42,10 +42,15 @@ def label(axes: Axes, title: str, x: str, y: str) -> None:
 def legend_below(figure: Figure, lines: Sequence[Any], names: Sequence[str]) -> None:
     """A legend under all panels, in as many columns as the figure is wide enough for."""
     if lines:
-        widths = [0.6 + 0.085 * len(name) for name in names]  # inches of an entry
-        fits = sum(widths) <= figure.get_figwidth()
-        columns = len(lines) if fits else max(1, int(figure.get_figwidth() / max(widths)))
+        columns = columns_of_legend(figure, names)
         figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def columns_of_legend(figure: Figure, names: Sequence[str]) -> int:
+    """How many entries of a legend stand beside each other: all, or as many as the figure is wide enough for."""
+    widths = [0.6 + 0.085 * len(name) for name in names]  # inches of an entry
+    fits = sum(widths) <= figure.get_figwidth()
+    return len(names) if fits else max(1, int(figure.get_figwidth() / max(widths)))
 
 
 def mark(axes: Axes, places: Sequence[float], name: str) -> None:

@@ -28,7 +28,7 @@ from infformer.plots.evaluation import plot_results
 from infformer.plots.memory import plot_inspection
 from infformer.plots.norms import plot_norms
 from infformer.plots.run import plot_run
-from infformer.plots.sorting import plot_accuracy
+from infformer.plots.sorting import plot_accuracy, plot_accuracy_by_length
 from infformer.plots.style import BLUE, GREEN, GREY, ORANGE
 from infformer.plots.sweep import plot_sweep
 
@@ -769,9 +769,17 @@ HELD = {
     ]
 }
 
+EIGHT_MEMORIES = [
+    {"memory": f"fast_weight_{number}", "seed": 0, "length": 512, "accuracy": 0.1 * number}
+    | {"accuracy_free_running": 0.1 * number}
+    | {"ideal_counters": {name: {"accuracy": 0.5, "accuracy_free_running": 0.5} for name in COUNTERS}}
+    for number in range(8)
+]
+
 LEGIBLE = {
     "norms": (plot_norms, {**NORMS_MEASURED, "training": NORMS_MEASURED["training"][:12]}, "norms.json"),
     "capacity": (plot_capacity, HELD, "capacity.json"),
+    "eight memories": (plot_accuracy_by_length, EIGHT_MEMORIES, "accuracy.json"),
     "a sweep": (plot_sweep, swept(24), "summary.json"),
     "4 layers": (plot_inspection, of_layers(4), "inspection.json"),
     "30 layers": (plot_inspection, of_layers(30, heads=16), "inspection.json"),
@@ -811,6 +819,20 @@ def test_no_text_is_cut_or_printed_over_another(drawn, plot, content, name):
         overlaps = np.triu((low[:, None] <= high).all(axis=-1) & (low <= high[:, None]).all(axis=-1), k=1)
         over = [f"{texts[one][0]!r} and {texts[other][0]!r}" for one, other in np.argwhere(overlaps)]
         assert not over, f"{title}: {over}"
+
+
+def test_every_mechanism_and_every_depth_has_a_line_however_many_there_are(drawn):
+    names = [f"{rule}_{features}" for rule in ("sum", "delta") for features in ("elu", "dpfp1", "dpfp2", "dpfp3")]
+    rows = [{**row, "mechanism": name} for row in HELD["rows"] if row["mechanism"] == "softmax" for name in names]
+    panels = drawn(plot_capacity, {"rows": rows}, "capacity.json")["capacity"].axes
+    assert [len(axes.get_legend_handles_labels()[0]) for axes in panels] == [8, 8]
+    starts = [
+        {"placement": placement, "normalization": norm, "depth": depth, "gradients": [0.1] * depth}
+        for placement, norm in KINDS
+        for depth in range(2, 10)
+    ]
+    panels = drawn(plot_norms, {**NORMS_MEASURED, "initialisation": starts}, "norms.json")["norms"].axes
+    assert [len(axes.get_legend_handles_labels()[0]) for axes in panels[:6]] == [8] * 6
 
 
 def test_gradients_have_a_line_for_each_depth_and_losses_one_for_each_way_of_training(drawn):
