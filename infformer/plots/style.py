@@ -84,11 +84,14 @@ def tick_logarithmic(axis: Axis) -> None:
 
 
 def shorten(name: str, length: int) -> str:
-    """A name that is too long without its middle: beginnings and ends tell names apart."""
-    if len(name) <= length:
-        return name
-    end = (length - 1) // 2
-    return f"{name[: length - 1 - end]}…{name[-end:]}"
+    """A name that is too long without its middle: beginnings and ends tell names apart.
+
+    Dollars in it are escaped, as between two of them matplotlib would read a formula, or fail to.
+    """
+    if len(name) > length:
+        end = (length - 1) // 2
+        name = f"{name[: length - 1 - end]}…{name[-end:]}"
+    return name.replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> Path:

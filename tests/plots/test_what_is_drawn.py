@@ -821,6 +821,18 @@ def test_no_text_is_cut_or_printed_over_another(drawn, plot, content, name):
         assert not over, f"{title}: {over}"
 
 
+def test_a_name_with_dollars_is_no_formula(drawn):
+    content = evaluation_of(1)
+    for figures in (content, *content["controls"].values()):
+        figures["per_document"][0]["id"] = "from $_ to _$ a day"
+    figures = [
+        *drawn(plot_results, content).values(),
+        *drawn(plot_comparison, {**COMPARISON, "a": {"checkpoint": "$_ to _$"}}, "comparison.json").values(),
+    ]
+    for figure in figures:
+        figure.draw_without_rendering()
+
+
 def test_every_mechanism_and_every_depth_has_a_line_however_many_there_are(drawn):
     names = [f"{rule}_{features}" for rule in ("sum", "delta") for features in ("elu", "dpfp1", "dpfp2", "dpfp3")]
     rows = [{**row, "mechanism": name} for row in HELD["rows"] if row["mechanism"] == "softmax" for name in names]
