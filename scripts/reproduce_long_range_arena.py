@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--set", default="lra_small", help="of sizes: lra_small, lra_release, lra_paper")
     parser.add_argument("--speed", type=Path, help="results of scripts/benchmark.py attention, for the trade-off")
     arguments = parser.parse_args()
+    if arguments.speed is not None and not arguments.speed.is_file():  # not to be found out after all runs
+        parser.error(f"--speed {arguments.speed}: there is no such file; make it by scripts/benchmark.py attention")
 
     runs, trained = {}, {}
     for seed in arguments.seeds:

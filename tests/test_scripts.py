@@ -239,6 +239,14 @@ def test_the_table_of_long_range_arena_has_published_accuracies_and_what_is_righ
     ]
 
 
+def test_speeds_of_long_range_arena_that_are_not_there_are_told_before_any_run(arena, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(arena, "run_all", None)
+    monkeypatch.setattr(sys, "argv", ["reproduce_long_range_arena.py", "--speed", str(tmp_path / "none.jsonl")])
+    with pytest.raises(SystemExit):
+        arena.main()
+    assert "there is no such file; make it by scripts/benchmark.py attention" in capsys.readouterr().err
+
+
 def test_each_task_mechanism_and_seed_of_long_range_arena_is_a_run(arena, monkeypatch, capsys, tmp_path):
     runs = {}
 
