@@ -772,13 +772,16 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 """The groups that are chosen from by one word, such as `optimizer=adam`, beside those of `conf/`."""
 
 
+_types_of = cache(get_type_hints)  # which reads them anew each time
+
+
 def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
     """Every option and every group of a typed tree, as it is typed, those of every task and memory among them."""
     variants: dict[type[Any], list[type[Any]]] = {
         TaskConfig: [type(task) for task in TASKS.values()],
         MemoryConfig: MemoryConfig.kinds(),
     }
-    hints = get_type_hints(kind)
+    hints = _types_of(kind)
     for declared in fields(kind):
         option = prefix + declared.name
         yield option, declared
@@ -794,8 +797,12 @@ def without_none(declared: Any) -> Any:
     return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else declared
 
 
+@cache
 def schema_of(kind: type[Any]) -> DictConfig:
-    """A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone."""
+    """A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone.
+
+    Not to be changed, as it is kept: what is merged with it is a copy.
+    """
     schema: DictConfig = OmegaConf.structured(kind)
     if "task" in schema:
         schema.task = MISSING

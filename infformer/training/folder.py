@@ -296,6 +296,7 @@ def _remove_if_unused(folder: Path, made: Sequence[Path]) -> None:
             place.rmdir()
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
