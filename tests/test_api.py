@@ -58,7 +58,7 @@ def test_a_name_that_is_not_offered_is_none(name: str) -> None:
 FIRST = ("import infformer", "from transformers import AutoModelForCausalLM")
 IN_EITHER_ORDER = f"""
 import os, sys
-import torch, transformers.modeling_utils  # most of what takes seconds, for both
+import datasets, torch, transformers.modeling_utils  # most of what takes seconds, for both
 
 assert not {{"infformer", "transformers.models.auto.modeling_auto"}} & {{*sys.modules}}
 for first in {FIRST}:

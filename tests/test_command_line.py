@@ -248,7 +248,13 @@ class TestRetrieval:
         return [(cell["length"], cell["depth"], cell["answers"], cell["nll"]) for cell in results["cells"]]
 
     @pytest.mark.parametrize(
-        "task", ["passkey", "needle", "multikey task.keys=2", "variable_tracking task.chains=2 task.hops=1"]
+        "task",
+        [
+            pytest.param("passkey", marks=pytest.mark.slow),
+            "needle",
+            pytest.param("multikey task.keys=2", marks=pytest.mark.slow),
+            "variable_tracking task.chains=2 task.hops=1",
+        ],
     )
     def test_a_model_is_trained_and_measured_again(self, start, one_layer_folder, books, tmp_path, task):
         asked = [*f"task={task}".split(), *self.ASKED, *books]

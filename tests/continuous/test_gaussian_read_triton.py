@@ -161,7 +161,7 @@ def test_a_nan_stays_in_its_query(kernels):
         assert (of_densities[..., [0, 1, 3, 4]] == 0).all()
 
 
-@where_kernels_run
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter does one thing after the other")
 def test_the_same_inputs_give_the_same_bits(kernels):
     generator = torch.Generator().manual_seed(0)
     basis = GaussianBasis.even_grid(192, [0.01, 0.03], dtype=torch.float32)
@@ -169,8 +169,7 @@ def test_the_same_inputs_give_the_same_bits(kernels):
     values, upstream = (torch.randn(1, 2, rows, 16, generator=generator) for rows in (192, 70))
     arguments = [x.to(DEVICE) for x in (mean, 1e-3 + variance, basis.centres[::2], basis.widths[:2], values)]
     first, *others = (
-        (kernels.read(*arguments), *kernels.read_backward(upstream.to(DEVICE), *arguments))
-        for _ in range(2 if DEVICE == "cpu" else 4)
+        (kernels.read(*arguments), *kernels.read_backward(upstream.to(DEVICE), *arguments)) for _ in range(4)
     )
     for again in others:
         for one, other in zip(first, again, strict=True):

@@ -14,7 +14,7 @@ from infformer.models.pretrained import InfformerForCausalLM
 
 SEGMENT = 16
 TEXTS = {
-    "ship": "the ship went over the deep sea " * 5,
+    "ship": "the ship went over the deep sea " * 4 + "away",
     "short": "a whale",
     "naïve": "Über dem Wasser, naïve – “night” … " * 2,
     "exact": "x" * 3 * SEGMENT,

@@ -45,9 +45,15 @@ def literally(model, documents, nats: np.ndarray, settings: Settings) -> list[fl
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(5, 3.0, 0.3), Settings(40, 20.0, 0.1), Settings(1000, 0.0, 0.5), Settings(None, 0.0, 0.2)]
+    ("settings", "batch_size"),
+    [
+        (Settings(5, 3.0, 0.3), 3),
+        (Settings(40, 20.0, 0.1), 1),
+        (Settings(1000, 0.0, 0.5), 3),
+        (Settings(None, 0.0, 0.2), 1),
+        (Settings(None, 0.0, 0.2), 3),
+    ],
 )
-@pytest.mark.parametrize("batch_size", [1, 3])
 def test_losses_are_those_of_the_mixture_token_by_token(model, documents, evaluator, settings, batch_size):
     reader = evaluator(model, batch_size, progress=False)
     plain = read_documents(reader, documents, without_memory(reader), "plain")
@@ -86,7 +92,7 @@ def test_windows_that_overlap_keep_each_token_once(without_memory, documents, ev
 
 def test_settings_are_the_best_of_the_validation_documents(model, documents, documents_of, evaluator):
     reader = evaluator(model, progress=False)
-    validation = documents_of("ship", "wind")
+    validation = documents_of("short", "wind")
     found = measure_baselines(reader, documents, validation, evaluate(reader, documents))
     assert found.keys() == {CONTINUOUS_CACHE, DOCUMENT_UNIGRAM}
     for baseline in found.values():

@@ -84,7 +84,20 @@ QUANTIZED = [
     for weights in ("4bit float32", "4bit bfloat16", "8bit float32", "8bit float16")
 ]
 WEIGHTS = ["bfloat16", "float16", *QUANTIZED]
-LORA = [None, pytest.param(2, marks=needs("peft"))]
+RANKS = [(weights, None) for weights in ("bfloat16", "float16")]
+RANKS += [pytest.param(*weights.values, None, marks=weights.marks) for weights in QUANTIZED]
+RANKS += [
+    pytest.param(weights, 2, marks=[needs("peft"), *marks])
+    for weights, *marks in (
+        ("bfloat16",),
+        ("float16", pytest.mark.slow),
+        ("4bit float32", needs("bitsandbytes"), pytest.mark.slow),
+        ("4bit bfloat16", needs("bitsandbytes")),
+        ("8bit float32", needs("bitsandbytes"), pytest.mark.slow),
+        ("8bit float16", needs("bitsandbytes")),
+    )
+]
+"""Of adapters, beside weights: each of few bits once, also with adapters."""
 
 
 @pytest.mark.needs("bitsandbytes")
@@ -100,8 +113,7 @@ def test_channels_that_stand_out_do_not_look_like_later_tokens(folder, kind):
     assert len(loaded(folder, "8bit float32").memories) == 1
 
 
-@pytest.mark.parametrize("rank", LORA)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("weights", "rank"), RANKS)
 def test_what_is_saved_is_opened_with_equal_logits_and_types(folder, weights, rank, tmp_path):
     options = {} if rank is None else {"lora": LoraConfig(rank=rank)}
     model = learned(loaded(folder, weights, **options))
@@ -117,8 +129,7 @@ def test_what_is_saved_is_opened_with_equal_logits_and_types(folder, weights, ra
         assert all(torch.equal(one, other) for one, other in zip(read(opened.eval()), expected, strict=True))
 
 
-@pytest.mark.parametrize("rank", LORA)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("weights", "rank"), RANKS)
 def test_what_learns_is_float32_and_learns_while_the_backbone_stays(folder, weights, rank):
     options = {} if rank is None else {"lora": LoraConfig(rank=rank)}
     model = loaded(folder, weights, **options).train()
