@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import get_scheduler
 
 from infformer.config import OptimizerConfig, ScheduleConfig
 from infformer.errors import ModelError
@@ -137,35 +139,21 @@ def _factor(config: ScheduleConfig, max_steps: int) -> Callable[[int], float]:
     """By what rates are multiplied in a step."""
     if config.name == "slanted_triangular":
         return partial(slanted_triangle, steps=max_steps, cut=config.cut, ratio=config.ratio)
-    return partial(
-        warmed_up, name=config.name, steps=max_steps, warmup=config.warmup_steps, final_ratio=config.final_ratio
+    names = {
+        "cosine": "cosine_with_min_lr",
+        "linear": "linear",
+        "constant": "constant_with_warmup",
+        "inverse_sqrt": "inverse_sqrt",
+    }
+    schedule = get_scheduler(
+        names[config.name],
+        SGD([nn.Parameter(torch.zeros(()))]),
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=max_steps,
+        scheduler_specific_kwargs={"min_lr_rate": config.final_ratio} if config.name == "cosine" else None,
     )
-
-
-def warmed_up(step: int, name: str, steps: int, warmup: int, final_ratio: float) -> float:
-    """Up a line to 1, then by a formula: those of transformers, whose own would have whatever is installed imported.
-
-    Args:
-        step: from 0.
-        name: of the formula.
-        steps: in which `linear` and `cosine` come to their ends.
-        warmup: so many steps go up.
-        final_ratio: to which `cosine` falls.
-    """
-    if step < warmup:
-        return step / warmup
-    match name:
-        case "constant":
-            return 1.0
-        case "linear":
-            return max(0.0, (steps - step) / max(1, steps - warmup))
-        case "cosine":
-            fallen = 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup))))
-            return fallen * (1 - final_ratio) + final_ratio
-        case "inverse_sqrt":
-            scale = warmup or 10_000
-            return 1 / math.sqrt((step - warmup + scale) / scale)
-    raise ValueError(f"schedule.name={name}: there is no such formula")
+    factor: Callable[[int], float] = cast(LambdaLR, schedule).lr_lambdas[0]
+    return factor
 
 
 def slanted_triangle(step: int, steps: int, cut: float, ratio: float) -> float:
