@@ -94,15 +94,17 @@ def test_the_options_of_a_script_are_known(command, monkeypatch):
     class ParsedError(Exception):
         pass
 
-    parse = ArgumentParser.parse_args
+    def parse_only(parse):
+        def parse_and_end(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Namespace:
+            parse(parser, arguments)
+            raise ParsedError
 
-    def parse_only(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Namespace:
-        parse(parser, arguments)
-        raise ParsedError
+        return parse_and_end
 
     _, program, options = words_of(command)
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(ArgumentParser, name, parse_only(getattr(ArgumentParser, name)))
     monkeypatch.setattr(sys, "argv", [str(program), *options])
     with pytest.raises(ParsedError):
         import_module(program.stem).main()
