@@ -2,17 +2,20 @@
 
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from infformer.config import CONF, EvaluationRunConfig, RunConfig, options_of
+from infformer.commands import eval as evaluate
+from infformer.commands import generate
+from infformer.commands.train import train
+from infformer.config import CONF, EvaluationRunConfig, GenerationRunConfig, RunConfig, options_of
 from infformer.training.command_line import choices_of, compose
 
 ROOT = Path(__file__).parents[1]
@@ -32,14 +35,14 @@ CASES = re.findall(r"^\| [^|]+ \| `(model=[^`]+)` \|", TEXT, re.MULTILINE)
 """The options of each row of its table."""
 NAMED = re.findall(r"`([a-z][\w/.]*=[\w-]*)`", GLOSSARY)
 """The options that the glossary names."""
-SMALL = {
-    "train.py": (
-        "training.max_steps=4", "training.batch_size=2", "training.segment_length=32", "training.evaluate_every=2",
-        "data.max_document_characters=2000", "evaluation.inspected_segments=2",
-    ),
-    "eval.py": ("data.max_document_characters=2000",),
-    "generate.py": ("tokens=3",),
-}  # fmt: skip
+SHORT = "data.max_document_characters=2000"
+STEPS = ("max_steps=4", "batch_size=2", "segment_length=32", "evaluate_every=2")
+RUNS: dict[str, tuple[type[Any], Callable[[Any], object], list[str]]] = {
+    "train.py": (RunConfig, train, [f"training.{option}" for option in STEPS] + [SHORT]),
+    "eval.py": (EvaluationRunConfig, evaluate.run, [SHORT]),
+    "generate.py": (GenerationRunConfig, generate.run, ["tokens=3"]),
+}
+"""The commands of the page, and by which options they are small."""
 IN_SMALL = {
     "HuggingFaceTB/SmolLM2-135M": "llama",
     "data.max_held_out_characters=60000": "data.max_held_out_characters=500",
@@ -134,22 +137,22 @@ def save_llama(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_can_be_typed_from_beginning_to_end(books: Path) -> None:
-    folder = books.parent
-    for name in ("train.py", "eval.py", "generate.py", "infformer", "scripts"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "book.txt").write_text("It was a dark and stormy night. " * 50, encoding="utf-8")
-    save_llama(folder / "llama")
+def test_the_page_can_be_typed_from_beginning_to_end(
+    books: Path, run_script: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, as each command alone would be imported for seconds."""
+    monkeypatch.setenv("INFFORMER_CACHE", str(books.parent / "cache"))
+    Path("book.txt").write_text("It was a dark and stormy night. " * 50, encoding="utf-8")
+    save_llama(Path("llama"))
     exec(OF_FILES)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "INFFORMER_CACHE": str(folder / "cache")}
     for command in COMMANDS:
         for real, small in IN_SMALL.items():
             command = re.sub(real, small, command)
-        typed = " ".join([command, *SMALL.get(command.split()[1], ())]).replace("python", sys.executable, 1)
-        done = subprocess.run(
-            typed, shell=True, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{typed}\n{done.stdout}\n{done.stderr}"
-    assert (folder / "novels" / "README.md").exists()
-    assert (folder / "outputs" / "books" / "plots" / "gain_by_document.png").exists()
+        _, program, *options = shlex.split(command)
+        if program in RUNS:
+            kind, run, small = RUNS[program]
+            run(compose(Path(program).stem, kind, CONF, [*options, *small]))
+        else:
+            assert "error" not in run_script(Path(program).stem, *options)
+    assert Path("novels", "README.md").exists()
+    assert Path("outputs", "books", "plots", "gain_by_document.png").exists()
