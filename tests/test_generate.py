@@ -144,6 +144,13 @@ def test_what_is_quoted_already_or_no_prompt_stays_as_it_is(typed):
     assert quoted(typed) == typed
 
 
+def test_what_is_remembered_is_told_also_where_it_is_little(generate, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "book.txt").write_text(TEXT)
+    generate(document=f"{tmp_path}/book.txt", tokens=0)
+    assert re.search(r"what is remembered of them takes [1-9]\S* (bytes|kB)$", caplog.text, re.MULTILINE)
+
+
 def test_what_was_read_is_asked_again_without_reading_it(generate, tmp_path):
     (tmp_path / "book.txt").write_text(TEXT)
     file = f"{tmp_path}/read.safetensors"

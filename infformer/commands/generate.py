@@ -31,6 +31,7 @@ from infformer.models.encoder import TextClassifier
 from infformer.models.generation import ReadText, read_text, sample_tokens
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
 from infformer.models.read_files import load_read_text, save_read_text
+from infformer.models.sizes import in_bytes
 from infformer.models.streaming import reading
 from infformer.training.command_line import start
 
@@ -92,10 +93,10 @@ def _read(model: MemoryModel, document: torch.Tensor, length: int, before: ReadT
     read = read_text(model, document, length, before, progress=True)
     size = 0 if read.state is None else read.state.nbytes
     logger.info(
-        "read %s tokens in %.1f s; what is remembered of them takes %.1f MiB",
+        "read %s tokens in %.1f s; what is remembered of them takes %s",
         f"{len(document):,}",
         time.perf_counter() - begin,
-        size / 2**20,
+        in_bytes(size),
     )
     return read
 
