@@ -40,7 +40,8 @@ def continuous_attention(
         torch.linspace(0, 1, functions // len(widths)).to(key.device, own),
         torch.tensor(widths, dtype=own, device=key.device),
     )
-    lengths = [key.shape[2]] if real is None else real.sum(dim=1).tolist()
+    # Of a text of padding alone one position is read: nothing can be fitted to none.
+    lengths = [key.shape[2]] if real is None else real.sum(dim=1).clamp(min=1).tolist()
     operators = [_operator(length, functions, widths, ridge) for length in lengths]
     # Padding has rows of zeros: each text alone is fitted to all of [0, 1].
     padded = torch.stack([F.pad(operator, (0, 0, 0, key.shape[2] - len(operator))) for operator in operators])
