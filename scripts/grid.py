@@ -96,6 +96,16 @@ def run_all(runs: dict[str, list[str]], folder: Path, until: float = math.inf) -
     return {name: json.loads(file.read_text(encoding="utf-8")) if file.exists() else {} for name, file in files.items()}
 
 
+def check_measured(options: Sequence[str]) -> None:
+    """Make sure, before any run, that runs with these options measure what a table is made of.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    if "data.test=null" in options:
+        sys.exit("error: data.test=null: the table is of what runs measure at their end; name documents to test on")
+
+
 def make_rows(
     runs: Sequence[dict[str, Any]], make: Callable[..., dict[str, Any]], path: Path, what: str
 ) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-from grid import format_mean, new_parser, run_all, write_report
+from grid import check_measured, format_mean, new_parser, run_all, write_report
 from omegaconf import OmegaConf
 
 from infformer.results import Results
@@ -33,6 +33,7 @@ def main() -> None:
         "--experiments", nargs="+", default=EXPERIMENTS, metavar="EXPERIMENT", help="of conf/experiment"
     )
     arguments = parser.parse_args()
+    check_measured(arguments.options)
 
     runs, cells = {}, {}
     for seed in arguments.seeds:

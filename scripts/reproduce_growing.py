@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import format_mean, new_parser, run_all, write_report
+from grid import check_measured, format_mean, new_parser, run_all, write_report
 from torch.utils.flop_counter import FlopCounterMode
 
 from infformer.config import CONF, RunConfig
@@ -47,6 +47,7 @@ def main() -> None:
     parser = new_parser(__doc__, "outputs/growing")
     parser.add_argument("--steps", type=int, default=100, help="of the largest from scratch; default: 100")
     arguments = parser.parse_args()
+    check_measured(arguments.options)
 
     shared = [*SHARED, *arguments.options]
     flops = [flops_of_a_step(compose("train", RunConfig, CONF, [*shared, *_sizes(stage)])) for stage in STAGES]

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from pathlib import Path
 from statistics import mean
 
-from grid import format_mean, new_parser, run_all, write_report
+from grid import check_measured, format_mean, new_parser, run_all, write_report
 
 from infformer.models.mechanisms import mechanism_kinds
 from infformer.plots.long_range_arena import plot_trade_off
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--set", default="lra_small", help="of sizes: lra_small, lra_release, lra_paper")
     parser.add_argument("--speed", type=Path, help="results of scripts/benchmark.py attention, for the trade-off")
     arguments = parser.parse_args()
+    check_measured(arguments.options)
     if arguments.speed is not None and not arguments.speed.is_file():  # not to be found out after all runs
         parser.error(f"--speed {arguments.speed}: there is no such file; make it by scripts/benchmark.py attention")
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from grid import add_memories, chosen_memories, format_mean, new_parser, run_all, write_report
+from grid import add_memories, check_measured, chosen_memories, format_mean, new_parser, run_all, write_report
 
 from infformer.evaluation.comparison import compare
 from infformer.plots.study import plot_study
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many; default: go on")
     parser.add_argument("--short-term", type=int, default=512, metavar="TOKENS", help="on top of which; default: 512")
     arguments = parser.parse_args()
+    check_measured(arguments.options)
     until = time.monotonic() + 60 * arguments.minutes
 
     rows = chosen_memories(arguments, MEMORIES)

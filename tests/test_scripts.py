@@ -674,3 +674,13 @@ def test_classifiers_are_made_anew_upon_another_second_stage(grid, monkeypatch, 
 
     assert started() == ["task_none_60", "three_stages_seed0", "from_scratch_as_many_tokens_seed0"]
     assert started("--task-steps=90") == ["task_none_90", "three_stages_seed0", "from_scratch_as_many_tokens_seed0"]
+
+
+@pytest.mark.parametrize("name", ["study", "reproduce_from_scratch", "reproduce_growing", "reproduce_long_range_arena"])
+def test_runs_that_would_measure_nothing_are_refused_before_the_first(grid, monkeypatch, tmp_path, name):
+    script = import_module(name)
+    model = ["--model", "none"] if name == "study" else []
+    monkeypatch.setattr(sys, "argv", ["", *model, "--folder", str(tmp_path / "runs"), "--", "data.test=null"])
+    with pytest.raises(SystemExit, match=r"error: data\.test=null: the table is of what runs measure at their end"):
+        script.main()
+    assert not (tmp_path / "runs").exists()

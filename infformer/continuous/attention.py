@@ -55,7 +55,5 @@ def continuous_attention(
 @lru_cache(maxsize=256)
 def _operator(length: int, functions: int, widths: tuple[float, ...], ridge: float) -> Tensor:
     """G, from the positions of a text to coefficients, [length, N]."""
-    if length == 0:  # of a text of padding alone
-        return torch.zeros(0, functions)
     basis = GaussianBasis.even_grid(functions, widths)
     return rounded(first_operator(basis, length, ridge, zeros=False), torch.float32)
