@@ -110,7 +110,7 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int, 
             "embeddings among them; choose fewer, or null for all"
         )
     if every is None:
-        return LambdaLR(optimizer, [factor if depth <= learn else _never for depth in depths], step - 1)
+        return LambdaLR(optimizer, [factor if depth <= learn else lambda step: 0.0 for depth in depths], step - 1)
     whole = every * learn
     if whole >= max_steps:
         logger.warning(
@@ -128,11 +128,6 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, max_steps: int, 
         return stages[0](step % every) if step < whole else stages[1](step - whole)
 
     return LambdaLR(optimizer, [partial(of_step, depth=depth) for depth in depths])
-
-
-def _never(step: int) -> float:
-    """Of what stays as it is."""
-    return 0.0
 
 
 def _factor(config: ScheduleConfig, max_steps: int) -> Callable[[int], float]:
