@@ -6,7 +6,7 @@ An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -781,7 +781,7 @@ def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[A
         TaskConfig: [type(task) for task in TASKS.values()],
         MemoryConfig: MemoryConfig.kinds(),
     }
-    hints = _types_of(kind)
+    hints = _types_of(cast(Hashable, kind))
     for declared in fields(kind):
         option = prefix + declared.name
         yield option, declared
@@ -797,12 +797,16 @@ def without_none(declared: Any) -> Any:
     return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else declared
 
 
-@cache
 def schema_of(kind: type[Any]) -> DictConfig:
     """A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone.
 
     Not to be changed, as it is kept: what is merged with it is a copy.
     """
+    return _schema_of(cast(Hashable, kind))
+
+
+@cache
+def _schema_of(kind: Hashable) -> DictConfig:
     schema: DictConfig = OmegaConf.structured(kind)
     if "task" in schema:
         schema.task = MISSING
