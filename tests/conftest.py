@@ -45,8 +45,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest is begun first: a worker that began it last would keep the other waiting."""
-    items.sort(key=lambda item: item.path.name != "test_engines.py")
+    """The files that take longest are begun first: a worker that began one last would keep the other waiting."""
+    items.sort(key=lambda item: item.path.name not in ("test_engines.py", "test_resume.py"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
