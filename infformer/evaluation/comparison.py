@@ -71,11 +71,28 @@ def compare(a: Results, b: Results, across_protocols: bool = False) -> Compariso
 
 
 def paired_difference(a: list[Document], b: list[Document]) -> Difference:
-    """Nats per token of b less those of a, on the same documents.
+    """Nats per token of b less those of a, on the same documents."""
+    return difference_of(_nats(b) - _nats(a), np.array([one["tokens"] for one in a]))
 
-    On how many documents b is `better` or `worse`: on neither where the two differ by less than `TIE`.
+
+def difference_of(differences: NDArray[Any], tokens: NDArray[Any]) -> Difference:
+    """What one thing costs more than another on the same documents, per token, with its interval.
+
+    On how many documents it is `better` or `worse`: on neither where the two differ by less than `TIE`.
+
+    Args:
+        differences: of the nats of each document, [documents].
+        tokens: of each document, [documents].
     """
-    return _difference(_nats(b) - _nats(a), np.array([one["tokens"] for one in a]))
+    ratio = ratio_of(differences, tokens)
+    assert ratio["nats_per_token"] is not None
+    return {
+        "nats_per_token": ratio["nats_per_token"],
+        "interval": ratio["interval"],
+        "documents": len(tokens),
+        "better": int((differences <= -TIE * tokens).sum()),
+        "worse": int((differences >= TIE * tokens).sum()),
+    }
 
 
 def gain_parts(results: Results) -> GainParts | None:
@@ -221,9 +238,9 @@ def _parts(a: Results, b: Results) -> GainParts | None:
 def _as_parts(nats: _Situations, without: NDArray[Any], results: Results) -> GainParts:
     tokens = np.array([document["tokens"] for document in results["per_document"]])
     return {
-        "specific": _difference(nats.own - nats.another, tokens),
-        "presence": _difference(nats.another - nats.off, tokens),
-        "without_memory": _difference(without, tokens),
+        "specific": difference_of(nats.own - nats.another, tokens),
+        "presence": difference_of(nats.another - nats.off, tokens),
+        "without_memory": difference_of(without, tokens),
     }
 
 
@@ -296,18 +313,6 @@ def _with_interval(difference: Difference) -> str:
 
 def _nats(documents: list[Document]) -> NDArray[Any]:
     return np.array([document["nll"] for document in documents])
-
-
-def _difference(differences: NDArray[Any], tokens: NDArray[Any]) -> Difference:
-    ratio = ratio_of(differences, tokens)
-    assert ratio["nats_per_token"] is not None
-    return {
-        "nats_per_token": ratio["nats_per_token"],
-        "interval": ratio["interval"],
-        "documents": len(tokens),
-        "better": int((differences <= -TIE * tokens).sum()),
-        "worse": int((differences >= TIE * tokens).sum()),
-    }
 
 
 def _by_class(a: Results, b: Results, breakdown: Literal["by_position", "by_place", "by_recency"]) -> list[Any]:

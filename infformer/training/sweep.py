@@ -13,11 +13,11 @@ import numpy as np
 
 from infformer.config import RunConfig
 from infformer.errors import UserError
-from infformer.evaluation.comparison import check_comparable, gain_parts
+from infformer.evaluation.comparison import check_comparable, difference_of, gain_parts
 from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.report import write_results
 from infformer.plots.sweep import plot_sweep
-from infformer.results import Difference, Interval, Results, Sweep, SweepRow
+from infformer.results import Interval, Results, Sweep, SweepRow
 from infformer.training.folder import marked, saved_options
 
 
@@ -92,8 +92,9 @@ def summarise_runs(runs: Sequence[Run]) -> Sweep:
     pairs.sort(key=lambda pair: pair[0]["value"] if kind == "perplexity" else -pair[0]["value"])
     if kind == "perplexity":
         best = _pooled(pairs[0][1])
+        tokens = np.array([document["tokens"] for document in _figures(runs[0])["per_document"]])  # of all of them
         for row, group in pairs[1:]:
-            row["behind"] = _behind(_pooled(group), best, _figures(group[0]))
+            row["behind"] = difference_of(_pooled(group) - best, tokens)
     return {"measure": kind, "rows": [row for row, _ in pairs]}
 
 
@@ -201,17 +202,6 @@ def _accuracy(results: Mapping[str, Any]) -> float:
     if "lengths" in results:
         return float(np.mean([figures["accuracy"] for figures in results["lengths"]]))
     return float(results["accuracy"])
-
-
-def _behind(nats: np.ndarray[Any, Any], best: np.ndarray[Any, Any], figures: Results) -> Difference:
-    tokens = np.array([document["tokens"] for document in figures["per_document"]])
-    return {
-        "nats_per_token": float((nats - best).sum() / tokens.sum()),
-        "interval": interval_of_ratio(nats - best, tokens),
-        "documents": len(tokens),
-        "better": int((nats < best).sum()),
-        "worse": int((nats > best).sum()),
-    }
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -94,6 +94,15 @@ def test_seeds_are_pooled_and_the_best_is_first(four):
     assert best["by_seed"] == pytest.approx([np.exp(x) for x in (2300 / 700, 2475 / 700)])
 
 
+def test_documents_that_two_rows_read_alike_are_neither_better_nor_worse(run):
+    folders = [
+        run(f"run_{rate}", {"seed": 0, "optimizer": {"learning_rate": rate}}, perplexities(nats))
+        for rate, nats in ((0.1, [2.0, 2.0, 2.0]), (0.2, [2.00001, 2.0, 3.0]))
+    ]
+    behind = summarise(*folders)["rows"][1]["behind"]
+    assert (behind["better"], behind["worse"]) == (0, 1)
+
+
 def test_the_table_has_a_line_for_each_row(four):
     head, best, other, note = format_sweep(summarise(*four)).splitlines()
     assert head.split("  ")[-2:] == ["seeds", "options"]
