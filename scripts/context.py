@@ -59,8 +59,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         UserError: the model, a text or an option cannot be used.
     """
     check_place("--folder", arguments.folder)
-    for option, values, least in (("--segment", [arguments.segment], 1), ("--before", arguments.before, 0)):
-        if min(values) < least:
+    characters = [] if arguments.characters is None else [arguments.characters]
+    for option, values, least in (
+        ("--segment", [arguments.segment], 1), ("--before", arguments.before, 0), ("--characters", characters, 1),
+    ):  # fmt: skip
+        if min(values, default=least) < least:
             raise UserError(f"{option} {min(values)}: must be at least {least}")
     texts = ["".join(read_lines(path))[: arguments.characters] for path in arguments.texts]
     tokenizer, model = load_tokenizer(arguments.model, "--model"), load_trained(arguments.model)

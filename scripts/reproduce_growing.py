@@ -78,7 +78,7 @@ def flops_of_a_step(config: RunConfig) -> int:
         model = new_decoder({**config.model.architecture, "vocab_size": 4096}, config.model.memory, tokens.shape[1])
     with FlopCounterMode(display=False) as counter:
         model.train()(tokens, targets=tokens).loss.backward()
-    return int(counter.get_total_flops())
+    return training.bptt_segments * int(counter.get_total_flops())
 
 
 def curve_of(folder: Path, row: dict[str, Any]) -> dict[str, list[list[float]]]:

@@ -67,6 +67,8 @@ def main() -> None:
     until = time.monotonic() + 60 * arguments.minutes
 
     rows = chosen_memories(arguments, MEMORIES)
+    if taken := {NONE, SHORT_TERM, CONTINUOUS_CACHE, DOCUMENT_UNIGRAM} & rows.keys():
+        parser.error(f"--row {taken.pop()}: an opponent of all rows is called so; choose another name")
     shared = ["model=hf", f"model.pretrained={arguments.model}", "training.bptt_segments=2", *arguments.options]
     found: dict[str, dict[int, Results]] = {}
     for seed in arguments.seeds:

@@ -386,6 +386,12 @@ class TestStudy:
         del rows["gibbs_behind_short_term"][1]
         return rows
 
+    def test_a_row_may_not_be_called_as_an_opponent_is(self, study, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--model", "m", "--row", "short_term", "model/memory=none"])
+        with pytest.raises(SystemExit):
+            study.main()
+        assert "--row short_term: an opponent of all rows is called so; choose another name" in capsys.readouterr().err
+
     def test_a_cache_holds_as_many_floats_as_the_memory_before_it(self, study):
         handed: dict[str, dict] = {}
         runs = []
@@ -459,6 +465,13 @@ class TestContext:
                 scores = model(window[None, :-1]).logits[0].log_softmax(-1)
             expected = -scores.gather(1, window[1:, None])[-len(window[1:]) + min(start, 5) :, 0]
             assert found[start : start + 16] == pytest.approx(expected.numpy(), rel=1e-4)
+
+    @pytest.mark.parametrize(("option", "least"), [("--segment", 1), ("--before", 0), ("--characters", 1)])
+    def test_a_number_that_is_too_small_is_told(self, context, monkeypatch, tmp_path, option, least):
+        typed = ["context.py", "none.txt", "--model", "m", "--folder", str(tmp_path / "new"), option, str(least - 1)]
+        monkeypatch.setattr(sys, "argv", typed)
+        with pytest.raises(UserError, match=rf"^{option} {least - 1}: must be at least {least}$"):
+            context.main()
 
     def test_classes_are_by_place_and_by_the_last_occurrence(self, context):
         documents = [np.array([1, 2, 1, 3, 2, 1]), np.array([4, 4, 5, 6, 7, 7])]

@@ -485,7 +485,7 @@ def _check_at_least(least: int, **options: int) -> None:
         ModelError: one is not.
     """
     for name, value in options.items():
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ModelError(f"model.architecture.attention.{name}={value}: give a whole number of at least {least}")
 
 

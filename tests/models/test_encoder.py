@@ -74,6 +74,7 @@ def test_both_texts_of_a_pair_are_read_alike():
     [
         ({"attention": "perfomer"}, r"model\.architecture\.attention=perfomer: choose one of"),
         ({"attention": {"kind": "local", "blok": 3}}, r"attention\.blok=3: local has no such option; it has block"),
+        ({"attention": {"kind": "local", "block": True}}, r"attention\.block=True: give a whole number of at least 1"),
         ({"texts": 3}, r"model\.architecture\.texts=3: give 1, or 2"),
         ({"classes": 0}, r"model\.architecture\.classes=0: give a whole number"),
         ({"pooling": "max"}, r"model\.architecture\.pooling=max: choose one of mean, first"),
