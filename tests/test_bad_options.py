@@ -424,9 +424,10 @@ class TestScripts:
             monkeypatch.syspath_prepend(ROOT / "scripts")
             module = import_module(script)
             monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises((SystemExit, UserError)) as ended:
                 module.main()
-            return str(ended.value.code) + capsys.readouterr().err
+            said = ended.value.code if isinstance(ended.value, SystemExit) else f"error: {ended.value}"
+            return f"{said}{capsys.readouterr().err}"
 
         return message
 
@@ -460,6 +461,7 @@ class TestScripts:
             (["TEXT", "--model", "MODEL", "--before", "4000"], "--before 4000 --segment 512: these are 4512 tokens"),
             (["TEXT", "--model", "MODEL", "--segment", "0"], "--segment 0: must be at least 1"),
             (["TEXT", "--model", "MODEL", "--before", "8", "-1"], "--before -1: must be at least 0"),
+            (["TEXT", "--model", "MODEL", "--characters", "0"], "--characters 0: must be at least 1"),
         ],
     )
     def test_contexts_that_cannot_be_measured_are_named(self, refused, model_folder, tmp_path, arguments, said):

@@ -466,13 +466,6 @@ class TestContext:
             expected = -scores.gather(1, window[1:, None])[-len(window[1:]) + min(start, 5) :, 0]
             assert found[start : start + 16] == pytest.approx(expected.numpy(), rel=1e-4)
 
-    @pytest.mark.parametrize(("option", "least"), [("--segment", 1), ("--before", 0), ("--characters", 1)])
-    def test_a_number_that_is_too_small_is_told(self, context, monkeypatch, tmp_path, option, least):
-        typed = ["context.py", "none.txt", "--model", "m", "--folder", str(tmp_path / "new"), option, str(least - 1)]
-        monkeypatch.setattr(sys, "argv", typed)
-        with pytest.raises(UserError, match=rf"^{option} {least - 1}: must be at least {least}$"):
-            context.main()
-
     def test_classes_are_by_place_and_by_the_last_occurrence(self, context):
         documents = [np.array([1, 2, 1, 3, 2, 1]), np.array([4, 4, 5, 6, 7, 7])]
         nats = {0: [np.arange(5.0), np.ones(5)], 8: [np.arange(5.0) - 1, np.ones(5) / 2]}

@@ -24,10 +24,8 @@ def feature_attention(
         causal: by sums over chunks, and within a chunk by all pairs of it.
         least: added to the denominator.
     """
-    device = value.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    if torch.float16 in (autocast, value.dtype):  # whose largest number is less than the sums of 1,024 positions
-        with torch.autocast(device, enabled=False):
+    if _multiplies_in_float16(value):  # whose largest number is less than the sums of 1,024 positions
+        with torch.autocast(value.device.type, enabled=False):
             whole = feature_attention(
                 query.float(), key.float(), value.float(), None if weight is None else weight.float(), causal, least
             )
@@ -45,6 +43,12 @@ def feature_attention(
     else:
         attended = query @ (key.mT @ value)
     return attended[..., :-1] / (attended[..., -1:] + least)
+
+
+def _multiplies_in_float16(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.float16 in (tensor.dtype, torch.get_autocast_dtype(device) if under_autocast else None)
 
 
 def linear_attention(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -439,7 +440,9 @@ class FastWeight(Mechanism):
         query, key, value, strength = (tensor.to(own) for tensor in (query, key, value, strength))
         empty = key.new_zeros(*key.shape[:2], key.shape[3], value.shape[3])
         writes = Writes(key, value, strength, torch.full_like(strength, NOTHING))
-        with torch.autocast(key.device.type, enabled=False):
+        device = key.device.type
+        has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             return cast(Tensor, advance(empty, writes, self.rule, query)[1])
 
 

@@ -8,6 +8,7 @@ from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from infformer.errors import ModelError
+from infformer.models.architecture import try_architecture
 from infformer.models.mechanisms import AttentionShape, Longformer, build_mechanism, mechanism_kinds
 
 KINDS = sorted(mechanism_kinds())
@@ -85,6 +86,11 @@ def test_under_autocast_a_mechanism_says_the_same_up_to_rounding(kind, precision
         with torch.autocast("cpu", precision):
             found = mechanism(*(tensor.to(precision) for tensor in inputs), real).float() * shown
         assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_of_each_mechanism_is_built_before_any_data_is_read(kind):
+    try_architecture({"model_type": "classifier", "longest": 45, "attention": kind})
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
