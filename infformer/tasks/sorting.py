@@ -39,7 +39,8 @@ class SortingConfig(TaskConfig):
     """Symbols of a sequence."""
     training_lengths: list[int] = field(default_factory=list)
     """Learn from sequences of these lengths instead: each step draws one, with a probability ∝ 1/length, so that all
-    lengths together are read equally much. What is learned on short ones, sooner, is at hand for long ones."""
+    lengths together are read equally much; one that stands there twice is drawn twice as often. What is learned on
+    short ones, sooner, is at hand for long ones."""
     symbols: int = 20
     """How many different symbols there are."""
     training_sequences: int | None = None
