@@ -204,11 +204,12 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
         So do keys and values that a layer's own attention makes, unless these projections are frozen.
         """
         memories = self.layer_memories().values()
+        if any(memory.learns_by_writing for memory in memories):
+            return True
         if not any(memory.keeps_key_values for memory in memories):
-            return any(memory.learns_by_writing for memory in memories)
+            return False
         own = {id(parameter) for parameter in self.memory_parameters()}
-        learns_beside = any(each.requires_grad and id(each) not in own for each in self.parameters())
-        return learns_beside or any(memory.learns_by_writing for memory in memories)
+        return any(parameter.requires_grad and id(parameter) not in own for parameter in self.parameters())
 
     @property
     def vocabulary_size(self) -> int:

@@ -23,6 +23,7 @@ from infformer.errors import ModelError
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
+from infformer.models.architecture_options import check_choices, check_number, check_size
 from infformer.models.base import MemoryModel, stored_memory
 from infformer.models.block import (
     Attention,
@@ -30,9 +31,6 @@ from infformer.models.block import (
     FeedForward,
     Residual,
     Stream,
-    check_choices,
-    check_number,
-    check_size,
     encode_positions,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism

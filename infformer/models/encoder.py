@@ -19,15 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
 from infformer.memory.memory import Memory, split_heads
+from infformer.models.architecture_options import check_choices, check_number, check_size
 from infformer.models.base import MemoryModel
 from infformer.models.block import (
     BlockSizes,
     FeedForward,
     Residual,
     Stream,
-    check_choices,
-    check_number,
-    check_size,
     encode_positions,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
@@ -203,6 +201,7 @@ class TextClassifier(MemoryModel):
         if self.config.positions == "learned":
             places = self.place.weight[:length]
         else:
+            # Those of distances, which begin with the longest: turned round they are places.
             places = encode_positions(length, self.config.hidden_size, "relative", hidden.device).flip(0)
         stream = self.sizes.begin(self.dropout(hidden + places))
         for layer in self.layers:

@@ -33,6 +33,7 @@ from infformer.continuous.attention import continuous_attention
 from infformer.errors import ModelError
 from infformer.memory.fast_weights import Writes, advance
 from infformer.memory.memory import DerivedBuffers, split_heads
+from infformer.models.architecture_options import check_number, check_size
 
 NOTHING = -1e4
 """Before a sigmoid or a softplus: no strength, no forgetting."""
@@ -308,7 +309,7 @@ class Sinkhorn(Mechanism):
     def __init__(self, shape: AttentionShape, block: int = 64, iterations: int = 8, temperature: float = 0.75) -> None:
         super().__init__(shape)
         _check_at_least(1, block=block, iterations=iterations)
-        _check_positive(temperature=temperature)
+        check_number("attention.temperature", temperature, "more than 0", lambda value: value > 0)
         self.block, self.iterations, self.temperature = block, iterations, temperature
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
@@ -387,11 +388,11 @@ class Continuous(Mechanism):
     ) -> None:
         super().__init__(shape)
         _check_at_least(1, functions=functions)
-        _check_positive(ridge=ridge)
+        check_number("attention.ridge", ridge, "more than 0", lambda value: value > 0)
         if not isinstance(widths, Sequence) or not widths:
             raise ModelError(f"model.architecture.attention.widths={widths}: give a list of one width at least")
         for width in widths:
-            _check_positive(widths=width)
+            check_number("attention.widths", width, "more than 0", lambda value: value > 0)
         if functions % len(widths) or functions < 2 * len(widths):
             raise ModelError(
                 f"model.architecture.attention.functions={functions}: make it a multiple of the {len(widths)} widths "
@@ -488,16 +489,4 @@ def _check_at_least(least: int, **options: int) -> None:
         ModelError: one is not.
     """
     for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ModelError(f"model.architecture.attention.{name}={value}: give a whole number of at least {least}")
-
-
-def _check_positive(**options: float) -> None:
-    """Make sure that options are numbers above 0.
-
-    Raises:
-        ModelError: one is not.
-    """
-    for name, value in options.items():
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ModelError(f"model.architecture.attention.{name}={value}: give a number that is more than 0")
+        check_size(f"attention.{name}", value, least)
