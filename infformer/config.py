@@ -6,7 +6,7 @@ An option `a.b.c=value` of the command line is the field `c` of `b` of `a` here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -772,7 +772,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 """The groups that are chosen from by one word, such as `optimizer=adam`, beside those of `conf/`."""
 
 
-_types_of = cache(get_type_hints)  # which reads them anew each time
+_types_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # which reads them anew each time
 
 
 def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
@@ -781,7 +781,7 @@ def options_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[A
         TaskConfig: [type(task) for task in TASKS.values()],
         MemoryConfig: MemoryConfig.kinds(),
     }
-    hints = _types_of(cast(Hashable, kind))
+    hints = _types_of(kind)
     for declared in fields(kind):
         option = prefix + declared.name
         yield option, declared
@@ -797,20 +797,17 @@ def without_none(declared: Any) -> Any:
     return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else declared
 
 
-def schema_of(kind: type[Any]) -> DictConfig:
-    """A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone.
-
-    Not to be changed, as it is kept: what is merged with it is a copy.
-    """
-    return _schema_of(cast(Hashable, kind))
-
-
-@cache
-def _schema_of(kind: Hashable) -> DictConfig:
+def _new_schema(kind: Any) -> DictConfig:
     schema: DictConfig = OmegaConf.structured(kind)
     if "task" in schema:
         schema.task = MISSING
     return schema
+
+
+schema_of: Callable[[Any], DictConfig] = cache(_new_schema)
+"""A typed tree by which OmegaConf checks, whose task may be any: beside a default it would take its kind alone.
+
+Not to be changed, as it is kept: what is merged with it is a copy."""
 
 
 @cache

@@ -6,12 +6,25 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, legend_below, new_figure, read_json, save
+from infformer.plots.style import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    label,
+    legend_below,
+    new_figure,
+    read_json,
+    save,
+)
 from infformer.results import CapacityRun
 
 EXPERIMENTS = {"different": "Every key once", "repeated": "Keys with replacement, each about twice"}
 STYLES = [
-    (BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#7A4E00", "*"),
+    (BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (AMBER, "v"), (SKY, "P"), ("#7A4E00", "*"),
 ]  # fmt: skip
 """Of mechanisms, in the order of the results: colour and marker."""
 DASHES = {"softmax": ":", "sum": "--", "delta": "-"}

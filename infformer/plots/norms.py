@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from infformer.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label, new_figure, read_json, save
+from infformer.plots.style import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, label, new_figure, read_json, save
 from infformer.results import InitialGradients, NormResults, NormTraining
 
 PLACEMENTS = {"post": "Norms after the sum", "pre": "Norms before the parts", "dual": "Both (ResiDual)"}
@@ -21,8 +21,8 @@ STYLES = [
     (GREEN, "-.", "^"),
     (PURPLE, ":", "D"),
     ("black", "-", "v"),
-    ("#E69F00", "--", "P"),
-    ("#56B4E9", "-.", "*"),
+    (AMBER, "--", "P"),
+    (SKY, "-.", "*"),
 ]
 """Of lines, in the order of their depths or their ways of training: colour, dashes and marker."""
 STRETCH = 8

@@ -14,11 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from infformer.plots.style import (
+    AMBER,
     BLUE,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
+    SKY,
     columns_of_legend,
     label,
     new_figure,
@@ -46,8 +48,8 @@ MODEL_STYLES = [
     (PURPLE, "D"),
     ("black", "v"),
     (GREY, "P"),
-    ("#E69F00", "X"),
-    ("#56B4E9", "*"),
+    (AMBER, "X"),
+    (SKY, "*"),
 ]
 
 Values = dict[str, dict[int, list[float]]]
