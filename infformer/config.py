@@ -38,7 +38,7 @@ CONF = Path(__file__).parent / "conf"
 
 
 def _check_baselines(option: str, baselines: bool, data: DataConfig) -> None:
-    if baselines and data.validation is None:
+    if baselines and "validation" not in data.splits:
         raise ValueError(
             f"{option}=true with data.validation=null: how baselines are mixed in is chosen on validation documents; "
             "name some, or leave the baselines out"

@@ -1,7 +1,6 @@
 """What `docs/own_books.md` tells a beginner to type, and what `docs/glossary.md` says of options, is so."""
 
 import gzip
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -24,8 +23,6 @@ TEXT = PAGE.read_text(encoding="utf-8")
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-OF_FILES, OF_LINES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-"""How texts are split: a folder of files, and a file of lines."""
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -45,6 +42,7 @@ RUNS: dict[str, tuple[type[Any], Callable[[Any], object], list[str]]] = {
 """The commands of the page, and by which options they are small."""
 IN_SMALL = {
     "HuggingFaceTB/SmolLM2-135M": "llama",
+    "held_out=10": "held_out=8",
     "data.max_held_out_characters=60000": "data.max_held_out_characters=500",
     "length=512": "length=32",
     r"match_floats=\d+": "match_floats=20000",
@@ -65,30 +63,10 @@ def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder_of_books_is_split(books: Path) -> None:
-    exec(OF_FILES)
-    found = {split: [*(books / split).iterdir()] for split in ("train", "validation", "test")}
-    assert {split: len(files) for split, files in found.items()} == {"train": 6, "validation": 5, "test": 10}
-    assert [file.name for file in books.iterdir() if file.is_file()] == [".hidden"]
-
-
-def test_a_file_of_lines_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    documents = [{"text": f"the {number}th\u2028of them"} for number in range(20)]
-    packed = "\n".join(json.dumps(document, ensure_ascii=False) for document in documents)  # the last line is not ended
-    Path("books.jsonl.gz").write_bytes(gzip.compress(packed.encode()))
-    exec(OF_LINES)
-    lines = [Path(f"{split}.jsonl").read_text("utf-8").split("\n")[:-1] for split in ("validation", "test", "train")]
-    assert [len(some) for some in lines] == [5, 10, 5]
-    assert sorted(json.loads(line)["text"] for some in lines for line in some) == sorted(
-        document["text"] for document in documents
-    )
-
-
 @pytest.mark.usefixtures("composed_quickly")
 @pytest.mark.parametrize("case", CASES)
 def test_the_options_of_each_case_are_known(case: str) -> None:
-    compose("train", RunConfig, CONF, ["data=text", "data.train=books/train/*", *case.split()])
+    compose("train", RunConfig, CONF, ["data=text", "data.train=books/*", "data.held_out=10", *case.split()])
 
 
 def test_the_table_of_cases_is_looked_at_whole() -> None:
@@ -144,7 +122,6 @@ def test_the_page_can_be_typed_from_beginning_to_end(
     monkeypatch.setenv("INFFORMER_CACHE", str(books.parent / "cache"))
     Path("book.txt").write_text("It was a dark and stormy night. " * 50, encoding="utf-8")
     save_llama(Path("llama"))
-    exec(OF_FILES)
     for command in COMMANDS:
         for real, small in IN_SMALL.items():
             command = re.sub(real, small, command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -84,11 +85,13 @@ def test_text_of_ones_own(tmp_path: Path) -> None:
     command = next(command for command in RUNS if "data=text" in command)
     (tmp_path / "books").mkdir()
     (tmp_path / "infformer").symlink_to(ROOT / "infformer")
-    for number in range(3):
-        (tmp_path / "books" / f"{number}.txt").write_text("It was a dark and stormy night. " * 100, encoding="utf-8")
-    (tmp_path / "held_out.jsonl").write_text('{"text": "It was a bright and quiet morning."}\n', encoding="utf-8")
+    for number in range(23):
+        text = f"It was a dark and stormy night, the {number}th of them. " * 50
+        (tmp_path / "books" / f"{number}.txt").write_text(text, encoding="utf-8")
     run("train.py", *options(command), *SMALL, cwd=tmp_path)
-    assert (tmp_path / "outputs" / "mine" / "checkpoints" / "best").exists()
+    folder = tmp_path / "outputs" / "mine"
+    assert (folder / "checkpoints" / "best").exists()
+    assert json.loads((folder / "results.json").read_text())["documents"] == 10
 
 
 def test_the_python_example(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def _measure(config: EvaluationRunConfig, accelerator: Accelerator, folder: Path
     examples = config.task.read_examples(config.data, tokenizer, first(), [config.split])
     if tokenizer is not None and not config.task.has_examples:
         documents["test"] = tokenize_documents(config.data, config.split, tokenizer, first())
-        if config.baselines and config.data.validation is not None:
+        if config.baselines:
             documents["validation"] = tokenize_documents(config.data, "validation", tokenizer, first())
         if accelerator.is_main_process:
             logger.info(beginning_of_documents(config.data, tokenizer))

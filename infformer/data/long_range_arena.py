@@ -76,7 +76,7 @@ class ExampleSource:
 
     def splits(self, data: DataConfig) -> list[str]:
         """The splits that there are examples for, to learn from first."""
-        return [split for split in SPLITS if split == "train" or getattr(self.own(data), split) is not None]
+        return self.own(data).splits
 
     def is_drawn(self, data: DataConfig) -> bool:
         """Whether they are drawn here, and not read."""
@@ -88,6 +88,11 @@ class ExampleSource:
         Raises:
             DataError: there is not; the message says what to get, and where to put it.
         """
+        if data.held_out is not None and (data.path is not None or self.is_drawn(data)):
+            raise DataError(
+                f"data.held_out={data.held_out}: these examples have splits of their own; set it to null, or take "
+                "fewer of them by task.validation_examples= and task.test_examples=."
+            )
         if data.path is not None:
             for split in splits:
                 self._archived(Path(os.path.expanduser(data.path)), split)

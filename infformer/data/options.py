@@ -48,6 +48,11 @@ class DataConfig:
     test: Any = measuring("test", "test")
     """Documents held out for the final figures. Written like `train`."""
 
+    held_out: int | None = None
+    """Draw the documents of `validation` and `test`, where these are null, from those that `train` names: so many for
+    each, which are not learned from. Which ones their texts decide: those of every run are the same, and equal texts
+    stay together. Null: none."""
+
     text_field: str = "text"
     """The field of a JSON object, or the column of a table, that holds the text."""
 
@@ -109,18 +114,33 @@ class DataConfig:
             value = getattr(self, option)
             if value is not None and not value.strip():
                 raise DataError(f"data.{option}={value}: this is empty; give a name, or {without}.")
-        for option in ("max_documents", "max_document_characters", "max_held_out_characters", "segments_per_visit"):
+        limits = ("max_documents", "max_document_characters", "max_held_out_characters", "segments_per_visit")
+        for option in ("held_out", *limits):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, int) and 1 <= value <= _LARGEST):
-                raise DataError(f"data.{option}={value}: give a whole number from 1 to 10^12, or null for no limit.")
+                null = "none" if option == "held_out" else "no limit"
+                raise DataError(f"data.{option}={value}: give a whole number from 1 to 10^12, or null for {null}.")
         if not (isinstance(self.workers, int) and 1 <= self.workers <= _MOST_WORKERS):
             raise DataError(
                 f"data.workers={self.workers}: give a whole number of processes from 1 to {_MOST_WORKERS}; more than "
                 "the machine has cores gain nothing."
             )
 
+    @property
+    def drawn_splits(self) -> list[str]:
+        """The splits whose documents are drawn from those that `train` names."""
+        return [] if self.held_out is None else [split for split in SPLITS[1:] if getattr(self, split) is None]
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that there are documents of, to learn from first."""
+        drawn = self.drawn_splits
+        return [split for split in SPLITS if split == "train" or split in drawn or getattr(self, split) is not None]
+
     def places(self, split: str) -> list[str]:
         """What the option of a split names: the splits of a hub dataset (one), the paths and globs of files.
+
+        Of a split that is drawn, what `train` names.
 
         Raises:
             DataError: the split is null, is empty or is something other than text or a list of text.
@@ -128,6 +148,7 @@ class DataConfig:
         """
         if split not in SPLITS:
             raise ValueError(f"{split!r} is no split; there are {', '.join(SPLITS)}.")
+        split = "train" if split in self.drawn_splits else split
         value = getattr(self, split)
         remedy = f"set data.{split}= to " + ("a path or a glob" if self.source == "files" else "the name of a split")
         if value is None or value == "":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
@@ -30,6 +31,8 @@ from infformer.data.options import SPLITS, DataConfig
 from infformer.data.wikitext import articles
 from infformer.errors import DataError
 from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
+
+Found = TypeVar("Found")
 
 _SAMPLE = Path(__file__).parent / "sample"
 
@@ -55,7 +58,8 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
         DataError: as soon as something is found amiss; the message names the option, or the file and the line.
     """
     seen: dict[str, str] = {}
-    for place, document in islice(_documents(config, split), config.max_documents):
+    documents = _members(config, split, partial(_documents, config), lambda found: found[1].text)
+    for place, document in documents:
         if document.id in seen:
             raise DataError(
                 f"two documents are called {document.id!r}: {seen[document.id]} and {place}; give each an id of its "
@@ -67,9 +71,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
-        # Without the white space around the text, in which formats differ.
-        digest = xxhash.xxh3_64_hexdigest(document.text.strip().encode(errors="surrogatepass"))
-        yield Document(document.id, text, digest)
+        yield Document(document.id, text, _digest(document.text))
 
 
 def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
@@ -94,8 +96,44 @@ def describe_source(config: DataConfig, split: str) -> list[Any]:
         DataError: there is nothing to read.
     """
     if config.source == "hub":
-        return ["hub", describe_split(*_hub_names(config, split))]
-    return [["file", name, describe_content(path)] for path, name in _files(config, split)]
+        source: list[Any] = ["hub", describe_split(*_hub_names(config, split))]
+    else:
+        source = [["file", name, describe_content(path)] for path, name in _files(config, split)]
+    if split == "train" or split in config.drawn_splits:
+        source += [[config.held_out, drawn] for drawn in config.drawn_splits]
+    return source
+
+
+def _members(
+    config: DataConfig, split: str, read: Callable[[str], Iterator[Found]], text: Callable[[Found], str]
+) -> Iterator[Found]:
+    """What belongs to a split, of all that `read` finds by the name of one; where splits are drawn, by the texts.
+
+    Raises:
+        DataError: there are too few texts for that.
+    """
+    drawn = config.drawn_splits
+    found = islice(read("train" if split in drawn else split), config.max_documents)
+    if config.held_out is None or split not in ("train", *drawn):
+        return found
+    # Their order is that of random numbers, and hardly changes when texts are added.
+    digests = sorted({_digest(text(each)) for each in islice(read("train"), config.max_documents)})
+    ranks = {"test": slice(config.held_out), "validation": slice(config.held_out, 2 * config.held_out)}
+    held_out = {name: set(digests[ranks[name]]) for name in drawn}
+    learned = set(digests).difference(*held_out.values())
+    if not learned or any(len(own) < config.held_out for own in held_out.values()):
+        raise DataError(
+            f"data.held_out={config.held_out}: data.train={', '.join(config.places('train'))} has {len(digests)} "
+            f"different texts, too few for so many to {' and '.join(drawn)} and others to learn from; name more, or "
+            "hold out fewer."
+        )
+    members = held_out.get(split, learned)
+    return (each for each in found if _digest(text(each)) in members)
+
+
+def _digest(text: str) -> str:
+    # Without the white space around the text, in which formats differ.
+    return xxhash.xxh3_64_hexdigest(text.strip().encode(errors="surrogatepass"))
 
 
 def _documents(config: DataConfig, split: str) -> Iterator[tuple[str, Document]]:
@@ -130,7 +168,11 @@ def read_fields(config: DataConfig, split: str, wanted: Mapping[str, str]) -> It
     Raises:
         DataError: a record has not one of them, or the source cannot be read.
     """
-    for row in islice(_rows(config, split, wanted), config.max_documents):
+
+    def text(row: Row) -> str:
+        return repr([row.fields.get(field) for field in wanted.values()])
+
+    for row in _members(config, split, lambda name: _rows(config, name, wanted), text):
         for option, field in wanted.items():
             if row.fields.get(field) is None:
                 raise _no_field(row.place, option, field, row.fields)

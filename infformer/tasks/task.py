@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.examples import Examples
-from infformer.data.options import SPLITS, DataConfig
+from infformer.data.options import DataConfig
 from infformer.data.segments import IGNORE_INDEX, Segment, check_identity
 from infformer.data.sources import check_sources
 from infformer.data.tokenization import TokenizedDocuments
@@ -101,9 +101,8 @@ class TaskConfig(ABC):
         Raises:
             DataError: there is not.
         """
-        named = [split for split in SPLITS if split == "train" or getattr(data, split) is not None]
         if self.vocabulary_size is None:
-            check_sources(data, named if splits is None else splits)
+            check_sources(data, data.splits if splits is None else splits)
 
     def read_examples(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.config import RunConfig
 from infformer.data.examples import Examples
-from infformer.data.options import SPLITS
 from infformer.data.tokenization import (
     TokenizedDocuments,
     beginning_of_documents,
@@ -146,13 +146,13 @@ def build_material(
     training, evaluation = config.training, config.evaluation
     documents: dict[str, TokenizedDocuments] = {}
     if tokenizer is not None and not config.task.has_examples:
-        for split in SPLITS:
-            if split == "train" or getattr(config.data, split) is not None:
-                first = accelerator.main_process_first()
-                documents[split] = tokenize_documents(config.data, split, tokenizer, first)
-                documents[split].check_vocabulary(model.vocabulary_size)
+        for split in config.data.splits:
+            documents[split] = tokenize_documents(config.data, split, tokenizer, accelerator.main_process_first())
+            documents[split].check_vocabulary(model.vocabulary_size)
         if accelerator.is_main_process:
             logger.info(beginning_of_documents(config.data, tokenizer))
+            for split in config.data.drawn_splits:
+                logger.info("held out for %s: %s", split, shorten(", ".join(documents[split].ids), 500))
             warn_of_shared_documents(documents)
     return Material(
         evaluator=Evaluator(

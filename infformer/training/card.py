@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from infformer.config import RunConfig
-from infformer.data.options import SPLITS
 from infformer.durable import write_text
 from infformer.models.base import MemoryModel
 from infformer.models.card import CARD, is_hub_name, model_card
@@ -63,10 +62,10 @@ def _data(config: RunConfig) -> list[str]:
     if data.source == "hub":
         subset = f" (`{data.subset}`)" if data.subset else ""
         lines.append(f"`{_on_the_hub(config) or Path(str(data.repository)).name}`{subset}")
-    for split in SPLITS:
-        if getattr(data, split) is not None:
-            places = [Path(place).name for place in data.places(split)]  # what a folder is called is nobody's business
-            lines.append(f"{split}: {', '.join(f'`{place}`' for place in places)}")
+    for split in data.splits:
+        places = [Path(place).name for place in data.places(split)]  # what a folder is called is nobody's business
+        drawn = f"{data.held_out} of " if split in data.drawn_splits else ""
+        lines.append(f"{split}: {drawn}{', '.join(f'`{place}`' for place in places)}")
     return ["; ".join(lines) + "."]
 
 
