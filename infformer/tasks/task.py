@@ -63,6 +63,14 @@ class Material:
     examples: Mapping[str, Examples] = field(default_factory=dict)
     """By split, of a task that has some instead of documents."""
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The checksums of the texts, by split."""
+        return {
+            **{split: documents.fingerprint for split, documents in self.documents.items()},
+            **{split: examples.fingerprint for split, examples in self.examples.items()},
+        }
+
 
 @dataclass
 class TaskConfig(ABC):
