@@ -34,7 +34,7 @@ class OptionError(UserError, ValueError):
 
 
 def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], None]) -> bool:
-    """Compose what the command line asks for, check it, and run it; an error that a user can mend ends in a sentence.
+    """Compose what the command line asks for, check it, and run it.
 
     Args:
         name: of the primary configuration in `conf`.
@@ -46,7 +46,8 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         Whether several runs were asked for.
 
     Raises:
-        SystemExit: an option or something else that a user can mend is wrong.
+        UserError: what was typed cannot be composed.
+        SystemExit: anything else that a user can mend is wrong, with the sentence that says what.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here: Hydra's own words about them would mislead
@@ -57,7 +58,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         running = True
         try:
             run(check(composed, kind))
-        except UserError as error:
+        except UserError as error:  # Hydra would add a line of its own, and go on with the next run of a sweep
             sys.exit(f"error: {error}")
         running = False
 
@@ -68,7 +69,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
             raise
         arguments = get_args_parser().parse_args()
         conf = Path(arguments.config_path or conf)
-        sys.exit(f"error: {explain(error, arguments.config_name or name, kind, conf, arguments.overrides)}")
+        raise explain(error, arguments.config_name or name, kind, conf, arguments.overrides) from error
     return bool(get_args_parser().parse_args().multirun)
 
 
