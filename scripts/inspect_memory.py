@@ -22,7 +22,7 @@ import torch
 
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import tokenize_documents
-from infformer.durable import check_place
+from infformer.durable import check_new_folder
 from infformer.errors import UserError
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.report import write_results
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", nargs="+", help="look at these layers, numbered from 0, or at `all`; by default at four of them"
     )
-    parser.add_argument("--folder", type=Path, default=Path("outputs/inspection"), help="where the page is written")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/inspection"), help="a new one, for the page")
     arguments = parser.parse_args()
     inspection = inspect(arguments)
     write_results(arguments.folder / "inspection.json", inspection)
@@ -59,7 +59,7 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
     Raises:
         UserError: the checkpoint, the document or an option cannot be used.
     """
-    check_place("--folder", arguments.folder)
+    check_new_folder("--folder", arguments.folder)
     sample = arguments.document == "sample"
     if not sample and not Path(arguments.document).expanduser().exists():
         raise UserError(f"document={arguments.document}: there is no such file; name a text file, or `sample`")
