@@ -21,7 +21,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from grid import add_memories, check_measured, chosen_memories, format_mean, new_parser, run_all, write_report
+from grid import (
+    add_memories,
+    check_measured,
+    chosen_memories,
+    format_mean,
+    format_perplexity,
+    new_parser,
+    run_all,
+    write_report,
+)
 
 from infformer.evaluation.comparison import compare
 from infformer.plots.study import plot_study
@@ -184,7 +193,7 @@ def format_table(rows: list[StudyRow]) -> str:
         three = (row["against_none"], row["against_cache"], row["on_short_term"])
         told = [_tell(None if each is None else each["difference"]) for each in three]
         lines.append(
-            f"| {row['name']} | {len(row['seeds'])} | {format_mean(row['perplexity'])} | {' | '.join(told)} | "
+            f"| {row['name']} | {len(row['seeds'])} | {format_perplexity(row['perplexity'])} | {' | '.join(told)} | "
             f"{_tell(specific)} | {format_mean(row['shuffled'], 4) if parts else '–'} |"
         )
     places = next((row["against_none"]["by_place"] for row in rows if row["against_none"]), [])
@@ -207,8 +216,8 @@ def format_table(rows: list[StudyRow]) -> str:
     lines += [
         "",
         "Differences are in nats per token, below 0 is better, with 95 % over documents; by last occurrence and by "
-        "place in the segment they are those against none. Perplexity per token is the mean over seeds ± half the "
-        "range; differences are pooled over the seeds that both have.",
+        "place in the segment they are those against none. Perplexity per token is the geometric mean over seeds ± "
+        "half the range; differences are pooled over the seeds that both have.",
     ]
     return "\n".join(lines) + "\n"
 
