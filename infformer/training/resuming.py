@@ -85,9 +85,7 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
     return checkpoint
 
 
-def forget_figures_of_other_texts(
-    config: RunConfig, fingerprints: Mapping[str, str], progress: Progress
-) -> list[str]:
+def forget_figures_of_other_texts(config: RunConfig, fingerprints: Mapping[str, str], progress: Progress) -> list[str]:
     """Forget what was measured by other texts than those that are held out now; what and why, in sentences.
 
     Args:
