@@ -86,7 +86,7 @@ class TaskConfig(ABC):
         """How many tokens there are, for a task of symbols; None for a task of text, which a tokenizer cuts up."""
         return None
 
-    def sizes(self, of_classifier: bool) -> dict[str, Any]:
+    def sizes(self, of_classifier: bool) -> dict[str, int | None]:
         """What the configuration of a model from scratch says of the tokens of a task of symbols."""
         return {"vocab_size": self.vocabulary_size}
 
