@@ -106,9 +106,7 @@ def check_measured(options: Sequence[str]) -> None:
         sys.exit("error: data.test=null: the table is of what runs measure at their end; name documents to test on")
 
 
-def make_rows(
-    runs: Sequence[dict[str, Any]], make: Callable[..., dict[str, Any]], path: Path, what: str
-) -> list[dict[str, Any]]:
+def make_rows(runs: Sequence[dict[str, Any]], make: Callable[..., dict[str, Any]], path: Path, what: str) -> list[Any]:
     """Make every short run of this process, or what is left of them.
 
     Args:

@@ -15,7 +15,6 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,9 +71,14 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
     documents = tokenize_documents(DataConfig(**source, max_documents=1), "test", tokenizer)
     tokens = torch.from_numpy(documents.tokens(0, 0, int(documents.token_counts[0])))
     if torch.cuda.is_available():
-        model.to("cuda")
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    found = inspect_document(model, tokens, arguments.segments, _layers(arguments.layers, model), decode=decode)
+        model.to("cuda")  # type: ignore[arg-type] # whose decorator hides its own self
+    found = inspect_document(
+        model,
+        tokens,
+        arguments.segments,
+        _layers(arguments.layers, model),
+        decode=lambda part: str(tokenizer.decode(part, clean_up_tokenization_spaces=False)),
+    )
     return {"checkpoint": str(arguments.checkpoint), "name": documents.ids[0], **found}
 
 
@@ -84,7 +88,7 @@ def _layers(typed: list[str] | None, model: MemoryModel) -> list[int] | None:
     unknown = [layer for layer in typed or [] if not layer.isdecimal()]
     if unknown:
         raise UserError(f"--layers {' '.join(unknown)}: give the numbers of layers, from 0, or `all`")
-    return typed and [int(layer) for layer in typed]
+    return None if typed is None else [int(layer) for layer in typed]
 
 
 if __name__ == "__main__":

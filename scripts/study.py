@@ -134,7 +134,7 @@ def pooled(runs: dict[int, Results]) -> Results:
         }
         for name, control in first["controls"].items()
     }
-    return mean  # type: ignore[no-any-return]
+    return mean
 
 
 def _mean_documents(runs: list[list[Document]]) -> list[Any]:
@@ -143,7 +143,7 @@ def _mean_documents(runs: list[list[Document]]) -> list[Any]:
         {
             **one[0],
             "nll": float(np.mean([document["nll"] for document in one])),
-            **{name: np.mean([document[name] for document in one], axis=0).tolist() for name in classes},  # type: ignore[literal-required]
+            **{name: np.mean([document[name] for document in one], axis=0).tolist() for name in classes},
         }
         for one in zip(*runs, strict=True)
     ]
@@ -177,7 +177,8 @@ def compare_seeds(found: dict[str, dict[int, Results]], a: str, b: str) -> Compa
     seeds = found.get(a, {}).keys() & found.get(b, {}).keys()
     if a == b or not seeds:
         return None
-    return compare(*(pooled({seed: found[row][seed] for seed in sorted(seeds)}) for row in (a, b)))
+    one, other = (pooled({seed: found[row][seed] for seed in sorted(seeds)}) for row in (a, b))
+    return compare(one, other)
 
 
 def format_table(rows: list[StudyRow]) -> str:
