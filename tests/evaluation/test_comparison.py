@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -311,6 +312,22 @@ def test_the_script_prints_and_writes_the_comparison(without_results, with_resul
     monkeypatch.setattr(sys, "argv", [*typed[:2], str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"none: there are no results of eval\.py or train\.py that can be read"):
         script.main()
+
+
+def test_a_perplexity_that_no_number_holds_is_compared_all_the_same(without_results, with_results, tmp_path):
+    """As that per word of a text without blanks, which is one word; the file has null there."""
+    files = []
+    for name, results in {"a": without_results, "b": with_results}.items():
+        own = copy.deepcopy(results)
+        own["perplexity"] = {"token": math.inf, "word": math.inf}
+        if name == "b":
+            for document in own["per_document"]:
+                document["nll"] += 1000 * document["tokens"]
+        write_results(tmp_path / f"{name}.json", own)
+        files.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    shown = format_comparison(compare(*files))
+    assert shown.startswith("A: perplexity inf per token, inf per word (")
+    assert "(perplexity +inf %)" in shown
 
 
 def test_no_comparison_is_written_over_another(without_results, with_results, tmp_path, run_script, monkeypatch):
