@@ -33,7 +33,8 @@ Interval = list[float]
 
 
 class PerUnit(TypedDict):
-    """A perplexity, per token of the model and per word of the text."""
+    """A perplexity, per token of the model and per word of the text; null where it is more than a number can hold, as
+    per word of a text without blanks."""
 
     token: float
     word: float

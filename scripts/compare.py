@@ -1,7 +1,7 @@
 """Which of two models reads better, and how sure that is: from two results of eval.py on the same documents.
 
 python scripts/compare.py outputs/control outputs/tiny
-python scripts/compare.py A/results.json B/results.json --folder outputs/comparison
+python scripts/compare.py A/results.json B/results.json --folder outputs/a_and_b
 python scripts/compare.py outputs/window_of_2048 outputs/memory_behind_512 --across-protocols
 
 Prints a table and a verdict; writes comparison.json and comparison.png.
@@ -18,7 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
-from infformer.durable import check_place
+from infformer.durable import check_new_folder
 from infformer.evaluation.comparison import compare
 from infformer.evaluation.report import format_comparison, write_results
 from infformer.evaluation.streaming import EvaluationError
@@ -36,13 +36,15 @@ def main() -> None:
     parser.add_argument(
         "--across-protocols", action="store_true", help="their segments and windows may differ; the verdict names costs"
     )
-    parser.add_argument("--folder", type=Path, default=Path("outputs/comparison"))
+    parser.add_argument("--folder", type=Path, help="a new one; default: outputs/comparison/RUN_A_RUN_B")
     arguments = parser.parse_args()
-    check_place("--folder", arguments.folder)
+    names = [(path if path.is_dir() else path.parent).resolve().name for path in (arguments.a, arguments.b)]
+    folder = arguments.folder or Path("outputs", "comparison", "_".join(names))
+    check_new_folder("--folder", folder)
     comparison = compare(_results(arguments.a), _results(arguments.b), arguments.across_protocols)
     print(format_comparison(comparison))
-    write_results(arguments.folder / "comparison.json", comparison)
-    for figure in plot_comparison(arguments.folder / "comparison.json"):
+    write_results(folder / "comparison.json", comparison)
+    for figure in plot_comparison(folder / "comparison.json"):
         print(f"drawn: {figure}")
 
 

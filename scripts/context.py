@@ -27,7 +27,7 @@ from grid import write_report
 from numpy.typing import NDArray
 
 from infformer.data.files import read_lines
-from infformer.durable import check_place
+from infformer.durable import check_new_folder
 from infformer.errors import UserError
 from infformer.evaluation.figures import place_edges, previous_occurrences, ratio_of
 from infformer.models.loading import load_tokenizer, load_trained
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, metavar="N", help="of the beginning of each text; default: all")
     parser.add_argument("--segment", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--before", nargs="+", type=int, default=(0, 128, 512, 1024, 1536), metavar="TOKENS")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/context"))
+    parser.add_argument("--folder", type=Path, default=Path("outputs/context"), help="a new one")
     arguments = parser.parse_args()
     rows = measure(arguments)
     write_report(arguments.folder, "context", {"segment": arguments.segment, "rows": rows}, format_tables(rows))
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         UserError: the model, a text or an option cannot be used.
     """
-    check_place("--folder", arguments.folder)
+    check_new_folder("--folder", arguments.folder)
     characters = [] if arguments.characters is None else [arguments.characters]
     for option, values, least in (
         ("--segment", [arguments.segment], 1), ("--before", arguments.before, 0), ("--characters", characters, 1),
@@ -133,12 +133,12 @@ def describe(
             counts = np.array([which.sum() for which in chosen])
             sums = np.array([each[which].sum() for each, which in zip(found, chosen, strict=True)])
             base = np.array([each[which].sum() for each, which in zip(first, chosen, strict=True)])
-            more = ratio_of(sums - base, counts)
+            tokens, more = int(counts.sum()), ratio_of(sums - base, counts)
             cells.append(
                 {
                     "name": name,
-                    "tokens": int(counts.sum()),
-                    "nats_per_token": ratio_of(sums, counts)["nats_per_token"],
+                    "tokens": tokens,
+                    "nats_per_token": float(sums.sum() / tokens) if tokens else None,
                     "difference": more["nats_per_token"],
                     "interval": more["interval"],
                 }

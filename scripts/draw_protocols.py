@@ -43,7 +43,7 @@ def main() -> None:
 
 def _draw(axes: Axes, stride: int, warmup: int, title: str) -> None:
     scored, seen, memory, other = COLOURS.values()
-    names = []
+    names: list[str] = []
     for start in range(-warmup, 0, SEGMENT):
         _fill(axes, len(names), (-warmup, start, memory), (start, start + SEGMENT, other))
         names.append("warm-up")

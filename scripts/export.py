@@ -69,7 +69,7 @@ def _save(model: MemoryModel, what: str, dtype: torch.dtype, folder: Path) -> No
                 parameter.data = parameter.data.to(dtype)
         model.save_pretrained(folder)
     elif what == "backbone":
-        model.stock_backbone().to(dtype).save_pretrained(folder)
+        model.stock_backbone().to(dtype).save_pretrained(folder)  # type: ignore[arg-type] # whose decorator hides its own self
     else:
         save_memories(model, folder)
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, geometric_mean
 from types import FrameType
 from typing import Any
 
@@ -106,9 +106,7 @@ def check_measured(options: Sequence[str]) -> None:
         sys.exit("error: data.test=null: the table is of what runs measure at their end; name documents to test on")
 
 
-def make_rows(
-    runs: Sequence[dict[str, Any]], make: Callable[..., dict[str, Any]], path: Path, what: str
-) -> list[dict[str, Any]]:
+def make_rows(runs: Sequence[dict[str, Any]], make: Callable[..., dict[str, Any]], path: Path, what: str) -> list[Any]:
     """Make every short run of this process, or what is left of them.
 
     Args:
@@ -157,9 +155,14 @@ def _train(options: list[str], until: float) -> int:
             signal.signal(number, handler)
 
 
-def format_mean(values: list[float], decimals: int = 2) -> str:
+def format_mean(values: list[float], decimals: int = 2, mean: Callable[[list[float]], float] = fmean) -> str:
     """The mean over seeds, and half of what lies between the lowest and the highest, if anything: `0.75 ± 0.02`."""
     if not values:
         return "–"
     spread = (max(values) - min(values)) / 2
     return f"{mean(values):.{decimals}f}" + (f" ± {spread:.{decimals}f}" if round(spread, decimals) > 0 else "")
+
+
+def format_perplexity(values: list[float]) -> str:
+    """The same of perplexities, whose mean is that of their nats, as in a sweep: the geometric one."""
+    return format_mean(values, mean=geometric_mean)

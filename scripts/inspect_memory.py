@@ -15,14 +15,13 @@ if __name__ == "__main__":
     command.begin()  # what follows is imported for seconds
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import tokenize_documents
-from infformer.durable import check_place
+from infformer.durable import check_new_folder
 from infformer.errors import UserError
 from infformer.evaluation.memory_instruments import inspect_document
 from infformer.evaluation.report import write_results
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", nargs="+", help="look at these layers, numbered from 0, or at `all`; by default at four of them"
     )
-    parser.add_argument("--folder", type=Path, default=Path("outputs/inspection"), help="where the page is written")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/inspection"), help="a new one, for the page")
     arguments = parser.parse_args()
     inspection = inspect(arguments)
     write_results(arguments.folder / "inspection.json", inspection)
@@ -59,7 +58,7 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
     Raises:
         UserError: the checkpoint, the document or an option cannot be used.
     """
-    check_place("--folder", arguments.folder)
+    check_new_folder("--folder", arguments.folder)
     sample = arguments.document == "sample"
     if not sample and not Path(arguments.document).expanduser().exists():
         raise UserError(f"document={arguments.document}: there is no such file; name a text file, or `sample`")
@@ -72,9 +71,14 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
     documents = tokenize_documents(DataConfig(**source, max_documents=1), "test", tokenizer)
     tokens = torch.from_numpy(documents.tokens(0, 0, int(documents.token_counts[0])))
     if torch.cuda.is_available():
-        model.to("cuda")
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    found = inspect_document(model, tokens, arguments.segments, _layers(arguments.layers, model), decode=decode)
+        model.to("cuda")  # type: ignore[arg-type] # whose decorator hides its own self
+    found = inspect_document(
+        model,
+        tokens,
+        arguments.segments,
+        _layers(arguments.layers, model),
+        decode=lambda part: str(tokenizer.decode(part, clean_up_tokenization_spaces=False)),
+    )
     return {"checkpoint": str(arguments.checkpoint), "name": documents.ids[0], **found}
 
 
@@ -84,7 +88,7 @@ def _layers(typed: list[str] | None, model: MemoryModel) -> list[int] | None:
     unknown = [layer for layer in typed or [] if not layer.isdecimal()]
     if unknown:
         raise UserError(f"--layers {' '.join(unknown)}: give the numbers of layers, from 0, or `all`")
-    return typed and [int(layer) for layer in typed]
+    return None if typed is None else [int(layer) for layer in typed]
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def train(keys: str, mechanism: str, associations: int, steps: int, seed: int) -
     """Learn what keys and queries are; then the loss ½‖answer − value‖² of all questions about new texts."""
     torch.manual_seed(seed)
     count = associations if keys == "different" else max(1, associations // 2)
-    learned = [torch.randn(count, WIDTH) for _ in range(2)] + [torch.zeros(count)]
+    learned = torch.randn(count, WIDTH), torch.randn(count, WIDTH), torch.zeros(count)
     optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in learned], lr=0.3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):

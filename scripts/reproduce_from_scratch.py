@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-from grid import check_measured, format_mean, new_parser, run_all, write_report
+from grid import check_measured, format_perplexity, new_parser, run_all, write_report
 from omegaconf import OmegaConf
 
 from infformer.results import Results
@@ -67,13 +67,13 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         seeds = [row for row in rows if row["experiment"] == experiment]
         sizes = f"{seeds[0]['parameters']:,} | {seeds[0]['vectors']}"
-        figures = (format_mean([row[column] for row in seeds if column in row]) for column in COLUMNS)
+        figures = (format_perplexity([row[column] for row in seeds if column in row]) for column in COLUMNS)
         lines.append(f"| {experiment} | {sizes} | {' | '.join(figures)} |")
     seeds = sorted({row["seed"] for row in rows})
     lines += [
         "",
-        f"Perplexity on the test documents, by default per token, the mean over seeds {', '.join(map(str, seeds))} ± "
-        "half the range. Vectors: those that a layer remembers, in all its memories.",
+        f"Perplexity on the test documents, by default per token, the geometric mean over seeds "
+        f"{', '.join(map(str, seeds))} ± half the range. Vectors: those that a layer remembers, in all its memories.",
     ]
     return "\n".join(lines) + "\n"
 

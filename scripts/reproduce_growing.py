@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import check_measured, format_mean, new_parser, run_all, write_report
+from grid import check_measured, format_perplexity, new_parser, run_all, write_report
 from torch.utils.flop_counter import FlopCounterMode
 
 from infformer.config import CONF, RunConfig
@@ -108,7 +108,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         found = [row["perplexity"] for row in own]
         lines.append(
             f"| {kind.replace('_', ' ')} | {' + '.join(map(str, own[0]['steps']))} | {spent:.3g} | "
-            f"{format_mean(found)} | {', '.join(f'{each:.2f}' for each in found)} |"
+            f"{format_perplexity(found)} | {', '.join(f'{each:.2f}' for each in found)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -62,18 +62,20 @@ def main() -> None:
                 runs[name] = [*chosen, f"model.architecture.attention={attention}", *arguments.options]
                 trained[name] = (task, attention, seed)
     results: dict[str, ClassificationResults] = run_all(runs, arguments.folder)
-    rows: list[ArenaRun] = [
-        {
+    rows: list[ArenaRun] = []
+    for name, (task, attention, seed) in trained.items():
+        found = results[name]
+        row: ArenaRun = {
             "task": task,
             "attention": attention,
             "seed": seed,
-            "accuracy": results[name]["accuracy"],
-            "examples": results[name]["examples"],
-            "baselines": results[name]["baselines"],
-            **({"attention_span": span} if (span := results[name].get("attention_span")) is not None else {}),
+            "accuracy": found["accuracy"],
+            "examples": found["examples"],
+            "baselines": found["baselines"],
         }
-        for name, (task, attention, seed) in trained.items()
-    ]
+        if "attention_span" in found:
+            row["attention_span"] = found["attention_span"]
+        rows.append(row)
     write_report(arguments.folder, "accuracy", rows, format_table(rows))
     if arguments.speed is not None:
         print(f"drawn: {plot_trade_off(arguments.folder / 'accuracy.json', arguments.speed)}")

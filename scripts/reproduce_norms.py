@@ -90,15 +90,18 @@ def at_initialisation(
     against a model with norms after the sum; the sum, against what entered and all that was added.
     """
     gradients, squares = torch.zeros(depth), torch.zeros(depth)
-    sizes = {"depth": depth, "width": width, "normalization": normalization, "initializer_range": initializer_range}
+    sizes: dict[str, Any] = {
+        "depth": depth, "width": width, "normalization": normalization, "initializer_range": initializer_range,
+    }  # fmt: skip
     for seed in range(seeds):
         torch.manual_seed(seed)
         model = new_model(placement, uniform=True, **sizes)
-        added = [inputs_of(layer.feed_forward_residual.dropout) for layer in model.layers]
-        normed = [inputs_of(layer.feed_forward_residual.norm) for layer in model.layers]
+        layers: list[Any] = list(model.layers)
+        added = [inputs_of(layer.feed_forward_residual.dropout) for layer in layers]
+        normed = [inputs_of(layer.feed_forward_residual.norm) for layer in layers]
         tokens = torch.randint(model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(seed))
         model(tokens, targets=tokens.roll(-1, 1)).loss.backward()
-        for number, layer in enumerate(model.layers):
+        for number, layer in enumerate(layers):
             gradients[number] += layer.feed_forward.contract.weight.grad.norm() / seeds
             stream = normed[number][0] + (added[number][0] if placement == "pre" else 0)
             squares[number] += stream.detach().square().sum(-1).mean() / width / seeds
@@ -112,12 +115,11 @@ def at_initialisation(
 @torch.no_grad()
 def identities(dual: DecoderForCausalLM, post: DecoderForCausalLM, tokens: Tensor) -> dict[str, float]:
     """How far the two are from holding, as parts of the largest number that is compared; it changes the models."""
-    residuals = [
-        residual for layer in dual.layers for residual in (layer.attention_residual, layer.feed_forward_residual)
-    ]
+    layers: list[Any] = list(dual.layers)
+    residuals = [residual for layer in layers for residual in (layer.attention_residual, layer.feed_forward_residual)]
     assert dual.final_norm is not None
     added, total = [inputs_of(residual.dropout) for residual in residuals], inputs_of(dual.final_norm)
-    entered = inputs_of(dual.layers[0].attention.query)
+    entered = inputs_of(layers[0].attention.query)
     dual(tokens)
     expected = entered[0] + torch.stack([part[0] for part in added]).sum(0)
     post.load_state_dict(dual.state_dict(), strict=False)
@@ -147,9 +149,10 @@ def new_model(
         )
     )  # fmt: skip
     if uniform:
-        for layer in model.layers:
-            nn.init.zeros_(layer.attention.query.weight)
-            nn.init.zeros_(layer.attention.key.weight)
+        attention: Any
+        for attention in (layer.attention for layer in model.layers):
+            nn.init.zeros_(attention.query.weight)
+            nn.init.zeros_(attention.key.weight)
     return model
 
 

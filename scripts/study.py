@@ -21,7 +21,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from grid import add_memories, check_measured, chosen_memories, format_mean, new_parser, run_all, write_report
+from grid import (
+    add_memories,
+    check_measured,
+    chosen_memories,
+    format_mean,
+    format_perplexity,
+    new_parser,
+    run_all,
+    write_report,
+)
 
 from infformer.evaluation.comparison import compare
 from infformer.plots.study import plot_study
@@ -125,7 +134,7 @@ def pooled(runs: dict[int, Results]) -> Results:
         }
         for name, control in first["controls"].items()
     }
-    return mean  # type: ignore[no-any-return]
+    return mean
 
 
 def _mean_documents(runs: list[list[Document]]) -> list[Any]:
@@ -134,7 +143,7 @@ def _mean_documents(runs: list[list[Document]]) -> list[Any]:
         {
             **one[0],
             "nll": float(np.mean([document["nll"] for document in one])),
-            **{name: np.mean([document[name] for document in one], axis=0).tolist() for name in classes},  # type: ignore[literal-required]
+            **{name: np.mean([document[name] for document in one], axis=0).tolist() for name in classes},
         }
         for one in zip(*runs, strict=True)
     ]
@@ -168,7 +177,8 @@ def compare_seeds(found: dict[str, dict[int, Results]], a: str, b: str) -> Compa
     seeds = found.get(a, {}).keys() & found.get(b, {}).keys()
     if a == b or not seeds:
         return None
-    return compare(*(pooled({seed: found[row][seed] for seed in sorted(seeds)}) for row in (a, b)))
+    one, other = (pooled({seed: found[row][seed] for seed in sorted(seeds)}) for row in (a, b))
+    return compare(one, other)
 
 
 def format_table(rows: list[StudyRow]) -> str:
@@ -184,7 +194,7 @@ def format_table(rows: list[StudyRow]) -> str:
         three = (row["against_none"], row["against_cache"], row["on_short_term"])
         told = [_tell(None if each is None else each["difference"]) for each in three]
         lines.append(
-            f"| {row['name']} | {len(row['seeds'])} | {format_mean(row['perplexity'])} | {' | '.join(told)} | "
+            f"| {row['name']} | {len(row['seeds'])} | {format_perplexity(row['perplexity'])} | {' | '.join(told)} | "
             f"{_tell(specific)} | {format_mean(row['shuffled'], 4) if parts else '–'} |"
         )
     places = next((row["against_none"]["by_place"] for row in rows if row["against_none"]), [])
@@ -207,8 +217,8 @@ def format_table(rows: list[StudyRow]) -> str:
     lines += [
         "",
         "Differences are in nats per token, below 0 is better, with 95 % over documents; by last occurrence and by "
-        "place in the segment they are those against none. Perplexity per token is the mean over seeds ± half the "
-        "range; differences are pooled over the seeds that both have.",
+        "place in the segment they are those against none. Perplexity per token is the geometric mean over seeds ± "
+        "half the range; differences are pooled over the seeds that both have.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -45,6 +45,8 @@ REFUSED = [
     ("train", "+misspelt.option=1", "", "there are training, model, task"),
     ("train", "++seeds=1", "", "did you mean seed?"),
     ("train", "learning_rate=1", "", "did you mean optimizer.learning_rate"),
+    ("train", "training.lr=1", "", "did you mean optimizer.learning_rate?"),
+    ("train", "training.batch=1", "", "did you mean training.batch_size"),
     ("train", "optimizer.lr=1", "", "optimizer has name, learning_rate"),
     ("train", "modle=tiny", "", "did you mean model"),
     ("train", "~nothing", "~nothing", "there is no option nothing"),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from infformer.command import Ended
 from infformer.commands import eval as eval_command
 from infformer.commands import train as train_command
+from infformer.errors import UserError
 from infformer.hub import problem_with_the_hub
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
@@ -55,6 +56,8 @@ def start(monkeypatch, capsys) -> Iterator[Callable[..., tuple[object, str]]]:
             code, sentence = ended.code, ended.sentence
         except SystemExit as ended:
             code = ended.code
+        except UserError as error:
+            code = f"error: {error}"
         shown = capsys.readouterr()
         # The interpreter prints a text, and exits with 1.
         return (1, shown.err + code) if isinstance(code, str) else (code, shown.err + sentence)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from infformer.evaluation.figures import ratio_of
+from infformer.evaluation.figures import exp, ratio_of
 from infformer.evaluation.streaming import EvaluationError, describe_protocol
 from infformer.results import (
     MEMORY_OF_ANOTHER_DOCUMENT,
@@ -155,7 +155,7 @@ def verdict(comparison: Comparison) -> str:
     """What a comparison says, in a sentence or two: who reads better, by which part of its memory, at which cost."""
     difference = comparison["difference"]
     nats, interval, documents = difference["nats_per_token"], difference["interval"], difference["documents"]
-    percent = 100 * math.expm1(nats)
+    percent = 100 * (exp(nats) - 1)
     finding = f"{nats:+.4f} nats per token (perplexity {percent:+.2f} %)"
     rest = f"{_tell_parts(comparison)}.{_tell_costs(comparison)}"
     if interval is None:
@@ -247,7 +247,10 @@ def _as_parts(nats: _Situations, without: NDArray[Any], results: Results) -> Gai
 def _compared(results: Results) -> Compared:
     return {
         "checkpoint": results["protocol"]["checkpoint"],
-        "perplexity": results["perplexity"],
+        "perplexity": {  # null in a file: see `PerUnit`
+            "token": results["perplexity"]["token"] or math.inf,
+            "word": results["perplexity"]["word"] or math.inf,
+        },
         "protocol": describe_protocol(results["protocol"]),
         "cost": results.get("cost"),
         "parts_unknown": _why_no_parts(results) if has_memory(results) and _situations(results) is None else None,

@@ -47,7 +47,7 @@ def figures_of(evaluator: Evaluator, documents: TokenizedDocuments, nats: TokenL
         "bytes": int(bytes_.sum()),
         "documents": len(documents),
         "nll": nll,
-        "perplexity": {"token": _exp(nll / tokens.sum()), "word": _exp(nll / max(int(words.sum()), 1))},
+        "perplexity": {"token": exp(nll / tokens.sum()), "word": exp(nll / max(int(words.sum()), 1))},
         "perplexity_interval": {"token": _interval(by_document, tokens), "word": _interval(by_document, words)},
         "bits_per_byte": nll / (math.log(2) * max(int(bytes_.sum()), 1)),
         "by_position": _positions(edges, by_position),
@@ -158,9 +158,9 @@ def previous_occurrences(text: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _interval(nats: NDArray[Any], counts: NDArray[Any]) -> Interval | None:
     interval = interval_of_ratio(nats, counts)
-    return None if interval is None else [_exp(bound) for bound in interval]
+    return None if interval is None else [exp(bound) for bound in interval]
 
 
-def _exp(nats: float) -> float:
+def exp(nats: float) -> float:
     """e to the power of the nats, infinite where that is more than a number can hold."""
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.inf if nats >= 700 else math.exp(nats)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,19 @@ OPTIONS = {
     "lora": "model.lora",
 }
 """What of a model's configuration a folder holds, and by which options it is typed."""
+
+
+class StoredMemories(TypedDict):
+    """What `memories.json` holds."""
+
+    backbone: dict[str, object]
+    """What the memories fit beside."""
+    weights: int
+    """A checksum of the backbone's."""
+    memory: dict[str, Any] | None
+    memory_layers: list[int] | None
+    segment_length: int
+    lora: dict[str, Any] | None
 
 
 def save_memories(model: InfformerForCausalLM, folder: str | Path) -> None:
@@ -107,7 +121,7 @@ def attach_memories(folder: str | Path, backbone: PreTrainedModel | str) -> Inff
     return model.eval()
 
 
-def check_memories(folder: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
+def check_memories(folder: str | Path, config: PreTrainedConfig) -> StoredMemories:
     """What a folder holds beside the weights, if a model of this configuration has such memories and adapters.
 
     Raises:
@@ -120,7 +134,8 @@ def check_memories(folder: str | Path, config: PreTrainedConfig) -> dict[str, An
             f"model.memories={folder}: the backbone beside which they were trained has another shape ("
             f"{'; '.join(others)}); set model.pretrained= to that one"
         )
-    options = [option for name in OPTIONS for option in _differing(name, stored[name], getattr(config, name))]
+    there: Mapping[str, object] = stored
+    options = [option for name in OPTIONS for option in _differing(name, there[name], getattr(config, name))]
     if options:
         raise ModelError(
             f"model.memories={folder}: this run has other memories or adapters than that folder; for those type "
@@ -129,7 +144,7 @@ def check_memories(folder: str | Path, config: PreTrainedConfig) -> dict[str, An
     return stored
 
 
-def read_memories(folder: str | Path) -> dict[str, Any]:
+def read_memories(folder: str | Path) -> StoredMemories:
     """What a folder holds beside the weights.
 
     Raises:
@@ -137,7 +152,7 @@ def read_memories(folder: str | Path) -> dict[str, Any]:
     """
     file = Path(folder).expanduser() / "memories.json"
     try:
-        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stored: StoredMemories = json.loads(file.read_text(encoding="utf-8"))
         missing = {"backbone", "weights", *OPTIONS} - stored.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
@@ -155,7 +170,7 @@ def _own(model: InfformerForCausalLM) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in stored.items() if name.startswith("memories.") or is_of_adapter(name)}
 
 
-def _shape(config: PreTrainedConfig) -> dict[str, Any]:
+def _shape(config: PreTrainedConfig) -> dict[str, object]:
     """What a memory, or an adapter, fits beside."""
     sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
     heads, width = key_value_shape(config)

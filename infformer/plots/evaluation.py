@@ -33,6 +33,8 @@ CONTROLS = {
     MEMORY_OF_ANOTHER_DOCUMENT: ("memory of another document", ORANGE, "^"),
     MEMORY_SHUFFLED_IN_TIME: ("memory shuffled in time", GREEN, "v"),
 }
+HATCHES = {MEMORY_OFF: "", MEMORY_OF_ANOTHER_DOCUMENT: "///", MEMORY_SHUFFLED_IN_TIME: "..."}
+"""Of bars: printed in grey, their colours are alike."""
 # Up to so many documents are named along the axis; more would be illegible.
 NAMED_DOCUMENTS = 40
 LEAST_LOSS, LEAST_GAIN = 0.1, 0.01
@@ -108,6 +110,8 @@ def _plot_recency(results: Results, path: Path) -> Path:
             ],
             width=0.9 * width,
             color=colour,
+            hatch=HATCHES[key],
+            edgecolor="white",
             label=name,
         )
         if difference["interval"] is not None:
@@ -135,7 +139,7 @@ def _plot_documents(results: Results, path: Path) -> Path:
     with_memory = _losses(results)
     gains = {
         key: {
-            identifier: 100 * math.expm1(loss - with_memory[identifier])
+            identifier: _percent(loss - with_memory[identifier])
             for identifier, loss in _losses(results["controls"][key]).items()
         }
         for key in CONTROLS
@@ -159,9 +163,9 @@ def _plot_documents(results: Results, path: Path) -> Path:
         difference = results["controls"][key]["difference"]
         place, (_, colour, marker) = -0.6 * rank, CONTROLS[key]
         if difference["interval"] is not None:
-            low, high = (100 * math.expm1(bound) for bound in difference["interval"])
+            low, high = map(_percent, difference["interval"])
             axes.hlines(place, low, high, color=colour, linewidth=2)
-        axes.plot([100 * math.expm1(difference["nats_per_token"])], [place], color=colour, marker=marker)
+        axes.plot([_percent(difference["nats_per_token"])], [place], color=colour, marker=marker)
     axes.axhline(0.5, color=GREY, linewidth=0.6)
     legend_below(figure, *axes.get_legend_handles_labels())
     label(
@@ -175,6 +179,11 @@ def _plot_documents(results: Results, path: Path) -> Path:
         ticks |= {rank: shorten(str(identifier), 32) for rank, identifier in zip(ranks, identifiers, strict=True)}
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     return save(figure, path)
+
+
+def _percent(nats: float) -> float:
+    """By how much a perplexity rises with its nats."""
+    return 100 * math.expm1(nats)
 
 
 def _losses(result: Figures) -> dict[str, float]:

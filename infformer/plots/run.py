@@ -23,6 +23,7 @@ class Curve:
     name: str
     colour: str = BLUE
     points: bool = False
+    dashes: str = "-"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ PANELS = (
     Panel(
         "Learning rate",
         "step size",
-        (Curve("train/learning_rate", "backbone"), Curve("train/memory_learning_rate", "memory", GREEN)),
+        (Curve("train/learning_rate", "backbone"), Curve("train/memory_learning_rate", "memory", GREEN, dashes="--")),
     ),
     Panel("Gradient norm", "before clipping", (Curve("train/gradient_norm", "all parameters"),), logarithmic=True),
     Panel("Divergence of the densities", "nats, times its weight", (Curve("train/divergence", "all layers"),)),
@@ -86,8 +87,8 @@ def _draw(axes: Axes, panel: Panel, records: Records) -> None:
         points = _points(records, curve.key)
         if points:
             tokens, values = zip(*points, strict=True)
-            lone = curve.points or len(points) == 1
-            axes.plot(tokens, values, color=curve.colour, label=curve.name, linewidth=1.4, marker="o" if lone else "")
+            marker = "o" if curve.points or len(points) == 1 else ""
+            axes.plot(tokens, values, curve.dashes, color=curve.colour, label=curve.name, linewidth=1.4, marker=marker)
     label(axes, panel.title, "tokens read", panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

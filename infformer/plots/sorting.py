@@ -36,9 +36,8 @@ MEASURES_BY_POSITION: dict[MeasureByPosition, str] = {
     "accuracy_by_position": MEASURES["accuracy"],
     "accuracy_free_running_by_position": MEASURES["accuracy_free_running"],
 }
-# Of the ideal counters, in the order of the results, beside one model.
-COUNTER_STYLES = [(ORANGE, "-"), (PURPLE, "-"), (GREEN, "--"), (GREEN, "-"), (GREY, ":")]
-# The same beside several models, which have the colours.
+# Of the ideal counters, in the order of the results: colours beside one model, as several have colours themselves.
+COUNTER_COLOURS = [ORANGE, PURPLE, GREEN, GREEN, GREY]
 COUNTER_DASHES = [(6, 2), (6, 2, 1, 2), (3, 2), (3, 2, 1, 2), (1, 2)]
 # Of the models, in the order of the results: colour and marker.
 MODEL_STYLES = [
@@ -114,8 +113,17 @@ def plot_accuracy_by_length(path: Path) -> list[Path]:
 
 def _draw_places(axes: Axes, figures: SortingFigures, measure: MeasureByPosition) -> None:
     places = range(1, len(figures[measure]) + 1)
-    for (counter, accuracies), (colour, dashes) in zip(figures["ideal_counters"].items(), COUNTER_STYLES, strict=True):
-        axes.plot(places, accuracies[measure], color=colour, linestyle=dashes, linewidth=1.2, label=_in_words(counter))
+    for (counter, accuracies), colour, dashes in zip(
+        figures["ideal_counters"].items(), COUNTER_COLOURS, COUNTER_DASHES, strict=True
+    ):
+        axes.plot(
+            places,
+            accuracies[measure],
+            color=colour,
+            linestyle=(0, dashes),
+            linewidth=1.2,
+            label=_in_words(counter),
+        )
     axes.plot(places, figures[measure], color=BLUE, marker="o", markersize=4.5, linewidth=1.5, label="this model")
     axes.set_ylim(-0.02, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -18,9 +18,9 @@ def plot_sweep(path: Path) -> list[Path]:
     """
     sweep: Sweep = read_json(path)
     rows = sweep["rows"]
-    perplexity = sweep["measure"] == "perplexity"
-    figure = new_figure(11.5 if perplexity else 9.0, 1.8 + 0.34 * len(rows))
-    axes, *behind = figure.subplots(1, 2 if perplexity else 1, sharey=True, squeeze=False)[0]
+    compared = any(row["behind"] is not None for row in rows)
+    figure = new_figure(11.5 if compared else 9.0, 1.8 + 0.34 * len(rows))
+    axes, *behind = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
     for place, row in enumerate(rows):
         axes.plot(row["by_seed"], [place] * len(row["by_seed"]), color=GREY, marker="|", linestyle="", markersize=11)
         _draw_point(axes, place, row["value"], row["interval"])
@@ -28,7 +28,7 @@ def plot_sweep(path: Path) -> list[Path]:
             _draw_point(behind[0], place, row["behind"]["nats_per_token"], row["behind"]["interval"])
     axes.set_yticks(range(len(rows)), [shorten(row["name"], 60) for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    unit = "perplexity per token" if perplexity else sweep["measure"]
+    unit = "perplexity per token" if sweep["measure"] == "perplexity" else sweep["measure"]
     label(axes, "The best first", f"{unit}; strokes: each seed", "")
     for panel in behind:
         panel.axvline(0, color="black", linewidth=0.8)

@@ -83,7 +83,7 @@ class ClassificationConfig(TaskConfig):
         """Whether the model's own tokenizer cuts texts up, if it has one."""
         return self.kind == "text"
 
-    def sizes(self, of_classifier: bool) -> dict[str, Any]:
+    def sizes(self, of_classifier: bool) -> dict[str, int | None]:
         if not of_classifier:
             return super().sizes(of_classifier)
         return {"vocab_size": self.vocabulary_size, "texts": self.texts, "longest": self.length // self.texts}

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -133,8 +133,9 @@ class Retrieval(Evaluation[RetrievalResults]):
         symbols = config.vocabulary_size
         if symbols is not None and evaluator.model.vocabulary_size < symbols:
             raise DataError(
-                f"this task has {symbols} symbols, and the model knows {evaluator.model.vocabulary_size}: set "
-                f"model.architecture.vocab_size={symbols}, or choose fewer task.keys or task.values"
+                f"this task has {symbols} symbols, and the model knows {evaluator.model.vocabulary_size}: take "
+                f"one that knows as many (a new one: model.architecture.vocab_size={symbols}), or choose fewer "
+                "task.keys or task.values"
             )
         self._config = config
         self._source = source
@@ -149,10 +150,8 @@ class Retrieval(Evaluation[RetrievalResults]):
         if "validation" not in self._source.splits:
             return None
         cells = self._measure("validation", self._config.lengths[0], self._config.validation_questions, "validation")
-        tokens = sum(cell["tokens"] for cell in cells)
-        loss = sum(cell["nll"] * cell["tokens"] for cell in cells) / tokens
-        accuracy = sum(cell["accuracy"] * cell["tokens"] for cell in cells) / tokens
-        exact = sum(cell["exact_match"] for cell in cells) / len(cells)
+        loss, accuracy = _mean(cells, "nll", "tokens"), _mean(cells, "accuracy", "tokens")
+        exact = _mean(cells, "exact_match", "answers")
         return Validation(
             loss,
             {"validation/loss": loss, "validation/accuracy": accuracy, "validation/exact_match": exact},
@@ -192,9 +191,8 @@ class Retrieval(Evaluation[RetrievalResults]):
         situations |= {f"test/{name}": cells for name, cells in results["controls"].items()}
         figures = {}
         for name, cells in situations.items():
-            answers = [cell["answers"] for cell in cells]
-            figures[f"{name}/exact_match"] = float(np.average([cell["exact_match"] for cell in cells], weights=answers))
-            figures[f"{name}/accuracy"] = float(np.average([cell["accuracy"] for cell in cells], weights=answers))
+            figures[f"{name}/exact_match"] = _mean(cells, "exact_match", "answers")
+            figures[f"{name}/accuracy"] = _mean(cells, "accuracy", "tokens")
         return figures
 
     def sample(self, step: int, tokens: int) -> str | None:
@@ -286,6 +284,15 @@ def measure_cells(
 def _by_depth(depth_of: Any, depths: int, *values: Any) -> Any:
     """The sums of some values by their depth, [values, depths]."""
     return np.stack([np.bincount(depth_of, value.astype(np.float64), depths) for value in values])
+
+
+def _mean(
+    cells: Sequence[RetrievalCell],
+    figure: Literal["exact_match", "accuracy", "nll"],
+    of_each: Literal["answers", "tokens"],
+) -> float:
+    """A figure of each answer, or of each token of the answers, over all cells."""
+    return float(np.average([cell[figure] for cell in cells], weights=[cell[of_each] for cell in cells]))
 
 
 def format_accuracy(results: RetrievalResults) -> str:

@@ -147,8 +147,8 @@ class Sorting(Evaluation[SortingResults]):
         if evaluator.model.vocabulary_size < config.vocabulary_size:
             raise DataError(
                 f"task.symbols={config.symbols}: with the separator these are {config.vocabulary_size} tokens, and the "
-                f"model knows {evaluator.model.vocabulary_size}: set model.architecture.vocab_size="
-                f"{config.vocabulary_size}, or sort fewer symbols"
+                f"model knows {evaluator.model.vocabulary_size}: take one that knows as many "
+                f"(a new one: model.architecture.vocab_size={config.vocabulary_size}), or sort fewer symbols"
             )
         self._config = config
         self._evaluator = evaluator

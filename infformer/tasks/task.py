@@ -63,6 +63,14 @@ class Material:
     examples: Mapping[str, Examples] = field(default_factory=dict)
     """By split, of a task that has some instead of documents."""
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The checksums of the texts, by split."""
+        return {
+            **{split: documents.fingerprint for split, documents in self.documents.items()},
+            **{split: examples.fingerprint for split, examples in self.examples.items()},
+        }
+
 
 @dataclass
 class TaskConfig(ABC):
@@ -78,7 +86,7 @@ class TaskConfig(ABC):
         """How many tokens there are, for a task of symbols; None for a task of text, which a tokenizer cuts up."""
         return None
 
-    def sizes(self, of_classifier: bool) -> dict[str, Any]:
+    def sizes(self, of_classifier: bool) -> dict[str, int | None]:
         """What the configuration of a model from scratch says of the tokens of a task of symbols."""
         return {"vocab_size": self.vocabulary_size}
 

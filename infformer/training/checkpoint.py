@@ -80,6 +80,8 @@ class Progress:
     held_out: Mapping[str, object] = field(default_factory=dict)
     """The options, as they are typed, by whose texts the best loss and these figures were measured; in older
     checkpoints none."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """The checksums of these texts, by split; in older checkpoints none."""
 
 
 @dataclass

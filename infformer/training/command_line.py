@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ class OptionError(UserError, ValueError):
 
 
 def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], None]) -> bool:
-    """Compose what the command line asks for, check it, and run it; an error that a user can mend ends in a sentence.
+    """Compose what the command line asks for, check it, and run it.
 
     Args:
         name: of the primary configuration in `conf`.
@@ -46,7 +46,8 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         Whether several runs were asked for.
 
     Raises:
-        SystemExit: an option or something else that a user can mend is wrong.
+        UserError: what was typed cannot be composed.
+        SystemExit: anything else that a user can mend is wrong, with the sentence that says what.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here: Hydra's own words about them would mislead
@@ -57,7 +58,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
         running = True
         try:
             run(check(composed, kind))
-        except UserError as error:
+        except UserError as error:  # Hydra would add a line of its own, and go on with the next run of a sweep
             sys.exit(f"error: {error}")
         running = False
 
@@ -68,7 +69,7 @@ def start(name: str, kind: type[Options], conf: Path, run: Callable[[Options], N
             raise
         arguments = get_args_parser().parse_args()
         conf = Path(arguments.config_path or conf)
-        sys.exit(f"error: {explain(error, arguments.config_name or name, kind, conf, arguments.overrides)}")
+        raise explain(error, arguments.config_name or name, kind, conf, arguments.overrides) from error
     return bool(get_args_parser().parse_args().multirun)
 
 
@@ -153,7 +154,7 @@ def explain(error: Exception, name: str, kind: type[Any], conf: Path, overrides:
                 ", or for files of your own text with data.train=FILES" if override.key_or_group == "data" else ""
             )
             return OptionError(
-                f"{_line(override)}: there is no such choice{_perhaps(str(choice), choices)}; choose one of "
+                f"{_line(override)}: there is no such choice{_perhaps(_near(str(choice), choices))}; choose one of "
                 f"{', '.join(choices)}{own_files}"
             )
     try:
@@ -210,7 +211,7 @@ def _problem(override: Override, base: DictConfig, kind: type[Any], conf: Path) 
     if not isinstance(node, DictConfig) or not dataclasses.is_dataclass(kind_of_node):
         if not isinstance(node, DictConfig) or last in node or override.is_add() or override.is_force_add():
             return None
-        near = _perhaps(last, [str(name) for name in node])
+        near = _perhaps(_near(last, map(str, node)))
         return OptionError(f"{line}: there is no {option} in this run{near}; to add it, type +{line}")
     if last not in _names(kind_of_node):
         return _no_such_option(line, option, kind)
@@ -250,22 +251,28 @@ def _no_such_option(typed: str, option: str, kind: type[Any]) -> OptionError:
         what = group.removeprefix("model.")
         return OptionError(f"{typed}: the {what} of this run has no such option; leave it out, or choose {chosen}")
     options = list(dict.fromkeys(option for option, _ in options_of(kind)))
-    names = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in options}, n=3, cutoff=0.7)
-    alike = [name for near in names for name in options if name.rpartition(".")[2] == near]
+    names = dict.fromkeys(name.rpartition(".")[2] for name in options)
+    # `lr` and `batch` are a name's initials and one of its words.
+    near = [name for name in names if last in ("".join(word[:1] for word in name.split("_")), *name.split("_"))]
+    near += _near(last, names)
+    alike = [option for name in near for option in options if option.rpartition(".")[2] == name]
     alike.sort(key=lambda name: (name.rpartition(".")[2] != last, name.rpartition(".")[0] != group))
     while group and not any(name.startswith(f"{group}.") for name in options):
         group = group.rpartition(".")[0]
     there = dict.fromkeys(name.rpartition(".")[2] for name in options if name.rpartition(".")[0] == group)
     return OptionError(
-        f"{typed}: there is no option {option}{_perhaps(option, options, alike)}"
+        f"{typed}: there is no option {option}{_perhaps(alike)}"
         + (f"; {group or 'there'} {'has' if group else 'are'} {', '.join(there)}" if there else "")
     )
 
 
-def _perhaps(name: str, known: Sequence[str], first: Sequence[str] = ()) -> str:
-    """` (did you mean …?)`, if something known is like a name."""
-    near = list(dict.fromkeys([*first, *difflib.get_close_matches(name, known, n=3, cutoff=0.85 if first else 0.7)]))
-    return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.7)
+
+
+def _perhaps(meant: Sequence[str]) -> str:
+    """` (did you mean …?)`, if anything may be meant; of what stands there twice the first."""
+    return f" (did you mean {' or '.join(list(dict.fromkeys(meant))[:3])}?)" if meant else ""
 
 
 def _in_words(declared: Any) -> str:

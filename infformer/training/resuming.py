@@ -85,14 +85,22 @@ def find_checkpoint(config: RunConfig, folder: Path) -> Path | None:
     return checkpoint
 
 
-def forget_figures_of_other_texts(config: RunConfig, progress: Progress) -> list[str]:
-    """Forget what was measured by other texts than those that are held out now; what and why, in sentences."""
+def forget_figures_of_other_texts(config: RunConfig, fingerprints: Mapping[str, str], progress: Progress) -> list[str]:
+    """Forget what was measured by other texts than those that are held out now; what and why, in sentences.
+
+    Args:
+        fingerprints: the checksums of the texts, by split; other texts may stand where these stood.
+    """
     now = marked(flatten(asdict(config)), RunConfig, "validation", "test")
     then, progress.held_out = progress.held_out or now, now
-    validation, test = (
-        "; ".join(differences(marked(then, RunConfig, split), marked(now, RunConfig, split), config))
-        for split in ("validation", "test")
-    )
+    before, progress.fingerprints = progress.fingerprints, fingerprints
+    changed = {}
+    for split in ("validation", "test"):
+        said = differences(marked(then, RunConfig, split), marked(now, RunConfig, split), config)
+        if not said and before.get(split, fingerprints.get(split)) != fingerprints.get(split):
+            said = [f"data.{split}={getattr(config.data, split)} holds another text than it did"]
+        changed[split] = "; ".join(said)
+    validation, test = changed["validation"], changed["test"]
     forgotten = []
     if validation and progress.best_loss is not None:
         progress.best_loss = progress.best_step = None

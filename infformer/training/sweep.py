@@ -14,7 +14,7 @@ import numpy as np
 from infformer.config import RunConfig
 from infformer.errors import UserError
 from infformer.evaluation.comparison import check_comparable, difference_of, gain_parts
-from infformer.evaluation.figures import interval_of_ratio
+from infformer.evaluation.figures import exp, interval_of_ratio
 from infformer.evaluation.report import write_results
 from infformer.plots.sweep import plot_sweep
 from infformer.results import Interval, Results, Sweep, SweepRow
@@ -164,9 +164,9 @@ def _perplexity_row(name: str, group: Sequence[Run]) -> SweepRow:
     parts = [found["specific"]["nats_per_token"] for run in group if (found := gain_parts(_figures(run))) is not None]
     return {
         **_row(name, group),
-        "value": math.exp(nats.sum() / tokens.sum()),
-        "interval": None if interval is None else [math.exp(bound) for bound in interval],
-        "by_seed": [_figures(run)["perplexity"]["token"] for run in group],
+        "value": exp(nats.sum() / tokens.sum()),
+        "interval": None if interval is None else [exp(bound) for bound in interval],
+        "by_seed": [_figures(run)["perplexity"]["token"] or math.inf for run in group],
         "specific": float(np.mean(parts)) if len(parts) == len(group) else None,
     }
 

@@ -223,7 +223,7 @@ class Trainer:
             self.stream.load_state_dict(progress.task)
             logger.info("going on from %s: step %d, %s tokens", checkpoint, progress.step, f"{progress.tokens:,}")
         self.progress = progress
-        for forgotten in forget_figures_of_other_texts(config, progress):
+        for forgotten in forget_figures_of_other_texts(config, self.material.fingerprints, progress):
             if accelerator.is_main_process:
                 logger.warning(forgotten)
         size = self.sizes["weight_bytes"] + self.sizes["optimizer_bytes"]

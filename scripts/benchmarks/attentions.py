@@ -20,6 +20,7 @@ from benchmarks.models import add_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.models.encoder import ClassifierConfig, TextClassifier
 from infformer.models.mechanisms import mechanism_kinds
+from infformer.results import BenchmarkFigures
 
 BASELINES = ("softmax", "softmax written out")
 """As torch computes it, without ever having all weights at once, and with them in memory, as the published table has
@@ -54,7 +55,7 @@ def compare(options: argparse.Namespace, setting: Setting) -> Comparison:
         peaks = {name: peak_extra_bytes(each, setting.device) for name, each in passes.items()}
         for name in here:
             medians[name][length] = summarize(seconds[name]).median
-            figures = {"text_tokens": length, "peak_extra_bytes": peaks[name]}
+            figures: BenchmarkFigures = {"text_tokens": length, "peak_extra_bytes": peaks[name]}
             results.append(Result(f"{name} {length}", seconds[name], figures=figures))
             for baseline in BASELINES:
                 if baseline in here and name not in BASELINES:
@@ -82,7 +83,8 @@ def new_pass(name: str, length: int, options: argparse.Namespace, setting: Setti
         hidden_size=options.hidden, num_hidden_layers=1, num_attention_heads=options.heads,
         feed_forward_size=options.feed_forward, attention=name.split()[0], longest=length, dropout=0.0,
     )  # fmt: skip
-    model = TextClassifier(config).to(setting.device)
+    model = TextClassifier(config)
+    model.to(setting.device)  # type: ignore[arg-type] # whose decorator hides its own self
     layer = model.layers[0]
     hidden = torch.randn(
         options.batch, length, options.hidden, device=setting.device, requires_grad=not options.forward

@@ -91,7 +91,7 @@ def _writer(
     model: MemoryModel, prompt: torch.Tensor, segment_length: int, setting: Setting, compiled: bool
 ) -> Callable[[int], list[int]]:
     """A function that writes so many more tokens; the prompt is read now."""
-    model.to(setting.device).eval()
+    model.eval().to(setting.device)
     if compiled:
         model.compile()
     tokens = sample_tokens(model, read_text(model, prompt, segment_length), segment_length)

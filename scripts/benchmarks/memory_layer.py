@@ -17,7 +17,7 @@ from benchmarks.models import add_sizes, memory_config, model_sizes
 from benchmarks.report import Comparison, Ratio, Result, paired
 from infformer.continuous import naive
 from infformer.continuous.density import Density, Gaussian
-from infformer.memory.long_term import LongTermMemory, LongTermState, Reading
+from infformer.memory.long_term import LongTermMemory, LongTermState, Projected, Reading
 from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.signal import ContinuousSignal, WriteOperators
 
@@ -31,6 +31,10 @@ class LiteralMemory(LongTermMemory):
 
     The basis and the operator of a later segment are made once, as in the published code; it has no first segments.
     """
+
+    literal_centres: Tensor
+    literal_widths: Tensor
+    operator: Tensor
 
     def __init__(self, config: LongTermMemoryConfig, hidden_size: int, heads: int, signal: ContinuousSignal) -> None:
         super().__init__(config, hidden_size, heads, signal)
@@ -52,11 +56,12 @@ class LiteralMemory(LongTermMemory):
     def literal_basis(self) -> naive.Basis:
         return self.literal_centres, self.literal_widths
 
-    def read(self, hidden: Tensor, state: LongTermState) -> Reading:
+    def read(self, hidden: Tensor, state: LongTermState, projected: Projected | None = None) -> Reading:
         with torch.autocast(hidden.device.type, enabled=False):
             weights = naive.Weights(self.query.weight, self.key.weight, self.value.weight, self.output.weight)
+            to_mean, to_variance = self.placement.weight
             context, mean, variance = naive.affine_read(
-                hidden.float(), state.coefficients, weights, *self.placement.weight, self.heads, self.literal_basis
+                hidden.float(), state.coefficients, weights, to_mean, to_variance, self.heads, self.literal_basis
             )
         return Reading(context, Gaussian(mean, variance))
 

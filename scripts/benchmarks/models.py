@@ -61,7 +61,8 @@ def new_reader(options: Any, setting: Setting) -> tuple[Sizes, InfformerForCausa
     """A GPT-2 with memory that reads the novels that come with the package, cut up by the tokenizer beside them."""
     options.functions = options.samples = options.segment
     sizes = model_sizes(options, "gpt2")
-    model = new_model(sizes, "gpt2", memory=True).to(setting.device).eval()
+    model = new_model(sizes, "gpt2", memory=True).eval()
+    model.to(setting.device)
     if options.compile:
         model.compile()
     return sizes, model, load_tokenizer(str(Path(infformer.__file__).parent / "checkpoints" / "tiny"))
@@ -127,6 +128,7 @@ def new_model(sizes: Sizes, backbone: str, memory: bool) -> InfformerForCausalLM
     model = InfformerForCausalLM.from_backbone(
         network, memory_config(sizes) if memory else None, segment_length=sizes.segment
     )
+    layer: Any
     for layer in model.memories:
         nn.init.normal_(layer.output.weight, std=0.02)
     return model
@@ -154,6 +156,7 @@ class WindowReader(nn.Module):
         return_logits: bool = False,
     ) -> MemoryModelOutput:
         name = cache_argument(self.network)
+        assert name is not None
         read = self.network.model(input_ids, **{name: state}, use_cache=True)
         losses = chunked_token_losses(read.last_hidden_state, cross_entropy(self.network.lm_head), targets)
         return MemoryModelOutput(loss=losses.mean(), token_losses=losses, state=read[name])
@@ -167,6 +170,7 @@ def without_graph(state: Any) -> Any:
     """What a model remembers, cut off from the graph that made it; a key-value cache in place."""
     if not isinstance(state, Cache):
         return None if state is None else state.detach()
+    layer: Any
     for layer in state.layers:
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     return state
@@ -177,7 +181,8 @@ def tensor_bytes(memory: Any) -> int:
     if memory is None:
         return 0
     if isinstance(memory, Cache):
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in memory.layers)
+        layers: list[Any] = memory.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return memory.nbytes
 
 

@@ -74,7 +74,8 @@ def _training_step(options: argparse.Namespace, memory: int, setting: Setting) -
         memory=MemoryConfig(memory) if memory else None,
         segment_length=options.segment,
     )
-    model = DecoderForCausalLM(config).to(setting.device)
+    model = DecoderForCausalLM(config)
+    model.to(setting.device)  # type: ignore[arg-type] # whose decorator hides its own self
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     tokens = torch.randint(options.vocabulary, (options.batch, options.segment), device=setting.device)
     full = None

@@ -54,8 +54,9 @@ class TurnTaker:
         if "train/loss" not in metrics:
             return
         for name in self.seconds:
-            for _ in range(self._every if name == "bare step" and self._bare_step is not None else 0):
-                self._bare_step()
+            if name == "bare step" and self._bare_step is not None:
+                for _ in range(self._every):
+                    self._bare_step()
             now = self._clock.now()
             self.seconds[name].append((now - self._start) / self._every)
             self._start = now

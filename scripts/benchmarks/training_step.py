@@ -230,7 +230,7 @@ def new_parts(step: TrainingStep, sizes: Sizes, setting: Setting, compiled: bool
     upstream = torch.randn(shape, device=device) / sizes.tokens
     tokens = random_tokens(sizes, device)
     with torch.no_grad():
-        state = None
+        state: Any = None
         for _ in range(2):
             state = model(tokens[:, :-1], state=state, return_logits=False).state
     states = state.layers

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -302,15 +303,41 @@ def test_the_script_prints_and_writes_the_comparison(without_results, with_resul
     script = import_module("compare")
     write_results(tmp_path / "a" / "results.json", without_results)
     write_results(tmp_path / "b.json", with_results)
-    typed = ["compare.py", str(tmp_path / "a"), str(tmp_path / "b.json"), "--folder", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", typed)
+    typed = ["compare.py", str(tmp_path / "a"), str(tmp_path / "b.json")]
+    monkeypatch.setattr(sys, "argv", [*typed, "--folder", str(tmp_path / "found")])
     script.main()
     assert capsys.readouterr().out.splitlines()[-2] == verdict(compare(without_results, with_results))
-    assert json.loads((tmp_path / "comparison.json").read_text()) == compare(without_results, with_results)
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "found" / "comparison.json").read_text()) == compare(without_results, with_results)
+    assert (tmp_path / "found" / "comparison.png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", [*typed[:2], str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"none: there are no results of eval\.py or train\.py that can be read"):
         script.main()
+
+
+def test_a_perplexity_that_no_number_holds_is_compared_all_the_same(without_results, with_results, tmp_path):
+    """As that per word of a text without blanks, which is one word; the file has null there."""
+    files = []
+    for name, results in {"a": without_results, "b": with_results}.items():
+        own = copy.deepcopy(results)
+        own["perplexity"] = {"token": math.inf, "word": math.inf}
+        if name == "b":
+            for document in own["per_document"]:
+                document["nll"] += 1000 * document["tokens"]
+        write_results(tmp_path / f"{name}.json", own)
+        files.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    shown = format_comparison(compare(*files))
+    assert shown.startswith("A: perplexity inf per token, inf per word (")
+    assert "(perplexity +inf %)" in shown
+
+
+def test_no_comparison_is_written_over_another(without_results, with_results, tmp_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "control" / "results.json", without_results)
+    for name in ("long_term", "sticky"):  # one after the other
+        write_results(tmp_path / name / "results.json", with_results)
+        assert f"drawn: outputs/comparison/control_{name}/comparison.png" in run_script("compare", "control", name)
+    said = run_script("compare", "sticky", "long_term", "--folder", "outputs/comparison/control_sticky")
+    assert said.startswith("error: --folder=outputs/comparison/control_sticky is not empty: name a new folder")
 
 
 def test_the_figure_is_drawn_beside_the_comparison(comparison, tmp_path):

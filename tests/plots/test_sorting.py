@@ -25,6 +25,13 @@ def test_nothing_measured_is_no_figure(drawn):
     assert drawn(plot_accuracy, {"lengths": []}) == drawn(plot_accuracy_by_length, []) == {}
 
 
+def test_no_two_lines_of_one_model_are_told_apart_by_their_colour_alone(drawn):
+    figure = drawn(plot_accuracy, {"lengths": [row("", 0, 100, 0.5)]}, "results.json")["accuracy_by_position"]
+    for axes in figure.axes:
+        styles = {(str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.lines}
+        assert len(styles) == len(axes.lines) == 1 + len(COUNTERS)
+
+
 def row(memory: str, seed: int, length: int, level: float) -> dict:
     counters = {name: accuracies(0.1 * n + 10 / length, 3) for n, name in enumerate(COUNTERS)}
     return {"memory": memory, "seed": seed, "length": length, **accuracies(level, 3), "ideal_counters": counters}

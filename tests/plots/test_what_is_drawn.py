@@ -408,6 +408,7 @@ class TestAnEvaluation:
         expected.append([[2 + side, -0.125], [2 + side, 0.375]])
         assert np.array(intervals) == pytest.approx(np.array(expected))
         assert [to_hex(bars[0].get_facecolor()).upper() for bars in axes.containers] == list(self.COLOURS)
+        assert len({bars[0].get_hatch() for bars in axes.containers}) == 3  # to be told apart in grey
         assert ticks(axes, "x") == [
             "within the window\n5 tokens\n2.00 nats each",
             "before the window\n1,500 tokens\n2.00 nats each",
@@ -740,6 +741,7 @@ def test_a_sweep_has_its_rows_and_how_far_they_are_behind(drawn):
     assert points(axes, "None") == [([15, 28], [0, 0]), ([16, 29], [1, 1]), ([17, 30], [2, 2])]
     assert points(behind, "o") == [([0.25], [1]), ([0.5], [2])]
     assert axes.yaxis_inverted()
+    assert len(drawn(plot_sweep, swept(1), "summary.json")["summary"].axes) == 1  # nothing is behind
 
 
 KINDS = [(placement, norm) for norm in ("layer", "rms") for placement in ("post", "pre", "dual")]

@@ -188,6 +188,15 @@ def test_validation_is_of_the_first_length(witness, model):
     assert measured.loss > perfect.loss
 
 
+def test_the_headline_is_the_mean_over_all_answers_and_over_all_of_their_tokens(model):
+    cells = [
+        {"answers": answers, "tokens": tokens, "exact_match": exact, "accuracy": accuracy}
+        for answers, tokens, exact, accuracy in ((2, 4, 0.5, 0.75), (6, 24, 1.0, 1.0))
+    ]
+    headline = make(model).headline({"cells": cells, "controls": {}})
+    assert headline == {"test/exact_match": pytest.approx(7 / 8), "test/accuracy": pytest.approx(27 / 28)}
+
+
 def test_the_report_is_a_file_a_table_and_a_figure(witness, tmp_path, capsys):
     retrieval = make(witness(CONFIG.vocabulary_size, SEGMENT))
     results = retrieval.measure("here") | {"before": None}
@@ -220,7 +229,7 @@ def test_a_sample_shows_what_is_true_and_what_is_said(witness):
 
 
 def test_what_cannot_be_asked_is_refused_at_once(witness):
-    with pytest.raises(DataError, match=r"25 symbols, and the model knows 24: set model.architecture.vocab_size=25"):
+    with pytest.raises(DataError, match=r"25 symbols, and the model knows 24: take one that knows .*vocab_size=25\)"):
         make(witness(24, SEGMENT))
     short = AssociativeRecallConfig(keys=20, values=4, queries=2, lengths=[36, 8])
     with pytest.raises(DataError, match=r"a length of 8 .*task.queries=2"):

@@ -319,7 +319,7 @@ def test_a_sample_shows_what_is_true_and_what_is_said(sorting, stubborn):
 
 def test_a_model_that_knows_too_few_tokens_is_refused(counter):
     make(counter(6, SEGMENT))
-    with pytest.raises(DataError, match=r"task.symbols=5: .* are 6 tokens, and the model knows 5: set .*vocab_size=6"):
+    with pytest.raises(DataError, match=r"task.symbols=5: .* the model knows 5: take one that knows .*vocab_size=6\)"):
         make(counter(4, SEGMENT))
 
 

@@ -295,25 +295,25 @@ class TestWhereItGoesOn:
     ) -> None:
         """And no more: a best checkpoint stays the best whatever it will be tested by."""
         progress = Progress(task={}, best_loss=1.5, best_step=4, results_before={"nll": 2.0})
-        assert forget_figures_of_other_texts(configure(tmp_path, {"task": PasskeyConfig()}), progress) == []
+        assert forget_figures_of_other_texts(configure(tmp_path, {"task": PasskeyConfig()}), {}, progress) == []
         saved = Progress(**json.loads(json.dumps(asdict(progress))))
         other = configure(tmp_path, {"task": PasskeyConfig(), **change})
-        sentences = forget_figures_of_other_texts(other, saved)
+        sentences = forget_figures_of_other_texts(other, {}, saved)
         assert [sentence.split(" was ")[0] for sentence in sentences] == forgets
         by_validation = any("best checkpoint" in sentence for sentence in sentences)
         assert (saved.best_loss, saved.best_step) == ((None, None) if by_validation else (1.5, 4))
         by_test = any("before training" in sentence for sentence in sentences)
         assert saved.results_before == (None if by_test else {"nll": 2.0})
         assert by_validation + by_test == len(forgets)
-        assert forget_figures_of_other_texts(other, saved) == []
+        assert forget_figures_of_other_texts(other, {}, saved) == []
 
     def test_a_checkpoint_that_does_not_say_which_texts_it_was_measured_by_forgets_nothing(
         self, configure, tmp_path: Path
     ) -> None:
         """It is of an earlier version; from then on it says so."""
         progress = Progress(task={}, best_loss=1.5, best_step=4, results_before={"nll": 2.0})
-        assert forget_figures_of_other_texts(configure(tmp_path, {"data.test": None}), progress) == []
-        assert progress.held_out["data.test"] is None
+        assert forget_figures_of_other_texts(configure(tmp_path, {"data.test": None}), {"test": "a"}, progress) == []
+        assert (progress.held_out["data.test"], progress.fingerprints) == (None, {"test": "a"})
 
     def test_what_was_taken_away_for_a_newer_one_comes_back(self, root: Path, configure) -> None:
         """The run was killed in between; that was its newest."""

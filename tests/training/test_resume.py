@@ -316,6 +316,22 @@ class TestGoesOnExactly:
         for split in splits:
             assert f"data.{split} was " in caplog.text
 
+    def test_a_run_goes_on_though_held_out_files_hold_other_texts_and_compares_no_figures_of_those_before(
+        self, configure, train, texts, tmp_path, caplog
+    ):
+        held_out = {split: tmp_path / f"{split}.jsonl" for split in ("validation", "test")}
+        for split, file in held_out.items():
+            shutil.copy(texts / f"{split}.jsonl", file)
+        changes = {f"data.{split}": str(file) for split, file in held_out.items()}
+        train(configure(tmp_path / "run", changes))
+        for split, other in {"validation": "test", "test": "validation"}.items():
+            shutil.copy(texts / f"{other}.jsonl", held_out[split])
+        found = train(configure(tmp_path / "run", {**changes, "resume": "auto", "training.max_steps": STEPS + 1}))
+        assert (len(found["per_document"]), found["before"]) == (2, None)
+        assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == f"step-{STEPS + 1:08d}"
+        for split, file in held_out.items():
+            assert f"data.{split}={file} holds another text than it did" in caplog.text
+
     def test_a_run_goes_on_under_another_gradient_checkpointing_and_longer(self, configure, train, whole, folder):
         changes = {"training.gradient_checkpointing": True, "training.max_steps": 10, "training.log_every": 2}
         train(configure(folder, {"resume": "auto", **changes}))

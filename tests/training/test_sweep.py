@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from infformer.evaluation.figures import interval_of_ratio
 from infformer.evaluation.streaming import EvaluationError
 from infformer.training.command_line import end_of_sweep
-from infformer.training.sweep import SweepError, format_sweep, read_runs, summarise_runs
+from infformer.training.sweep import SweepError, format_sweep, read_runs, summarise_runs, write_summary
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TOKENS = np.array([100, 200, 400])
@@ -193,6 +193,18 @@ def test_the_script_prints_the_table_and_draws_it(four, run, tmp_path, monkeypat
     assert written == f"written to {folder / 'summary.json'}, drawn in {folder / 'summary.png'}"
     assert json.loads((folder / "summary.json").read_text()) == summarise(*four)
     assert (folder / "summary.png").stat().st_size > 5_000
+
+
+def test_a_run_whose_perplexity_no_number_holds_is_the_last(four, run, tmp_path):
+    lost = perplexities([1.0, 1.0, 1.0])
+    for document in lost["per_document"]:
+        document["nll"] *= 1000
+    lost["perplexity"]["token"] = None  # as JSON has no infinity
+    written = write_summary([*four, run("lost", {"seed": 7, "optimizer": {"learning_rate": 9.0}}, lost)], tmp_path)
+    assert written.splitlines()[3].split()[0] == "inf"
+    last = json.loads((tmp_path / "summary.json").read_text())["rows"][-1]
+    assert last["value"] is None
+    assert last["behind"]["nats_per_token"] > 990
 
 
 def test_a_sweep_ends_with_the_table_and_where_it_lies(four, run, tmp_path):
