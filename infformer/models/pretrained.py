@@ -583,6 +583,11 @@ class InfformerForCausalLM(MemoryModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        embeddings = self.backbone.resize_token_embeddings(*arguments, **options)
+        self.config.vocab_size = self.backbone.config.vocab_size  # if each has its own configuration
+        return embeddings
+
 
 def _checked(backbone: Any) -> PreTrainedModel:
     """A model, if a memory can be put beside it, and the two can be saved and loaded again.
