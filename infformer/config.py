@@ -156,7 +156,8 @@ class ModelConfig:
     What learns, memories and adapters, is always float32: a small step would be rounded away in the others."""
     quantization: str | None = None
     """`4bit` or `8bit`, by bitsandbytes: the linear maps of a frozen backbone take an eighth or a quarter of float32's
-    room. Null: as `dtype` says."""
+    room. All else of it, such as embeddings, and the products with four bits are as `dtype` says: set that to bfloat16
+    too, where float32 is slow or has no room. Null: all is as `dtype` says."""
 
     def __post_init__(self) -> None:
         check_choices("model.", self, dtype=_PRECISIONS)

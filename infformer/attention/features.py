@@ -24,7 +24,7 @@ def feature_attention(
         causal: by sums over chunks, and within a chunk by all pairs of it.
         least: added to the denominator.
     """
-    if _multiplies_in_float16(value):  # whose largest number is less than the sums of 1,024 positions
+    if type_of_products(value) == torch.float16:  # whose largest number is less than the sums of 1,024 positions
         with torch.autocast(value.device.type, enabled=False):
             whole = feature_attention(
                 query.float(), key.float(), value.float(), None if weight is None else weight.float(), causal, least
@@ -45,10 +45,13 @@ def feature_attention(
     return attended[..., :-1] / (attended[..., -1:] + least)
 
 
-def _multiplies_in_float16(tensor: Tensor) -> bool:
+def type_of_products(tensor: Tensor) -> torch.dtype:
+    """In which products with a tensor are computed: that of autocast where it is on, which leaves float64 as it is."""
     device = tensor.device.type
-    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.float16 in (tensor.dtype, torch.get_autocast_dtype(device) if under_autocast else None)
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    if has_autocast and torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def linear_attention(

@@ -37,23 +37,23 @@ def continuous_attention(
     """
     own = torch.promote_types(key.dtype, torch.float32)  # as in the memory: a place in a long text wants its digits
     grid = GaussianGrid(
-        torch.linspace(0, 1, functions // len(widths)).to(key.device, own),
+        torch.linspace(0, 1, functions // len(widths), dtype=own).to(key.device),
         torch.tensor(widths, dtype=own, device=key.device),
     )
     # Of a text of padding alone one position is read: nothing can be fitted to none.
     lengths = [key.shape[2]] if real is None else real.sum(dim=1).clamp(min=1).tolist()
-    operators = [_operator(length, functions, widths, ridge) for length in lengths]
+    operators = [_operator(length, functions, widths, ridge, own) for length in lengths]
     # Padding has rows of zeros: each text alone is fitted to all of [0, 1].
     padded = torch.stack([F.pad(operator, (0, 0, 0, key.shape[2] - len(operator))) for operator in operators])
     with torch.autocast(key.device.type, enabled=False):
-        fit = padded.to(key.device, own).mT.unsqueeze(1)
+        fit = padded.to(key.device).mT.unsqueeze(1)
         scores = query.to(own) @ (fit @ key.to(own)).mT / math.sqrt(query.shape[-1])
         mean, variance = match_moments(torch.softmax(scores, dim=-1), grid.basis)
         return Gaussian(mean, variance).read(grid, (fit @ value.to(own)).to(value))
 
 
 @lru_cache(maxsize=256)
-def _operator(length: int, functions: int, widths: tuple[float, ...], ridge: float) -> Tensor:
+def _operator(length: int, functions: int, widths: tuple[float, ...], ridge: float, dtype: torch.dtype) -> Tensor:
     """G, from the positions of a text to coefficients, [length, N]."""
     basis = GaussianBasis.even_grid(functions, widths)
-    return rounded(first_operator(basis, length, ridge, zeros=False), torch.float32)
+    return rounded(first_operator(basis, length, ridge, zeros=False), dtype)

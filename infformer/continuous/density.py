@@ -124,8 +124,9 @@ class Gibbs(NamedTuple):
     @classmethod
     def of_scores(cls, scores: Tensor) -> Gibbs:
         """Normalised by the trapezoid rule, in which both ends count half."""
-        halves = torch.zeros_like(scores[..., :1]) - math.log(2)
-        return cls(torch.softmax(torch.cat([halves, torch.zeros_like(scores[..., 2:]), halves], -1) + scores, dim=-1))
+        parts = scores.new_zeros(scores.shape[-1])
+        parts[0] = parts[-1] = -math.log(2)
+        return cls(torch.softmax(parts + scores, dim=-1))
 
     @property
     def points(self) -> Tensor:

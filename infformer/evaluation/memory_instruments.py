@@ -540,10 +540,11 @@ class WrittenPast:
         Between two tokens it is linear; a place outside [0, 1] counts as the nearest end.
         """
         tokens = len(self.places)
-        after = torch.searchsorted(self.places, places.to(self.places)).clamp(1, tokens - 1)
-        left, right = self.places[after - 1], self.places[after]
-        share = ((places.to(left) - left) / (right - left).clamp(min=torch.finfo(left.dtype).tiny)).clamp(0, 1)
-        return tokens - (after - 1 + share)
+        places = places.to(self.places).clamp(self.places[0], self.places[-1])
+        after = torch.searchsorted(self.places, places).clamp(max=tokens - 1)
+        before = (after - 1).clamp(min=0)
+        left, right = self.places[before], self.places[after]
+        return tokens - (before + (places - left) / (right - left).clamp(min=torch.finfo(left.dtype).tiny))
 
     def looked_at(self, attention: Density, size: int) -> Tensor:
         """Which share of densities lies on each passage of so many tokens, the mean over heads and queries.

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infformer.attention.features import type_of_products
 from infformer.continuous.density import Density
-from infformer.memory.long_term import LongTermMemory, LongTermState, Projected, Reading, type_of_products
+from infformer.memory.long_term import LongTermMemory, LongTermState, Projected, Reading
 from infformer.memory.memory import KeyValues, LayerHeads, SegmentContext
 from infformer.memory.signal import ContinuousSignal
 

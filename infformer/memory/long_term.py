@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infformer.attention.features import type_of_products
 from infformer.continuous.density import (
     Density,
     Gaussian,
@@ -367,10 +368,3 @@ class LongTermMemory(Memory):
         if isinstance(attention, Slots | Gibbs):
             return attention.weights.new_zeros(()).expand(attention.weights.shape[0], attention.weights.shape[2])
         return variance_divergence(attention.variance, self.config.prior_standard_deviation**2).mean(dim=1)
-
-
-def type_of_products(tensor: Tensor) -> torch.dtype:
-    """Of the operands of products with a tensor: that of autocast, where it is on and the tensor is float32."""
-    kind = tensor.device.type
-    under_autocast = torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32
-    return torch.get_autocast_dtype(kind) if under_autocast else tensor.dtype

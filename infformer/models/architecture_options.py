@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
-
-from transformers.activations import ACT2FN
 
 from infformer.errors import ModelError
 
@@ -34,17 +32,11 @@ def check_number(name: str, value: Any, wanted: str, holds: Callable[[float], bo
         raise ModelError(f"model.architecture.{name}={value}: give a number that is {wanted}")
 
 
-def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Make sure that an architecture's choices, and its activation, are some that there are.
-
-    Args:
-        choices: what there is, by the name of the field.
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Make sure that a choice of an architecture is one of those that there are.
 
     Raises:
-        ModelError: one is not.
+        ModelError: it is not.
     """
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ModelError(f"model.architecture.{name}={getattr(config, name)}: choose one of {', '.join(allowed)}")
-    if config.activation not in ACT2FN:
-        raise ModelError(f"model.architecture.activation={config.activation}: transformers knows no such activation")
+    if value not in allowed:
+        raise ModelError(f"model.architecture.{name}={value}: choose one of {', '.join(allowed)}")

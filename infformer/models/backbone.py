@@ -6,13 +6,12 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from infformer.errors import ModelError
 from infformer.models.quantization import is_quantized
@@ -82,7 +81,8 @@ def find_attentions(backbone: PreTrainedModel) -> list[nn.Module]:
 
 
 def key_value_shape(config: Any) -> tuple[int, int]:
-    """Heads of the keys and values of a token, and numbers of each head."""
+    """Heads of the keys and values of a token, and numbers of each head; where layers differ, those of the first."""
+    config = next(iter(getattr(config, "per_layer_config", ())), config)
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
@@ -129,7 +129,7 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _looked_at(backbone: PreTrainedModel) -> Iterator[None]:
+def looked_at(backbone: PreTrainedModel) -> Iterator[None]:
     """Within it a model computes without dropout and gradients; then it is as it was."""
     was_training = backbone.training
     backbone.eval()
@@ -145,15 +145,17 @@ def is_causal(backbone: PreTrainedModel) -> bool:
     tokens = torch.arange(2, device=backbone.device).unsqueeze(0)
     # Which channels eight bits leave out is decided by all tokens of a call, so that the first rounds otherwise.
     dtype = torch.bfloat16 if is_quantized(backbone) else None
-    with _looked_at(backbone):
+    with looked_at(backbone):
         return _alike(backbone(tokens[:, :1]).logits, backbone(tokens).logits[:, :1], dtype)
 
 
 def is_head_known(backbone: PreTrainedModel) -> bool:
     """Whether `head` gives the model's own scores; found out by a look at those after one token."""
     tokens = torch.zeros(1, 1, dtype=torch.int64, device=backbone.device)
-    with _looked_at(backbone):
-        hidden = backbone.base_model(tokens, use_cache=False).last_hidden_state
+    with looked_at(backbone):
+        hidden = getattr(backbone.base_model(tokens, use_cache=False), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != getattr(backbone.get_output_embeddings(), "in_features", None):
+            return False  # the scores are made of something else
         return _alike(backbone(tokens, use_cache=False).logits, head(backbone, hidden))
 
 
@@ -209,8 +211,10 @@ def find_rotations(backbone: PreTrainedModel, move: bool = True) -> list[int]:
             attention rotates nothing.
 
     Raises:
-        ModelError: in some layer they depend on places in another way, so what was read cannot be moved back.
+        ModelError: in some layer they depend on places in another way, so what was read cannot be moved back; or they
+            have other heads than the configuration says.
     """
+    shape = list(key_value_shape(backbone.config))
     device, attentions = backbone.device, find_attentions(backbone)
     count, shift = 4, 3
     tokens = torch.arange(count, device=device).unsqueeze(0)
@@ -220,9 +224,18 @@ def find_rotations(backbone: PreTrainedModel, move: bool = True) -> list[int]:
         cache = DynamicCache()
         places = {"position_ids": torch.arange(first, first + count, device=device)[None]} if takes_places else {}
         argument = str(cache_argument(backbone.base_model))
-        with _looked_at(backbone):
+        with looked_at(backbone):
             backbone.base_model(tokens, **{argument: cache}, use_cache=True, **places)
-        keys.append([layer.keys for layer in cast(list[DynamicLayer], cache.layers)])
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            found = [list(part.shape[1::2]) for part in (layer.keys, layer.values)]
+            if found != [shape, shape]:
+                raise ModelError(
+                    f"model.memory: the cache of a {backbone.config.model_type!r} has keys {found[0]} and values "
+                    f"{found[1]} where its configuration says {shape}; choose a backbone such as Llama, or a memory "
+                    "that keeps hidden states: model.memory.stores=hidden with model.memory.short_term_length=0"
+                )
+        keys.append([layer.keys for layer in layers])
     rotated = []
     for layer, (near, far) in enumerate(zip(*keys, strict=True)):
         rotation = Rotation(backbone, attentions[layer], layer)

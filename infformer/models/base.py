@@ -537,7 +537,8 @@ def _next_cache(
 
 def dtype_of(config: PreTrainedConfig) -> torch.dtype:
     """In which a model's weights are loaded: that of the backbone when a memory was put beside it, else float32."""
-    return getattr(torch, getattr(config, "backbone_dtype", None) or "float32")
+    reader = getattr(config, "reader", config)  # of a classifier of documents
+    return getattr(torch, getattr(reader, "backbone_dtype", None) or "float32")
 
 
 def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryConfig | None:

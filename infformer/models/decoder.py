@@ -9,7 +9,7 @@ norms, whose sizes all stand in `DecoderConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.errors import ModelError
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
-from infformer.models.architecture_options import check_choices, check_number, check_size
+from infformer.models.architecture_options import check_choice, check_number, check_size
 from infformer.models.base import MemoryModel, stored_memory
 from infformer.models.block import (
     Attention,
@@ -37,10 +38,11 @@ from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechani
 from infformer.models.segment_read import LayerRead, SegmentRead, SegmentToRead
 from infformer.models.vocabulary import AdaptiveVocabulary, TiedVocabulary
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "positions": ("relative", "rotary"),
     "normalization": ("layer", "rms"),
     "normalization_placement": ("post", "pre", "dual"),
+    "activation": ACT2FN,
 }
 
 
@@ -140,7 +142,8 @@ class DecoderConfig(PreTrainedConfig):
         check_number("adaptive_divisor", adaptive_divisor, "at least 1", lambda value: value >= 1)
         for cutoff in self.adaptive_cutoffs:
             check_size("adaptive_cutoffs", cutoff)
-        check_choices(self, CHOICES)
+        for name, allowed in CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
         if positions == "rotary" and self.key_size % 2:
             option = "head_size" if key_size is None else "key_size"
             raise ModelError(f"model.architecture.{option}={self.key_size}: rotary positions turn pairs; make it even")

@@ -165,6 +165,7 @@ class DocumentClassifier(MemoryModel):
 
     config_class = DocumentClassifierConfig
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = {"maps", "norms.*.weight", "norms.*.bias", "norms.*.running_*"}  # noqa: RUF012, as it is declared
 
     def __init__(self, config: DocumentClassifierConfig, reader: MemoryModel | None = None) -> None:
         super().__init__(config)

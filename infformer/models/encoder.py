@@ -7,19 +7,20 @@ of each. Padding is a token of its own, so a text says itself where it ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
 from infformer.memory.memory import Memory, split_heads
-from infformer.models.architecture_options import check_choices, check_number, check_size
+from infformer.models.architecture_options import check_choice, check_number, check_size
 from infformer.models.base import MemoryModel
 from infformer.models.block import (
     BlockSizes,
@@ -31,11 +32,12 @@ from infformer.models.block import (
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_read import SegmentRead, SegmentToRead
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "positions": ("learned", "sinusoidal"),
     "pooling": ("mean", "first"),
     "normalization": ("layer", "rms"),
     "normalization_placement": ("post", "pre", "dual"),
+    "activation": ACT2FN,
 }
 
 
@@ -118,7 +120,8 @@ class ClassifierConfig(PreTrainedConfig):
         if texts not in (1, 2):
             raise ModelError(f"model.architecture.texts={texts}: give 1, or 2 for pairs of texts")
         check_number("dropout", dropout, "0 or more and less than 1", lambda value: 0 <= value < 1)
-        check_choices(self, CHOICES)
+        for name, allowed in CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
         kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": False}
         super().__init__(**kwargs)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infformer.attention.features import type_of_products
 from infformer.models.chunked_loss import IGNORE_INDEX
 
 ALIGNMENT = 64
@@ -36,8 +37,7 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_t
     Returns:
         Nats, float32, [batch, length]; 0 where nothing is scored.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = type_of_products(weight)
     losses: Tensor = _LinearLosses.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, dtype)
     return losses.view(targets.shape)
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from infformer.errors import ModelError
 from infformer.memory.memory import KeyValues, LayerHeads
-from infformer.models.backbone import Rotation
+from infformer.models.backbone import Rotation, key_value_shape
 
 KERNEL = "infformer_listening"
 
@@ -35,19 +35,13 @@ class Ear:
     def __init__(self, attention: nn.Module) -> None:
         module = sys.modules[type(attention).__module__]
         if not (hasattr(module, "ALL_ATTENTION_FUNCTIONS") and hasattr(attention, "config")):
-            raise ModelError(
-                f"model.memory.stores=keys_values: a {type(attention).__name__} computes its scores by itself, so "
-                "nobody is told its queries; choose a backbone such as Llama or GPT-2, or model.memory.stores=hidden"
-            )
+            raise _refusal(attention, "computes its scores by itself, so nobody is told its queries")
         width = getattr(attention.config, "hidden_size", None)
         self.outputs = [part for part in attention.children() if _numbers(part)[1] == width]
         if not self.outputs:
-            raise ModelError(
-                f"model.memory.stores=keys_values: a {type(attention).__name__} has no linear map to its output, "
-                "for what is read to go through; choose a backbone such as Llama or GPT-2, or "
-                "model.memory.stores=hidden"
-            )
+            raise _refusal(attention, "has no linear map to its output, for what is read to go through")
         self.attention: Any = attention
+        self.shape = self.attention.config.num_attention_heads, key_value_shape(self.attention.config)
         self.eager: Callable[..., Any] = getattr(module, "eager_attention_forward")  # noqa: B009, for any module
         self.heard: tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any], Tensor] | None = None
 
@@ -57,6 +51,7 @@ class Ear:
         Returns:
             The configuration that the attention has otherwise.
         """
+        self.heard = None
         before = self.attention.config
         if before._attn_implementation == KERNEL:  # a layer that is computed anew within the pass
             return before
@@ -66,12 +61,33 @@ class Ear:
         self.attention.config = config
         return before
 
-    def call(self, kernel: str, module: nn.Module, *tensors: Any, **options: Any) -> Any:
-        """The attention's own kernel; its arguments and what it returns are kept."""
+    def call(
+        self,
+        kernel: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The attention's own kernel; its arguments and what it returns are kept.
+
+        Raises:
+            ModelError: these are not the queries, keys and values of one attention, as its configuration says them.
+        """
+        heads, shape = self.shape
+        if self.heard is not None:
+            raise _refusal(module, "asks twice, of which a memory would hear one")
+        if query.shape[1] != heads or any(part.shape[1::2] != shape for part in (key, value)):
+            raise _refusal(
+                module,
+                f"asks with {query.shape[1]} heads, keys {list(key.shape[1::2])} and values {list(value.shape[1::2])}, "
+                f"where its configuration says {heads} and {list(shape)}",
+            )
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, self.eager)
-        result = function(module, *tensors, **options)
-        query, key, value, mask = tensors
-        self.heard = (query, key, value, mask, options, result[0])
+        result = function(module, query, key, value, attention_mask, **options)
+        self.heard = (query, key, value, attention_mask, options, result[0])
         return result
 
     def heads(self, rotation: Rotation | None, table: Tensor | None, past: int) -> tuple[LayerHeads, KeyValues]:
@@ -106,7 +122,10 @@ class Ear:
                 scores = scores.masked_fill(~mask[..., : scores.shape[-1]], -torch.inf)
             else:
                 scores = scores + mask[..., : scores.shape[-1]]
-            return result.transpose(1, 2), scores.logsumexp(-1)
+            normaliser = scores.logsumexp(-1)
+            if (sinks := options.get("s_aux")) is not None:  # learned scores of nothing, such as GPT-OSS has
+                normaliser = torch.logaddexp(normaliser, sinks.to(normaliser).unsqueeze(-1))
+            return result.transpose(1, 2), normaliser
 
         return LayerHeads(queries, self._project, attended), pair
 
@@ -118,6 +137,13 @@ class Ear:
         if getattr(last, "bias", None) is None:
             return projected
         return projected - last(torch.zeros_like(joined[:1, :1]))
+
+
+def _refusal(attention: nn.Module, reason: str) -> ModelError:
+    return ModelError(
+        f"model.memory.stores=keys_values: a {type(attention).__name__} {reason}; choose a backbone such as Llama or "
+        "GPT-2, or model.memory.stores=hidden"
+    )
 
 
 def _seen_causally(scores: Tensor, real: Tensor | None, window: int | None) -> Tensor:

@@ -33,7 +33,7 @@ from infformer.continuous.attention import continuous_attention
 from infformer.errors import ModelError
 from infformer.memory.fast_weights import Writes, advance
 from infformer.memory.memory import DerivedBuffers, split_heads
-from infformer.models.architecture_options import check_number, check_size
+from infformer.models.architecture_options import check_choice, check_number, check_size
 
 NOTHING = -1e4
 """Before a sigmoid or a softplus: no strength, no forgetting."""
@@ -331,20 +331,16 @@ class Synthesizer(Mechanism):
     def __init__(self, shape: AttentionShape, scores: str = "factorized_dense", rank: int = 8) -> None:
         super().__init__(shape)
         _check_at_least(1, rank=rank)
+        check_choice("attention.scores", scores, ("dense", "factorized_dense", "random", "factorized_random"))
         heads, size, longest = shape.heads, shape.head_size, shape.longest
         self.made, self.side = scores, math.isqrt(longest - 1) + 1
         if scores == "random":
             self.scores = _learned(0.02, heads, longest, longest)
         elif scores == "factorized_random":
             self.left, self.right = _learned(1, heads, longest, rank), _learned(rank**-0.5, heads, rank, longest)
-        elif scores in ("dense", "factorized_dense"):
+        else:
             outputs = longest if scores == "dense" else 2 * self.side
             self.first, self.second = (_learned(size**-0.5, heads, size, width) for width in (size, outputs))
-        else:
-            raise ModelError(
-                f"model.architecture.attention.scores={scores}: choose one of dense, factorized_dense, random, "
-                "factorized_random"
-            )
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         return synthesizer_attention(self._scores(query), value, real, self.causal)
@@ -417,8 +413,7 @@ class FastWeight(Mechanism):
 
     def __init__(self, shape: AttentionShape, rule: str = "delta") -> None:
         super().__init__(shape)
-        if rule not in ("delta", "sum"):
-            raise ModelError(f"model.architecture.attention.rule={rule}: choose one of delta, sum")
+        check_choice("attention.rule", rule, ("delta", "sum"))
         self.rule = rule
         self.strength = nn.Linear(shape.hidden_size, shape.heads)
 
@@ -465,8 +460,7 @@ def build_mechanism(options: str | Mapping[str, Any], shape: AttentionShape) -> 
     chosen: dict[str, Any] = {"kind": options} if isinstance(options, str) else dict(options)
     kinds = mechanism_kinds()
     name = chosen.pop("kind", None)
-    if name not in kinds:
-        raise ModelError(f"model.architecture.attention={name}: choose one of {', '.join(sorted(kinds))}")
+    check_choice("attention", name, sorted(kinds))
     kind = kinds[name]
     known = inspect.signature(kind).parameters.keys() - {"shape"}
     for option, value in chosen.items():

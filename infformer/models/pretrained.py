@@ -26,7 +26,7 @@ from transformers import (
     masking_utils,
 )
 
-from infformer.errors import ModelError
+from infformer.errors import ModelError, UserError
 from infformer.memory.memory import KeyValues, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig, choose_layers
 from infformer.memory.state import MemoryState, ModelState
@@ -42,6 +42,7 @@ from infformer.models.backbone import (
     is_causal,
     is_head_known,
     key_value_shape,
+    looked_at,
     plain_head,
 )
 from infformer.models.base import MemoryModel, stored_memory
@@ -104,7 +105,7 @@ class InfformerConfig(PreTrainedConfig):
         self.backbone_dtype = backbone_dtype
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(token, getattr(self.backbone, token, None))
-        kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
+        kwargs.setdefault("tie_word_embeddings", getattr(self.backbone, "tie_word_embeddings", False))
         # transformers hands its own choice on to the backbone, also where it is none: attention without a causal mask.
         kwargs.setdefault("attn_implementation", self.backbone._attn_implementation)
         super().__init__(**kwargs)
@@ -380,12 +381,24 @@ class InfformerForCausalLM(MemoryModel):
             backbone_dtype=None if backbone.dtype == torch.float32 else str(backbone.dtype).removeprefix("torch."),
             attn_implementation=backbone.config._attn_implementation,
         )
-        if (own := config.memory_config) is not None and (own.key_values or own.keeps_key_values):
-            config.rotated_layers = find_rotations(backbone, move=bool(own.key_values))
-        model = cls(config, backbone)
+        try:
+            if (own := config.memory_config) is not None and (own.key_values or own.keeps_key_values):
+                config.rotated_layers = find_rotations(backbone, move=bool(own.key_values))
+            model = cls(config, backbone)
+            model.memories.to(backbone.device)
+            with looked_at(backbone):
+                model(torch.zeros(1, 1, dtype=torch.int64, device=backbone.device))
+        except UserError:
+            raise
+        except Exception as error:  # whatever an attention of an unusual kind makes of it
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelError(
+                f"backbone={type(backbone).__name__}: this memory cannot stand beside such attentions; choose "
+                "model/memory=long_term, which asks least of them, or another backbone such as Llama "
+                f"({reason:.300})"
+            ) from error
         if backbone.generation_config is not None:
             model.generation_config = backbone.generation_config
-        model.memories.to(backbone.device)
         if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
             # Layers that are computed anew have to be told again what they remember.
             model.checkpoint_activations()
@@ -569,6 +582,11 @@ class InfformerForCausalLM(MemoryModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> nn.Embedding:
+        embeddings = self.backbone.resize_token_embeddings(*arguments, **options)
+        self.config.vocab_size = self.backbone.config.vocab_size  # if each has its own configuration
+        return embeddings
 
 
 def _checked(backbone: Any) -> PreTrainedModel:

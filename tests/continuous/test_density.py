@@ -272,6 +272,9 @@ class TestGibbs:
         read = Gibbs.of_scores(scores).read(GaussianGrid(scores[0, 0, 0], scores[0, 0, 0]), values)
         torch.testing.assert_close(read[0, 0, 0], (values[0, 0, 4] + values[0, 0, 28]) / 2)
 
+    def test_one_point_has_all_the_mass(self):
+        assert Gibbs.of_scores(torch.randn(2, 3, 4, 1)).weights.tolist() == torch.ones(2, 3, 4, 1).tolist()
+
     @pytest.mark.parametrize("method", ["expectation", "cumulative"])
     def test_gradients_by_scores_are_numerically_right(self, method):
         positions = torch.tensor([-0.1, 0.0, 0.2, 0.77, 1.0], dtype=torch.float64)

@@ -161,3 +161,5 @@ def test_tokens_back_is_the_age_of_what_lies_there():
     assert float(past.tokens_back(between)) == pytest.approx(SEGMENTS * 32 - 99.75)
     assert past.tokens_back(torch.tensor([1.0])).tolist() == [1]
     assert past.tokens_back(torch.tensor([-1.0, 2.0])).tolist() == [SEGMENTS * 32, 1]
+    past.places = past.places[:1]  # of a single token
+    assert past.tokens_back(torch.tensor([0.0, 1.0])).tolist() == [1, 1]

@@ -149,6 +149,7 @@ BACKBONES = {
     "gpt_neox": {"rotary_pct": 0.5},
     "phi3": {"num_key_value_heads": 2},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 5},
+    "doge": {"num_key_value_heads": 2},
 }
 
 
@@ -209,6 +210,8 @@ class TestBesideAPretrainedModel:
             own = own / heads.queries.shape[-1] ** 0.5
             if kind == "gemma2":
                 own = 50 * torch.tanh(own / 50)
+            if kind == "doge":
+                own = own + 1  # which its mask adds for every key, until it has learned
             torch.testing.assert_close(sums[:, :, 0], own, rtol=1e-4, atol=1e-4)
             values = pair.values.repeat_interleave(shared, dim=1)
             torch.testing.assert_close(attended[:, :, 0], values[:, :, 0], rtol=1e-4, atol=1e-5)
@@ -253,6 +256,19 @@ def test_a_kernel_that_is_told_of_padding_alone_is_causal_and_keeps_its_window(w
     _, sums = heads.attended()
     expected = (query @ key.mT / 8**0.5).masked_fill(~seen, -torch.inf).logsumexp(-1)
     torch.testing.assert_close(sums[real[:, None].expand_as(sums)], expected[real[:, None].expand_as(sums)].float())
+
+
+def test_the_learned_scores_of_nothing_count_in_the_sum_of_scores_as_in_what_was_read():
+    """As GPT-OSS has them, whose attention may look at nothing."""
+    query, key, value = torch.randn(3, 2, 4, 6, 8)
+    sinks = torch.randn(4)
+    ear = Ear(backbone("llama").model.layers[0].self_attn)
+    scores = torch.cat([query @ key.mT / 8**0.5, sinks.view(-1, 1, 1).expand(2, -1, 6, 1)], dim=-1)
+    attended = scores.softmax(-1)[..., :-1] @ value
+    everything = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    ear.heard = query, key, value, everything, {"s_aux": sinks}, attended.transpose(1, 2)
+    heads, _ = ear.heads(None, None, 0)
+    torch.testing.assert_close(heads.attended()[1], scores.logsumexp(-1))
 
 
 def test_a_backbone_that_computes_its_scores_by_itself_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,6 +161,43 @@ def test_a_segment_in_which_a_backbone_begins_to_rotate_otherwise_is_refused(sho
     else:
         with pytest.raises(ModelError, match=r"segment_length=4: .* segments of at most 3 tokens, or see at least 12"):
             InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT)
+
+
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "said"),
+    [
+        ("jetmoe", {"num_key_value_heads": 2, "kv_channels": 4}, r"a JetMoeAttention asks with 4 heads, keys \[4, 4\]"),
+        ("diffllama", {"num_key_value_heads": 2}, "a DiffLlamaAttention asks twice"),
+        ("deepseek_v3", {**LATENT, "num_key_value_heads": 4}, r"the cache of a 'deepseek_v3' has keys \[., 8\]"),
+        (
+            "minimax",
+            {"num_key_value_heads": 2},
+            r"this memory cannot stand beside such attentions.*\(ValueError: MiniMax",
+        ),
+    ],
+)
+def test_an_unusual_attention_takes_a_memory_of_hidden_states_and_is_told_why_none_of_keys_and_values(
+    kind, sizes, said
+):
+    experts = {"num_local_experts": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    backbone = stock(kind, {**SIZES, **experts, **sizes, "intermediate_size": 24, "pad_token_id": 0})
+    memory = LongTermMemoryConfig(basis_functions=4, past_samples=8)
+    InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT)
+    with pytest.raises(ModelError, match=said):
+        InfformerForCausalLM.from_backbone(backbone, replace(memory, stores="keys_values"), segment_length=SEGMENT)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "electra"])
+def test_a_head_that_sees_more_than_the_last_hidden_states_is_asked_itself(kind):
+    backbone = stock(kind, {**GROUPED, "head_dim": 4, "intermediate_size_mlp": 24, "is_decoder": True})
+    memory = LongTermMemoryConfig(basis_functions=4, past_samples=8)
+    model = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=SEGMENT).eval()
+    assert not model.config.head_is_known
+    with torch.no_grad():
+        assert torch.equal(model(TEXT[:, :SEGMENT]).logits, backbone(TEXT[:, :SEGMENT]).logits)
 
 
 def test_a_backbone_needs_nothing_but_its_own_configuration():

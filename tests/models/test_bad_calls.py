@@ -186,7 +186,7 @@ ARCHITECTURES = [
             ("attention_dropout", -0.1, "0 or more"),
             ("initializer_range", float("nan"), "more than 0"),
             ("adaptive_divisor", float("inf"), "at least 1"),
-            ("activation", "swoosh", "no such activation"),
+            ("activation", "swoosh", "choose one of gelu"),
             ("positions", "absolute", "choose one of relative, rotary"),
             ("normalization", "batch", "choose one of layer, rms"),
             ("normalization_placement", "both", "choose one of post, pre"),

@@ -206,3 +206,18 @@ def test_what_a_classifier_cannot_do_is_refused():
         model.generate(documents()[0])
     with pytest.raises(ModelError, match="two documents side by side"):
         model.train()(documents()[0])
+
+
+def test_a_classifier_whose_reader_has_a_shorter_type_is_loaded_as_it_was_saved(tmp_path, assert_same_model):
+    stock = wrapped(untied=True).stock_backbone()
+    for parameter in stock.parameters():
+        parameter.data = parameter.data.bfloat16()
+    memory = LongTermMemoryConfig(basis_functions=8, past_samples=8)
+    reader = InfformerForCausalLM.from_backbone(stock, memory, segment_length=SEGMENT)
+    model = DocumentClassifier.on_top(reader, HeadConfig(kind="batch_norm"), LABELS).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_same_model(model, loaded, documents()[0].split(SEGMENT, dim=1)[:2])
+    assert {parameter.dtype for parameter in loaded.reader.backbone.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in loaded.maps.parameters()} == {torch.float32}

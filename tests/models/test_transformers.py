@@ -88,6 +88,29 @@ def test_a_stock_model_takes_and_gives_its_cache_by_the_name_that_is_found(kind,
     torch.testing.assert_close(continued, whole[:, 4:])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_of_a_wrapped_model_is_resized_as_that_of_a_stock_one(llama, tied, tmp_path):
+    config = copy.deepcopy(llama.config)
+    config.tie_word_embeddings = tied
+    stock = AutoModelForCausalLM.from_config(config).eval()
+    model = InfformerForCausalLM.from_backbone(
+        copy.deepcopy(stock), LongTermMemoryConfig(basis_functions=8, past_samples=16), segment_length=SEGMENT
+    ).eval()
+    for resized in (model, stock):
+        resized.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False, pad_to_multiple_of=4)
+    size = VOCABULARY + 10
+    assert model.config.vocab_size == model.vocabulary_size == stock.config.vocab_size == size
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embeddings) == tied
+    text = torch.randint(VOCABULARY, (2, SEGMENT))
+    output = model(text, labels=text, return_logits=True)
+    assert torch.equal(output.logits[..., :VOCABULARY], stock(text).logits[..., :VOCABULARY])
+    assert output.logits.shape[-1] == size
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(text).logits, output.logits)
+
+
 class TestTheOutput:
     """A mapping of transformers' kind, with names of its own, which no version of transformers takes for another's."""
 
