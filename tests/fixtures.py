@@ -18,6 +18,7 @@ import torch
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -173,7 +174,7 @@ def files_of_conf_are_parsed_once() -> Iterator[None]:
     """Hydra parses about twenty for each composition, several times each, and copies all that it could choose from.
 
     The tests compose hundreds of times. What is chosen is still a copy of its own. And what a `${…}` in them says is
-    read once.
+    read once. A command composes everything once more before, to look for a `hydra.mode`, which nobody sets here.
     """
     load = OmegaConf.load
     parsed: Callable[[Path], Any] = cache(lambda path: yaml.load(path.read_text(), get_yaml_loader()))
@@ -186,6 +187,7 @@ def files_of_conf_are_parsed_once() -> Iterator[None]:
         patch.setattr(OmegaConf, "load", staticmethod(load_once))
         for module in (omegaconf.base, omegaconf._utils):
             patch.setattr(module, "parse", cache(module.parse))
+        patch.setattr(Hydra, "get_mode", lambda *arguments, **options: None)
         patch.setattr(ConfigRepository, "__deepcopy__", lambda repository, memo: copy(repository), raising=False)
         yield
 
