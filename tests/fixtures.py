@@ -16,8 +16,11 @@ import omegaconf.base
 import pytest
 import torch
 import yaml
+from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.defaults_list import _create_interpolation_map
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -173,19 +176,35 @@ def files_of_conf_are_parsed_once() -> Iterator[None]:
     """Hydra parses about twenty for each composition, several times each, and copies all that it could choose from.
 
     The tests compose hundreds of times. What is chosen is still a copy of its own. And what a `${…}` in them says is
-    read once.
+    read once. A command composes everything once more before, to look for a `hydra.mode`, which nobody sets here.
+    Hydra's own files are loaded once, and embedded as copies; and choices are prepared for a `${…}` where one is.
     """
-    load = OmegaConf.load
+    load, load_config, prepare = OmegaConf.load, CachingConfigRepository.load_config, _create_interpolation_map
     parsed: Callable[[Path], Any] = cache(lambda path: yaml.load(path.read_text(), get_yaml_loader()))
+    own: dict[str, Any] = {}
 
     def load_once(file: Any) -> Any:
         path = Path(getattr(file, "name", file))
         return OmegaConf.create(parsed(path)) if CONF in path.parents else load(file)
 
+    def load_own_once(repository: CachingConfigRepository, config_path: str) -> Any:
+        if config_path not in own:
+            loaded = load_config(repository, config_path)
+            if not config_path.startswith("hydra/"):
+                return loaded
+            own[config_path] = loaded
+        return own[config_path]
+
+    def prepare_if_needed(overrides: Any, defaults: list[Any], self_added: bool) -> DictConfig | None:
+        return prepare(overrides, defaults, self_added) if any(one.is_interpolation() for one in defaults) else None
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", staticmethod(load_once))
+        patch.setattr(CachingConfigRepository, "load_config", load_own_once)
+        patch.setattr(defaults_list, "_create_interpolation_map", prepare_if_needed)
         for module in (omegaconf.base, omegaconf._utils):
             patch.setattr(module, "parse", cache(module.parse))
+        patch.setattr(Hydra, "get_mode", lambda *arguments, **options: None)
         patch.setattr(ConfigRepository, "__deepcopy__", lambda repository, memo: copy(repository), raising=False)
         yield
 

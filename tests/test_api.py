@@ -56,38 +56,45 @@ def test_a_name_that_is_not_offered_is_none(name: str) -> None:
 
 
 FIRST = ("import infformer", "from transformers import AutoModelForCausalLM")
-IN_EITHER_ORDER = f"""
+KINDS = "from infformer.memory.options import MemoryConfig; print(*(kind.kind for kind in MemoryConfig.kinds()))"
+EACH_ALONE = """
 import os, sys
-import datasets, torch, transformers.modeling_utils  # most of what takes seconds, for both
+import datasets, torch, transformers.modeling_utils  # most of what takes seconds, for all
 
-assert not {{"infformer", "transformers.models.auto.modeling_auto"}} & {{*sys.modules}}
-for first in {FIRST}:
+assert not {"infformer", "transformers.models.auto.modeling_auto"} & {*sys.modules}
+for code in sys.argv[1:]:
     if os.fork() == 0:
-        exec(first)
-        import infformer
-        from transformers import AutoModelForCausalLM
-        opened = [AutoModelForCausalLM.from_pretrained(folder) for folder in sys.argv[1:]]
-        print(first, *(type(model).__name__ for model in opened), sep=",", flush=True)
+        exec(code)
+        sys.stdout.flush()
         os._exit(0)
     os.wait()
 """
 
 
 @pytest.fixture(scope="module")
-def opened(backbone: GPT2LMHeadModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What the Auto class has opened after each of two first imports, each in a process of its own."""
-    tmp_path = tmp_path_factory.mktemp("saved")
+def said(backbone: GPT2LMHeadModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What codes print, each in a process of its own that has not imported the package: what the Auto class has opened
+    after each of two first imports, and the kinds of memories."""
+    folder = tmp_path_factory.mktemp("saved")
     memory = infformer.LongTermMemoryConfig(basis_functions=8, past_samples=16)
     wrapped = InfformerForCausalLM.from_backbone(backbone, memory, segment_length=16)
-    wrapped.save_pretrained(tmp_path / "wrapped")
+    wrapped.save_pretrained(folder / "wrapped")
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=16)).save_pretrained(tmp_path / "decoder")
-    return run(IN_EITHER_ORDER, str(tmp_path / "wrapped"), str(tmp_path / "decoder")).splitlines()
+    DecoderForCausalLM(DecoderConfig(**sizes, memory=memory, segment_length=16)).save_pretrained(folder / "decoder")
+    opening = (
+        f"{{}}; import infformer; from transformers import AutoModelForCausalLM as auto; print(*("
+        f"type(auto.from_pretrained('{folder}/' + name)).__name__ for name in ('wrapped', 'decoder')))"
+    )
+    return run(EACH_ALONE, *map(opening.format, FIRST), KINDS).splitlines()
 
 
-@pytest.mark.parametrize("first", FIRST)
-def test_both_kinds_of_model_are_opened_by_the_auto_class_after_an_import(first: str, opened: list[str]) -> None:
-    assert f"{first},InfformerForCausalLM,DecoderForCausalLM" in opened
+@pytest.mark.parametrize("order", range(len(FIRST)), ids=FIRST)
+def test_both_kinds_of_model_are_opened_by_the_auto_class_after_an_import(order: int, said: list[str]) -> None:
+    assert said[order] == "InfformerForCausalLM DecoderForCausalLM"
+
+
+def test_every_kind_of_memory_is_known_to_whoever_imports_memories(said: list[str]) -> None:
+    assert {*said[-1].split()} == {"short_term", "compressive", "long_term", "fast_weight", "cache"}
 
 
 def test_no_module_that_the_models_are_made_of_imports_an_auto_class_before_them() -> None:

@@ -40,9 +40,11 @@ PAIRS = [
     (model, memory)
     for row, model in enumerate(MODELS)
     for column, memory in enumerate(MEMORIES)
-    if model in ("tiny", "decoder", *EXPERIMENTS_WITHOUT_TEXT) or row % 3 == column % 3
+    if model in ("tiny", "decoder", "sorting")
+    or row % 3 == column % 3
+    or (CONF / f"model/{model}_memory/{memory}.yaml").exists()
 ]
-"""A model with every memory where it is one of its kind, or has files of its own for them; others share them out."""
+"""A model with every memory where it is one of its kind, or has a file of its own for it; others share them out."""
 PUBLISHED_DATA = ["wikitext103", "pg19"]
 
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch.distributed
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +153,11 @@ class Watchdog:
         return "; ".join(f"process {process} {what}" for process, what in enumerate(told))
 
 
-def _store() -> torch.distributed.Store:
+def _store() -> Store:
     """A store that all processes can read and write without collective calls, which a hanging one would block."""
-    return torch.distributed.distributed_c10d._get_default_store()
+    from torch.distributed import distributed_c10d  # who only listens to signals needs no torch
+
+    return distributed_c10d._get_default_store()
 
 
 def _key(process: int) -> str:

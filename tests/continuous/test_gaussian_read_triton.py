@@ -88,9 +88,16 @@ SIZES = [
 ]
 
 
+SHORTER = ((torch.bfloat16, 1e-2), (torch.float16, 1e-3))
+READ = [
+    *((*sizes, torch.float32, 5e-6) for sizes in SIZES),
+    *((*sizes, *shorter) for sizes in SIZES[:2] for shorter in SHORTER),
+    *(pytest.param(*sizes, *shorter, marks=pytest.mark.slow) for sizes in SIZES[2:] for shorter in SHORTER),
+]
+
+
 @where_kernels_run
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-@pytest.mark.parametrize(("batch", "heads", "queries", "centres", "widths", "size"), SIZES)
+@pytest.mark.parametrize(("batch", "heads", "queries", "centres", "widths", "size", "dtype", "tolerance"), READ)
 def test_values_and_gradients_are_those_of_the_literal_form(
     kernels, batch, heads, queries, centres, widths, size, dtype, tolerance
 ):
@@ -114,7 +121,7 @@ def test_tf32_is_near_the_literal_form(kernels, batch, heads, queries, centres, 
 
 
 @where_kernels_run
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("variance", "start"), [(1e-4, 0.0), (1e-2, 0.7)])
 def test_tiles_without_density_are_left_out_and_nothing_is_missing(kernels, variance, start, dtype):
     """Blocks of queries in two places: most of 128 centres lie beyond the reach of the narrow ones."""

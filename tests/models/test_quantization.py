@@ -46,12 +46,20 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """The folders of stock models in float32, without dropout, by their kinds."""
+    place = tmp_path_factory.mktemp("stock")
+    for kind, config in BACKBONES.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(copy.deepcopy(config)).save_pretrained(place / kind)
+    return place
+
+
 @pytest.fixture
-def folder(kind, tmp_path) -> Path:
-    """Of a stock model in float32, without dropout."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(copy.deepcopy(BACKBONES[kind])).save_pretrained(tmp_path / "stock")
-    return tmp_path / "stock"
+def folder(kind, stock) -> Path:
+    """Of one of them; not to be changed."""
+    return stock / kind
 
 
 def loaded(folder: Path, weights: str, memory: MemoryConfig | None = MEMORY, **options: Any) -> InfformerForCausalLM:
@@ -102,15 +110,15 @@ RANKS += [
 
 @pytest.mark.needs("bitsandbytes")
 @pytest.mark.parametrize("kind", ["llama"])
-def test_channels_that_stand_out_do_not_look_like_later_tokens(folder, kind):
+def test_channels_that_stand_out_do_not_look_like_later_tokens(folder, kind, tmp_path):
     """Eight bits leave out channels that are large in any token of a call, so that the first token rounds otherwise."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1) if parameter.dim() == 1 else nn.init.normal_(parameter, std=0.1)
         if "norm" in name:
             parameter.data[:3] = 8
-    model.save_pretrained(folder)
-    assert len(loaded(folder, "8bit float32").memories) == 1
+    model.save_pretrained(tmp_path)
+    assert len(loaded(tmp_path, "8bit float32").memories) == 1
 
 
 @pytest.mark.parametrize(("weights", "rank"), RANKS)

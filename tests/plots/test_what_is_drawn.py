@@ -784,7 +784,7 @@ LEGIBLE = {
     "eight memories": (plot_accuracy_by_length, EIGHT_MEMORIES, "accuracy.json"),
     "a sweep": (plot_sweep, swept(24), "summary.json"),
     "4 layers": (plot_inspection, of_layers(4), "inspection.json"),
-    "30 layers": (plot_inspection, of_layers(30, heads=16), "inspection.json"),
+    "30 layers": (plot_inspection, of_layers(30, heads=3), "inspection.json"),
     "40 documents": (plot_results, named_at_length(40), "results.json"),
     "long names": (
         plot_comparison,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from infformer.commands import eval as evaluation
-from infformer.config import CONF, EvaluationRunConfig, RunConfig
+from infformer.config import CONF, TASKS, EvaluationRunConfig, RunConfig
 from infformer.data.examples import Example, Examples, keep_examples
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import DataError, UserError
@@ -390,20 +390,32 @@ def test_options_that_cannot_be_are_refused(options, said):
     assert said in str(caught.value)
 
 
+ARENA = {
+    "lra_listops": (2000, {"lra_small": 2, "lra_release": 4, "lra_paper": 6}),
+    "lra_text": (4000, {"lra_small": 2, "lra_release": 4, "lra_paper": 6}),
+    "lra_retrieval": (8000, {"lra_small": 2, "lra_release": 4, "lra_paper": 4}),
+    "lra_image": (1024, {"lra_small": 2, "lra_release": 1, "lra_paper": 3}),
+    "lra_pathfinder": (1024, {"lra_small": 2, "lra_release": 4, "lra_paper": 4}),
+    "lra_path_x": (16384, {"lra_small": 2, "lra_release": 1, "lra_paper": 4}),
+}
+"""The length of each task, and the layers that each set of sizes has for it."""
+
+
+@pytest.mark.parametrize("task", ARENA)
+def test_every_task_of_the_arena_can_be_chosen(task):
+    config = compose("train", RunConfig, CONF, [f"experiment={task}"])
+    length, layers = ARENA[task]
+    assert (config.training.segment_length, config.task.length) == (length, length)
+    assert (config.name, config.model.architecture["num_hidden_layers"]) == (task, layers["lra_small"])
+
+
 @pytest.mark.parametrize("chosen", ["lra_small", "lra_release", "lra_paper"])
-def test_every_set_can_be_chosen_for_every_task(chosen):
-    for task, (length, layers) in {
-        "lra_listops": (2000, {"lra_small": 2, "lra_release": 4, "lra_paper": 6}),
-        "lra_text": (4000, {"lra_small": 2, "lra_release": 4, "lra_paper": 6}),
-        "lra_retrieval": (8000, {"lra_small": 2, "lra_release": 4, "lra_paper": 4}),
-        "lra_image": (1024, {"lra_small": 2, "lra_release": 1, "lra_paper": 3}),
-        "lra_pathfinder": (1024, {"lra_small": 2, "lra_release": 4, "lra_paper": 4}),
-        "lra_path_x": (16384, {"lra_small": 2, "lra_release": 1, "lra_paper": 4}),
-    }.items():
-        config = compose("train", RunConfig, CONF, [f"experiment={task}", f"model={chosen}"])
+def test_every_set_of_sizes_has_those_of_every_task(chosen):
+    for task, (length, layers) in ARENA.items():
+        of_the_task = [f"task.kind={TASKS[task].kind}", f"task.length={length}"]
+        config = compose("train", RunConfig, CONF, ["experiment=lra_listops", f"model={chosen}", *of_the_task])
         assert (config.training.segment_length, config.task.length) == (length, length)
         assert config.model.architecture["num_hidden_layers"] == layers[chosen]
-        assert config.name == task
 
 
 def test_lists_are_learned_from_the_command_line(train, tmp_path):

@@ -2,8 +2,9 @@
 
 Called with a file of pairs of a configuration and a fault (pickled), and a file to write to: for each run null where
 nothing went wrong, what went wrong as the run says it, or false if a process did not survive. A fault is what happens
-to one process: `{"process": 1, "step": 3, "how": "nan" | "sleep" | "kill" | "term"}`. What takes longest, imports and
-what the first model that is loaded makes, is paid once: both processes of every run are forked from this one.
+to one process: `{"process": 1, "step": 3, "how": "nan" | "sleep" | "kill" | "term"}`. In place of a configuration may
+stand what is typed after `train.py`: that is one process, and what comes of it its exit code. What takes longest,
+imports and what the first model that is loaded makes, is paid once: all processes are forked from this one.
 """
 
 import gc
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
 import sys
 import time
@@ -47,14 +49,17 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         receive, send = processes.Pipe(duplex=False)
-        both = [processes.Process(target=run, args=(rank, port, config, fault, send)) for rank in range(2)]
+        if isinstance(config, list):
+            both = [processes.Process(target=command, args=(config, fault))]
+        else:
+            both = [processes.Process(target=run, args=(rank, port, config, fault, send)) for rank in range(2)]
         for process in both:
             process.start()
         wait([process.sentinel for process in both])
         for process in both:
             process.join(PATIENCE)
             process.kill()
-        outcomes.append(receive.recv() if receive.poll() else False)
+        outcomes.append(both[0].exitcode if isinstance(config, list) else receive.poll() and receive.recv())
     Path(sys.argv[2]).write_text(json.dumps(outcomes))
 
 
@@ -72,6 +77,14 @@ def run(rank, port, config, fault, outcome) -> None:
     torch.distributed.barrier()  # neither takes its connections away from the other
     if rank == 0:
         outcome.send(error)
+
+
+def command(words, fault) -> None:
+    """As it is typed in another folder."""
+    os.chdir(Path(sys.argv[2]).parent)
+    sys.argv = ["train.py", *words]
+    trainer.train_step = disturbed(trainer.train_step, fault)
+    runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")
 
 
 def disturbed(step, fault):

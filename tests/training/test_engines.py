@@ -1,4 +1,4 @@
-"""Every engine, on two processes, learns what one process learns."""
+"""Every engine, on two processes, learns what one process learns; and a command in a process of its own."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from infformer.config import CHOICES, EngineConfig, GrowthConfig, RunConfig
 from infformer.memory.options import MemoryConfig
 from infformer.training import trainer
 from infformer.training.metrics import read_metrics
-from infformer.training.trainer import TrainingStopped
+from infformer.training.trainer import EXIT_CODE, TrainingStopped
 
 pytestmark = pytest.mark.processor
 ROOT = Path(__file__).parents[2]
@@ -90,23 +90,28 @@ def growing(one_layer_folder) -> dict[str, Any]:
     return {**model, "model.architecture": {"model_type": "decoder", **sizes, **kinds}, "growth": growth, **quiet}
 
 
+Runs = dict[str, tuple[RunConfig | list[str], dict[str, Any] | None]]
+"""By their names: what is run, and what goes wrong with it."""
+
+
 @dataclass
 class Launched:
     """What came of the runs on two processes, each with one of the two parts of a step."""
 
     root: Path
     """The folders of all of them, by name."""
-    outcomes: dict[str, str | bool | None]
-    """What went wrong with each by its name: nothing, what it said, or a process that did not survive."""
+    outcomes: dict[str, str | int | None]
+    """What went wrong with each by its name: nothing, what it said, or a process that did not survive; of a command
+    its exit code."""
     said: str
     """All that was written to stderr."""
 
 
 @pytest.fixture(scope="module")
-def launched(configure, train, eight_lanes, growing, tmp_path_factory) -> Launched:
+def launched(configure, train, options_of, eight_lanes, growing, tmp_path_factory) -> Launched:
     """The same run by the engines; one that moves between them; and some with which something goes wrong."""
     root = tmp_path_factory.mktemp("launched")
-    runs: dict[str, tuple[RunConfig, dict[str, Any] | None]] = {}
+    runs: Runs = {}
 
     def add(name: str, changes: dict[str, Any], folder: str = "", step: int = 0, how: str = "") -> None:
         config = configure(root / (folder or name), {**TWO, **changes})
@@ -114,7 +119,7 @@ def launched(configure, train, eight_lanes, growing, tmp_path_factory) -> Launch
 
     for name in installed(ENGINES):
         if name not in SELDOM:
-            add(name, {"engine": engine(name)})
+            add(name, {"engine": engine(name), "training.evaluate_every": 4, "training.checkpoint_every": 4})
     with interrupted(2), pytest.raises(TrainingStopped):
         train(configure(root / "moving", {"evaluation.before": False}))
     made = 2
@@ -128,6 +133,7 @@ def launched(configure, train, eight_lanes, growing, tmp_path_factory) -> Launch
     add("killed", {}, step=5, how="kill")
     add("not a number", {}, step=3, how="nan")
     add("hanging", {"engine": engine("ddp", patience=10.0)}, step=3, how="sleep")
+    runs["command"] = options_of(configure(root / "command")), {"process": 0, "step": 3, "how": "term"}
     add("taken", {})
     (root / "taken").mkdir()
     (root / "taken" / "notes.txt").touch()
@@ -151,7 +157,7 @@ def compiled(configure, tmp_path_factory) -> Launched:
     return launch(root, {name: (configure(root / name, own), None) for name, own in chosen.items()})
 
 
-def launch(root: Path, runs: dict[str, tuple[RunConfig, dict[str, Any] | None]]) -> Launched:
+def launch(root: Path, runs: Runs) -> Launched:
     (root / "runs").write_bytes(pickle.dumps(list(runs.values())))
     command = [sys.executable, Path(__file__).with_name("processes.py"), root / "runs", root / "outcomes"]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -186,6 +192,15 @@ def test_a_process_that_is_killed_costs_nothing(configure, train, launched: Laun
     assert len(losses(launched.root / "killed")) < 8
     train(configure(launched.root / "killed", {"resume": "auto"}))
     assert losses(launched.root / "killed") == pytest.approx(losses(one), rel=1e-6)
+
+
+def test_a_command_that_a_signal_ends_exits_with_99_and_goes_on(configure, train, launched, one) -> None:
+    assert launched.outcomes["command"] == EXIT_CODE, launched.said
+    number = int(signal.SIGTERM)
+    assert f"\nstopped by signal {number} after step 3; resume=auto goes on from there\n" in launched.said
+    assert len(losses(launched.root / "command")) == 3
+    train(configure(launched.root / "command", {"resume": "auto"}))
+    assert losses(launched.root / "command") == pytest.approx(losses(one), rel=1e-6)
 
 
 def test_a_run_moves_between_engines_and_from_one_process_to_two_and_back(configure, train, launched, one) -> None:

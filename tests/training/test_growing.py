@@ -118,10 +118,10 @@ class TestAGrowth:
         self, configure, train, changes, whole, tmp_path
     ):
         """In the middle of all lanes' books, read with what is remembered of them."""
-        train(configure(tmp_path, {**changes, "growth": GROWTH[:1], "data.test": None, "training.max_steps": 7}))
-        train(configure(tmp_path / "none", {**changes, "data.test": None, "training.max_steps": 4}))
-        assert losses(tmp_path)[7] == pytest.approx(losses(whole)[7], rel=1e-5)
-        assert losses(tmp_path / "none")[4] == pytest.approx(losses(whole)[4], rel=1e-5)
+        for growth, before, step in (([], 2, 4), (GROWTH[:1], 4, 7)):
+            resumed = {"resume": str(whole / "checkpoints" / f"step-0000000{before}"), "training.max_steps": step}
+            train(configure(tmp_path / str(step), {**changes, **resumed, "growth": growth, "data.test": None}))
+            assert losses(tmp_path / str(step))[step] == pytest.approx(losses(whole)[step], rel=1e-5)
 
     def test_no_loss_jumps(self, whole):
         found = losses(whole)
@@ -169,10 +169,11 @@ class TestGoesOnExactly:
 
     def test_a_run_that_was_killed_writes_every_line_once(self, configure, train, changes, whole, tmp_path):
         """That of a growth too, after which the last checkpoint was taken."""
-        with killed_after(7), pytest.raises(Killed):
-            train(configure(tmp_path, {**changes, "growth": GROWTH, "data.test": None}))
-        train(configure(tmp_path, {**changes, "growth": GROWTH, "data.test": None, "resume": "auto"}))
-        assert_goes_on_like(tmp_path, whole, 0)
+        checkpoint, grows = whole / "checkpoints" / "step-00000004", {**changes, "growth": GROWTH, "data.test": None}
+        with killed_after(3), pytest.raises(Killed):
+            train(configure(tmp_path, {**grows, "resume": str(checkpoint)}))
+        train(configure(tmp_path, {**grows, "resume": "auto"}))
+        assert_goes_on_like(tmp_path, whole, 4)
 
     def test_growths_that_are_still_to_come_may_change_and_others_may_not(
         self, configure, train, changes, whole, tmp_path

@@ -449,7 +449,10 @@ def longer(configure, train, tmp_path_factory) -> Path:
 
 
 class TestInAProcessOfItsOwn:
-    """The same from outside: the command, from another folder; real signals, exit codes."""
+    """The same from outside: the command, from another folder; real signals, exit codes.
+
+    All begin an interpreter anew, which imports for many seconds. One that does not is in `test_engines.py`.
+    """
 
     @pytest.fixture
     def start(self, configure, options_of, tmp_path) -> Callable[..., subprocess.Popen]:
@@ -466,13 +469,9 @@ class TestInAProcessOfItsOwn:
         path = folder / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("number", "code"),
-        [
-            (signal.SIGTERM, EXIT_CODE),
-            pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
-            pytest.param(signal.SIGINT, EXIT_CODE, marks=pytest.mark.slow),
-        ],
+        ("number", "code"), [(signal.SIGTERM, EXIT_CODE), (signal.SIGKILL, -9), (signal.SIGINT, EXIT_CODE)]
     )
     def test_a_process_ended_by_a_signal_goes_on_exactly(self, configure, train, start, longer, tmp_path, number, code):
         with start() as process:
