@@ -18,7 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
-from infformer.durable import check_new_folder
+from infformer.durable import check_new_folder, check_place
 from infformer.evaluation.comparison import compare
 from infformer.evaluation.report import format_comparison, write_results
 from infformer.evaluation.streaming import EvaluationError
@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument(
         "--across-protocols", action="store_true", help="their segments and windows may differ; the verdict names costs"
     )
-    parser.add_argument("--folder", type=Path, help="a new one; default: outputs/comparison/RUN_A_RUN_B")
+    parser.add_argument("--folder", type=Path, help="a new one; default: outputs/comparison/RUN_A_RUN_B, written anew")
     arguments = parser.parse_args()
     names = [(path if path.is_dir() else path.parent).resolve().name for path in (arguments.a, arguments.b)]
     folder = arguments.folder or Path("outputs", "comparison", "_".join(names))
-    check_new_folder("--folder", folder)
+    (check_new_folder if arguments.folder else check_place)("--folder", folder)  # that of these two is made in no time
     comparison = compare(_results(arguments.a), _results(arguments.b), arguments.across_protocols)
     print(format_comparison(comparison))
     write_results(folder / "comparison.json", comparison)

@@ -333,7 +333,7 @@ def test_a_perplexity_that_no_number_holds_is_compared_all_the_same(without_resu
 def test_no_comparison_is_written_over_another(without_results, with_results, tmp_path, run_script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "control" / "results.json", without_results)
-    for name in ("long_term", "sticky"):  # one after the other
+    for name in ("long_term", "sticky", "sticky"):  # one after the other, and one again
         write_results(tmp_path / name / "results.json", with_results)
         assert f"drawn: outputs/comparison/control_{name}/comparison.png" in run_script("compare", "control", name)
     said = run_script("compare", "sticky", "long_term", "--folder", "outputs/comparison/control_sticky")
