@@ -1,5 +1,8 @@
 """Errors that a user can mend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something a run was given, or runs on, is not as it must be.
@@ -10,6 +13,20 @@ class UserError(Exception):
 
 class ModelError(UserError, ValueError):
     """A model or tokenizer that cannot be loaded, or does not fit."""
+
+
+@contextmanager
+def as_model_errors() -> Iterator[None]:
+    """Within it a ValueError, as options raise it that know no model, is a ModelError of the same words."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """Which error a library has raised, and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class DataError(UserError, ValueError):

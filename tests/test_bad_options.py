@@ -101,7 +101,7 @@ REFUSED = [
     ("train", "training.gradient_clipping=inf", "", "finite"),
     ("train", "model.memory.ridge=1e300", "model.memory.ridge=1e+300", "from 1e-12 to 1e+12"),
     ("train", "model.memory.ridge=0", "", "positive"),
-    ("train", "model.memory.divergence_weight=-1", "", "must not be negative"),
+    ("train", "model.memory.divergence_weight=-1", "", "must be at least 0"),
     ("train", "model.memory.prior_standard_deviation=1e-300", "", "from 1e-06"),
     ("train", "model.memory.widths=[0.1,1e300]", "model.memory.widths=[0.1, 1e+300]", "positive, from"),
     ("train", "model.memory.basis_functions=2", "", "at least 4"),

@@ -43,8 +43,7 @@ class CompressiveMemoryConfig(MemoryConfig):
             )
         check_choices("model.memory.", self, function=FUNCTIONS)
         check_at_least(1, "model.memory.", self, "length", "rate")
-        if self.reconstruction_weight < 0:
-            raise ValueError(f"model.memory.reconstruction_weight={self.reconstruction_weight}: must not be negative")
+        check_at_least(0, "model.memory.", self, "reconstruction_weight")
 
     def check_segment_length(self, segment_length: int) -> None:
         super().check_segment_length(segment_length)

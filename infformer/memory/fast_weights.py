@@ -62,10 +62,8 @@ class FastWeightMemoryConfig(MemoryConfig):
             features=("plain", "elu", "dpfp"),
             strength=("content", "loss"),
         )
-        check_at_least(1, "model.memory.", self, "dpfp_order")
+        check_at_least(1, "model.memory.", self, "dpfp_order", "heads")
         check_at_least(0, "model.memory.", self, "key_convolution")
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"model.memory.heads={self.heads}: give a number of at least 1, or null")
         if self.within_segment and self.strength == "loss":
             raise ValueError(
                 "model.memory.strength=loss with model.memory.within_segment=true: within a segment losses are not "

@@ -152,11 +152,7 @@ class LongTermMemoryConfig(MemoryConfig):
                 raise ValueError(
                     f"model.memory.{name}={getattr(self, name)}: must be positive, from {lowest:g} to {highest:g}"
                 )
-        if self.divergence_weight < 0:
-            raise ValueError(
-                f"model.memory.divergence_weight={self.divergence_weight}: must not be negative; 0 leaves the "
-                "divergence out"
-            )
+        check_at_least(0, "model.memory.", self, "divergence_weight")
         if not 0 < self.contraction_rate < 1:
             raise ValueError(f"model.memory.contraction_rate={self.contraction_rate}: must lie between 0 and 1")
         if not all(0 < rate < 1 for rate in self.training_rates):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from infformer.errors import UserError
 from infformer.memory.memory import Memory
 from infformer.memory.short_term import KeyValueMemory, ShortTermMemory
+from infformer.options import check_at_least
 
 
 @dataclass
@@ -36,10 +37,7 @@ class MemoryConfig:
     which learned without them, has none."""
 
     def __post_init__(self) -> None:
-        for name in ("short_term_length", "sink_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"model.memory.{name}={value}: must not be negative")
+        check_at_least(0, "model.memory.", self, "short_term_length", "sink_tokens")
         if type(self) is MemoryConfig and self.short_term_length == 0:
             raise ValueError(
                 "model.memory.short_term_length=0: this would be no memory at all; choose model/memory=none, or set it "

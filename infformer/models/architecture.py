@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from infformer.errors import ModelError
+from infformer.errors import ModelError, in_one_line
 from infformer.models.adapters import LoraConfig, find_targets, import_peft
 from infformer.models.decoder import DecoderConfig
 from infformer.models.loading import new_decoder
@@ -50,9 +50,9 @@ def try_architecture(architecture: dict[str, Any], attention: str | None = None)
     except ModelError:
         raise
     except Exception as error:  # whatever transformers and torch make of values that cannot be
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelError(
-            f"{_blame(architecture, attention)}: no such model can be built; choose another value ({reason:.500})"
+            f"{_blame(architecture, attention)}: no such model can be built; choose another value "
+            f"({in_one_line(error):.500})"
         ) from error
 
 
@@ -68,10 +68,9 @@ def try_kernel(config: PreTrainedConfig, attention: str | None) -> None:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except Exception as error:  # a kernel that is not known, or not installed
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelError(
             f"model.attention={attention}: this model cannot have this kernel; choose another, such as sdpa or eager, "
-            f"or null ({reason:.500})"
+            f"or null ({in_one_line(error):.500})"
         ) from error
 
 

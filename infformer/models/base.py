@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from infformer.errors import ModelError
+from infformer.errors import ModelError, as_model_errors
 from infformer.hub import HubError, ask_briefly
 from infformer.memory.memory import DerivedBuffers, Earlier, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
@@ -555,8 +555,6 @@ def stored_memory(stored: dict[str, Any] | None, segment_length: int) -> MemoryC
         raise ModelError(
             f"the memory in this model's config.json is not one that this version knows: {error}"
         ) from error
-    try:
+    with as_model_errors():
         memory.check_segment_length(segment_length)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
     return memory

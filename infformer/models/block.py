@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.activations import ACT2FN
 
 from infformer.memory.memory import KeyValues, LayerHeads, split_heads
@@ -225,6 +226,15 @@ class Attention(nn.Module):
     def _heads(self, projection: nn.Linear, hidden: Tensor) -> Tensor:
         """[batch, length, hidden] to [batch, heads, length, head]."""
         return split_heads(projection(hidden), self.heads)
+
+
+def initialize(module: nn.Module, deviation: float | None = None) -> None:
+    """Give what was not loaded normal weights, by default of deviation 1/√inputs of each matrix, and zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
+        inputs = module.weight[0].numel()
+        initialization.normal_(module.weight, std=1 / math.sqrt(inputs) if deviation is None else deviation)
+    if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
+        initialization.zeros_(module.bias)
 
 
 def encode_positions(length: int, width: int, positions: str, device: torch.device) -> Tensor:

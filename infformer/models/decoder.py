@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, ini
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from infformer.errors import ModelError
+from infformer.errors import ModelError, as_model_errors
 from infformer.memory.memory import Memory, SegmentContext
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import ModelState
@@ -33,6 +33,7 @@ from infformer.models.block import (
     Residual,
     Stream,
     encode_positions,
+    initialize,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_read import LayerRead, SegmentRead, SegmentToRead
@@ -123,10 +124,8 @@ class DecoderConfig(PreTrainedConfig):
                     f"model.memory.sink_tokens={memory.sink_tokens}: a decoder learns without them; set it to null"
                 )
             memory = memory.with_short_term_length(segment_length)
-            try:
+            with as_model_errors():
                 memory = memory.matched(num_hidden_layers, num_hidden_layers, hidden_size).to_json()
-            except ValueError as error:
-                raise ModelError(str(error)) from error
         self.memory = memory
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "feed_forward_size"):
             check_size(name, getattr(self, name))
@@ -335,12 +334,7 @@ class DecoderForCausalLM(MemoryModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases, in the memories too: there is nothing pretrained that they could disturb."""
         super()._init_weights(module)
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
-            inputs = module.weight[0].numel()
-            deviation = self.config.initializer_range
-            initialization.normal_(module.weight, std=1 / math.sqrt(inputs) if deviation is None else deviation)
-        if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
-            initialization.zeros_(module.bias)
+        initialize(module, self.config.initializer_range)
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             initialization.ones_(module.weight)
         if isinstance(module, nn.LayerNorm):

@@ -6,14 +6,13 @@ the maximum and the mean of all (concat pooling in ULMFiT, Howard & Ruder, arXiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import ModelError
@@ -21,6 +20,7 @@ from infformer.memory.memory import Memory
 from infformer.memory.options import MemoryConfig
 from infformer.memory.state import MemoryState, ModelState
 from infformer.models.base import MemoryModel
+from infformer.models.block import initialize
 from infformer.models.decoder import DecoderForCausalLM
 from infformer.models.encoder import losses_of_classes
 from infformer.models.second_backward import refuse_second_backward
@@ -301,9 +301,7 @@ class DocumentClassifier(MemoryModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            initialization.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-            initialization.zeros_(module.bias)
+        initialize(module)
 
 
 AutoConfig.register(DocumentClassifierConfig.model_type, DocumentClassifierConfig)

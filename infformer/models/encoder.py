@@ -6,14 +6,13 @@ of each. Padding is a token of its own, so a text says itself where it ends.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, initialization
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,6 +27,7 @@ from infformer.models.block import (
     Residual,
     Stream,
     encode_positions,
+    initialize,
 )
 from infformer.models.mechanisms import AttentionShape, Mechanism, build_mechanism
 from infformer.models.segment_read import SegmentRead, SegmentToRead
@@ -244,12 +244,7 @@ class TextClassifier(MemoryModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear | nn.Embedding):
-            inputs = self.config.hidden_size if isinstance(module, nn.Embedding) else module.weight.shape[1]
-            deviation = self.config.initializer_range
-            initialization.normal_(module.weight, std=1 / math.sqrt(inputs) if deviation is None else deviation)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            initialization.zeros_(module.bias)
+        initialize(module, self.config.initializer_range)
 
 
 def losses_of_classes(scores: Tensor, targets: Tensor) -> Tensor:

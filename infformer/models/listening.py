@@ -41,7 +41,8 @@ class Ear:
         if not self.outputs:
             raise _refusal(attention, "has no linear map to its output, for what is read to go through")
         self.attention: Any = attention
-        self.shape = self.attention.config.num_attention_heads, key_value_shape(self.attention.config)
+        config: Any = attention.config
+        self.shape = config.num_attention_heads, key_value_shape(config)
         self.eager: Callable[..., Any] = getattr(module, "eager_attention_forward")  # noqa: B009, for any module
         self.heard: tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any], Tensor] | None = None
 

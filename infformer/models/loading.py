@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from infformer.errors import ModelError
+from infformer.errors import ModelError, in_one_line
 from infformer.memory.options import MemoryConfig
 from infformer.models.adapters import LoraConfig
 from infformer.models.base import MemoryModel
@@ -166,8 +166,7 @@ def new_model(
         backbone = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except Exception as error:  # whatever values that cannot be make the libraries raise
         options = f"model.architecture={architecture}" + ("" if attention is None else f" model.attention={attention}")
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{options}: no model can be made of this: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"{options}: no model can be made of this: {in_one_line(error)}") from error
     return InfformerForCausalLM.from_backbone(backbone, memory, memory_layers, segment_length)
 
 

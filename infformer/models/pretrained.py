@@ -26,7 +26,7 @@ from transformers import (
     masking_utils,
 )
 
-from infformer.errors import ModelError, UserError
+from infformer.errors import ModelError, UserError, as_model_errors, in_one_line
 from infformer.memory.memory import KeyValues, Memory, SegmentContext
 from infformer.memory.options import MemoryConfig, choose_layers
 from infformer.memory.state import MemoryState, ModelState
@@ -90,10 +90,8 @@ class InfformerConfig(PreTrainedConfig):
             backbone = AutoConfig.for_model(**backbone)
         self.backbone = backbone if backbone is not None else AutoConfig.for_model("gpt2")
         if isinstance(memory_layers, str):
-            try:
+            with as_model_errors():
                 memory_layers = choose_layers(memory_layers, self.backbone.num_hidden_layers)
-            except ValueError as error:
-                raise ModelError(str(error)) from error
         if isinstance(memory, MemoryConfig):
             memory = _matched(memory.beside_pretrained(segment_length), self.backbone, memory_layers).to_json()
         self.memory = memory
@@ -148,10 +146,8 @@ def _matched(memory: MemoryConfig, backbone: PreTrainedConfig, layers: list[int]
     if getattr(memory, "match_floats", None) is None:
         return memory
     (heads, width), depth = key_value_shape(backbone), backbone.num_hidden_layers
-    try:
+    with as_model_errors():
         return memory.matched(depth if layers is None else len(layers), depth, 2 * heads * width)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
 
 
 @dataclass
@@ -288,10 +284,8 @@ class InfformerForCausalLM(MemoryModel):
         self._seen = 0  # keys and values before a segment
         self.segment_length: int | None = None
         if memory is not None:
-            try:
+            with as_model_errors():
                 memory.check_pretrained()
-            except ValueError as error:
-                raise ModelError(str(error)) from error
             self.check_segment_length(config.segment_length, "training.segment_length")
             self.segment_length = config.segment_length
             self._seen = memory.key_values
@@ -391,11 +385,10 @@ class InfformerForCausalLM(MemoryModel):
         except UserError:
             raise
         except Exception as error:  # whatever an attention of an unusual kind makes of it
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ModelError(
                 f"backbone={type(backbone).__name__}: this memory cannot stand beside such attentions; choose "
                 "model/memory=long_term, which asks least of them, or another backbone such as Llama "
-                f"({reason:.300})"
+                f"({in_one_line(error):.300})"
             ) from error
         if backbone.generation_config is not None:
             model.generation_config = backbone.generation_config

@@ -95,7 +95,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("kind", "options", "message"),
         [
-            (MemoryConfig, {"short_term_length": -1}, r"short_term_length=-1: must not be negative"),
+            (MemoryConfig, {"short_term_length": -1}, r"short_term_length=-1: must be at least 0"),
             (MemoryConfig, {"short_term_length": 0}, r"short_term_length=0: .* choose model/memory=none"),
             (
                 CompressiveMemoryConfig,

@@ -127,7 +127,7 @@ class TestErrors:
             ({"function": "median"}, r"function=median: choose one of convolution, mean, max, most_used"),
             ({"length": 0}, r"length=0: must be at least 1"),
             ({"rate": -1}, r"rate=-1: must be at least 1"),
-            ({"reconstruction_weight": -0.5}, r"reconstruction_weight=-0\.5: must not be negative"),
+            ({"reconstruction_weight": -0.5}, r"reconstruction_weight=-0\.5: must be at least 0"),
         ],
     )
     def test_options_that_cannot_be_are_refused(self, options, message):
