@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from infformer.config import EvaluationRunConfig, RunConfig, options_of
-from infformer.durable import write_text
+from infformer.durable import rename, write_text
 from infformer.errors import UserError
 from infformer.training.checkpoint import point_to_best, remove_unfinished
 from infformer.training.metrics import MetricsLog
@@ -205,6 +205,8 @@ def _resolved(checkpoint: str) -> str:
 def open_record(config: RunConfig, folder: Path, step: int, best_step: int | None, size: int) -> None:
     """Write down what is run and by which versions; remove metrics and samples after this step, which come again.
 
+    Results of a run that becomes longer get another name: this configuration has none yet.
+
     Args:
         best_step: that of the best checkpoint so far.
         size: of a checkpoint's weights and moments, in bytes.
@@ -222,6 +224,9 @@ def open_record(config: RunConfig, folder: Path, step: int, best_step: int | Non
             raise OSError(
                 errno.ENOSPC, f"a checkpoint takes {size / 1e6:,.0f} MB, and there is room for {free / 1e6:,.0f} MB"
             )
+        results = folder / "results.json"
+        if step < config.training.max_steps and results.exists():
+            rename(results, folder / f"results-step-{step:08d}.json")
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         write_text(folder / "versions.json", json.dumps(versions, indent=1))
         remove_unfinished(folder / "checkpoints")

@@ -51,6 +51,7 @@ from infformer.training.checkpoint import (
 from infformer.training.metrics import read_metrics
 from infformer.training.resuming import RunError
 from infformer.training.supervision import StopSignals
+from infformer.training.sweep import read_runs
 from infformer.training.trainer import EXIT_CODE, TrainingFailedError, TrainingStopped
 
 ROOT = Path(__file__).parents[2]
@@ -331,6 +332,21 @@ class TestGoesOnExactly:
         assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == f"step-{STEPS + 1:08d}"
         for split, file in held_out.items():
             assert f"data.{split}={file} holds another text than it did" in caplog.text
+
+    def test_a_run_that_becomes_longer_has_no_results_until_it_is_through_but_those_before_are_kept(
+        self, configure, train, whole, tmp_path
+    ):
+        """Its config.yaml is that of the longer one, and who reads both would take them for that one's."""
+        shutil.copytree(whole, tmp_path / "run", symlinks=True)
+        before = results(tmp_path / "run")
+        longer = {"resume": "auto", "training.max_steps": STEPS + 2}
+        with interrupted(1, die), pytest.raises(Killed):
+            train(configure(tmp_path / "run", longer))
+        assert read_runs([tmp_path / "run"]) == ([], [tmp_path / "run"])
+        (tmp_path / "run" / f"results-step-{STEPS:08d}.json").rename(tmp_path / "results.json")
+        assert results(tmp_path) == before
+        train(configure(tmp_path / "run", longer))
+        assert results(tmp_path / "run") != before
 
     def test_a_run_goes_on_under_another_gradient_checkpointing_and_longer(self, configure, train, whole, folder):
         changes = {"training.gradient_checkpointing": True, "training.max_steps": 10, "training.log_every": 2}
