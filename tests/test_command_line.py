@@ -218,7 +218,7 @@ class TestSorting:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            (["+model.architecture.vocab_size=20"], ["task.symbols=20", "set model.architecture.vocab_size=21"]),
+            (["+model.architecture.vocab_size=20"], ["task.symbols=20", "a new one: model.architecture.vocab_size=21"]),
             (["task.symbols=40", "+model.architecture.vocab_size=21"], ["task.symbols=40", "vocab_size=41"]),
             (["model.architecture.num_attention_heads=5"], ["num_attention_heads=5", "hidden_size=12"]),
         ],
