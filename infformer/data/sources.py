@@ -82,6 +82,11 @@ def check_sources(config: DataConfig, splits: Iterable[str]) -> None:
     Raises:
         DataError: something is missing, of an unknown kind, empty or not to be read; the message names the option.
     """
+    if config.held_out is not None and not config.drawn_splits:
+        raise DataError(
+            f"data.held_out={config.held_out}: there are held-out documents already, data.validation="
+            f"{config.validation} and data.test={config.test}; set one of the three to null."
+        )
     for split in splits:
         if config.source == "hub":
             check_repository(_hub_names(config, split)[0])

@@ -10,7 +10,7 @@ import pytest
 from infformer.config import EvaluationRunConfig
 from infformer.data.long_range_arena import ExampleSource
 from infformer.data.options import SPLITS, DataConfig
-from infformer.data.sources import describe_source, read_documents, read_fields
+from infformer.data.sources import check_sources, describe_source, read_documents, read_fields
 from infformer.errors import DataError
 
 BOOKS = {f"book {number}": f"It was night number {number}." for number in range(12)}
@@ -84,6 +84,16 @@ def test_too_few_texts_are_refused(tmp_path, options):
     few = write(tmp_path, dict(list(BOOKS.items())[: 6 if not options else 3]))
     with pytest.raises(DataError, match=r"data.held_out=3: data.train=.* different texts, too few for so many to "):
         held_out(few, 3, **options)
+
+
+def test_documents_that_are_named_already_are_not_drawn_as_well(tmp_path):
+    """By default the novels that come with the package have held-out ones."""
+    with pytest.raises(DataError, match=r"data.held_out=3: there are .* data.validation=validation and data.test=test"):
+        check_sources(DataConfig(held_out=3), ["train"])
+    reviews = write(tmp_path, BOOKS)
+    own = ExampleSource("bytes", 100).own(DataConfig(train=reviews, held_out=3))
+    assert own.drawn_splits == ["validation", "test"]  # a task that has labels takes nothing of the novels
+    check_sources(own, ["train", "validation", "test"])
 
 
 @pytest.mark.parametrize("number", [0, -1, "some"])
