@@ -58,8 +58,8 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
         DataError: as soon as something is found amiss; the message names the option, or the file and the line.
     """
     seen: dict[str, str] = {}
-    documents = _members(config, split, partial(_documents, config), lambda found: found[1].text)
-    for place, document in documents:
+    documents = partial(_documents, config, split)
+    for place, document in _members(config, split, documents, lambda found: found[1].text):
         if document.id in seen:
             raise DataError(
                 f"two documents are called {document.id!r}: {seen[document.id]} and {place}; give each an id of its "
@@ -110,19 +110,19 @@ def describe_source(config: DataConfig, split: str) -> list[Any]:
 
 
 def _members(
-    config: DataConfig, split: str, read: Callable[[str], Iterator[Found]], text: Callable[[Found], str]
+    config: DataConfig, split: str, read: Callable[[], Iterator[Found]], text: Callable[[Found], str]
 ) -> Iterator[Found]:
-    """What belongs to a split, of all that `read` finds by the name of one; where splits are drawn, by the texts.
+    """Of all that is read for a split what belongs to it: by the texts, where splits are drawn.
 
     Raises:
         DataError: there are too few texts for that.
     """
     drawn = config.drawn_splits
-    found = islice(read("train" if split in drawn else split), config.max_documents)
+    found = islice(read(), config.max_documents)
     if config.held_out is None or split not in ("train", *drawn):
         return found
     # Their order is that of random numbers, and hardly changes when texts are added.
-    digests = sorted({_digest(text(each)) for each in islice(read("train"), config.max_documents)})
+    digests = sorted({_digest(text(each)) for each in islice(read(), config.max_documents)})
     ranks = {"test": slice(config.held_out), "validation": slice(config.held_out, 2 * config.held_out)}
     held_out = {name: set(digests[ranks[name]]) for name in drawn}
     learned = set(digests).difference(*held_out.values())
@@ -177,7 +177,7 @@ def read_fields(config: DataConfig, split: str, wanted: Mapping[str, str]) -> It
     def text(row: Row) -> str:
         return repr([row.fields.get(field) for field in wanted.values()])
 
-    for row in _members(config, split, lambda name: _rows(config, name, wanted), text):
+    for row in _members(config, split, partial(_rows, config, split, wanted), text):
         for option, field in wanted.items():
             if row.fields.get(field) is None:
                 raise _no_field(row.place, option, field, row.fields)
