@@ -45,8 +45,9 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest are begun first: a worker that began one last would keep the other waiting."""
-    items.sort(key=lambda item: item.path.name not in ("test_engines.py", "test_resume.py"))
+    """What takes longest is begun first, two files and all others of runs: one begun last would be waited for."""
+    first = ("test_engines.py", "test_resume.py")
+    items.sort(key=lambda item: (item.path.name not in first, item.path.parent.name != "training"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

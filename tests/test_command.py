@@ -98,7 +98,7 @@ def test_every_command_can_be_interrupted_while_it_is_imported(tmp_path, command
     "launcher",
     [
         pytest.param([], id="python"),
-        pytest.param(torchrun(2), id="torchrun"),
+        pytest.param(torchrun(2), id="torchrun", marks=pytest.mark.slow),
         pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
         pytest.param(ACCELERATE_TWO, id="accelerate-two", marks=pytest.mark.slow),
     ],
@@ -114,7 +114,7 @@ def test_what_is_wrong_stands_last_and_once_below_what_the_launcher_says(start, 
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        pytest.param(ACCELERATE, signal.SIGTERM, id="accelerate-SIGTERM"),
+        pytest.param(ACCELERATE, signal.SIGTERM, id="accelerate-SIGTERM", marks=pytest.mark.slow),
         pytest.param(ACCELERATE, signal.SIGKILL, id="accelerate-SIGKILL", marks=pytest.mark.slow),
         pytest.param(torchrun(2), signal.SIGHUP, id="torchrun-SIGHUP", marks=pytest.mark.slow),
         pytest.param(torchrun(2), signal.SIGKILL, id="torchrun-SIGKILL", marks=pytest.mark.slow),

@@ -256,7 +256,7 @@ class TestRetrieval:
             pytest.param("passkey", marks=pytest.mark.slow),
             "needle",
             pytest.param("multikey task.keys=2", marks=pytest.mark.slow),
-            "variable_tracking task.chains=2 task.hops=1",
+            pytest.param("variable_tracking task.chains=2 task.hops=1", marks=pytest.mark.slow),
         ],
     )
     def test_a_model_is_trained_and_measured_again(self, start, one_layer_folder, books, tmp_path, task):

@@ -261,6 +261,49 @@ SORTING = {
 }
 
 
+def of_layers(count: int, heads: int = 9, segments: int = 7) -> dict[str, Any]:
+    """An inspection of so many layers, made of random numbers; widths that hardly differ."""
+    random = np.random.default_rng(0)
+
+    def numbers(*shape: int, low: float = 0.0, high: float = 1.0) -> list[Any]:
+        return random.uniform(low, high, shape).tolist()
+
+    shape = (segments, count, heads)
+    reading = {
+        **INSPECTION["reading"],
+        "segment": list(range(1, segments + 1)),
+        "tokens": [256] * segments,
+        "centre": numbers(*shape),
+        "centre_spread": numbers(*shape, high=0.1),
+        "width": numbers(*shape, low=0.831, high=0.834),
+        "width_spread": numbers(*shape, high=0.01),
+        "tokens_back": numbers(*shape, low=300, high=1500),
+        "contribution": numbers(segments, count),
+        "nats": [3.0] * segments,
+        "nats_without_memory": numbers(segments, low=2.999, high=3.001),
+    }
+    costs = {
+        "without_memory": {"nats_per_token": 0.0001, "interval": [-0.0002, 0.0003]},
+        "without_layer": [
+            {"nats_per_token": value, "interval": [value - 0.002, value + 0.001]}
+            for value in numbers(count, low=-0.001, high=0.002)
+        ],
+    }
+    ages = [128 + 256.0 * age for age in range(segments)]
+    measured = {"segments": segments, "tokens_back": ages, "best": numbers(count, low=0.9), "total": numbers(count)}
+    return {
+        **INSPECTION,
+        "memory": {**INSPECTION["memory"], "segment_length": 256, "layers": list(range(count))},
+        "reading": reading,
+        "costs": costs,
+        "writing": {"segment": [1, 2], "sampled_places": random.dirichlet([1] * 8, (2, count)).tolist()},
+        "reconstruction": [
+            {**INSPECTION["reconstruction"][0], "best": numbers(count), "total": numbers(count)},
+            {**measured, "by_age": numbers(count, segments, low=-0.3)},
+        ],
+    }
+
+
 PICTURES = {
     "a run that was cut off": (
         plot_run_of,
@@ -271,11 +314,11 @@ PICTURES = {
     "an evaluation of many documents": (
         plot_results,
         "results.json",
-        evaluation_of(200),
+        evaluation_of(50),
         [f"plots/{name}.png" for name in ("loss_by_position", "gain_by_recency", "gain_by_document")],
     ),
     "a comparison": (plot_comparison, "comparison.json", COMPARISON, ["comparison.png"]),
-    "an inspection": (plot_inspection, "inspection.json", INSPECTION, [f"{name}.png" for name in INSPECTED]),
+    "an inspection": (plot_inspection, "inspection.json", of_layers(1, heads=1), [f"{name}.png" for name in INSPECTED]),
     "sorting": (plot_accuracy, "results.json", SORTING, ["plots/accuracy_by_position.png"]),
 }
 
@@ -604,49 +647,6 @@ class TestAnInspection:
         assert one.get_ylabel() == "place in the memory (1: newest)"
         assert ticks(bar, "y") == ["¼", "½", "1", "2", "4"]
         assert bar.get_ylabel() == "samples, 1: as many as evenly"
-
-
-def of_layers(count: int, heads: int = 9, segments: int = 7) -> dict[str, Any]:
-    """An inspection of so many layers, made of random numbers; widths that hardly differ."""
-    random = np.random.default_rng(0)
-
-    def numbers(*shape: int, low: float = 0.0, high: float = 1.0) -> list[Any]:
-        return random.uniform(low, high, shape).tolist()
-
-    shape = (segments, count, heads)
-    reading = {
-        **INSPECTION["reading"],
-        "segment": list(range(1, segments + 1)),
-        "tokens": [256] * segments,
-        "centre": numbers(*shape),
-        "centre_spread": numbers(*shape, high=0.1),
-        "width": numbers(*shape, low=0.831, high=0.834),
-        "width_spread": numbers(*shape, high=0.01),
-        "tokens_back": numbers(*shape, low=300, high=1500),
-        "contribution": numbers(segments, count),
-        "nats": [3.0] * segments,
-        "nats_without_memory": numbers(segments, low=2.999, high=3.001),
-    }
-    costs = {
-        "without_memory": {"nats_per_token": 0.0001, "interval": [-0.0002, 0.0003]},
-        "without_layer": [
-            {"nats_per_token": value, "interval": [value - 0.002, value + 0.001]}
-            for value in numbers(count, low=-0.001, high=0.002)
-        ],
-    }
-    ages = [128 + 256.0 * age for age in range(segments)]
-    measured = {"segments": segments, "tokens_back": ages, "best": numbers(count, low=0.9), "total": numbers(count)}
-    return {
-        **INSPECTION,
-        "memory": {**INSPECTION["memory"], "segment_length": 256, "layers": list(range(count))},
-        "reading": reading,
-        "costs": costs,
-        "writing": {"segment": [1, 2], "sampled_places": random.dirichlet([1] * 8, (2, count)).tolist()},
-        "reconstruction": [
-            {**INSPECTION["reconstruction"][0], "best": numbers(count), "total": numbers(count)},
-            {**measured, "by_age": numbers(count, segments, low=-0.3)},
-        ],
-    }
 
 
 class TestAnyDepth:

@@ -105,9 +105,9 @@ def test_a_table_of_ones_own_is_learned(reviews, train, tmp_path):
     assert len(validated) == 20
 
 
-@pytest.mark.parametrize("model", ["classifier", "tiny model.head.kind=plain training.segment_length=4"])
-def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_path, model):
-    own = SMALL if model == "classifier" else SMALL[2:]
+@pytest.mark.parametrize("model", ["classifier", "tiny model.head.kind=plain training.segment_length=16"])
+def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, one_layer_folder, tmp_path, model):
+    own = SMALL if model == "classifier" else [*SMALL[2:], f"model.pretrained={one_layer_folder}"]
     results = train(typed(reviews, tmp_path / "run", *f"model={model}".split(), "task.length=64", *own))
     options = ["task=classification", "task.length=64", f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best'}"]
     places = [f"data.{split}={reviews[split]}" for split in ("train", "test")]
@@ -122,9 +122,9 @@ def test_a_measured_checkpoint_has_the_accuracy_of_its_run(reviews, train, tmp_p
 
 @pytest.mark.parametrize("model", ["classifier", "tiny", "tiny model.head.kind=batch_norm training.bptt_segments=2"])
 def test_learning_resumed_equals_learning_never_stopped(reviews, train, one_layer_folder, tmp_path, model):
-    """Tiny has a memory, and a tokenizer cuts the texts up, which are longer than a segment of 4 tokens."""
+    """Tiny has a memory, and a tokenizer cuts the texts up, which are longer than a segment of 16 tokens."""
     own = SMALL if model == "classifier" else SMALL[2:]
-    small = ["training.segment_length=4", f"model.pretrained={one_layer_folder}"]
+    small = ["training.segment_length=16", f"model.pretrained={one_layer_folder}"]
     segment = ["task.length=64"] if model == "classifier" else small
     options = [*f"model={model}".split(), *segment, *own, "schedule=constant", "evaluation.controls=false"]
     train(typed(reviews, tmp_path / "whole", *options))

@@ -44,7 +44,7 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [f"data.train={tmp_path}/train.csv", "data.validation=null", f"data.test={tmp_path}/test.csv"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param("wrapped", marks=pytest.mark.slow), "decoder"])
 def test_three_stages_run_one_from_what_the_other_has_learned(reviews, train, tmp_path, model):
     def run(stage: str, *options: str) -> Any:
         typed = [f"experiment=ulmfit_{stage}", *SMALL, *options, f"output_dir={tmp_path / stage}"]

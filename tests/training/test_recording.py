@@ -71,7 +71,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "step-00000008" / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_recorded_passes_make_the_same_steps(configure, train, tmp_path, monkeypatch, records, parts):
     """Over resets, beginnings, stickiness' random numbers, dropout, evaluations, and several microbatches."""
     changes = {**QUIET, "training.gradient_accumulation": parts}

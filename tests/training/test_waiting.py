@@ -83,7 +83,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(newest / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_is_read_late_is_what_would_have_been_read_at_once(configure, train, tmp_path, monkeypatch, log_every):
     changes = {**QUIET, "training.log_every": log_every}
     train(configure(tmp_path / "late", changes))
