@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from infformer.data.cache import find_or_make
+from infformer.data.files import in_utf8
 from infformer.errors import DataError
 
 BYTES = 257
@@ -139,7 +140,7 @@ def in_order(labels: Iterable[str]) -> list[str]:
     """Different labels in the order of their numbers if all are numbers, else of their letters."""
     different = set(labels)
     if all(label.removeprefix("-").isdecimal() for label in different):
-        return sorted(different, key=int)
+        return sorted(different, key=lambda label: (int(label), label))
     return sorted(different)
 
 
@@ -149,10 +150,7 @@ def bytes_of(text: str, length: int, place: str) -> NDArray[np.integer]:
     Raises:
         DataError: it holds half a character.
     """
-    try:
-        return np.frombuffer(text.encode()[:length], dtype=np.uint8).astype(np.uint16) + 1
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
+    return np.frombuffer(in_utf8(text, place)[:length], dtype=np.uint8).astype(np.uint16) + 1
 
 
 def _write(
@@ -165,8 +163,9 @@ def _write(
     known, digest, written, texts = None if classes is None else set(classes), xxhash.xxh3_128(), 0, 1
     with (folder / "tokens.bin").open("wb") as file:
         for place, tokens, label in examples:
-            if not all(map(len, tokens)):
-                raise DataError(f"{place}: the text is empty; remove the example, or write what it says.")
+            for what, is_there in (("text", all(map(len, tokens))), ("label", label.strip())):
+                if not is_there:
+                    raise DataError(f"{place}: the {what} is empty; remove the example, or write what it says.")
             if known is not None and label not in known:
                 more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
                 raise DataError(
