@@ -29,12 +29,12 @@ from transformers import PreTrainedTokenizerBase
 
 from infformer.data.cache import checksum
 from infformer.data.examples import BYTES, Example, Examples, bytes_of, keep_examples
-from infformer.data.files import Row, read_lines
+from infformer.data.files import Row, in_utf8, read_lines
 from infformer.data.list_operations import SYMBOLS, draw_trees
 from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.data.pathfinder import draw_images
 from infformer.data.sources import check_sources, describe_source, read_fields
-from infformer.data.tokenization import describe_tokenizer
+from infformer.data.tokenization import Encoder, describe_tokenizer, vocabulary_size
 from infformer.errors import DataError
 from infformer.progress import Pace
 
@@ -44,6 +44,8 @@ ARCHIVE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 
 _LAYOUT = 1  # of what is cached; raised when an older one can no longer be used
 _SIDES = {"pathfinder": 32, "path_x": 128}
+_SHORTEST = {"listops": 8, **{kind: side**2 for kind, side in _SIDES.items()}}
+"""Tokens. So few lists are shorter that their drawing would not end."""
 _LIST_OPERATIONS = {"test": 2000, "validation": 2000, "train": 96_000}  # in the order in which they are drawn
 _PATHS = {"train": 160_000, "validation": 20_000, "test": 20_000}
 _IMAGES_AT_A_TIME = 200  # drawn, and kept, together
@@ -93,6 +95,11 @@ class ExampleSource:
                 f"data.held_out={data.held_out}: these examples have splits of their own; set it to null, or take "
                 "fewer of them by task.validation_examples= and task.test_examples=."
             )
+        if self.is_drawn(data) and self.length < _SHORTEST[self.kind]:
+            raise DataError(
+                f"task.length={self.length}: what is drawn for task.kind={self.kind} takes {_SHORTEST[self.kind]:,} "
+                "tokens at least: choose that or more."
+            )
         if data.path is not None:
             for split in splits:
                 self._archived(Path(os.path.expanduser(data.path)), split)
@@ -127,7 +134,7 @@ class ExampleSource:
             for split in dict.fromkeys(["train", *splits] if learned else splits):
                 classes = found["train"].classes if "train" in found else self.classes
                 drawn = most(split) if self.is_drawn(data) else None
-                size = self.vocabulary_size if tokenizer is None else len(tokenizer)
+                size = self.vocabulary_size if tokenizer is None else vocabulary_size(tokenizer)
                 key: list[Any] = [_LAYOUT, self.kind, self.length, self.label_field, size, drawn, classes]
                 key += [self._describe(data, split), None if tokenizer is None else describe_tokenizer(tokenizer)]
                 name = f"{split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
@@ -198,9 +205,9 @@ class ExampleSource:
                 case _:
                     yield from _archived_images(files, split)
         elif not self.is_drawn(data):
-            own = self.own(data)
+            own, encode = self.own(data), None if tokenizer is None else Encoder(tokenizer)
             for row in read_fields(own, split, self._fields(own)):
-                yield self._example(row, own, split, tokenizer)
+                yield self._example(row, own, split, encode)
         elif self.kind == "listops":
             # The splits are pieces of one sequence of trees, those to learn from the last, so that there may be fewer.
             first = 0 if split == "test" else _LIST_OPERATIONS["test"]
@@ -218,7 +225,7 @@ class ExampleSource:
             return {"data.text_field": "Source", "task.label_field": "Target"}  # as in the archive
         return {"data.text_field": data.text_field, "task.label_field": self.label_field}
 
-    def _example(self, row: Row, data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Example:
+    def _example(self, row: Row, data: DataConfig, split: str, encode: Encoder | None) -> Example:
         *texts, label = (row.fields[field] for field in self._fields(data).values())
         if self.kind == "pixels":
             return Example(row.place, (self._pixels(texts[0], row.place),), str(label))
@@ -231,10 +238,12 @@ class ExampleSource:
         if self.kind == "listops":
             return Example(row.place, (_listops(str(texts[0]), row.place),), str(label))
         cut = [str(text)[: data.most_characters(split)] for text in texts]
-        if tokenizer is None:
+        if encode is None:
             return Example(row.place, tuple(bytes_of(text, self.length, row.place) for text in cut), str(label))
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][: self.length] for text in cut]
-        return Example(row.place, tuple(np.array(own, dtype=np.int64) for own in encoded), str(label))
+        for text in cut:
+            in_utf8(text, row.place)
+        encoded = encode([row.place] * len(cut), cut)
+        return Example(row.place, tuple(np.array(own[: self.length], dtype=np.int64) for own in encoded), str(label))
 
     def _pixels(self, image: Any, place: str) -> NDArray[np.integer]:
         content = image.get("bytes") if isinstance(image, dict) else None

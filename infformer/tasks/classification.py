@@ -69,7 +69,8 @@ class ClassificationConfig(TaskConfig):
         check_at_least(1, "task.", self, "length", "training_examples", "validation_examples", "test_examples")
         if self.length % self.texts:
             raise ValueError(f"task.length={self.length}: the texts of a pair have half each; choose an even number")
-        check_at_least(0, "task.", self, "examples_seed")
+        if not 0 <= self.examples_seed < 2**32:
+            raise ValueError(f"task.examples_seed={self.examples_seed}: must be a whole number from 0 to 4294967295")
         if not self.label_field.strip():
             raise ValueError("task.label_field=: name the field that holds the class, such as task.label_field=label")
 

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from infformer.data import long_range_arena
 from infformer.data.examples import Example, in_order, keep_examples
@@ -104,6 +106,7 @@ class TestOwnTexts:
         ("rows", "columns", "said"),
         [
             ([("a", 1), ("", 0)], ("text", "label"), "line 3: the text is empty; remove the example"),
+            ([("a", 1), ("b", "")], ("text", "label"), "line 3: the label is empty; remove the example"),
             (
                 [("a", 1)],
                 ("text", "class"),
@@ -132,6 +135,17 @@ class TestOwnTexts:
         with pytest.raises(DataError, match=r"test.csv, line 2: the label 'z' is none of the classes .*\(x, y\)"):
             ExampleSource("text", 10).read(data, ["train", "test"])
 
+    def test_a_tokenizer_keeps_its_numbers_and_leaves_nothing_out(self, tmp_path):
+        path = table(tmp_path / "mine.csv", [("a", 1), ("ab", 0)])
+        with_holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 1, "b": 300}, [])))
+        examples = ExampleSource("text", 2).read(DataConfig(train=path), ["train"], tokenizer=with_holes)["train"]
+        assert [examples.text(number).tolist() for number in range(2)] == [[1], [1, 300]]
+        for text, said in (("a z", "no token for ' '"), ("\ud800", "the text holds half a character at 0")):
+            path = tmp_path / "mine.jsonl"
+            path.write_text(json.dumps({"text": text, "label": 1}))
+            with pytest.raises(DataError, match=f"line 1.*{said}"):
+                ExampleSource("text", 2).read(DataConfig(train=str(path)), ["train"], tokenizer=with_holes)
+
     def test_without_files_it_is_said_what_to_name(self):
         with pytest.raises(DataError, match=r"data\.train=train: name files of texts with their labels"):
             ExampleSource("text", 10).check(DataConfig(), ["train"])
@@ -142,6 +156,8 @@ class TestOwnTexts:
 def test_labels_are_ordered_by_number_or_by_letter():
     assert in_order(["10", "9", "-1", "9"]) == ["-1", "9", "10"]
     assert in_order(["b", "10", "a"]) == ["10", "a", "b"]
+    same_numbers = [f"{zeros}{number}" for number in range(1, 20) for zeros in ("0", "")]
+    assert in_order(same_numbers) == same_numbers  # whatever the order of a set
 
 
 def test_examples_are_made_once(tmp_path):
@@ -218,6 +234,12 @@ class TestListOps:
 def test_it_is_said_what_an_archive_lacks(tmp_path, kind, said):
     with pytest.raises(DataError, match=said):
         ExampleSource(kind, 100).check(DataConfig(path=str(tmp_path)), ["train"])
+
+
+@pytest.mark.parametrize(("kind", "length", "least"), [("listops", 7, "8"), ("path_x", 1024, "16,384")])
+def test_a_length_for_which_nothing_can_be_drawn_is_refused_before_it_is_tried(kind, length, least):
+    with pytest.raises(DataError, match=rf"task\.length={length}: .* task\.kind={kind} takes {least} tokens at least"):
+        ExampleSource(kind, length).check(DataConfig(), ["train"])
 
 
 def test_it_is_said_where_the_papers_are():

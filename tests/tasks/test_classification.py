@@ -380,6 +380,10 @@ def test_intervals_are_those_of_wilson(count, total, low, high):
         (["task=classification", "task.length=0"], "task.length=0: must be at least 1"),
         (["task=lra_retrieval", "task.length=7"], "task.length=7: the texts of a pair have half each"),
         (["task=classification", "task.label_field="], "task.label_field=: name the field"),
+        (
+            ["task=classification", f"task.examples_seed={2**32}"],
+            "task.examples_seed=4294967296: must be a whole number",
+        ),
         (["model=classifier"], "model=classifier tells classes apart and predicts no token"),
         (["model=classifier", "task=classification", "model/memory=sticky"], "a classifier takes a text at once"),
     ],
