@@ -1,6 +1,7 @@
 """Needles are hidden where they are to be, in text that is that of the documents, token for token."""
 
 import re
+import string
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.errors import DataError
-from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.tasks.haystack import NeedleConfig, PasskeyConfig, ends_of_sentences
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
 from infformer.tasks.task import Material
 
@@ -162,9 +163,18 @@ def test_a_book_that_is_too_short_is_refused(book, passkey, documents):
 def test_a_tokenizer_that_knows_no_such_words_is_refused(documents):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "whale": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    poor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    with pytest.raises(DataError, match=r"the tokenizer cannot write .* unknown to it"):
-        source_of(PasskeyConfig(), documents, poor, beginning=False).draw("test", [0], 5, 600, np.zeros((1, 1)))
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate(string.ascii_letters)}, []))
+    for poor, said in (
+        (PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"), "cannot write .* unknown to it"),
+        (PreTrainedTokenizerFast(tokenizer_object=letters), "has no token for"),
+    ):
+        with pytest.raises(DataError, match=f"the tokenizer {said}"):
+            source_of(PasskeyConfig(), documents, poor, beginning=False).draw("test", [0], 5, 600, np.zeros((1, 1)))
+
+
+def test_sentences_end_by_tokens_whose_numbers_have_holes_before_them():
+    stops = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, ".": 5}, "a")))
+    assert ends_of_sentences(stops).tolist() == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(
