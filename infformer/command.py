@@ -131,8 +131,10 @@ def _another_says(sentence: str) -> bool:
 
 
 def _outlasting(stream: Any) -> _Outlasting:
+    # What its encoding does not have is spelled: a table at the end of an hour may hold a dash.
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
     return _Outlasting(
-        stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+        stream.buffer, encoding=stream.encoding, errors=errors, line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )  # fmt: skip
 
