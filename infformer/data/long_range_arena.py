@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from infformer.data.cache import checksum
@@ -82,7 +82,8 @@ class ExampleSource:
 
     def is_drawn(self, data: DataConfig) -> bool:
         """Whether they are drawn here, and not read."""
-        return (self.kind in _SIDES or self.kind == "listops") and data.source == "sample" and data.path is None
+        of_the_sample = data.source == "sample" and data.path is None and not any(_named(data).values())
+        return self.kind in _SHORTEST and of_the_sample
 
     def check(self, data: DataConfig, splits: Sequence[str]) -> None:
         """Make sure, before any work, that there is something to read for these splits.
@@ -151,9 +152,7 @@ class ExampleSource:
         """
         if data.source != "sample" or data.path is not None or self.is_drawn(data):
             return data
-        named: dict[str, Any] = {
-            split: None if getattr(data, split) == split else getattr(data, split) for split in SPLITS
-        }
+        named = _named(data)
         if not any(named.values()):
             raise DataError(f"data.train={data.train}: {self._where_to_get()}")
         if data.max_held_out_characters == DATA["sample"].max_held_out_characters:
@@ -227,7 +226,7 @@ class ExampleSource:
 
     def _example(self, row: Row, data: DataConfig, split: str, encode: Encoder | None) -> Example:
         *texts, label = (row.fields[field] for field in self._fields(data).values())
-        if self.kind == "pixels":
+        if self.kind == "pixels" or self.kind in _SIDES:
             return Example(row.place, (self._pixels(texts[0], row.place),), str(label))
         for text in texts:
             if not isinstance(text, str):
@@ -249,13 +248,16 @@ class ExampleSource:
         content = image.get("bytes") if isinstance(image, dict) else None
         if content is None:
             raise DataError(f"{place}: this is no image; set data.text_field= to the field that holds images.")
-        pixels = grey(Image.open(io.BytesIO(content)))
+        try:
+            pixels = _pixels_of(io.BytesIO(content))
+        except _BROKEN as error:
+            raise DataError(f"{place}: this is no whole image ({error}); mend or remove the example.") from error
         if pixels.size > self.length:
             raise DataError(
                 f"{place}: the image has {pixels.size:,} pixels, task.length={self.length}: set it to that, and "
                 "training.segment_length too."
             )
-        return pixels.ravel().astype(np.uint16) + 1
+        return pixels
 
     def _archived(self, folder: Path, split: str) -> list[Path]:
         """The files of a split in the unpacked archive.
@@ -320,6 +322,22 @@ def _drawing_processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, mp_context=context)
 
 
+def _named(data: DataConfig) -> dict[str, Any]:
+    """What is named for each split, if that is not the sample's."""
+    return {split: None if getattr(data, split) == split else getattr(data, split) for split in SPLITS}
+
+
+_BROKEN = (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError, SyntaxError)
+"""What becomes of an image that is none."""
+
+
+def _pixels_of(file: Path | io.BytesIO) -> NDArray[np.integer]:
+    """An image as tokens, row after row; raises one of `_BROKEN`."""
+    with warnings.catch_warnings(), Image.open(file) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return grey(image).ravel().astype(np.uint16) + 1
+
+
 def grey(image: Image.Image) -> NDArray[np.uint8]:
     """An image in levels of grey, by the weights of Rec. 601, rounded down."""
     if image.mode == "L":
@@ -382,13 +400,11 @@ def _archived_images(metadata: Sequence[Path], split: str) -> Iterator[Example]:
     for folder, name, label in listed[cut[split]]:
         file = metadata[0].parents[1] / folder / name
         try:
-            with warnings.catch_warnings(), Image.open(file) as image:
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                pixels = grey(image)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombWarning, SyntaxError) as error:
+            pixels = _pixels_of(file)
+        except _BROKEN as error:
             log.warning("%s is left out: it is no whole image (%s)", file, error)
             continue
-        yield Example(str(file), (pixels.ravel().astype(np.uint16) + 1,), label)
+        yield Example(str(file), (pixels,), label)
 
 
 def _listed(file: Path) -> list[tuple[str, str, str]]:

@@ -45,7 +45,7 @@ class ClassificationConfig(TaskConfig):
     kind: str = "text"
     """`text`: texts with labels of `data`, cut up by the model's tokenizer if it has one. `bytes`: the same as bytes.
     `pairs`: of two texts, as bytes. `pixels`: images, in levels of grey. `listops`, `pathfinder`, `path_x`: what
-    Long-Range Arena calls so; drawn here, unless `data.path` says where its archive is."""
+    Long-Range Arena calls so; drawn here, unless `data` names files, or by `data.path` its archive."""
     length: int = 1024
     """Tokens of an example, at most: longer texts are cut, and each of a pair to half of it. Pixels of an image."""
     label_field: str = "label"

@@ -135,6 +135,11 @@ class TestOwnTexts:
         with pytest.raises(DataError, match=r"test.csv, line 2: the label 'z' is none of the classes .*\(x, y\)"):
             ExampleSource("text", 10).read(data, ["train", "test"])
 
+    def test_lists_of_ones_own_are_read_and_none_are_drawn(self, tmp_path):
+        data = DataConfig(train=table(tmp_path / "mine.csv", [("[MAX 1 2 ]", 2), ("7", 7)], ("Source", "Target")))
+        examples = ExampleSource("listops", 100).read(data, ["train"])["train"]
+        assert (len(examples), labels(examples)) == (2, ["2", "7"])
+
     def test_a_tokenizer_keeps_its_numbers_and_leaves_nothing_out(self, tmp_path):
         path = table(tmp_path / "mine.csv", [("a", 1), ("ab", 0)])
         with_holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 1, "b": 300}, [])))
@@ -329,6 +334,17 @@ class TestImages:
         assert labels(found) == [str(label) for label in known[:20]]
         with pytest.raises(DataError, match=r"the image has 1,024 pixels, task\.length=100"):
             ExampleSource("pixels", 100).read(data, ["train"])
+
+    @pytest.mark.parametrize(
+        ("content", "said"), [(b"none", "cannot identify"), (b"P5 20000 20000 255\n", "Image size")]
+    )
+    def test_an_image_that_is_none_is_refused_by_its_place(self, tmp_path, content, said):
+        rows = [{"img": {"bytes": content, "path": None}, "label": label} for label in (0, 1)]
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        data = DataConfig(train=str(tmp_path / "a.parquet"), text_field="img")
+        for kind in ("pixels", "pathfinder"):
+            with pytest.raises(DataError, match=rf"a\.parquet, row 1: this is no whole image \({said}"):
+                ExampleSource(kind, 1024).read(data, ["train"])
 
     def test_grey_is_by_the_weights_of_the_benchmark(self):
         colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 20, 30]]], dtype=np.uint8)
