@@ -6,9 +6,7 @@ the benchmark (https://arxiv.org/abs/2011.04006); docs/long_range_arena.md says 
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import os
 import warnings
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.cache import checksum
+from infformer.data.cache import checksum, key_of
 from infformer.data.examples import BYTES, Example, Examples, bytes_of, keep_examples
 from infformer.data.files import Row, in_utf8, read_lines
 from infformer.data.list_operations import SYMBOLS, draw_trees
@@ -103,7 +101,7 @@ class ExampleSource:
             )
         if data.path is not None:
             for split in splits:
-                self._archived(Path(os.path.expanduser(data.path)), split)
+                self._archived(data.path, split)
         elif not self.is_drawn(data):
             check_sources(self.own(data), splits)
 
@@ -138,10 +136,10 @@ class ExampleSource:
                 size = self.vocabulary_size if tokenizer is None else vocabulary_size(tokenizer)
                 key: list[Any] = [_LAYOUT, self.kind, self.length, self.label_field, size, drawn, classes]
                 key += [self._describe(data, split), None if tokenizer is None else describe_tokenizer(tokenizer)]
-                name = f"{split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+                folder = data.cache_folder / f"{split}-{key_of(key)}"
                 examples = self._examples(data, split, tokenizer, drawn)
                 source = f"data.{split}={getattr(data, split)}"
-                found[split] = keep_examples(data.cache_folder / name, examples, size, classes, source)
+                found[split] = keep_examples(folder, examples, size, classes, source)
         return {split: examples.some(most(split)) for split, examples in found.items()}
 
     def own(self, data: DataConfig) -> DataConfig:
@@ -184,7 +182,7 @@ class ExampleSource:
     def _describe(self, data: DataConfig, split: str) -> list[Any]:
         """What a split is made of, as JSON: it changes with that."""
         if data.path is not None:
-            files = self._archived(Path(os.path.expanduser(data.path)), split)
+            files = self._archived(data.path, split)
             return ["archive", [[str(file), checksum(file)] for file in files], split]
         if self.is_drawn(data):
             return ["drawn", self.seed]
@@ -195,7 +193,7 @@ class ExampleSource:
         self, data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase | None, most: int | None
     ) -> Iterator[Example]:
         if data.path is not None:
-            files = self._archived(Path(os.path.expanduser(data.path)), split)
+            files = self._archived(data.path, split)
             match self.kind:
                 case "listops":
                     yield from _listops_table(files[0])
@@ -259,12 +257,13 @@ class ExampleSource:
             )
         return pixels
 
-    def _archived(self, folder: Path, split: str) -> list[Path]:
+    def _archived(self, path: str, split: str) -> list[Path]:
         """The files of a split in the unpacked archive.
 
         Raises:
             DataError: they are not there.
         """
+        folder = Path(os.path.expanduser(path))
         short = {"train": "train", "validation": "val", "test": "test"}[split]
         match self.kind:
             case "listops":

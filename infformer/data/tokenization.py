@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.cache import find_or_make
+from infformer.data.cache import find_or_make, key_of
 from infformer.data.options import DataConfig
 from infformer.data.sources import Document, describe_source, read_documents
 from infformer.errors import DataError
@@ -203,7 +203,6 @@ def beginning_of_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names what would be made; other documents, other options or another tokenizer give another name."""
     parts = {
         "layout": _LAYOUT,
         "source": describe_source(config, split),
@@ -221,7 +220,7 @@ def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> 
         "most_characters": config.most_characters(split),
         "tokenizer": describe_tokenizer(tokenizer),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return key_of(parts)
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

@@ -116,11 +116,7 @@ class ClassificationConfig(TaskConfig):
         main_process_first: AbstractContextManager[Any] | None = None,
         splits: Sequence[str] | None = None,
     ) -> dict[str, Examples]:
-        most = {
-            "train": self.training_examples,
-            "validation": self.validation_examples,
-            "test": self.test_examples,
-        }
+        most = {"train": self.training_examples, "validation": self.validation_examples, "test": self.test_examples}
         chosen = self.source.splits(data) if splits is None else splits
         return self.source.read(data, chosen, most.__getitem__, tokenizer, main_process_first)
 
