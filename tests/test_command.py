@@ -70,6 +70,12 @@ def test_what_a_terminal_has_no_letter_for_is_spelled(start, monkeypatch):
     assert (out, err) == ("0.1 \\u2013 0.2\n", "")
 
 
+def test_a_command_whose_output_is_closed_works(start):
+    process = start([], "write", "to nobody", preexec_fn=lambda: os.close(1))
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
 def torchrun(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 

@@ -42,7 +42,7 @@ class Row:
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[Path]:
-    """The files and saved datasets that paths and globs name, in sorted order, each once.
+    """The files and saved datasets that paths and globs name, in sorted order, each once though links lead to it too.
 
     Args:
         patterns: paths and globs; `~` is the home folder, `**` any folders.
@@ -51,7 +51,7 @@ def find_files(patterns: Sequence[str], option: str) -> list[Path]:
     Raises:
         DataError: a pattern names nothing, something of a kind that is not known, or something that cannot be read.
     """
-    found: set[Path] = set()
+    found: dict[str, Path] = {}
     for pattern in patterns:
         whole = os.path.expanduser(pattern)
         paths = [whole] if os.path.exists(whole) else glob.glob(whole, recursive=True)
@@ -64,8 +64,9 @@ def find_files(patterns: Sequence[str], option: str) -> list[Path]:
         for match in matches:
             _check_kind(match, option)
             _check_readable(match, option)
-        found.update(matches)
-    return sorted(found)
+        for match in sorted(matches, key=lambda path: (len(path.parts), path)):
+            found.setdefault(os.path.realpath(match), match)
+    return sorted(found.values())
 
 
 def name_files(paths: Sequence[Path]) -> list[str]:

@@ -35,6 +35,7 @@ from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 
 Found = TypeVar("Found")
 
+_LONGEST_WORD = 1000  # characters: what is longer is text without blanks, as Chinese is, and is cut anywhere
 _SAMPLE = Path(__file__).parent / "sample"
 
 
@@ -263,13 +264,13 @@ def _no_field(place: str, option: str, field: str, fields: Iterable[str]) -> Dat
 
 
 def _beginning(text: str, limit: int | None) -> str:
-    """At most `limit` characters of a text, without half a word at the end (unless the first word is longer)."""
+    """At most `limit` characters of a text, without half a word at the end (unless it is a very long one)."""
     if limit is None or len(text) <= limit:
         return text
-    end = limit
-    while end > 0 and not text[end].isspace() and not text[end - 1].isspace():
+    end, least = limit, max(0, limit - _LONGEST_WORD)
+    while end > least and not text[end].isspace() and not text[end - 1].isspace():
         end -= 1
-    return text[: end or limit]
+    return text[: end if end > least else limit]
 
 
 def load_split(repository: str, subset: str | None, split: str) -> Any:

@@ -87,6 +87,8 @@ def test_paths_may_begin_here_and_at_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("a.txt") == read("~/a.txt") == read(["a.txt", "~/a.txt"]) == [("a", "x")]
+    (tmp_path / "0").symlink_to(tmp_path)  # a folder within itself
+    assert read("**/*.txt") == read(["0/a.txt", "a.txt"])[:1] == [("a", "x")]
 
 
 def test_fields_are_found_by_name(tmp_path):
@@ -104,6 +106,8 @@ def test_limits_cut_documents_between_words(tmp_path):
     texts = [[text for _, text in read(path, max_document_characters=n)] for n in (2, 3, 4, 5, 7, 8, 100)]
     assert [text[0] for text in texts] == ["on", "one", "one ", "one ", "one two", "one two ", "one two three"]
     assert texts[4][1:] == ["uninter", "ab"]
+    (tmp_path / "novel.txt").write_text("title " + 5000 * "字", encoding="utf-8")
+    assert [len(text) for _, text in read(f"{tmp_path}/novel.txt", max_document_characters=4000)] == [4000]
     assert len(read(path, max_documents=2)) == 2
 
 
