@@ -150,7 +150,7 @@ class Haystack:
         if length < rest:
             raise DataError(
                 f"a length of {length:,} (task.lengths, task.training_lengths): what is hidden and what is asked take "
-                f"{rest:,} tokens already; choose lengths of at least that"
+                f"{rest:,} tokens already, and in other texts some more; choose longer ones"
             )
         longest = int(self._documents[split].token_counts.max()) - self._first
         if self._one_document and length - rest > longest:

@@ -3,6 +3,7 @@
 import re
 import string
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.errors import DataError
+from infformer.evaluation.streaming import ReadingProtocol
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.tasks.haystack import NeedleConfig, PasskeyConfig, ends_of_sentences
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
+from infformer.tasks.ruler import MultikeyConfig
 from infformer.tasks.task import Material
 
 SENTENCES = ("The whale rose.", "Who saw it?", "We did!", 'He said "No."', "The sea was white and deep all day.")
@@ -149,6 +153,20 @@ def test_a_length_that_holds_less_than_the_needle_is_refused(passkey):
         passkey.draw("test", [0], 5, 60, np.zeros((1, 1)))
     least = int(re.search(r"take (\d+) tokens", str(error.value)).group(1))
     assert passkey.draw("test", [0], 5, least, np.zeros((1, 1))).tokens.shape == (1, least)
+
+
+def test_a_length_that_holds_the_first_needle_and_not_the_next_is_refused_before_any_work(documents, tokenizer):
+    """Names differ in length."""
+    source = source_of(MultikeyConfig(), documents, tokenizer)
+    with pytest.raises(DataError) as error:
+        source.draw("train", [0], 0, 60, np.zeros((1, 1)))
+    least = int(re.search(r"take (\d+) tokens", str(error.value)).group(1))
+    evaluator = SimpleNamespace(model=DecoderForCausalLM(DecoderConfig(vocab_size=5)), protocol=ReadingProtocol(8))
+    material = Material(evaluator, tokenizer, documents)
+    with pytest.raises(DataError, match=f"a length of {least}"):
+        MultikeyConfig(training_lengths=[least]).build_stream(material)
+    with pytest.raises(DataError, match=f"a length of {least}"):
+        MultikeyConfig(lengths=[least]).build_evaluation(material)
 
 
 def test_a_book_that_is_too_short_is_refused(book, passkey, documents):
