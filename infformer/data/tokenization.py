@@ -317,7 +317,7 @@ def first_token(tokenizer: PreTrainedTokenizerBase, option: str = "data.beginnin
     )
 
 
-def _write_texts(path: Path, documents: Any) -> int:
+def _write_texts(path: Path, documents: Iterable[Document]) -> int:
     """Put documents into a file that processes can share, a few at a time; returns how many there were."""
     schema = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("digest", pa.string())])
     count = 0
@@ -446,6 +446,7 @@ class Encoder:
                 )
 
     def _is_left_out(self, character: str) -> bool:
+        """Whether some of a character would become no token."""
         # A character that the normaliser or the pre-tokeniser takes out, such as white space, has no pieces.
         return any(
             sum(stop - start for start, stop in (token.offsets for token in self._backend.model.tokenize(piece)))
