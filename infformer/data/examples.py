@@ -86,22 +86,28 @@ class Examples:
             _bounds=self._bounds[chosen],
         )
 
-    def batch(self, numbers: Sequence[int] | Tokens, least: int = 1) -> tuple[Tokens, Tokens]:
-        """Some examples side by side, each text padded to the longest among them, [examples, texts · length].
+    def batch(
+        self, numbers: Sequence[int] | Tokens, least: int = 1, towers: int | None = None
+    ) -> tuple[Tokens, Tokens]:
+        """Some examples side by side, each text padded to the longest among them, [examples, towers · length].
 
         Args:
             least: to which length texts are padded at least.
+            towers: how many texts the model reads apart; if there are more, they are read as one, with a token of
+                padding between two, which does not depend on what is beside them. None: all.
 
         Returns:
             The tokens, and how many there are in each row up to its last text's end, [examples].
         """
-        lengths = self.lengths[np.asarray(numbers, dtype=np.int64)]
-        length = max(least, int(lengths.max()))
-        tokens = np.zeros((len(numbers), self.texts, length), dtype=np.int64)
-        for row, number in enumerate(numbers):
-            for which in range(self.texts):
-                tokens[row, which, : lengths[row, which]] = self.text(int(number), which)
-        return tokens.reshape(len(numbers), -1), (self.texts - 1) * length + lengths[:, -1]
+        towers = towers or self.texts
+        texts = [[self.text(int(number), which) for which in range(self.texts)] for number in numbers]
+        if towers < self.texts:
+            texts = [[np.concatenate([part for text in own for part in ([0], text)][1:])] for own in texts]
+        lengths = np.array([[len(text) for text in own] for own in texts])
+        tokens = np.zeros((*lengths.shape, max(least, int(lengths.max()))), dtype=np.int64)
+        for place in np.ndindex(lengths.shape):
+            tokens[place][: lengths[place]] = texts[place[0]][place[1]]
+        return tokens.reshape(len(numbers), -1), (towers - 1) * tokens.shape[2] + lengths[:, -1]
 
     @classmethod
     def open(cls, folder: Path) -> Self:

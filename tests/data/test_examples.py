@@ -81,6 +81,9 @@ class TestOwnTexts:
         tokens, lengths = examples.batch([0, 1])
         assert tokens.tolist() == [[98, 99, 0, 0, 98, 99, 100, 0], [98, 99, 100, 101, 98, 0, 0, 0]]
         assert lengths.tolist() == [7, 5]
+        tokens, lengths = examples.batch([0, 1], towers=1)  # one after the other
+        assert tokens.tolist() == [[98, 99, 0, 98, 99, 100], [98, 99, 100, 101, 0, 98]]
+        assert lengths.tolist() == [6, 6]
 
     def test_classes_are_those_that_are_learned(self, tmp_path):
         data = DataConfig(
