@@ -94,6 +94,12 @@ class ExampleSource:
                 f"data.held_out={data.held_out}: these examples have splits of their own; set it to null, or take "
                 "fewer of them by task.validation_examples= and task.test_examples=."
             )
+        for option, usual in (("shuffle", True), ("articles", False), ("skip_short_documents", False)):
+            if getattr(data, option) != usual:
+                raise DataError(
+                    f"data.{option}={str(not usual).lower()}: this is for documents; examples are read as they are, in "
+                    "an order of its own each epoch; leave it out."
+                )
         if self.is_drawn(data) and self.length < _SHORTEST[self.kind]:
             raise DataError(
                 f"task.length={self.length}: what is drawn for task.kind={self.kind} takes {_SHORTEST[self.kind]:,} "

@@ -154,6 +154,12 @@ class TestOwnTexts:
             with pytest.raises(DataError, match=f"line 1.*{said}"):
                 ExampleSource("text", 2).read(DataConfig(train=str(path)), ["train"], tokenizer=with_holes)
 
+    @pytest.mark.parametrize("option", [{"shuffle": False}, {"articles": True}, {"skip_short_documents": True}])
+    def test_an_option_that_does_nothing_to_examples_is_refused(self, tmp_path, option):
+        data = DataConfig(train=table(tmp_path / "mine.csv", [("a", 1), ("b", 0)]), **option)
+        with pytest.raises(DataError, match=rf"data\.{next(iter(option))}=(true|false): this is for documents"):
+            ExampleSource("text", 10).check(data, ["train"])
+
     def test_without_files_it_is_said_what_to_name(self):
         with pytest.raises(DataError, match=r"data\.train=train: name files of texts with their labels"):
             ExampleSource("text", 10).check(DataConfig(), ["train"])
