@@ -130,9 +130,13 @@ def _another_says(sentence: str) -> bool:
     return False
 
 
-def _outlasting(stream: Any) -> _Outlasting:
+def _outlasting(stream: Any) -> io.TextIOWrapper:
+    if stream is None:  # whoever started the command has closed it
+        return open(os.devnull, "w")
+    # What its encoding does not have is spelled: a table at the end of an hour may hold a dash.
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
     return _Outlasting(
-        stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+        stream.buffer, encoding=stream.encoding, errors=errors, line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from infformer.errors import UserError
 
@@ -67,7 +67,7 @@ def problem_with_the_hub(kind: Literal["dataset", "model"], name: str, option: s
             f"{option}={name}: the hub gives this {kind} only to those who asked for it; ask on its page, then log in "
             "with hf auth login or set HF_TOKEN."
         ) from answer
-    if isinstance(answer, RepositoryNotFoundError):
+    if isinstance(answer, RepositoryNotFoundError | HFValidationError):
         raise HubError(
             f"{option}={name}: {constants.ENDPOINT} has no such {kind} (or it is private: log in with hf auth login); "
             "check the name, which is <owner>/<name>."

@@ -26,6 +26,8 @@ def main():
         case "wait":
             print("begun", flush=True)
             time.sleep(60)
+        case "write":
+            print(sys.argv[2])
         case "refuse":
             sys.exit(f"error: {sys.argv[2]}")
         case "train":
@@ -60,6 +62,18 @@ def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
         )  # fmt: skip
 
     return call
+
+
+def test_what_a_terminal_has_no_letter_for_is_spelled(start, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    out, err = start([], "write", "0.1 – 0.2").communicate(timeout=60)
+    assert (out, err) == ("0.1 \\u2013 0.2\n", "")
+
+
+def test_a_command_whose_output_is_closed_works(start):
+    process = start([], "write", "to nobody", preexec_fn=lambda: os.close(1))
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
 
 
 def torchrun(processes: int) -> list[str]:

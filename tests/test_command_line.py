@@ -295,7 +295,7 @@ class TestRetrieval:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            (["task=passkey", "task.lengths=[20]"], ["a length of 20", "choose lengths of at least that"]),
+            (["task=passkey", "task.lengths=[20]"], ["a length of 20", "choose longer ones"]),
             (["task=needle", "task.lengths=[9000]"], ["a length of 9,000 (task", "longest test document has 74"]),
             (["task=associative_recall"], ["this task has 577 symbols", "the model knows 257"]),
         ],

@@ -57,6 +57,11 @@ def find_or_make(folder: Path, make: Callable[[Path], Path]) -> None:
         ) from error
 
 
+def key_of(parts: object) -> str:
+    """Names what is made of these parts, as JSON: other parts have another name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def checksum(path: Path) -> str:
     """A checksum of a file's content; it finds accidents, not attacks, and is as fast as the file can be read."""
     with path.open("rb") as file:

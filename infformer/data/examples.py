@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from infformer.data.cache import find_or_make
+from infformer.data.files import in_utf8
 from infformer.errors import DataError
 
 BYTES = 257
@@ -85,22 +86,28 @@ class Examples:
             _bounds=self._bounds[chosen],
         )
 
-    def batch(self, numbers: Sequence[int] | Tokens, least: int = 1) -> tuple[Tokens, Tokens]:
-        """Some examples side by side, each text padded to the longest among them, [examples, texts · length].
+    def batch(
+        self, numbers: Sequence[int] | Tokens, least: int = 1, towers: int | None = None
+    ) -> tuple[Tokens, Tokens]:
+        """Some examples side by side, each text padded to the longest among them, [examples, towers · length].
 
         Args:
             least: to which length texts are padded at least.
+            towers: how many texts the model reads apart; if there are more, they are read as one, with a token of
+                padding between two, which does not depend on what is beside them. None: all.
 
         Returns:
             The tokens, and how many there are in each row up to its last text's end, [examples].
         """
-        lengths = self.lengths[np.asarray(numbers, dtype=np.int64)]
-        length = max(least, int(lengths.max()))
-        tokens = np.zeros((len(numbers), self.texts, length), dtype=np.int64)
-        for row, number in enumerate(numbers):
-            for which in range(self.texts):
-                tokens[row, which, : lengths[row, which]] = self.text(int(number), which)
-        return tokens.reshape(len(numbers), -1), (self.texts - 1) * length + lengths[:, -1]
+        towers = towers or self.texts
+        texts = [[self.text(int(number), which) for which in range(self.texts)] for number in numbers]
+        if towers < self.texts:
+            texts = [[np.concatenate([part for text in own for part in ([0], text)][1:])] for own in texts]
+        lengths = np.array([[len(text) for text in own] for own in texts])
+        tokens = np.zeros((*lengths.shape, max(least, int(lengths.max()))), dtype=np.int64)
+        for place in np.ndindex(lengths.shape):
+            tokens[place][: lengths[place]] = texts[place[0]][place[1]]
+        return tokens.reshape(len(numbers), -1), (towers - 1) * tokens.shape[2] + lengths[:, -1]
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -139,7 +146,7 @@ def in_order(labels: Iterable[str]) -> list[str]:
     """Different labels in the order of their numbers if all are numbers, else of their letters."""
     different = set(labels)
     if all(label.removeprefix("-").isdecimal() for label in different):
-        return sorted(different, key=int)
+        return sorted(different, key=lambda label: (int(label), label))
     return sorted(different)
 
 
@@ -149,10 +156,7 @@ def bytes_of(text: str, length: int, place: str) -> NDArray[np.integer]:
     Raises:
         DataError: it holds half a character.
     """
-    try:
-        return np.frombuffer(text.encode()[:length], dtype=np.uint8).astype(np.uint16) + 1
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
+    return np.frombuffer(in_utf8(text, place)[:length], dtype=np.uint8).astype(np.uint16) + 1
 
 
 def _write(
@@ -165,8 +169,9 @@ def _write(
     known, digest, written, texts = None if classes is None else set(classes), xxhash.xxh3_128(), 0, 1
     with (folder / "tokens.bin").open("wb") as file:
         for place, tokens, label in examples:
-            if not all(map(len, tokens)):
-                raise DataError(f"{place}: the text is empty; remove the example, or write what it says.")
+            for what, is_there in (("text", all(map(len, tokens))), ("label", label.strip())):
+                if not is_there:
+                    raise DataError(f"{place}: the {what} is empty; remove the example, or write what it says.")
             if known is not None and label not in known:
                 more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
                 raise DataError(

@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Row:
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[Path]:
-    """The files and saved datasets that paths and globs name, in sorted order, each once.
+    """The files and saved datasets that paths and globs name, in sorted order, each once though links lead to it too.
 
     Args:
         patterns: paths and globs; `~` is the home folder, `**` any folders.
@@ -50,7 +51,7 @@ def find_files(patterns: Sequence[str], option: str) -> list[Path]:
     Raises:
         DataError: a pattern names nothing, something of a kind that is not known, or something that cannot be read.
     """
-    found: set[Path] = set()
+    found: dict[str, Path] = {}
     for pattern in patterns:
         whole = os.path.expanduser(pattern)
         paths = [whole] if os.path.exists(whole) else glob.glob(whole, recursive=True)
@@ -63,28 +64,33 @@ def find_files(patterns: Sequence[str], option: str) -> list[Path]:
         for match in matches:
             _check_kind(match, option)
             _check_readable(match, option)
-        found.update(matches)
-    return sorted(found)
+        for match in sorted(matches, key=lambda path: (len(path.parts), path)):
+            found.setdefault(os.path.realpath(match), match)
+    return sorted(found.values())
 
 
 def name_files(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell files apart: their paths from the folder they share, without endings."""
+    """Short names that tell files apart: their paths from the folder they share, without endings if that is enough."""
     shared = os.path.commonpath([path.parent for path in paths])
-    return [(path if path.is_dir() else _plain(path).with_suffix("")).relative_to(shared).as_posix() for path in paths]
+    short = [path if path.is_dir() else _plain(path).with_suffix("") for path in paths]
+    times = Counter(short)
+    names = [path if times[name] > 1 else name for path, name in zip(paths, short, strict=True)]
+    return [name.relative_to(shared).as_posix() for name in names]
 
 
 def describe_content(path: Path) -> list[tuple[str, str]]:
-    """The name and a checksum of the content of a file, or of each file in a folder that is not hidden.
+    """The name and a checksum of the content of a file, or of each file in a folder but the hidden ones.
 
     Everything is read for it, at about a gigabyte a second: sizes and time stamps can stay while a text changes.
 
     Raises:
         DataError: something cannot be read, or is neither a file nor a folder.
     """
-    members = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    members = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = []
     for member in members:
-        if member.is_dir():
+        is_hidden = any(part.startswith(".") for part in member.relative_to(path).parts)
+        if is_hidden or member.is_dir():
             continue
         if member.exists() and not member.is_file():
             raise DataError(f"{member} is a pipe or a device and not a file; remove it from the folder.")
@@ -93,6 +99,22 @@ def describe_content(path: Path) -> list[tuple[str, str]]:
         except OSError as error:
             raise DataError(f"{member}: cannot be read ({error.strerror}); get access to it, or remove it.") from error
     return found
+
+
+def in_utf8(text: str, place: str, what: str = "text") -> bytes:
+    """The bytes of a text.
+
+    Args:
+        place: where it was found, in words for the error.
+        what: it is.
+
+    Raises:
+        DataError: it holds half a character, as JSON can.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: the {what} holds half a character at {error.start}; write it as UTF-8.") from error
 
 
 def is_text(path: Path) -> bool:
@@ -199,7 +221,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
             for batch in table.iter_batches(batch_size=_ROWS_AT_A_TIME):
                 batch.validate(full=True)
                 yield from batch.to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, ArithmeticError) as error:  # also for dates that Python does not have
         raise DataError(f"{path}: not a whole Parquet file ({error}); get or write the file anew.") from error
 
 

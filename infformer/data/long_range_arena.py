@@ -6,9 +6,7 @@ the benchmark (https://arxiv.org/abs/2011.04006); docs/long_range_arena.md says 
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import os
 import warnings
@@ -24,17 +22,17 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.cache import checksum
+from infformer.data.cache import checksum, key_of
 from infformer.data.examples import BYTES, Example, Examples, bytes_of, keep_examples
-from infformer.data.files import Row, read_lines
+from infformer.data.files import Row, in_utf8, read_lines
 from infformer.data.list_operations import SYMBOLS, draw_trees
 from infformer.data.options import DATA, SPLITS, DataConfig
 from infformer.data.pathfinder import draw_images
 from infformer.data.sources import check_sources, describe_source, read_fields
-from infformer.data.tokenization import describe_tokenizer
+from infformer.data.tokenization import Encoder, describe_tokenizer, vocabulary_size
 from infformer.errors import DataError
 from infformer.progress import Pace
 
@@ -44,6 +42,8 @@ ARCHIVE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 
 _LAYOUT = 1  # of what is cached; raised when an older one can no longer be used
 _SIDES = {"pathfinder": 32, "path_x": 128}
+_SHORTEST = {"listops": 8, **{kind: side**2 for kind, side in _SIDES.items()}}
+"""Tokens. So few lists are shorter that their drawing would not end."""
 _LIST_OPERATIONS = {"test": 2000, "validation": 2000, "train": 96_000}  # in the order in which they are drawn
 _PATHS = {"train": 160_000, "validation": 20_000, "test": 20_000}
 _IMAGES_AT_A_TIME = 200  # drawn, and kept, together
@@ -80,7 +80,8 @@ class ExampleSource:
 
     def is_drawn(self, data: DataConfig) -> bool:
         """Whether they are drawn here, and not read."""
-        return (self.kind in _SIDES or self.kind == "listops") and data.source == "sample" and data.path is None
+        of_the_sample = data.source == "sample" and data.path is None and not any(_named(data).values())
+        return self.kind in _SHORTEST and of_the_sample
 
     def check(self, data: DataConfig, splits: Sequence[str]) -> None:
         """Make sure, before any work, that there is something to read for these splits.
@@ -93,9 +94,20 @@ class ExampleSource:
                 f"data.held_out={data.held_out}: these examples have splits of their own; set it to null, or take "
                 "fewer of them by task.validation_examples= and task.test_examples=."
             )
+        for option, usual in (("shuffle", True), ("articles", False), ("skip_short_documents", False)):
+            if getattr(data, option) != usual:
+                raise DataError(
+                    f"data.{option}={str(not usual).lower()}: this is for documents; examples are read as they are, in "
+                    "an order of its own each epoch; leave it out."
+                )
+        if self.is_drawn(data) and self.length < _SHORTEST[self.kind]:
+            raise DataError(
+                f"task.length={self.length}: what is drawn for task.kind={self.kind} takes {_SHORTEST[self.kind]:,} "
+                "tokens at least: choose that or more."
+            )
         if data.path is not None:
             for split in splits:
-                self._archived(Path(os.path.expanduser(data.path)), split)
+                self._archived(data.path, split)
         elif not self.is_drawn(data):
             check_sources(self.own(data), splits)
 
@@ -127,13 +139,13 @@ class ExampleSource:
             for split in dict.fromkeys(["train", *splits] if learned else splits):
                 classes = found["train"].classes if "train" in found else self.classes
                 drawn = most(split) if self.is_drawn(data) else None
-                size = self.vocabulary_size if tokenizer is None else len(tokenizer)
+                size = self.vocabulary_size if tokenizer is None else vocabulary_size(tokenizer)
                 key: list[Any] = [_LAYOUT, self.kind, self.length, self.label_field, size, drawn, classes]
                 key += [self._describe(data, split), None if tokenizer is None else describe_tokenizer(tokenizer)]
-                name = f"{split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
+                folder = data.cache_folder / f"{split}-{key_of(key)}"
                 examples = self._examples(data, split, tokenizer, drawn)
                 source = f"data.{split}={getattr(data, split)}"
-                found[split] = keep_examples(data.cache_folder / name, examples, size, classes, source)
+                found[split] = keep_examples(folder, examples, size, classes, source)
         return {split: examples.some(most(split)) for split, examples in found.items()}
 
     def own(self, data: DataConfig) -> DataConfig:
@@ -144,9 +156,7 @@ class ExampleSource:
         """
         if data.source != "sample" or data.path is not None or self.is_drawn(data):
             return data
-        named: dict[str, Any] = {
-            split: None if getattr(data, split) == split else getattr(data, split) for split in SPLITS
-        }
+        named = _named(data)
         if not any(named.values()):
             raise DataError(f"data.train={data.train}: {self._where_to_get()}")
         if data.max_held_out_characters == DATA["sample"].max_held_out_characters:
@@ -178,7 +188,7 @@ class ExampleSource:
     def _describe(self, data: DataConfig, split: str) -> list[Any]:
         """What a split is made of, as JSON: it changes with that."""
         if data.path is not None:
-            files = self._archived(Path(os.path.expanduser(data.path)), split)
+            files = self._archived(data.path, split)
             return ["archive", [[str(file), checksum(file)] for file in files], split]
         if self.is_drawn(data):
             return ["drawn", self.seed]
@@ -189,7 +199,7 @@ class ExampleSource:
         self, data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase | None, most: int | None
     ) -> Iterator[Example]:
         if data.path is not None:
-            files = self._archived(Path(os.path.expanduser(data.path)), split)
+            files = self._archived(data.path, split)
             match self.kind:
                 case "listops":
                     yield from _listops_table(files[0])
@@ -198,9 +208,9 @@ class ExampleSource:
                 case _:
                     yield from _archived_images(files, split)
         elif not self.is_drawn(data):
-            own = self.own(data)
+            own, encode = self.own(data), None if tokenizer is None else Encoder(tokenizer)
             for row in read_fields(own, split, self._fields(own)):
-                yield self._example(row, own, split, tokenizer)
+                yield self._example(row, own, split, encode)
         elif self.kind == "listops":
             # The splits are pieces of one sequence of trees, those to learn from the last, so that there may be fewer.
             first = 0 if split == "test" else _LIST_OPERATIONS["test"]
@@ -218,9 +228,9 @@ class ExampleSource:
             return {"data.text_field": "Source", "task.label_field": "Target"}  # as in the archive
         return {"data.text_field": data.text_field, "task.label_field": self.label_field}
 
-    def _example(self, row: Row, data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Example:
+    def _example(self, row: Row, data: DataConfig, split: str, encode: Encoder | None) -> Example:
         *texts, label = (row.fields[field] for field in self._fields(data).values())
-        if self.kind == "pixels":
+        if self.kind == "pixels" or self.kind in _SIDES:
             return Example(row.place, (self._pixels(texts[0], row.place),), str(label))
         for text in texts:
             if not isinstance(text, str):
@@ -231,29 +241,35 @@ class ExampleSource:
         if self.kind == "listops":
             return Example(row.place, (_listops(str(texts[0]), row.place),), str(label))
         cut = [str(text)[: data.most_characters(split)] for text in texts]
-        if tokenizer is None:
+        if encode is None:
             return Example(row.place, tuple(bytes_of(text, self.length, row.place) for text in cut), str(label))
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][: self.length] for text in cut]
-        return Example(row.place, tuple(np.array(own, dtype=np.int64) for own in encoded), str(label))
+        for text in cut:
+            in_utf8(text, row.place)
+        encoded = encode([row.place] * len(cut), cut)
+        return Example(row.place, tuple(np.array(own[: self.length], dtype=np.int64) for own in encoded), str(label))
 
     def _pixels(self, image: Any, place: str) -> NDArray[np.integer]:
         content = image.get("bytes") if isinstance(image, dict) else None
         if content is None:
             raise DataError(f"{place}: this is no image; set data.text_field= to the field that holds images.")
-        pixels = grey(Image.open(io.BytesIO(content)))
+        try:
+            pixels = _pixels_of(io.BytesIO(content))
+        except _BROKEN as error:
+            raise DataError(f"{place}: this is no whole image ({error}); mend or remove the example.") from error
         if pixels.size > self.length:
             raise DataError(
                 f"{place}: the image has {pixels.size:,} pixels, task.length={self.length}: set it to that, and "
                 "training.segment_length too."
             )
-        return pixels.ravel().astype(np.uint16) + 1
+        return pixels
 
-    def _archived(self, folder: Path, split: str) -> list[Path]:
+    def _archived(self, path: str, split: str) -> list[Path]:
         """The files of a split in the unpacked archive.
 
         Raises:
             DataError: they are not there.
         """
+        folder = Path(os.path.expanduser(path))
         short = {"train": "train", "validation": "val", "test": "test"}[split]
         match self.kind:
             case "listops":
@@ -309,6 +325,22 @@ def _drawing_processes(count: int) -> ProcessPoolExecutor:
     context = get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])  # which takes seconds: once, not in every process
     return ProcessPoolExecutor(count, mp_context=context)
+
+
+def _named(data: DataConfig) -> dict[str, Any]:
+    """What is named for each split, if that is not the sample's."""
+    return {split: None if getattr(data, split) == split else getattr(data, split) for split in SPLITS}
+
+
+_BROKEN = (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError, SyntaxError)
+"""What becomes of an image that is none."""
+
+
+def _pixels_of(file: Path | io.BytesIO) -> NDArray[np.integer]:
+    """An image as tokens, row after row; raises one of `_BROKEN`."""
+    with warnings.catch_warnings(), Image.open(file) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return grey(image).ravel().astype(np.uint16) + 1
 
 
 def grey(image: Image.Image) -> NDArray[np.uint8]:
@@ -373,13 +405,11 @@ def _archived_images(metadata: Sequence[Path], split: str) -> Iterator[Example]:
     for folder, name, label in listed[cut[split]]:
         file = metadata[0].parents[1] / folder / name
         try:
-            with warnings.catch_warnings(), Image.open(file) as image:
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                pixels = grey(image)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombWarning, SyntaxError) as error:
+            pixels = _pixels_of(file)
+        except _BROKEN as error:
             log.warning("%s is left out: it is no whole image (%s)", file, error)
             continue
-        yield Example(str(file), (pixels.ravel().astype(np.uint16) + 1,), label)
+        yield Example(str(file), (pixels,), label)
 
 
 def _listed(file: Path) -> list[tuple[str, str, str]]:

@@ -71,7 +71,7 @@ class DataConfig:
 
     max_document_characters: int | None = None
     """Keep only the beginning of each document: at most this many characters, cut between two words so that the
-    counts of words and bytes stay exact. Null: all of it."""
+    counts of words and bytes stay exact (but within one of more than 1,000). Null: all of it."""
 
     max_held_out_characters: int | None = measuring(None, "validation", "test")
     """The same for validation and test documents alone, if they are to be cut shorter. Null: as for training."""

@@ -21,6 +21,7 @@ from infformer.data.files import (
     Row,
     describe_content,
     find_files,
+    in_utf8,
     is_text,
     name_files,
     read_lines,
@@ -34,6 +35,7 @@ from infformer.hub import WITHOUT_A_NETWORK, problem_with_the_hub
 
 Found = TypeVar("Found")
 
+_LONGEST_WORD = 1000  # characters: what is longer is text without blanks, as Chinese is, and is cut anywhere
 _SAMPLE = Path(__file__).parent / "sample"
 
 
@@ -67,10 +69,8 @@ def read_documents(config: DataConfig, split: str) -> Iterator[Document]:
             )
         seen[document.id] = place
         text = _beginning(document.text, config.most_characters(split))
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}: the text holds half a character at {error.start}; write it as UTF-8.") from error
+        in_utf8(document.id, place, "name")
+        in_utf8(text, place)
         yield Document(document.id, text, _digest(document.text))
 
 
@@ -185,7 +185,7 @@ def read_fields(config: DataConfig, split: str, wanted: Mapping[str, str]) -> It
 
 
 def _wanted(config: DataConfig) -> dict[str, str]:
-    """The fields of a document, by the options that name them; the first has to be there."""
+    """The fields of a document, by the options that name them."""
     return {"data.text_field": config.text_field, "data.id_field": config.id_field or "id"}
 
 
@@ -201,12 +201,13 @@ def _hub_rows(config: DataConfig, split: str, fields: Mapping[str, str]) -> Iter
     repository, subset, place = _hub_names(config, split)
     dataset = load_split(repository, subset, place)
     source = f"{repository}, split {place}"
-    wanted = {*fields.values()} & set(dataset.column_names)
-    option, needed = next(iter(fields.items()))
-    if needed not in wanted:
-        raise _no_field(source, option, needed, dataset.column_names)
+    for option, field in fields.items():
+        may_be_missing = option == "data.id_field" and config.id_field is None
+        if field not in dataset.column_names and not may_be_missing:
+            raise _no_field(source, option, field, dataset.column_names)
+    wanted = sorted({*fields.values()} & set(dataset.column_names))
     try:
-        for number, found in enumerate(valid_rows(dataset.select_columns(sorted(wanted))), start=1):
+        for number, found in enumerate(valid_rows(dataset.select_columns(wanted)), start=1):
             yield Row(f"{source}, row {number}", f"{place}:{number}", found)
     except (OSError, pa.ArrowInvalid) as error:
         files = ", ".join(sorted({str(Path(file["filename"]).parent) for file in dataset.cache_files}))
@@ -263,13 +264,13 @@ def _no_field(place: str, option: str, field: str, fields: Iterable[str]) -> Dat
 
 
 def _beginning(text: str, limit: int | None) -> str:
-    """At most `limit` characters of a text, without half a word at the end (unless the first word is longer)."""
+    """At most `limit` characters of a text, without half a word at the end (unless it is a very long one)."""
     if limit is None or len(text) <= limit:
         return text
-    end = limit
-    while end > 0 and not text[end].isspace() and not text[end - 1].isspace():
+    end, least = limit, max(0, limit - _LONGEST_WORD)
+    while end > least and not text[end].isspace() and not text[end - 1].isspace():
         end -= 1
-    return text[: end or limit]
+    return text[: end if end > least else limit]
 
 
 def load_split(repository: str, subset: str | None, split: str) -> Any:

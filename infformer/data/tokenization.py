@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,12 @@ from typing import Any, Self, TypedDict
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
-from infformer.data.cache import find_or_make
+from infformer.data.cache import find_or_make, key_of
 from infformer.data.options import DataConfig
 from infformer.data.sources import Document, describe_source, read_documents
 from infformer.errors import DataError
@@ -201,7 +203,6 @@ def beginning_of_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names what would be made; other documents, other options or another tokenizer give another name."""
     parts = {
         "layout": _LAYOUT,
         "source": describe_source(config, split),
@@ -219,16 +220,17 @@ def _key(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> 
         "most_characters": config.most_characters(split),
         "tokenizer": describe_tokenizer(tokenizer),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return key_of(parts)
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """Everything that decides which tokens a text becomes, as JSON."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     # Truncation and padding are left behind by earlier calls, and are not used here.
-    content = json.loads(fast.to_str()) | {"truncation": None, "padding": None} if fast else tokenizer.get_vocab()
+    content = json.loads(fast.to_str()) | {"truncation": None, "padding": None} if fast else Hasher.hash(tokenizer)
     return {
         "class": type(tokenizer).__name__,
+        "splits_special_tokens": tokenizer.split_special_tokens,
         "first": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "content": content,
     }
@@ -315,7 +317,7 @@ def first_token(tokenizer: PreTrainedTokenizerBase, option: str = "data.beginnin
     )
 
 
-def _write_texts(path: Path, documents: Any) -> int:
+def _write_texts(path: Path, documents: Iterable[Document]) -> int:
     """Put documents into a file that processes can share, a few at a time; returns how many there were."""
     schema = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("digest", pa.string())])
     count = 0
@@ -403,7 +405,9 @@ class Encoder:
         # Byte pair encoding without an unknown token leaves out what it does not know; all others refuse it.
         model = getattr(self._backend, "model", None)
         self._may_leave_out = isinstance(model, BPE) and model.unk_token is None
-        self._known = set("".join(tokenizer.get_added_vocab()))
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)))
+        self._known: set[str] = set()
 
     def __call__(self, names: list[str], texts: list[str]) -> list[list[int]]:
         """The token numbers of texts, without tokens that are not in the text.
@@ -431,15 +435,24 @@ class Encoder:
 
     def _check_characters(self, name: str, text: str) -> None:
         for character in sorted(set(text) - self._known):
-            # A character that the normaliser or the pre-tokeniser takes out, such as white space, has no pieces.
-            for piece in self._pieces(character):
-                tokens = self._backend.model.tokenize(piece)
-                if sum(stop - start for start, stop in (token.offsets for token in tokens)) < len(piece.encode()):
-                    raise DataError(
-                        f"document {name!r}: the tokenizer has no token for {character!r} (character "
-                        f"{text.index(character)}), and no unknown token; {_REMEDY}."
-                    )
-            self._known.add(character)
+            if not self._is_left_out(character):
+                self._known.add(character)
+                continue
+            place = self._added.sub(lambda found: "\0" * len(found[0]), text).find(character)
+            if place >= 0:  # not only within added tokens
+                raise DataError(
+                    f"document {name!r}: the tokenizer has no token for {character!r} (character {place}), and no "
+                    f"unknown token; {_REMEDY}."
+                )
+
+    def _is_left_out(self, character: str) -> bool:
+        """Whether some of a character would become no token."""
+        # A character that the normaliser or the pre-tokeniser takes out, such as white space, has no pieces.
+        return any(
+            sum(stop - start for start, stop in (token.offsets for token in self._backend.model.tokenize(piece)))
+            < len(piece.encode())
+            for piece in self._pieces(character)
+        )
 
     def _pieces(self, text: str) -> list[str]:
         """The pieces of a text that become tokens each by itself."""

@@ -1,7 +1,5 @@
 """The words of the training documents as a vocabulary, the most frequent first."""
 
-import hashlib
-import json
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,7 +10,7 @@ from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from infformer.data.cache import find_or_make
+from infformer.data.cache import find_or_make, key_of
 from infformer.data.options import DataConfig
 from infformer.data.sources import describe_source, read_documents
 from infformer.errors import DataError
@@ -54,14 +52,13 @@ def word_tokenizer(
 
 
 def _key(config: DataConfig) -> str:
-    """Names what would be made; other documents or other options give another name."""
     parts = {
         "layout": _LAYOUT,
         "source": describe_source(config, "train"),
         "options": {option: getattr(config, option) for option in ("text_field", "articles", "max_documents")},
         "most_characters": config.most_characters("train"),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return key_of(parts)
 
 
 def _make(place: Path, config: DataConfig) -> Path:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from infformer.evaluation.streaming import Evaluator
+    from infformer.models.base import MemoryModel
 
 
 @dataclass
@@ -45,7 +46,7 @@ class ClassificationConfig(TaskConfig):
     kind: str = "text"
     """`text`: texts with labels of `data`, cut up by the model's tokenizer if it has one. `bytes`: the same as bytes.
     `pairs`: of two texts, as bytes. `pixels`: images, in levels of grey. `listops`, `pathfinder`, `path_x`: what
-    Long-Range Arena calls so; drawn here, unless `data.path` says where its archive is."""
+    Long-Range Arena calls so; drawn here, unless `data` names files, or by `data.path` its archive."""
     length: int = 1024
     """Tokens of an example, at most: longer texts are cut, and each of a pair to half of it. Pixels of an image."""
     label_field: str = "label"
@@ -69,7 +70,8 @@ class ClassificationConfig(TaskConfig):
         check_at_least(1, "task.", self, "length", "training_examples", "validation_examples", "test_examples")
         if self.length % self.texts:
             raise ValueError(f"task.length={self.length}: the texts of a pair have half each; choose an even number")
-        check_at_least(0, "task.", self, "examples_seed")
+        if not 0 <= self.examples_seed < 2**32:
+            raise ValueError(f"task.examples_seed={self.examples_seed}: must be a whole number from 0 to 4294967295")
         if not self.label_field.strip():
             raise ValueError("task.label_field=: name the field that holds the class, such as task.label_field=label")
 
@@ -115,18 +117,15 @@ class ClassificationConfig(TaskConfig):
         main_process_first: AbstractContextManager[Any] | None = None,
         splits: Sequence[str] | None = None,
     ) -> dict[str, Examples]:
-        most = {
-            "train": self.training_examples,
-            "validation": self.validation_examples,
-            "test": self.test_examples,
-        }
+        most = {"train": self.training_examples, "validation": self.validation_examples, "test": self.test_examples}
         chosen = self.source.splits(data) if splits is None else splits
         return self.source.read(data, chosen, most.__getitem__, tokenizer, main_process_first)
 
     def build_stream(self, material: Material) -> ExampleStream:
-        least = self.length // self.texts if self.pad_to_length else 1
-        together = isinstance(material.evaluator.model, DocumentClassifier)
-        return ExampleStream(material.examples["train"], material, least, together)
+        model = material.evaluator.model
+        towers = _towers(model)
+        least = self.length // towers + self.texts - towers if self.pad_to_length else 1
+        return ExampleStream(material.examples["train"], material, least, isinstance(model, DocumentClassifier), towers)
 
     def build_evaluation(self, material: Material) -> Classification:
         return Classification(self, material)
@@ -141,18 +140,27 @@ class ExampleStream(TextStream):
         least: to which length texts are padded at least.
         together: the texts of a step all end in its last segment, shorter ones begin later, and gradients flow through
             the last `bptt_segments` of each, whatever it is read beside.
+        towers: how many texts of an example the model reads apart; None: all.
     """
 
-    def __init__(self, examples: Examples, material: Material, least: int = 1, together: bool = False) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        material: Material,
+        least: int = 1,
+        together: bool = False,
+        towers: int | None = None,
+    ) -> None:
         super().__init__(material, {"data": examples.fingerprint})
         self._examples = examples
         self._least = least
         self._together = together
+        self._towers = towers
 
     def _segments(self, step: int, reads: int) -> list[Segment]:
         material = self._material
         numbers = numbers_of_step(step, material.lanes, len(self._examples), material.seed)
-        tokens, lengths, targets = _with_targets(self._examples, numbers, self._least)
+        tokens, lengths, targets = _with_targets(self._examples, numbers, self._least, self._towers)
         if not self._together:
             return cut_texts(tokens, targets, numbers, material, reads, lengths)
         tokens, targets, waits = _ending_together(tokens, targets, lengths, material.segment_length)
@@ -168,9 +176,16 @@ class ExampleStream(TextStream):
         return f"{len(examples):,} examples of {len(examples.classes)} classes to learn from"
 
 
-def _with_targets(examples: Examples, numbers: NDArray[np.int64], least: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def _towers(model: MemoryModel) -> int:
+    """How many texts of an example a model reads apart: two, if it was made for pairs."""
+    return int(getattr(model.config, "texts", 1))
+
+
+def _with_targets(
+    examples: Examples, numbers: NDArray[np.int64], least: int, towers: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Examples side by side, how long they are, and their classes at their last tokens, [examples, length]."""
-    tokens, lengths = map(torch.from_numpy, examples.batch(numbers, least))
+    tokens, lengths = map(torch.from_numpy, examples.batch(numbers, least, towers))
     labels = torch.from_numpy(examples.labels[numbers]).unsqueeze(1)
     return tokens, lengths, torch.full_like(tokens, IGNORE_INDEX).scatter_(1, lengths.unsqueeze(1) - 1, labels)
 
@@ -219,7 +234,7 @@ class Classification(Evaluation[ClassificationResults]):
         self._examples = material.examples
         model, length, learns = material.evaluator.model, material.evaluator.protocol.segment_length, material.learns
         for split, examples in self._examples.items():
-            longest = examples.longest * examples.texts
+            longest = examples.longest * examples.texts + examples.texts - _towers(model)
             is_read = learns or split != "train"
             if is_read and not model.has_memory and longest > length:
                 option, sees_more, remembers = (
@@ -351,7 +366,7 @@ def format_classification(results: ClassificationResults) -> str:
 
 def _answer(evaluator: Evaluator, examples: Examples, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
     """Whether the true class of each example is the most likely one, and its nats, [2, examples]."""
-    tokens, lengths, targets = _with_targets(examples, numbers)
+    tokens, lengths, targets = _with_targets(examples, numbers, 1, _towers(evaluator.model))
     labels = torch.from_numpy(examples.labels[numbers])
     found = torch.zeros(2, len(numbers), dtype=torch.float64)
     length, ends = evaluator.protocol.segment_length, targets != IGNORE_INDEX

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from infformer.data.tokenization import Encoder, vocabulary_size
 from infformer.errors import DataError
 from infformer.tasks.questions import NOT_ASKED, Floats, Integers, Questions, random_of
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
@@ -78,7 +79,7 @@ def occasion(number: int) -> str:
 @lru_cache(maxsize=1)
 def ends_of_sentences(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     """Which tokens end a sentence, [vocabulary]."""
-    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    pieces = tokenizer.batch_decode([[token] for token in range(vocabulary_size(tokenizer))])
     return np.array([END_OF_A_SENTENCE.search(piece) is not None for piece in pieces])
 
 
@@ -100,7 +101,8 @@ class Haystack:
         self._write = write
         self._one_document = one_document
         self._documents = material.documents
-        self._tokenizer = material.tokenizer
+        self._unknown = material.tokenizer.unk_token_id
+        self._encoder = Encoder(material.tokenizer)
         self._first = int(material.data.beginning_of_document)  # the first token of a document's text
         self._ends_sentence = ends_of_sentences(material.tokenizer)
 
@@ -148,7 +150,7 @@ class Haystack:
         if length < rest:
             raise DataError(
                 f"a length of {length:,} (task.lengths, task.training_lengths): what is hidden and what is asked take "
-                f"{rest:,} tokens already; choose lengths of at least that"
+                f"{rest:,} tokens already, and in other texts some more; choose longer ones"
             )
         longest = int(self._documents[split].token_counts.max()) - self._first
         if self._one_document and length - rest > longest:
@@ -160,8 +162,8 @@ class Haystack:
             )
 
     def _encode(self, text: str) -> Integers:
-        tokens = self._tokenizer.encode(text, add_special_tokens=False)
-        if self._tokenizer.unk_token_id in tokens:
+        (tokens,) = self._encoder([text.strip()], [text])
+        if self._unknown in tokens:
             raise DataError(
                 f"the tokenizer cannot write {text.strip()!r}, of which something is unknown to it: take a model whose "
                 "tokenizer writes any text (model.tokenizer=, tokenizer=)"

@@ -99,7 +99,7 @@ class QuestionStream(TextStream):
         self._lengths = list(lengths)
         self._sequences = sequences
         for length in self._lengths:
-            draw(np.zeros(1, dtype=np.int64), material.seed, length)  # what cannot be asked is said at once
+            draw(np.arange(64), material.seed, length)  # what cannot be asked is said at once
 
     def locate(self, segment: Segment) -> list[str]:
         return segment.places(lambda number: f"sequence {number}")

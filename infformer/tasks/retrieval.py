@@ -144,7 +144,7 @@ class Retrieval(Evaluation[RetrievalResults]):
         self._window = evaluator.protocol.segment_length + evaluator.model.short_term_length
         self._controls = controls and evaluator.model.has_memory
         self._tokenizer = tokenizer
-        self._ask_one_of_each_length()
+        self._ask_for_every_length()
 
     def validate(self) -> Validation | None:
         if "validation" not in self._source.splits:
@@ -220,13 +220,15 @@ class Retrieval(Evaluation[RetrievalResults]):
         depths = list(dict.fromkeys(self._config.depths))
         return measure_cells(self._evaluator, self._source, split, length, depths, texts, title, inputs)
 
-    def _ask_one_of_each_length(self) -> None:
-        """Draw one question of each length, so that what cannot be asked is an error before any long work."""
-        lengths = {"validation": self._config.lengths[:1], "test": self._config.lengths}
-        for split, chosen in lengths.items():
-            if split in self._source.splits:
-                for length in chosen:
-                    self._source.draw(split, [0], HELD_OUT_SEED, length, np.zeros((1, self._source.answers)))
+    def _ask_for_every_length(self) -> None:
+        """Draw all questions once, so that one that cannot be asked is an error before any long work."""
+        config, source = self._config, self._source
+        for split, lengths, texts in (
+            ("validation", config.lengths[:1], config.validation_questions),
+            ("test", config.lengths, config.test_questions),
+        ):
+            for length in lengths if split in source.splits else ():
+                source.draw(split, np.arange(texts), HELD_OUT_SEED, length, np.zeros((texts, source.answers)))
 
     def _spell(self, tokens: Integers) -> str:
         return " ".join(map(str, tokens)) if self._tokenizer is None else repr(self._tokenizer.decode(tokens))

@@ -124,7 +124,7 @@ class _WandbTracker(Tracker):
     def __init__(
         self, options: TrackerConfig, run_name: str, run_directory: Path, config: Mapping[str, object]
     ) -> None:
-        wandb = _import_wandb()
+        self._wandb = wandb = _import_wandb()
         mode = _mode_of_wandb(options, wandb)
         # The id lives in the run's folder, so that a resumed run continues its own curves.
         id_file = run_directory / "wandb_id"
@@ -155,14 +155,10 @@ class _WandbTracker(Tracker):
         self._run.log({**metrics, "step": step})
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        import wandb
-
-        self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": step})
+        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": step})
 
     def log_figure(self, name: str, path: Path, step: int) -> None:
-        import wandb
-
-        self._run.log({name: wandb.Image(str(path)), "step": step})
+        self._run.log({name: self._wandb.Image(str(path)), "step": step})
 
     def summarise(self, figures: Mapping[str, float], step: int) -> None:
         self._run.summary.update(dict(figures))

@@ -108,6 +108,8 @@ def test_an_added_token_is_a_token_for_its_characters():
     tokenizer = wrap(models.BPE({"a": 0, "b": 1}, []))
     tokenizer.add_tokens(["<é>"])
     assert Encoder(tokenizer)(["x"], ["a<é>b"]) == [[0, 2, 1]]
+    with pytest.raises(DataError, match=r"document 'x': the tokenizer has no token for 'é' \(character 4\)"):
+        Encoder(tokenizer)(["x"], ["a<é>é"])  # and outside of it they have none
 
 
 def test_the_size_of_a_vocabulary_with_holes_is_that_of_its_largest_number(monkeypatch):

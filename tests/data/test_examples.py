@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from infformer.data import long_range_arena
 from infformer.data.examples import Example, in_order, keep_examples
@@ -79,6 +81,9 @@ class TestOwnTexts:
         tokens, lengths = examples.batch([0, 1])
         assert tokens.tolist() == [[98, 99, 0, 0, 98, 99, 100, 0], [98, 99, 100, 101, 98, 0, 0, 0]]
         assert lengths.tolist() == [7, 5]
+        tokens, lengths = examples.batch([0, 1], towers=1)  # one after the other
+        assert tokens.tolist() == [[98, 99, 0, 98, 99, 100], [98, 99, 100, 101, 0, 98]]
+        assert lengths.tolist() == [6, 6]
 
     def test_classes_are_those_that_are_learned(self, tmp_path):
         data = DataConfig(
@@ -104,6 +109,7 @@ class TestOwnTexts:
         ("rows", "columns", "said"),
         [
             ([("a", 1), ("", 0)], ("text", "label"), "line 3: the text is empty; remove the example"),
+            ([("a", 1), ("b", "")], ("text", "label"), "line 3: the label is empty; remove the example"),
             (
                 [("a", 1)],
                 ("text", "class"),
@@ -132,6 +138,28 @@ class TestOwnTexts:
         with pytest.raises(DataError, match=r"test.csv, line 2: the label 'z' is none of the classes .*\(x, y\)"):
             ExampleSource("text", 10).read(data, ["train", "test"])
 
+    def test_lists_of_ones_own_are_read_and_none_are_drawn(self, tmp_path):
+        data = DataConfig(train=table(tmp_path / "mine.csv", [("[MAX 1 2 ]", 2), ("7", 7)], ("Source", "Target")))
+        examples = ExampleSource("listops", 100).read(data, ["train"])["train"]
+        assert (len(examples), labels(examples)) == (2, ["2", "7"])
+
+    def test_a_tokenizer_keeps_its_numbers_and_leaves_nothing_out(self, tmp_path):
+        path = table(tmp_path / "mine.csv", [("a", 1), ("ab", 0)])
+        with_holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 1, "b": 300}, [])))
+        examples = ExampleSource("text", 2).read(DataConfig(train=path), ["train"], tokenizer=with_holes)["train"]
+        assert [examples.text(number).tolist() for number in range(2)] == [[1], [1, 300]]
+        for text, said in (("a z", "no token for ' '"), ("\ud800", "the text holds half a character at 0")):
+            path = tmp_path / "mine.jsonl"
+            path.write_text(json.dumps({"text": text, "label": 1}))
+            with pytest.raises(DataError, match=f"line 1.*{said}"):
+                ExampleSource("text", 2).read(DataConfig(train=str(path)), ["train"], tokenizer=with_holes)
+
+    @pytest.mark.parametrize("option", [{"shuffle": False}, {"articles": True}, {"skip_short_documents": True}])
+    def test_an_option_that_does_nothing_to_examples_is_refused(self, tmp_path, option):
+        data = DataConfig(train=table(tmp_path / "mine.csv", [("a", 1), ("b", 0)]), **option)
+        with pytest.raises(DataError, match=rf"data\.{next(iter(option))}=(true|false): this is for documents"):
+            ExampleSource("text", 10).check(data, ["train"])
+
     def test_without_files_it_is_said_what_to_name(self):
         with pytest.raises(DataError, match=r"data\.train=train: name files of texts with their labels"):
             ExampleSource("text", 10).check(DataConfig(), ["train"])
@@ -142,6 +170,8 @@ class TestOwnTexts:
 def test_labels_are_ordered_by_number_or_by_letter():
     assert in_order(["10", "9", "-1", "9"]) == ["-1", "9", "10"]
     assert in_order(["b", "10", "a"]) == ["10", "a", "b"]
+    same_numbers = [f"{zeros}{number}" for number in range(1, 20) for zeros in ("0", "")]
+    assert in_order(same_numbers) == same_numbers  # whatever the order of a set
 
 
 def test_examples_are_made_once(tmp_path):
@@ -218,6 +248,12 @@ class TestListOps:
 def test_it_is_said_what_an_archive_lacks(tmp_path, kind, said):
     with pytest.raises(DataError, match=said):
         ExampleSource(kind, 100).check(DataConfig(path=str(tmp_path)), ["train"])
+
+
+@pytest.mark.parametrize(("kind", "length", "least"), [("listops", 7, "8"), ("path_x", 1024, "16,384")])
+def test_a_length_for_which_nothing_can_be_drawn_is_refused_before_it_is_tried(kind, length, least):
+    with pytest.raises(DataError, match=rf"task\.length={length}: .* task\.kind={kind} takes {least} tokens at least"):
+        ExampleSource(kind, length).check(DataConfig(), ["train"])
 
 
 def test_it_is_said_where_the_papers_are():
@@ -307,6 +343,17 @@ class TestImages:
         assert labels(found) == [str(label) for label in known[:20]]
         with pytest.raises(DataError, match=r"the image has 1,024 pixels, task\.length=100"):
             ExampleSource("pixels", 100).read(data, ["train"])
+
+    @pytest.mark.parametrize(
+        ("content", "said"), [(b"none", "cannot identify"), (b"P5 20000 20000 255\n", "Image size")]
+    )
+    def test_an_image_that_is_none_is_refused_by_its_place(self, tmp_path, content, said):
+        rows = [{"img": {"bytes": content, "path": None}, "label": label} for label in (0, 1)]
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        data = DataConfig(train=str(tmp_path / "a.parquet"), text_field="img")
+        for kind in ("pixels", "pathfinder"):
+            with pytest.raises(DataError, match=rf"a\.parquet, row 1: this is no whole image \({said}"):
+                ExampleSource(kind, 1024).read(data, ["train"])
 
     def test_grey_is_by_the_weights_of_the_benchmark(self):
         colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 20, 30]]], dtype=np.uint8)

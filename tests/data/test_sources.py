@@ -1,5 +1,6 @@
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
@@ -70,12 +73,13 @@ def test_parquet_and_saved_datasets_are_read(tmp_path):
 
 
 def test_lists_globs_and_folders_are_read_in_sorted_order(tmp_path):
-    for name in ("b/2.txt", "b/1.txt", "a/2.md"):
+    for name in ("b/2.txt", "b/1.txt", "a/2.md", "a/2.raw"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "c.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
     found = read([f"{tmp_path}/c.jsonl", f"{tmp_path}/**/*.txt", f"{tmp_path}/*/2.*"])
-    assert found == [("a/2", "a/2.md"), ("b/1", "b/1.txt"), ("b/2", "b/2.txt"), ("c:1", "x"), ("c:3", "y")]
+    of_one_name = [("a/2.md", "a/2.md"), ("a/2.raw", "a/2.raw")]
+    assert found == [*of_one_name, ("b/1", "b/1.txt"), ("b/2", "b/2.txt"), ("c:1", "x"), ("c:3", "y")]
 
 
 def test_paths_may_begin_here_and_at_home(tmp_path, monkeypatch):
@@ -83,6 +87,8 @@ def test_paths_may_begin_here_and_at_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("a.txt") == read("~/a.txt") == read(["a.txt", "~/a.txt"]) == [("a", "x")]
+    (tmp_path / "0").symlink_to(tmp_path)  # a folder within itself
+    assert read("**/*.txt") == read(["0/a.txt", "a.txt"])[:1] == [("a", "x")]
 
 
 def test_fields_are_found_by_name(tmp_path):
@@ -100,6 +106,8 @@ def test_limits_cut_documents_between_words(tmp_path):
     texts = [[text for _, text in read(path, max_document_characters=n)] for n in (2, 3, 4, 5, 7, 8, 100)]
     assert [text[0] for text in texts] == ["on", "one", "one ", "one ", "one two", "one two ", "one two three"]
     assert texts[4][1:] == ["uninter", "ab"]
+    (tmp_path / "novel.txt").write_text("title " + 5000 * "字", encoding="utf-8")
+    assert [len(text) for _, text in read(f"{tmp_path}/novel.txt", max_document_characters=4000)] == [4000]
     assert len(read(path, max_documents=2)) == 2
 
 
@@ -131,6 +139,12 @@ def test_missing_files_are_named(tmp_path):
     assert f"data.train={tmp_path}/b.txt: no such file" in refused(f"{tmp_path}/b.txt")
 
 
+def parquet_of(columns: dict[str, object]) -> bytes:
+    content = io.BytesIO()
+    parquet.write_table(pa.table(columns), content)
+    return content.getvalue()
+
+
 NOISE = os.urandom(30_000).hex().encode()
 EMPTY, NOT_JSON = "the file is empty; remove it", "each line must be one whole JSON object"
 CUT = "cannot be read to its end"
@@ -141,6 +155,12 @@ BAD_FILES: list[tuple[str, bytes, list[str]]] = [
     ("a.txt", "eins\nzwei Übel".encode("latin-1"), ["a.txt: not UTF-8 at byte 10"]),
     ("a.txt", "eins".encode("utf-16"), ["a.txt: not UTF-8 at byte 0"]),
     ("a.jsonl", b'{"text": "ab\\ud800"}\n', ["a.jsonl, line 1: the text holds half a character at 2"]),
+    ("a.jsonl", b'{"text": "ab", "id": "\\ud800"}\n', ["a.jsonl, line 1: the name holds half a character at 0"]),
+    (
+        "a.parquet",
+        parquet_of({"text": ["x"], "day": pa.array([10**9], pa.date32())}),
+        ["not a whole Parquet file (days"],
+    ),
     *((f"a.txt{ending}", b"not compressed at all", [f"a.txt{ending}: {CUT}"]) for ending in (".gz", ".zst")),
     *(
         (f"a.txt{ending}", whole[: len(whole) // 2], [f"a.txt{ending}: {CUT}"])
@@ -402,10 +422,11 @@ def test_a_local_folder_laid_out_like_the_hub_is_read(hub_folder):
 
 
 def test_a_folder_without_a_card_is_read(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    (tmp_path / "train.jsonl").write_text('{"body": "x", "url": "u"}\n{"body": "y", "url": "v"}\n')
     assert read_hub(str(tmp_path), text_field="body") == [("train:1", "x"), ("train:2", "y")]
-    with pytest.raises(DataError, match=r"split train: data.text_field=text.* there are body"):
-        read_hub(str(tmp_path))
+    for missing in ({}, {"text_field": "body", "id_field": "name"}):
+        with pytest.raises(DataError, match=r"split train: data\.\w+=\w+, .* there are body, url; set"):
+            read_hub(str(tmp_path), **missing)
 
 
 def test_subsets_and_splits_that_there_are_not_are_refused(hub_folder):
@@ -422,6 +443,8 @@ def test_subsets_and_splits_that_there_are_not_are_refused(hub_folder):
 def test_what_is_read_is_described_anew_when_it_changes(hub_folder):
     config = DataConfig(source="hub", repository=str(hub_folder), subset="other")
     before = describe_source(config, "train")
+    (hub_folder / ".git").mkdir()
+    (hub_folder / ".git" / "HEAD").write_text("of a clone; it is none of the data")
     assert describe_source(config, "train") == before
     Dataset.from_list(ROWS).to_parquet(hub_folder / "other" / "train-00000-of-00001.parquet")
     assert describe_source(config, "train") != before
@@ -514,9 +537,10 @@ def a_hub(monkeypatch: pytest.MonkeyPatch, no_answers_kept: None) -> Iterator[st
         server.shutdown()
 
 
-def test_a_dataset_that_the_hub_does_not_have_is_named(a_hub):
-    with pytest.raises(HubError, match=rf"data.repository=owner/boks: {a_hub} has no such dataset"):
-        read_hub("owner/boks")
+@pytest.mark.parametrize("name", ["owner/boks", "my books"])
+def test_a_dataset_that_the_hub_does_not_have_is_named(a_hub, name):
+    with pytest.raises(HubError, match=rf"data.repository={name}: {a_hub} has no such dataset"):
+        read_hub(name)
 
 
 def test_a_dataset_that_must_be_asked_for_is_named(a_hub):

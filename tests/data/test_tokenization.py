@@ -14,7 +14,7 @@ import filelock
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from infformer.data import cache, tokenization
 from infformer.data.options import DataConfig
@@ -23,6 +23,7 @@ from infformer.data.sources import Document
 from infformer.data.tokenization import (
     TokenizedDocuments,
     beginning_of_documents,
+    describe_tokenizer,
     tokenize_documents,
     warn_of_shared_documents,
 )
@@ -247,12 +248,25 @@ def test_other_options_are_made_anew(config, tokenizer, made, options):
 
 def test_another_tokenizer_makes_them_anew(config, make_tokenizer, made):
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    others = (make_tokenizer(), make_tokenizer(**special), make_tokenizer(["the"], **special))
+    others = [
+        make_tokenizer(),
+        make_tokenizer(**special),
+        make_tokenizer(["the"], **special),
+        make_tokenizer(**special),
+    ]
+    others[-1].split_special_tokens = True  # so that `<s>` in a text is three letters
     config.skip_short_documents = True
     config.beginning_of_document = False
     for tokenizer in others:
         tokenize_documents(config, "train", tokenizer)
-    assert len({folder.name for folder in made}) == 3
+    assert len({folder.name for folder in made}) == 4
+
+
+def test_tokenizers_in_python_that_differ_in_an_option_alone_are_told_apart():
+    one, same, other = ByT5Tokenizer(), ByT5Tokenizer(), ByT5Tokenizer()
+    other.do_lower_case = True
+    same("a text that it has cut up before")
+    assert describe_tokenizer(one) == describe_tokenizer(same) != describe_tokenizer(other)
 
 
 def test_a_failure_leaves_nothing_behind(config, tokenizer, monkeypatch):

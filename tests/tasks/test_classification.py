@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from infformer.commands import eval as evaluation
 from infformer.config import CONF, TASKS, EvaluationRunConfig, RunConfig
@@ -17,10 +19,12 @@ from infformer.data.examples import Example, Examples, keep_examples
 from infformer.data.segments import IGNORE_INDEX
 from infformer.errors import DataError, UserError
 from infformer.evaluation.streaming import Evaluator, Processes, ReadingProtocol
+from infformer.memory.long_term_options import LongTermMemoryConfig
 from infformer.memory.options import MemoryConfig
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.document_classifier import DocumentClassifier, HeadConfig
 from infformer.models.encoder import ClassifierConfig, TextClassifier
+from infformer.models.pretrained import InfformerForCausalLM
 from infformer.tasks.classification import (
     ClassificationConfig,
     ExampleStream,
@@ -314,6 +318,18 @@ def test_figures_do_not_depend_on_batches_and_processes(model, examples):
     assert float(sum(sums)[0].mean()) == pytest.approx(alone["accuracy"])
 
 
+def test_figures_of_pairs_that_a_language_model_reads_do_not_depend_on_batches(examples, tmp_path):
+    drawn = [examples.text(number) for number in range(len(examples))]
+    pairs = [Example("here", (own, other), str(own[0] - 1)) for own, other in pairwise(drawn)]
+    kept = keep_examples(tmp_path / f"test-{'1' * 32}", pairs, 5, ["0", "1", "2"], "here")
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=5, n_positions=8, n_embd=8, n_layer=1, n_head=2, initializer_range=1.0)
+    model = InfformerForCausalLM.from_backbone(
+        GPT2LMHeadModel(shape), LongTermMemoryConfig(basis_functions=4, past_samples=4), segment_length=8
+    )
+    assert read(model, kept, 12)["nll"] == pytest.approx(read(model, kept, 1)["nll"], abs=1e-5)
+
+
 def test_an_example_that_a_model_cannot_see_is_refused(examples):
     model = TextClassifier(ClassifierConfig(vocab_size=5, classes=3, longest=16))
     evaluator = Evaluator(model=model, protocol=ReadingProtocol(16))
@@ -380,6 +396,10 @@ def test_intervals_are_those_of_wilson(count, total, low, high):
         (["task=classification", "task.length=0"], "task.length=0: must be at least 1"),
         (["task=lra_retrieval", "task.length=7"], "task.length=7: the texts of a pair have half each"),
         (["task=classification", "task.label_field="], "task.label_field=: name the field"),
+        (
+            ["task=classification", f"task.examples_seed={2**32}"],
+            "task.examples_seed=4294967296: must be a whole number",
+        ),
         (["model=classifier"], "model=classifier tells classes apart and predicts no token"),
         (["model=classifier", "task=classification", "model/memory=sticky"], "a classifier takes a text at once"),
     ],

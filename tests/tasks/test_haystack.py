@@ -1,7 +1,9 @@
 """Needles are hidden where they are to be, in text that is that of the documents, token for token."""
 
 import re
+import string
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from infformer.data.options import DataConfig
 from infformer.data.tokenization import TokenizedDocuments, tokenize_documents
 from infformer.errors import DataError
-from infformer.tasks.haystack import NeedleConfig, PasskeyConfig
+from infformer.evaluation.streaming import ReadingProtocol
+from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
+from infformer.tasks.haystack import NeedleConfig, PasskeyConfig, ends_of_sentences
 from infformer.tasks.retrieval import RetrievalConfig, RetrievalSource
+from infformer.tasks.ruler import MultikeyConfig
 from infformer.tasks.task import Material
 
 SENTENCES = ("The whale rose.", "Who saw it?", "We did!", 'He said "No."', "The sea was white and deep all day.")
@@ -150,6 +155,20 @@ def test_a_length_that_holds_less_than_the_needle_is_refused(passkey):
     assert passkey.draw("test", [0], 5, least, np.zeros((1, 1))).tokens.shape == (1, least)
 
 
+def test_a_length_that_holds_the_first_needle_and_not_the_next_is_refused_before_any_work(documents, tokenizer):
+    """Names differ in length."""
+    source = source_of(MultikeyConfig(), documents, tokenizer)
+    with pytest.raises(DataError) as error:
+        source.draw("train", [0], 0, 60, np.zeros((1, 1)))
+    least = int(re.search(r"take (\d+) tokens", str(error.value)).group(1))
+    evaluator = SimpleNamespace(model=DecoderForCausalLM(DecoderConfig(vocab_size=5)), protocol=ReadingProtocol(8))
+    material = Material(evaluator, tokenizer, documents)
+    with pytest.raises(DataError, match=f"a length of {least}"):
+        MultikeyConfig(training_lengths=[least]).build_stream(material)
+    with pytest.raises(DataError, match=f"a length of {least}"):
+        MultikeyConfig(lengths=[least]).build_evaluation(material)
+
+
 def test_a_book_that_is_too_short_is_refused(book, passkey, documents):
     longest = int(documents["test"].token_counts.max()) - 1
     with pytest.raises(
@@ -162,9 +181,18 @@ def test_a_book_that_is_too_short_is_refused(book, passkey, documents):
 def test_a_tokenizer_that_knows_no_such_words_is_refused(documents):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "whale": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    poor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    with pytest.raises(DataError, match=r"the tokenizer cannot write .* unknown to it"):
-        source_of(PasskeyConfig(), documents, poor, beginning=False).draw("test", [0], 5, 600, np.zeros((1, 1)))
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate(string.ascii_letters)}, []))
+    for poor, said in (
+        (PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"), "cannot write .* unknown to it"),
+        (PreTrainedTokenizerFast(tokenizer_object=letters), "has no token for"),
+    ):
+        with pytest.raises(DataError, match=f"the tokenizer {said}"):
+            source_of(PasskeyConfig(), documents, poor, beginning=False).draw("test", [0], 5, 600, np.zeros((1, 1)))
+
+
+def test_sentences_end_by_tokens_whose_numbers_have_holes_before_them():
+    stops = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, ".": 5}, "a")))
+    assert ends_of_sentences(stops).tolist() == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(
