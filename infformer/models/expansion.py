@@ -364,8 +364,6 @@ def expand_hidden(config: PreTrainedConfig, size: int) -> Expansion:
     if not copies:
         name = "norm_epsilon" if isinstance(config, DecoderConfig) else "rms_norm_eps"
         changes[name] = getattr(stock, name) * old / size
-    if not isinstance(config, DecoderConfig):
-        changes["head_size"] = _sizes_of(config)["value"]  # some follow from the width, if nobody says so
     growths = [_Growth("stream", old, size, copies)]
     memory, sizes = _memory_of(config), _sizes_of(config)
     heads, width = sizes.get("memory_heads", 1), sizes.get("memory_size", 1)
@@ -550,16 +548,18 @@ def _growth_of_keys(config: PreTrainedConfig, name: str, size: int) -> _Growth:
 
 def _expansion(config: PreTrainedConfig, changes: Mapping[str, Any], *growths: _Growth) -> Expansion:
     """With the configuration after some changes."""
-    after = copy.deepcopy(config)
+    after, sizes = copy.deepcopy(config), _sizes_of(config)
     stock = _stock(after)
+    if not isinstance(config, DecoderConfig):
+        stock.head_dim = sizes["value"]  # where nobody says so, it follows from the other sizes
     for name, value in changes.items():
         if name in ("memory", "memory_layers", "rotated_layers") or isinstance(after, DecoderConfig):
             setattr(after, name, value)
         else:
             setattr(stock, NAMES_IN_LLAMA.get(name, name), value)
             if name == "num_attention_heads":
-                stock.num_key_value_heads = value // _sizes_of(config)["group"]
-    return Expansion(config, after, growths, (), _sizes_of(config))
+                stock.num_key_value_heads = value // sizes["group"]
+    return Expansion(config, after, growths, (), sizes)
 
 
 def _memory_of(config: PreTrainedConfig) -> MemoryConfig | None:
