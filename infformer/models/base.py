@@ -46,6 +46,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
     """Only complete segments of this many tokens are written to memory. None: there is no memory to write to."""
     card: str | None = None
     """The model card of the folder that it was loaded from; None for a new model, and for one that is trained on."""
+    layers_see_alike = False
+    """Whether attention of all layers has to see equally many entries of a memory."""
     _passes_without_state = 0
 
     def forward(
