@@ -113,48 +113,44 @@ def inspect_document(
     own = [memories[number] for number in numbers]
     signals = SignalInstruments.of(own, length, cached, writes)
     stretches = None if decode is None else Stretches(tokens, decode, signals)
-    reading: Readings = {
-        "segment": [], "tokens": [],
-        "centre": [], "centre_spread": [], "width": [], "width_spread": [], "tokens_back": [],
-        "contribution": [],
-        "nats": [], "nats_without_layer": [], "nats_without_memory": [],
-    }  # fmt: skip
+    rows: list[dict[str, Any]] = []  # one for each segment that is read from memory
     nats = 0.0
     model.eval()
     with Pace("inspecting", predicted, "tokens", progress) as pace:
         for segment in read_segments(model, tokens, count):
-            intermediates = [segment.intermediates[index] for index in chosen]
+            reads = [segment.intermediates[index] for index in chosen]
             nats += float(segment.token_losses.sum())
             if not _is_empty(own[0], segment.before.layers[chosen[0]]):
-                reading["segment"].append(segment.number)
-                reading["tokens"].append(segment.input_ids.shape[1])
-                if signals is not None:
-                    figures = signals.look(intermediates)
-                    for name in figures[0]:
-                        reading[name].append([of_layer[name] for of_layer in figures])
-                if all(trace.memory.context is not None for trace in intermediates):
-                    reading["contribution"].append([contribution(trace) for trace in intermediates])
                 without = losses_without(model, segment, every)
-                turn, one = len(reading["nats"]) % len(chosen), None
-                if not model.layers_see_alike:
-                    one = float(losses_without(model, segment, [chosen[turn]]).mean())
-                reading["nats"].append(float(segment.token_losses.mean()))
-                reading["nats_without_memory"].append(float(without.mean()))
-                reading["nats_without_layer"].append([one if turn == each else None for each in range(len(chosen))])
+                turn = len(rows) % len(chosen)
+                one = None if model.layers_see_alike else float(losses_without(model, segment, [chosen[turn]]).mean())
+                rows.append(
+                    {
+                        "segment": segment.number,
+                        "tokens": segment.input_ids.shape[1],
+                        "nats": float(segment.token_losses.mean()),
+                        "nats_without_layer": [one if turn == each else None for each in range(len(chosen))],
+                        "nats_without_memory": float(without.mean()),
+                    }
+                )
+                if all(read.memory.context is not None for read in reads):
+                    rows[-1]["contribution"] = [contribution(read) for read in reads]
+                if signals is not None:
+                    rows[-1] |= signals.look(reads)
                 if stretches is not None:
-                    stretches.look(segment, without - segment.token_losses, intermediates)
+                    stretches.look(segment, without - segment.token_losses, reads)
             if signals is not None:
-                signals.follow(segment, intermediates, [segment.after.layers[index] for index in chosen])
+                signals.follow(segment, reads, [segment.after.layers[index] for index in chosen])
             after_segment()
             pace.advance(segment.input_ids.shape[1])
-    options = asdict(model.config.memory_config)
+    reading = cast(Readings, {name: [row[name] for row in rows if name in row] for name in Readings.__annotations__})
     return {
         "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
         "memory": cast(
             InspectedMemory,
             {
                 "kind": model.config.memory_config.kind,
-                **options,
+                **asdict(model.config.memory_config),
                 "segment_length": length,
                 "short_term_length": cached,
                 "layers": numbers,
@@ -229,12 +225,13 @@ class SignalInstruments:
         pasts = [WrittenPast(cast(LongTermMemory, memory)) for memory in innermost]
         return cls(memories, pasts, segment_length, short_term_length, writes)
 
-    def look(self, reads: Sequence[LayerRead]) -> list[dict[DensityFigure, list[float]]]:
-        """Where the heads of each layer look."""
-        return [
+    def look(self, reads: Sequence[LayerRead]) -> dict[str, list[list[float]]]:
+        """Where the heads look, each figure of each layer and head."""
+        figures = [
             density_figures(_reading(read), past, self.short_term_length)
             for read, past in zip(reads, self.pasts, strict=True)
         ]
+        return {name: [of_layer[name] for of_layer in figures] for name in figures[0]}
 
     def follow(self, segment: ReadSegment, reads: Sequence[LayerRead], states: Sequence[Any]) -> None:
         """Follow what was written after a segment, if anything was.
@@ -310,13 +307,13 @@ class Stretches:
         Args:
             gains: of each token, [length].
         """
-        start, size = int(segment.start), min(STRETCH, len(gains))
+        size = min(STRETCH, len(gains))
         for first in range(0, len(gains) - size + 1, size):
             part = slice(first, first + size)
             gain = float(gains[part].mean())
             for sign in (1, -1):
                 if sign not in self._found or sign * gain > sign * self._found[sign]["gain"]:
-                    self._found[sign] = self._show(start + first, gains[part].tolist(), reads, part)
+                    self._found[sign] = self._show(segment.start + first, gains[part].tolist(), reads, part)
 
     def found(self) -> list[Stretch]:
         """Most, and least."""
