@@ -90,9 +90,14 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
                 the segment write all of it, so it does not matter in how many pieces it comes.
 
         Raises:
-            ModelError: what was given is not of so many rows of so many tokens.
+            ModelError: what was given is not of so many rows of so many tokens, or a document begins within a segment.
         """
         self._notice_empty_memories(state)
+        if reset is not None and segment_cache is not None:
+            raise ModelError(
+                "reset= with segment_cache=: a cache is of a document's unfinished segment, and a new document begins "
+                "with a segment; read it without a cache"
+            )
         least = input_ids.shape[1] if use_cache else 0  # behind padding no segment goes on
         state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask, least)
         memories = list(self.layer_memories().values())
