@@ -23,7 +23,7 @@ from infformer.data.options import DataConfig
 from infformer.data.tokenization import tokenize_documents
 from infformer.durable import check_new_folder
 from infformer.errors import UserError
-from infformer.evaluation.memory_instruments import inspect_document
+from infformer.evaluation.memory_instruments import inspect_document, inspected_memories
 from infformer.evaluation.report import write_results
 from infformer.models.base import MemoryModel
 from infformer.models.loading import check_vocabulary, load_tokenizer, load_trained
@@ -84,7 +84,7 @@ def inspect(arguments: argparse.Namespace) -> Inspection:
 
 def _layers(typed: list[str] | None, model: MemoryModel) -> list[int] | None:
     if typed == ["all"]:
-        return list(model.layer_memories())
+        return list(inspected_memories(model))
     unknown = [layer for layer in typed or [] if not layer.isdecimal()]
     if unknown:
         raise UserError(f"--layers {' '.join(unknown)}: give the numbers of layers, from 0, or `all`")

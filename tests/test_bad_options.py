@@ -99,7 +99,7 @@ REFUSED = [
     ("train", "optimizer.epsilon=0", "", "positive"),
     ("train", "optimizer.betas=[0.9,nan]", "optimizer.betas=[0.9, nan]", "finite"),
     ("train", "training.gradient_clipping=inf", "", "finite"),
-    ("train", "model.memory.ridge=1e300", "model.memory.ridge=1e+300", "from 1e-12 to 1e+12"),
+    ("train", "model.memory.ridge=1e300", "model.memory.ridge=1e+300", "from 1e-06 to 1e+12"),
     ("train", "model.memory.ridge=0", "", "positive"),
     ("train", "model.memory.divergence_weight=-1", "", "must be at least 0"),
     ("train", "model.memory.prior_standard_deviation=1e-300", "", "from 1e-06"),

@@ -86,14 +86,14 @@ def inspect_document(
     """Read a document from an empty memory and take all measures. The model is left in evaluation mode.
 
     Each segment is read three times: as it is, without the memories, and without that of one layer, which is another
-    in every segment. Of memory it needs, for signals, the hidden states of the past, which the reconstruction is held
-    against: 2 · width bytes for each token and chosen layer.
+    in every segment; but twice where all layers have to see alike. Of memory it needs, for signals, the hidden states
+    of the past, which the reconstruction is held against: 2 · width bytes for each token and chosen layer.
 
     Args:
         model: with memories.
         tokens: of the document, int64 [tokens].
         segments: read so many of its segments at most.
-        layers: numbers of the layers that are looked at, from 0; if not given, a few of those that have a memory.
+        layers: numbers of the layers that are looked at, from 0; if not given, a few of `inspected_memories`.
         progress: say how far it is.
         decode: from tokens to text, to show what the memories gained of which tokens.
         after_segment: called whenever a segment has been read.
@@ -101,10 +101,11 @@ def inspect_document(
     Raises:
         EvaluationError: there is no such memory or layer, or nothing would be read from memory.
     """
-    memories = model.layer_memories()
+    memories = inspected_memories(model)
     numbers = _choose_layers(memories, layers)
     count = _count_segments(model, len(tokens), segments)
-    chosen = [list(memories).index(number) for number in numbers]
+    places = {number: place for place, number in enumerate(model.layer_memories())}
+    chosen, every = [places[number] for number in numbers], [places[number] for number in memories]
     length, cached = cast(int, model.segment_length), model.short_term_length
     writes = min(count, (len(tokens) - 1) // length) - cached // length
     predicted = min(count * length, len(tokens) - 1)
@@ -112,47 +113,44 @@ def inspect_document(
     own = [memories[number] for number in numbers]
     signals = SignalInstruments.of(own, length, cached, writes)
     stretches = None if decode is None else Stretches(tokens, decode, signals)
-    reading: Readings = {
-        "segment": [], "tokens": [],
-        "centre": [], "centre_spread": [], "width": [], "width_spread": [], "tokens_back": [],
-        "contribution": [],
-        "nats": [], "nats_without_layer": [], "nats_without_memory": [],
-    }  # fmt: skip
+    rows: list[dict[str, Any]] = []  # one for each segment that is read from memory
     nats = 0.0
     model.eval()
     with Pace("inspecting", predicted, "tokens", progress) as pace:
         for segment in read_segments(model, tokens, count):
-            intermediates = [segment.intermediates[index] for index in chosen]
+            reads = [segment.intermediates[index] for index in chosen]
             nats += float(segment.token_losses.sum())
-            if not _is_empty(model, segment.before):
-                reading["segment"].append(segment.number)
-                reading["tokens"].append(segment.input_ids.shape[1])
+            if not _is_empty(own[0], segment.before.layers[chosen[0]]):
+                without = losses_without(model, segment, every)
+                turn = len(rows) % len(chosen)
+                one = None if model.layers_see_alike else float(losses_without(model, segment, [chosen[turn]]).mean())
+                rows.append(
+                    {
+                        "segment": segment.number,
+                        "tokens": segment.input_ids.shape[1],
+                        "nats": float(segment.token_losses.mean()),
+                        "nats_without_layer": [one if turn == each else None for each in range(len(chosen))],
+                        "nats_without_memory": float(without.mean()),
+                    }
+                )
+                if all(read.memory.context is not None for read in reads):
+                    rows[-1]["contribution"] = [contribution(read) for read in reads]
                 if signals is not None:
-                    figures = signals.look(intermediates)
-                    for name in figures[0]:
-                        reading[name].append([of_layer[name] for of_layer in figures])
-                if all(trace.memory.context is not None for trace in intermediates):
-                    reading["contribution"].append([contribution(trace) for trace in intermediates])
-                without = losses_without(model, segment, range(len(memories)))
-                turn = len(reading["nats"]) % len(chosen)
-                one = float(losses_without(model, segment, [chosen[turn]]).mean())
-                reading["nats"].append(float(segment.token_losses.mean()))
-                reading["nats_without_memory"].append(float(without.mean()))
-                reading["nats_without_layer"].append([one if turn == each else None for each in range(len(chosen))])
+                    rows[-1] |= signals.look(reads)
                 if stretches is not None:
-                    stretches.look(segment, without - segment.token_losses, intermediates)
+                    stretches.look(segment, without - segment.token_losses, reads)
             if signals is not None:
-                signals.follow(segment, intermediates, [segment.after.layers[index] for index in chosen])
+                signals.follow(segment, reads, [segment.after.layers[index] for index in chosen])
             after_segment()
             pace.advance(segment.input_ids.shape[1])
-    options = asdict(model.config.memory_config)
+    reading = cast(Readings, {name: [row[name] for row in rows if name in row] for name in Readings.__annotations__})
     return {
         "document": {"tokens": predicted, "segments": count, "nats": nats / predicted},
         "memory": cast(
             InspectedMemory,
             {
                 "kind": model.config.memory_config.kind,
-                **options,
+                **asdict(model.config.memory_config),
                 "segment_length": length,
                 "short_term_length": cached,
                 "layers": numbers,
@@ -164,6 +162,12 @@ def inspect_document(
         "writing": {} if signals is None else signals.writing,
         "reconstruction": [] if signals is None else signals.reconstruction,
     }
+
+
+def inspected_memories(model: MemoryModel) -> dict[int, Memory]:
+    """The memories that are looked into, by layer: those behind a short-term one, or all where nothing is behind it."""
+    memories = model.layer_memories()
+    return {layer: memory for layer, memory in memories.items() if _stands_behind(memory)} or memories
 
 
 def few_layers(numbers: Sequence[int]) -> list[int]:
@@ -221,12 +225,13 @@ class SignalInstruments:
         pasts = [WrittenPast(cast(LongTermMemory, memory)) for memory in innermost]
         return cls(memories, pasts, segment_length, short_term_length, writes)
 
-    def look(self, reads: Sequence[LayerRead]) -> list[dict[DensityFigure, list[float]]]:
-        """Where the heads of each layer look."""
-        return [
+    def look(self, reads: Sequence[LayerRead]) -> dict[str, list[list[float]]]:
+        """Where the heads look, each figure of each layer and head."""
+        figures = [
             density_figures(_reading(read), past, self.short_term_length)
             for read, past in zip(reads, self.pasts, strict=True)
         ]
+        return {name: [of_layer[name] for of_layer in figures] for name in figures[0]}
 
     def follow(self, segment: ReadSegment, reads: Sequence[LayerRead], states: Sequence[Any]) -> None:
         """Follow what was written after a segment, if anything was.
@@ -302,13 +307,13 @@ class Stretches:
         Args:
             gains: of each token, [length].
         """
-        start, size = int(segment.start), min(STRETCH, len(gains))
+        size = min(STRETCH, len(gains))
         for first in range(0, len(gains) - size + 1, size):
             part = slice(first, first + size)
             gain = float(gains[part].mean())
             for sign in (1, -1):
                 if sign not in self._found or sign * gain > sign * self._found[sign]["gain"]:
-                    self._found[sign] = self._show(start + first, gains[part].tolist(), reads, part)
+                    self._found[sign] = self._show(segment.start + first, gains[part].tolist(), reads, part)
 
     def found(self) -> list[Stretch]:
         """Most, and least."""
@@ -464,21 +469,24 @@ def _choose_layers(memories: dict[int, Memory], layers: Sequence[int] | None) ->
     return list(dict.fromkeys(layers))
 
 
-def _is_empty(model: MemoryModel, state: ModelState) -> bool:
+def _stands_behind(memory: Memory) -> bool:
+    """Whether the memory that is taken away stands behind another, which stays."""
+    return memory.innermost(memory.initial_state(1))[0] is not memory
+
+
+def _is_empty(memory: Memory, state: Any) -> bool:
     """Whether there is nothing in memory that could be taken away; the same in all layers, which write together."""
-    (memory, *_), (own, *_) = model.layer_memories().values(), state.layers
-    without = memory.without_past(own).named_tensors()
-    return all(torch.equal(tensor, without[name]) for name, tensor in own.named_tensors().items())
+    _, innermost = memory.innermost(state)
+    return not any(bool(tensor.any()) for tensor in innermost.named_tensors().values())
 
 
 def _count_segments(model: MemoryModel, tokens: int, most: int) -> int:
     """How many segments are read; the last may be a part of one."""
     length = model.segment_length
     assert length is not None
-    memory = next(iter(model.layer_memories().values()))
-    stands_behind = memory.innermost(memory.initial_state(1))[0] is not memory
+    memory = next(iter(inspected_memories(model).values()))
     # Segments that are read before anything is in memory.
-    before = 1 + (model.short_term_length // length if stands_behind else 0)
+    before = 1 + (model.short_term_length // length if _stands_behind(memory) else 0)
     if tokens < 2:
         raise EvaluationError(
             f"the document has {tokens} token{'s' * (not tokens)}: there is nothing to predict; give a longer one"

@@ -7,6 +7,7 @@ processes share them out.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import tee
@@ -274,8 +275,9 @@ def partners(documents: TokenizedDocuments, warmup_documents: int = 0) -> list[i
     """For each document the other one whose memory it is read with; each is that of one other.
 
     It follows from the texts, whatever their order and names: the next by a hash of its tokens, the first after the
-    last. With warm-up documents, where the list's order decides on every figure, the first after it in the list whose
-    own warm-up documents are all others.
+    last; so many further on, where texts are there several times, that none is read with its own. With warm-up
+    documents, where the list's order decides on every figure, the first after it in the list whose own warm-up
+    documents are all others.
     """
     count = len(documents)
     if warmup_documents:
@@ -283,7 +285,9 @@ def partners(documents: TokenizedDocuments, warmup_documents: int = 0) -> list[i
     lengths = documents.token_counts.tolist()
     hashes = [hashlib.sha256(documents.tokens(i, 0, length).tobytes()).digest() for i, length in enumerate(lengths)]
     order = sorted(range(count), key=hashes.__getitem__)
-    after = dict(zip(order, order[1:] + order[:1], strict=True))
+    copies = max(Counter(hashes).values())
+    step = copies if 2 * copies <= count else 1
+    after = dict(zip(order, order[step:] + order[:step], strict=True))
     return [after[document] for document in range(count)]
 
 

@@ -136,5 +136,8 @@ class CompressiveMemory(Memory):
         state, _ = state.push(entries, context.complete)
         return MemoryOutput(state, losses={"reconstruction": error * context.complete.unsqueeze(-1)})
 
+    def without_past(self, state: Queue) -> Queue:
+        return state.without_places()
+
     def shuffle_time(self, state: Queue, shuffle: Any) -> Queue:
         return state.shuffle_time()

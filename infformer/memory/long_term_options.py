@@ -142,9 +142,10 @@ class LongTermMemoryConfig(MemoryConfig):
                 f"model.memory.sticky_by={self.sticky_by}: without model.memory.sticky=true nothing is given more "
                 "room; set that, or leave this out"
             )
-        # Far outside of these, numbers of the regression and of the densities are 0 or infinite.
+        # Far outside of these, numbers of the densities are 0 or infinite; and of less ridge the normal equations, to
+        # which every write of the uniform contraction adds, are no longer positive definite in float64.
         for name, lowest, highest in (
-            ("ridge", 1e-12, 1e12),
+            ("ridge", 1e-6, 1e12),
             ("prior_standard_deviation", 1e-6, 1e6),
             ("sharpness", 1e-6, 1e6),
         ):

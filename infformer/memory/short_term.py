@@ -38,6 +38,10 @@ class Queue(MemoryState):
         places = torch.arange(self.length, 0, -1, device=self.filled.device)
         return places <= self.filled.unsqueeze(-1)
 
+    def without_places(self) -> Self:
+        """One of no length: all layers share a mask, by which attention would look at empty places as well."""
+        return replace(self, entries=self.entries[:, :0], filled=torch.zeros_like(self.filled))
+
     def shuffle_time(self) -> Self:
         """The same entries in another order; see `time_shuffle`."""
         order = shuffled_entries(self.filled, self.length)
@@ -150,10 +154,10 @@ class ShortTermMemory(Memory):
         behind = self.behind.write_by_losses(state.behind, pending.behind, leaving.squeeze(-1))
         return replace(state, behind=behind, losses=queue)
 
-    def without_past(self, state: ShortTermState) -> MemoryState:
-        """What stands behind it is emptied; this memory only if nothing does."""
+    def without_past(self, state: ShortTermState) -> ShortTermState:
+        """What stands behind it is taken away; this memory only if nothing does."""
         if self.behind is None:
-            return super().without_past(state)
+            return replace(state, short_term=state.short_term.without_places())
         return replace(state, behind=self.behind.without_past(state.behind))
 
     def innermost(self, state: ShortTermState) -> tuple[Memory, Any]:
@@ -219,12 +223,16 @@ class KeyValueMemory(ShortTermMemory):
     def entries(self, state: ShortTermState) -> None:
         """None: attention sees keys and values, not hidden states."""
 
+    def without_past(self, state: Any) -> Any:
+        without = cast(KeyValueState, super().without_past(state))
+        return without if self.behind is not None else replace(without, sinks=without.sinks[:, :0])
+
     def key_values(self, state: Any) -> tuple[KeyValues, Tensor]:
         width = self.shape[0] * self.shape[1]
         entries = torch.cat([state.sinks, state.short_term.entries], dim=1)
         keys, values = entries[..., -2 * width :].split(width, dim=-1)
         pair = (part.unflatten(-1, self.shape).transpose(1, 2) for part in (keys, values))
-        places = torch.arange(self.sinks, device=entries.device)
+        places = torch.arange(state.sinks.shape[1], device=entries.device)
         left = places < (state.written - self.length).unsqueeze(-1)  # the others are still in the queue
         return KeyValues(*pair), torch.cat([left, state.short_term.real], dim=1)
 
@@ -233,9 +241,9 @@ class KeyValueMemory(ShortTermMemory):
         if context.complete is not None:
             sinks, written = state.sinks, state.written
             assert context.key_values is not None
-            pair = KeyValues(*(part[:, :, : self.sinks] for part in context.key_values))
-            whole = context.whole(hidden)
-            first = self.kept(whole[:, : self.sinks], context._replace(key_values=pair)).detach().to(sinks.dtype)
+            count, whole = sinks.shape[1], context.whole(hidden)
+            pair = KeyValues(*(part[:, :, :count] for part in context.key_values))
+            first = self.kept(whole[:, :count], context._replace(key_values=pair)).detach().to(sinks.dtype)
             begins = (context.complete & (written == 0)).view(-1, 1, 1)
             sinks = torch.where(begins, first, sinks)
             written = written + whole.shape[1] * context.complete

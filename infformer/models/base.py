@@ -46,6 +46,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
     """Only complete segments of this many tokens are written to memory. None: there is no memory to write to."""
     card: str | None = None
     """The model card of the folder that it was loaded from; None for a new model, and for one that is trained on."""
+    layers_see_alike = False
+    """Whether attention of all layers has to see equally many entries of a memory."""
     _passes_without_state = 0
 
     def forward(
@@ -88,9 +90,14 @@ class MemoryModel(PreTrainedModel, GenerationMixin):
                 the segment write all of it, so it does not matter in how many pieces it comes.
 
         Raises:
-            ModelError: what was given is not of so many rows of so many tokens.
+            ModelError: what was given is not of so many rows of so many tokens, or a document begins within a segment.
         """
         self._notice_empty_memories(state)
+        if reset is not None and segment_cache is not None:
+            raise ModelError(
+                "reset= with segment_cache=: a cache is of a document's unfinished segment, and a new document begins "
+                "with a segment; read it without a cache"
+            )
         least = input_ids.shape[1] if use_cache else 0  # behind padding no segment goes on
         state, lengths = self._begin(input_ids, state, reset, without_memory, lengths, attention_mask, least)
         memories = list(self.layer_memories().values())

@@ -224,6 +224,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         segment = seen if past is None else torch.cat([past, seen], dim=1)
         entries = None if self.memory is None else self.memory.entries(state)
         visible = segment if entries is None else torch.cat([entries.hidden.to(segment.dtype), segment], dim=1)
+        if (length := visible.shape[1]) < len(encoding):  # other layers see more
+            allowed, encoding = allowed[..., -length:], encoding[-length:]
         added = attended = self.attention(seen, visible, allowed, encoding)
         read: LayerRead | None = None
         if self.memory is not None:
@@ -272,7 +274,6 @@ class DecoderForCausalLM(MemoryModel):
         input_ids, state, context, cache = segment.input_ids, segment.state, segment.context, segment.cache
         length = input_ids.shape[1]
         cached = 0 if cache is None else cache.length
-        # All layers are written together: what is real in one is real in all.
         real = self._real_entries(state, context)
         visible = (0 if real is None else real.shape[1]) + cached + length
         allowed = causal_mask(real, length, visible, self.device)
@@ -322,11 +323,13 @@ class DecoderForCausalLM(MemoryModel):
         return vocabulary.embedding if isinstance(vocabulary, TiedVocabulary) else vocabulary
 
     def _real_entries(self, state: ModelState, context: SegmentContext) -> Tensor | None:
-        """Which entries before the segment are real and seen, bool [batch, entries]; None without any."""
-        for memory, layer in zip(self.layer_memories().values(), state.layers, strict=True):
-            entries = memory.entries(layer)
-            return None if entries is None else context.visible(entries.real)
-        return None
+        """Which entries before the segment are real and seen, bool [batch, entries], in the layers that see most.
+
+        None without any. All layers are written together: what is real in one is real in all.
+        """
+        memories = zip(self.layer_memories().values(), state.layers, strict=True)
+        found = [entries.real for memory, layer in memories if (entries := memory.entries(layer)) is not None]
+        return context.visible(max(found, key=lambda real: real.shape[1])) if found else None
 
     def _renew(self, names: set[str]) -> None:
         """They are new already: each belongs to a module that `_init_weights` has seen."""

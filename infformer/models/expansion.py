@@ -21,7 +21,8 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -158,7 +159,7 @@ class Expansion:
         grown = {}
         for name, tensor, is_new in self._of_layers(weights):
             tensor = torch.zeros_like(tensor) if is_new and adds.fullmatch(name) else tensor
-            grown[name] = self._grown(name, tensor, 1, generator)
+            grown[name] = self._grown(tensor, _axes_of_weight(self.before, name), 1, generator)
         return grown
 
     def moments(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ class Expansion:
                 grown[name] = tensor.clone()
             else:
                 tensor = torch.zeros_like(tensor) if is_new else tensor
-                grown[name] = self._grown(weight, tensor, -1 if kind == "exp_avg" else -2)
+                grown[name] = self._grown(tensor, _axes_of_weight(self.before, weight), -1 if kind == "exp_avg" else -2)
         return grown
 
     def state(self, state: ModelState) -> ModelState:
@@ -184,45 +185,26 @@ class Expansion:
             numbers = _layers_with_memory(self.before)
             layers = [layers[numbers.index(source)] for source in self.layers if source in numbers]
         state = ModelState(tuple(layers))
-        axes = {name: _axes_of_state(self.after, name) for name in state.named_tensors()}
-        names = iter(axes.items())
+        axes = iter([_axes_of_state(self.after, name) for name in state.named_tensors()])
+        return state.map_tensors(lambda tensor: self._grown(tensor, next(axes), 1))
 
-        def grow(tensor: Tensor) -> Tensor:
-            name, found = next(names)
-            for growth in self.growths:
-                tensor = self._along(tensor, found, growth, 1, None, name)
-            return tensor
-
-        return state.map_tensors(grow)
-
-    def _grown(self, name: str, tensor: Tensor, power: int, generator: torch.Generator | None = None) -> Tensor:
-        """A tensor that has the shape of a weight, grown along all of its axes.
+    def _grown(
+        self, tensor: Tensor, axes: tuple[str, ...], power: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A tensor grown along all of its axes.
 
         Args:
-            power: 1 for weights, −1 and −2 for their gradients and the squares of these.
+            axes: how each of them grows, as the tables say it.
+            power: 1 for weights and states, −1 and −2 for gradients and their squares.
             generator: of new numbers that are free; None: they are zero.
         """
-        axes = _axes_of_weight(self.before, name)
-        for growth in self.growths:
-            tensor = self._along(tensor, axes, growth, power, generator, name)
-        return tensor.clone()
-
-    def _along(
-        self,
-        tensor: Tensor,
-        axes: tuple[str, ...],
-        growth: _Growth,
-        power: int,
-        generator: torch.Generator | None,
-        name: str,
-    ) -> Tensor:
-        grows_alone = sum(bool(axis) for axis in axes) == 1
-        for axis, words in enumerate(axes):
+        grows_alone = sum(map(bool, axes)) == 1
+        for growth, (axis, words) in product(self.growths, enumerate(axes)):
             if growth.size == "stream" and words in ("read", "write", "norm", "last norm", "vocabulary", "distances"):
                 tensor = _along_stream(tensor, axis, words, growth, power, generator)
             elif re.search(rf"\b{growth.size}\b", words) or (growth.size == "stream" and "write |" in words):
                 tensor = self._along_sizes(tensor, axis, words, growth, power, generator, grows_alone)
-        return tensor
+        return tensor.clone()
 
     def _along_sizes(
         self,
@@ -364,8 +346,6 @@ def expand_hidden(config: PreTrainedConfig, size: int) -> Expansion:
     if not copies:
         name = "norm_epsilon" if isinstance(config, DecoderConfig) else "rms_norm_eps"
         changes[name] = getattr(stock, name) * old / size
-    if not isinstance(config, DecoderConfig):
-        changes["head_size"] = _sizes_of(config)["value"]  # some follow from the width, if nobody says so
     growths = [_Growth("stream", old, size, copies)]
     memory, sizes = _memory_of(config), _sizes_of(config)
     heads, width = sizes.get("memory_heads", 1), sizes.get("memory_size", 1)
@@ -412,8 +392,7 @@ def expand_layers(config: PreTrainedConfig, number: int) -> Expansion:
             changes[name] = [layer for layer, source in enumerate(sources) if source in chosen]
     if (kinds := getattr(_stock(config), "layer_types", None)) is not None:
         changes["layer_types"] = [kinds[source] for source in sources]
-    expansion = _expansion(config, changes)
-    return Expansion(config, expansion.after, (), sources, expansion._sizes)
+    return replace(_expansion(config, changes), layers=sources)
 
 
 EXPANSIONS = {
@@ -550,16 +529,18 @@ def _growth_of_keys(config: PreTrainedConfig, name: str, size: int) -> _Growth:
 
 def _expansion(config: PreTrainedConfig, changes: Mapping[str, Any], *growths: _Growth) -> Expansion:
     """With the configuration after some changes."""
-    after = copy.deepcopy(config)
+    after, sizes = copy.deepcopy(config), _sizes_of(config)
     stock = _stock(after)
+    if not isinstance(config, DecoderConfig):
+        stock.head_dim = sizes["value"]  # where nobody says so, it follows from the other sizes
     for name, value in changes.items():
         if name in ("memory", "memory_layers", "rotated_layers") or isinstance(after, DecoderConfig):
             setattr(after, name, value)
         else:
             setattr(stock, NAMES_IN_LLAMA.get(name, name), value)
             if name == "num_attention_heads":
-                stock.num_key_value_heads = value // _sizes_of(config)["group"]
-    return Expansion(config, after, growths, (), _sizes_of(config))
+                stock.num_key_value_heads = value // sizes["group"]
+    return Expansion(config, after, growths, (), sizes)
 
 
 def _memory_of(config: PreTrainedConfig) -> MemoryConfig | None:

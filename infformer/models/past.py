@@ -107,9 +107,9 @@ class Past(Cache):
         Raises:
             ModelError: the mask is no tensor.
         """
-        own = cast(PastLayer, self.layers[layer])
-        if mask is None or own.places == self.places:  # without a mask all is seen, here too
+        if mask is None:  # all is seen, here too
             return mask
+        own = cast(PastLayer, self.layers[layer])
         if not isinstance(mask, Tensor):
             raise ModelError(
                 "model/memory=cache in some layers alone: these attentions share a mask of another kind than a tensor; "

@@ -253,9 +253,9 @@ def _one_text_a_row(device: torch.device) -> Iterator[None]:
 def _see_less(
     layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Hook before the attention of a layer that sees fewer tokens before a segment than others do: its own mask."""
+    """Hook before the attention of a layer: its own mask, if it sees fewer tokens before a segment than others do."""
     past = next((kwargs[name] for name in CACHE_ARGUMENTS if isinstance(kwargs.get(name), Past)), None)
-    if past is None:
+    if past is None or cast(PastLayer, past.layers[layer]).places == past.places:
         return None
     return args, {**kwargs, "attention_mask": past.mask_in(layer, kwargs["attention_mask"])}
 
@@ -313,8 +313,10 @@ class InfformerForCausalLM(MemoryModel):
                 depth=len(attentions),
             )
             self.memories.extend(memories.values())
-            if len({getattr(memories.get(layer), "length", 0) for layer in range(len(attentions))}) > 1 and self._seen:
-                if set(config.rotated_layers or ()) != set(range(len(attentions))):
+            if self._seen:
+                self.layers_see_alike = set(config.rotated_layers or ()) != set(range(len(attentions)))
+                lengths = {getattr(memories.get(layer), "length", 0) for layer in range(len(attentions))}
+                if self.layers_see_alike and len(lengths) > 1:
                     raise ModelError(
                         f"model.memory_layers={config.memory_layers}: a {config.backbone.model_type!r} knows places by "
                         "distances that all layers share, so that all must see equally many tokens; set it to null"

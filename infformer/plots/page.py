@@ -63,13 +63,18 @@ def describe_figures(inspection: Inspection) -> dict[str, str]:
         for layer, cost in zip(layers, costs["without_layer"], strict=True)
         if cost["nats_per_token"] is not None
     ]
-    _, most, its_cost = max(measured, key=lambda each: each[:2])
+    by_layer = ""
+    if measured:
+        _, most, its_cost = max(measured, key=lambda each: each[:2])
+        by_layer = (
+            " Each segment was also read without one of the layers, in turn: the one needed most is that of layer "
+            f"{most}, {_told(its_cost)}."
+        )
     captions = {
         "losses": (
             "What the same segments cost if a memory is empty when they are read; above 0 it is needed. Thin lines and "
-            "the shade are intervals of 95 % over the segments of this document. Each segment was read without one of "
-            f"the layers, in turn. Without any memory the document costs {_told(costs['without_memory'])} nats per "
-            f"token; the one needed most is that of layer {most}, {_told(its_cost)}."
+            "the shade are intervals of 95 % over the segments of this document. Without any memory the document costs "
+            f"{_told(costs['without_memory'])} nats per token.{by_layer}"
         )
     }
     if reading["contribution"]:

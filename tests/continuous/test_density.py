@@ -81,6 +81,21 @@ def test_expectation_is_the_integral(family):
 
 
 @every_family
+@pytest.mark.parametrize("width", [0.12, 0.5, 3.0, 1000.0])
+def test_expectations_of_wide_functions_keep_their_digits_in_float32(family, width):
+    centres = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    basis = GaussianBasis(centres, torch.full((3,), width, dtype=torch.float64))
+    mean, variance = torch.tensor([0.3], dtype=torch.float64), torch.tensor([1e-4], dtype=torch.float64)
+    t = torch.linspace(*support(family, 0.3, 1e-4), 4001, dtype=torch.float64)
+    heights = torch.tensor([height(family, place, 0.3, 1e-4) for place in t.tolist()], dtype=torch.float64)
+    expected = torch.trapezoid(heights * basis.evaluate(t).mT, t)
+    found = FAMILIES[family](mean.float(), variance.float()).expectation(
+        GaussianBasis(*(part.float() for part in basis))
+    )
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=3e-6 * float(expected.max()))
+
+
+@every_family
 def test_cumulative_is_the_integral(family):
     positions = torch.linspace(-0.5, 1.5, 9, dtype=torch.float64)
     expected = torch.zeros(len(PLACES), len(positions), dtype=torch.float64)

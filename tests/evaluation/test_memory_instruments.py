@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import integrate
 from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from infformer.continuous.basis import GaussianBasis
 from infformer.continuous.density import Gaussian, Slots, TruncatedParabola
@@ -19,11 +20,13 @@ from infformer.evaluation.memory_instruments import (
     density_figures,
     few_layers,
     inspect_document,
+    losses_without,
     pieces_of_text,
     read_segments,
     sampled_places,
 )
 from infformer.evaluation.streaming import EvaluationError
+from infformer.memory.cache import CacheConfig
 from infformer.memory.compressive import CompressiveMemoryConfig
 from infformer.memory.long_term import Reading
 from infformer.memory.long_term_options import LongTermMemoryConfig
@@ -34,6 +37,7 @@ from infformer.models.base import MemoryModel
 from infformer.models.decoder import DecoderConfig, DecoderForCausalLM
 from infformer.models.pretrained import InfformerForCausalLM
 from infformer.models.segment_read import LayerRead
+from infformer.plots.page import describe_figures
 
 SEGMENT, HEADS = 8, 2
 MEMORY = {"basis_functions": 16, "past_samples": 32, "sticky_bins": 16}
@@ -54,8 +58,9 @@ def wrapped(backbone):
 def decoder(tokenizer):
     """A decoder whose memories matter."""
 
-    def build(short_term_length: int, **options) -> DecoderForCausalLM:
-        memory = LongTermMemoryConfig(**{**MEMORY, **options, "short_term_length": short_term_length})
+    def build(memory: int | MemoryConfig, **options) -> DecoderForCausalLM:
+        if isinstance(memory, int):
+            memory = LongTermMemoryConfig(**{**MEMORY, **options, "short_term_length": memory})
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "feed_forward_size": 20}
         torch.manual_seed(0)
         return trained(
@@ -63,6 +68,14 @@ def decoder(tokenizer):
         )
 
     return build
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    """A stock model that may have a short-term memory."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=24, initializer_range=0.3))
 
 
 def trained(model: MemoryModel) -> MemoryModel:
@@ -244,6 +257,55 @@ class TestInspectDocument:
                     for start in range(SEGMENT, 5 * SEGMENT, SEGMENT)
                 ]
             assert found["reading"]["nats_without_memory"] == pytest.approx(alone, abs=1e-5)
+
+    @pytest.mark.parametrize("memory", [MemoryConfig(2 * SEGMENT), CompressiveMemoryConfig(SEGMENT, 4, 2)], ids=str)
+    def test_a_layer_without_its_memory_sees_nothing_there_and_the_others_see_theirs(self, decoder, memory):
+        model, entries = decoder(memory), memory.length if isinstance(memory, CompressiveMemoryConfig) else 2 * SEGMENT
+        for layer in model.layers:
+            nn.init.normal_(layer.attention.value.weight)
+        *_, segment = read_segments(model, document(5 * SEGMENT + 1), 5)
+
+        def cut(attention: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, context, allowed, encoding = args
+            return hidden, context[:, entries:], allowed[..., entries:], encoding[entries:]
+
+        for number, layer in enumerate(model.layers):
+            with_it = float(losses_without(model, segment, []).mean())
+            measured = float(losses_without(model, segment, [number]).mean())
+            hook = layer.attention.register_forward_pre_hook(cut)
+            assert measured == pytest.approx(float(losses_without(model, segment, []).mean()), abs=1e-5)
+            hook.remove()
+            assert abs(measured - with_it) > 1e-4
+
+    def test_keys_and_values_of_a_layer_are_taken_away_as_if_it_had_none(self, llama):
+        full, other = (
+            InfformerForCausalLM.from_backbone(copy.deepcopy(llama), memory, layers, SEGMENT).eval()
+            for memory, layers in ((MemoryConfig(SEGMENT), None), (CacheConfig(length=SEGMENT), [1]))
+        )
+        *_, segment = read_segments(full, document(4 * SEGMENT + 1), 4)
+        kept = ModelState(segment.before.layers[1:])
+        with torch.no_grad():
+            expected = other(segment.input_ids, state=kept, targets=segment.targets).token_losses[0]
+        torch.testing.assert_close(losses_without(full, segment, [0]), expected, atol=1e-5, rtol=0)
+        assert (expected - segment.token_losses).abs().max() > 1e-4
+
+    def test_behind_short_term_memories_of_all_layers_those_are_looked_into_that_stand_in_some(self, llama):
+        memory = LongTermMemoryConfig(**MEMORY, short_term_length=SEGMENT)
+        model = trained(InfformerForCausalLM.from_backbone(copy.deepcopy(llama), memory, [1], SEGMENT))
+        found = inspect_document(model, document(5 * SEGMENT), progress=False)
+        assert found["memory"]["layers"] == [1]
+        assert found["reading"]["segment"] == [2, 3, 4]
+        alone = [layers[0] for layers in found["reading"]["nats_without_layer"]]
+        assert found["reading"]["nats_without_memory"] == alone != found["reading"]["nats"]
+
+    def test_of_layers_that_have_to_see_alike_none_is_taken_away_alone(self):
+        sizes = {"vocab_size": 257, "hidden_size": 16, "n_layer": 2, "n_head": 2}
+        bloom = BloomForCausalLM(BloomConfig(**sizes, initializer_range=0.3))
+        model = InfformerForCausalLM.from_backbone(bloom, MemoryConfig(SEGMENT), segment_length=SEGMENT)
+        found = inspect_document(model, document(4 * SEGMENT), progress=False)
+        assert found["reading"]["nats_without_layer"] == [[None, None]] * 3
+        assert found["reading"]["nats_without_memory"] != found["reading"]["nats"]
+        assert describe_figures(found)["losses"].count("layer") == 0
 
     def test_of_many_layers_a_few_are_looked_at(self):
         assert few_layers(range(3)) == [0, 1, 2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infformer.data.sources import Document
 from infformer.data.tokenization import TokenizedDocuments
 from infformer.evaluation.perplexity import evaluate, evaluate_controls, measure
 from infformer.evaluation.streaming import EvaluationError, describe_protocol, partners, read_documents
@@ -174,6 +175,13 @@ class TestControls:
             found = partners(documents_of(*names), warmup)
             assert sorted(found) == list(range(len(names)))
             assert all(abs(other - document) > warmup for document, other in enumerate(found))
+
+    def test_a_text_that_is_there_twice_is_not_its_own_partner(self, tokenizer, originals):
+        names = ("short", "ship", "wind", "ship", "short", "wind")
+        texts = [Document(str(number), originals[name]) for number, name in enumerate(names)]
+        found = partners(TokenizedDocuments.from_texts(texts, tokenizer, tokenizer.bos_token_id))
+        assert sorted(found) == list(range(6))
+        assert all(names[other] != names[document] for document, other in enumerate(found))
 
     def test_one_document_has_no_other(self, model, documents_of, evaluator):
         found = evaluate_controls(evaluator(model), documents_of("exact"))

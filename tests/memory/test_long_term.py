@@ -470,6 +470,7 @@ class TestConfig:
             ("past_samples", -1),
             ("sticky_bins", 0),
             ("ridge", 0.0),
+            ("ridge", 1e-09),
             ("prior_standard_deviation", -0.05),
             ("points", 20),
             ("training_rates", [0.5, 1.0]),

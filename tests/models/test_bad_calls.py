@@ -99,6 +99,13 @@ READING = [
     Call("state= is a MemoryModelOutput", "output.state", lambda g: g.model(TEXT, state=g.model(TEXT))),
     Call("lengths=", "each of 2 rows", lambda g: g.model(TEXT[:2], lengths=torch.tensor([8]))),
     Call("reset=", "each of 2 rows", lambda g: g.model(TEXT[:2], reset=torch.tensor([True, False, True]))),
+    Call(
+        "reset= with segment_cache=",
+        "without a cache",
+        lambda g: g.model(
+            TEXT[:1, 4:], reset=torch.tensor([True]), segment_cache=g.model(TEXT[:1, :4], use_cache=True).segment_cache
+        ),
+    ),
     Call("state= has 4 rows, input_ids 1", "select_rows", lambda g: g.model(TEXT[:1], state=g.state(4))),
     Call("state= has 1 rows, input_ids 4", "select_rows", lambda g: g.model(TEXT, state=g.state(1))),
     Call("segment_length=4", "set it to 8", lambda g: continue_text(g.model, TEXT.flatten(), 1, 4)),

@@ -228,7 +228,7 @@ def norms_in_double_precision(monkeypatch):
     ],
 )
 def test_a_model_that_is_shaped_as_llama_grows(memory, tied, kind):
-    sizes = {"head_size": 6, "num_attention_heads": 6, "hidden_size": 14 if memory == "none" else 16}
+    sizes = {"num_attention_heads": 6, "head_size": 6, "hidden_size": 14 if memory == "none" else 16}
     sizes |= {"num_hidden_layers": 3, "feed_forward_size": 17}
     larger = assert_grows(wrapped(MEMORIES[memory], tied, kind), sizes)
     assert larger.config.backbone.num_key_value_heads == 3
