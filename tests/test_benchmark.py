@@ -461,6 +461,7 @@ class TestCommands:
         assert "aten::addmm" in printed or "aten::mm" in printed
         assert imread(tmp_path / "step.png").std() > 0.05
 
+    @pytest.mark.slow
     def test_a_stream_is_measured_early_and_late(self, run, capsys, tmp_path):
         _, lines = run(capsys, f"stream {MODEL} --windows 2 3 --segments 70 --rounds 10")
         early, late = lines["with memory, early"], lines["with memory, late"]
@@ -489,6 +490,7 @@ class TestCommands:
             assert stream._memory.layers[0].segments.tolist() == [stream.segments]
         assert timed == [5, 6, 7, 8, 9, 10, 11] * 2 + [5, 6]
 
+    @pytest.mark.slow
     def test_generation_is_measured_in_tokens_per_second(self, run, capsys):
         _, lines = run(capsys, f"generate {MODEL} --windows 2 --prompt 3 --late 20 --rounds 2")
         for name in ("with memory", "without", "with memory, late", "window of 2 segments"):
@@ -497,6 +499,7 @@ class TestCommands:
         assert len(lines["window of 2 segments / with memory, tokens per second"]["ratio"]) == 2
         assert lines["late / soon, peak extra memory"]["ratio"] == [pytest.approx(1, abs=0.01)]
 
+    @pytest.mark.slow
     def test_generation_can_be_measured_token_by_token(self, run, capsys):
         _, lines = run(capsys, f"generate {MODEL} --backbone gpt2 --turn 1 --windows --prompt 3 --late 3 --rounds 5")
         assert len(lines["with memory"]["seconds"]) == 5
@@ -512,11 +515,13 @@ class TestCommands:
         assert lines["by the multiplications"]["ratio"] == [without / with_memory]
         assert lines["by the attention lengths alone"]["ratio"] == [0.5]
 
+    @pytest.mark.slow
     def test_an_evaluation_is_measured_in_tokens_per_second(self, run, capsys):
         options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --documents 1 --segments 2"
         _, lines = run(capsys, f"evaluation {options} --rounds 1 --warmup 0")
         assert lines["evaluation"]["tokens_per_second"] == pytest.approx(32 / lines["evaluation"]["median_seconds"])
 
+    @pytest.mark.slow
     def test_answers_are_measured_beside_reading(self, run, capsys):
         options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --texts 2 --length 200"
         _, lines = run(capsys, f"answers {options} --rounds 2 --warmup 0")
@@ -524,6 +529,7 @@ class TestCommands:
             one / other for one, other in zip(lines["answers"]["seconds"], lines["reading"]["seconds"], strict=True)
         ]
 
+    @pytest.mark.slow
     def test_the_loop_is_measured_beside_a_bare_step(self, run, capsys):
         options = "--layers 1 --hidden 16 --heads 2 --vocabulary 4096 --segment 16 --functions 8 --samples 8"
         _, lines = run(capsys, f"loop {options} --rounds 3")

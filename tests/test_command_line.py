@@ -261,7 +261,7 @@ class TestRetrieval:
     )
     def test_a_model_is_trained_and_measured_again(self, start, one_layer_folder, books, tmp_path, task):
         asked = [*f"task={task}".split(), *self.ASKED, *books]
-        options = [*asked, "task.training_lengths=[230]", *self.TRAINING, *self.MODEL]
+        options = [*asked, "task.training_lengths=[260]", *self.TRAINING, *self.MODEL]
         model = f"model.pretrained={one_layer_folder}"
         code, text = start(train_command, *options, model, f"output_dir={tmp_path / 'run'}")
         assert code == 0, text

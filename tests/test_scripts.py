@@ -341,6 +341,7 @@ def study_results(nats: float, floats: int, memory: bool = True) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_growing_and_training_from_scratch_cost_the_same(grid, monkeypatch, capsys, tmp_path):
     """To a step of the largest model; the runs can be begun, and are drawn against what they cost."""
     growing = import_module("reproduce_growing")
@@ -494,6 +495,7 @@ class TestNorms:
         assert found["squares"] == pytest.approx(after["squares"])
         assert all(one != other for one, other in zip(found["gradients"], after["gradients"], strict=True))
 
+    @pytest.mark.slow
     def test_norms_are_reproduced_from_the_command_line(self, norms, monkeypatch, capsys, tmp_path):
         command = [
             "--depths",

@@ -290,9 +290,7 @@ def test_the_same_seed_makes_the_same_model_and_another_another():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    ("memory", "normalization"), [("none", "rms"), ("long-term", "rms"), ("long-term", "layer"), ("fast-within", "rms")]
-)
+@pytest.mark.parametrize(("memory", "normalization"), [("none", "rms"), ("long-term", "layer"), ("fast-within", "rms")])
 def test_all_that_is_new_learns_within_a_few_steps(memory, normalization):
     model = decoder(MEMORIES[memory], normalization=normalization)
     larger = expand_model(model, **SIZES).train()

@@ -808,7 +808,11 @@ def texts_of(figure: Figure) -> list[Text]:
     ]
 
 
-@pytest.mark.parametrize(("plot", "content", "name"), LEGIBLE.values(), ids=LEGIBLE)
+@pytest.mark.parametrize(
+    ("plot", "content", "name"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if name == "4 layers" else []) for name, case in LEGIBLE.items()],
+    ids=LEGIBLE,
+)
 def test_no_text_is_cut_or_printed_over_another(drawn, plot, content, name):
     for title, figure in drawn(plot, content, name).items():
         figure.draw_without_rendering()

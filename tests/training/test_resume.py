@@ -184,7 +184,7 @@ def folder(killed, tmp_path) -> Path:
 
 
 class TestGoesOnExactly:
-    @pytest.mark.parametrize("after", [1, 5])
+    @pytest.mark.parametrize("after", [1, pytest.param(5, marks=pytest.mark.slow)])
     def test_a_run_that_was_killed_goes_on_exactly(self, configure, train, whole, tmp_path, after):
         """Before its first checkpoint, it begins again."""
         with interrupted(after, die), pytest.raises(Killed):
@@ -211,7 +211,12 @@ class TestGoesOnExactly:
 
     @pytest.mark.parametrize(
         ("evaluation", "time", "after"),
-        [("measure_before", 1, 0), ("validate", 1, 3), ("validate", 3, STEPS), ("measure", 1, STEPS)],
+        [
+            ("measure_before", 1, 0),
+            ("validate", 1, 3),
+            pytest.param("validate", 3, STEPS, marks=pytest.mark.slow),
+            ("measure", 1, STEPS),
+        ],
     )
     def test_an_evaluation_is_left_when_asked_to_stop_and_made_again(
         self, configure, train, whole, tmp_path, monkeypatch, evaluation, time, after
