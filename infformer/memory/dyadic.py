@@ -2,7 +2,8 @@
 
 The newest tokens have a slot each, those before them share one in pairs, those before in fours, and so on; a slot is
 the mean of its tokens. So what is k times as old is kept k times as coarsely, at the same cost for each write, and
-nothing is fitted.
+nothing is fitted. A slot that stands for n tokens has the weight of n: attention on slots is attention on all tokens,
+each with the key and the value of its slot.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class DyadicSignal(ContinuousSignal):
 
     ages: Tensor
     """Of the newest token that each slot may hold, in tokens, int64 [N]."""
+    sizes: Tensor
+    """How many tokens each slot may hold, int64 [N]."""
 
     def operators(self, segments: Tensor, noise: Tensor | None = None) -> WriteOperators:
         return WriteOperators(self.past, self.new, torch.zeros_like(segments, dtype=torch.float32))
@@ -36,10 +39,11 @@ class DyadicSignal(ContinuousSignal):
         held = self.basis.peaks.unsqueeze(-1) * coefficients
         return held, held if self.config.read == "gibbs" else coefficients
 
-    def real(self, segments: Tensor) -> Tensor:
-        """Which slots hold something, bool [batch, N]; all of them in a row that has none, which is zero throughout."""
+    def log_tokens(self, segments: Tensor) -> Tensor:
+        """Of the tokens that each slot holds; 0 throughout in a row that has none, where all slots are zero."""
         written = (segments * self.segment_length).unsqueeze(-1)
-        return (self.ages < written) | (written == 0)
+        held = (written - self.ages).clamp(min=0).minimum(self.sizes)
+        return torch.where(written == 0, 0, held.to(self.centres).log())
 
     def heights(self, places: Tensor) -> Tensor:
         last = len(self.centres) - 1
@@ -59,8 +63,8 @@ class DyadicSignal(ContinuousSignal):
         """Nothing has to be prepared."""
 
     def shuffle(self, coefficients: Tensor, segments: Tensor, shuffle: Tensor | None) -> Tensor:
-        """Those slots that hold something change places."""
-        filled = torch.where(segments > 0, self.real(segments).sum(-1), 0)
+        """Those slots that hold something change places, and weigh what those there weighed."""
+        filled = torch.where(segments > 0, self.log_tokens(segments).isfinite().sum(-1), 0)
         order = shuffled_entries(filled, coefficients.shape[1])
         return torch.take_along_dim(coefficients, order.unsqueeze(-1), dim=1)
 
@@ -81,6 +85,7 @@ class DyadicSignal(ContinuousSignal):
                 "past": past.to(dtype).unsqueeze(0),
                 "new": (new / basis.peaks[0]).to(dtype).unsqueeze(0),
                 "ages": ages[:-1].flip(0),
+                "sizes": of_slot.flip(0),
             }
         return {name: tensor.to(device) for name, tensor in buffers.items()}
 

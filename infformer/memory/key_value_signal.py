@@ -69,7 +69,7 @@ class KeyValueSignal(LongTermMemory):
             )
             if self.config.read == "affine":
                 keys = (self.placement.weight.to(keys) @ keys).transpose(1, 2) / math.sqrt(keys.shape[-1])
-            return Projected(keys, values.to(operands).contiguous(), real=self.signal.real(state.segments))
+            return Projected(keys, values.to(operands).contiguous(), log_tokens=self.signal.log_tokens(state.segments))
 
     def read_segment(
         self, hidden: Tensor, state: LongTermState, context: SegmentContext, projected: Projected

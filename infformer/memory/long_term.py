@@ -67,8 +67,8 @@ class Projected(NamedTuple):
     [batch, 2, heads, hidden], with an affine read, else the keys, shape [batch, heads, N, head]."""
     values: Tensor
     """Shape [batch, heads, N, head]. Of a Gibbs read keys and values are those of the signal at its points."""
-    real: Tensor | None = None
-    """Which keys are looked at, bool [batch, N]; None: all."""
+    log_tokens: Tensor | None = None
+    """The logarithm of how many tokens each key stands for, [batch, N]; None: all for as many."""
     queries: Tensor | None = None
     """Of the segment's earlier tokens, where they are asked for again; shape [batch, heads, earlier, head]."""
 
@@ -214,7 +214,7 @@ class LongTermMemory(Memory):
                 placing = split_heads(apply_linear(self.key, of_keys), self.heads)
             values = split_heads(apply_linear(self.value, of_values.to(operands)), self.heads)
             values = values.contiguous()  # which many tokens read, one by one
-            return Projected(placing, values, real=self.signal.real(state.segments))
+            return Projected(placing, values, log_tokens=self.signal.log_tokens(state.segments))
 
     def read(self, hidden: Tensor, state: LongTermState, projected: Projected | None = None) -> Reading:
         """What tokens of a segment see of the past segments; exactly zero where the memory is empty.
@@ -246,9 +246,9 @@ class LongTermMemory(Memory):
             return self.density(self.scores(queries, projected))
 
     def scores(self, queries: Tensor, projected: Projected) -> Tensor:
-        """βqᵀk/√d_h of queries [batch, heads, queries, head] on all keys, [batch, heads, queries, N]."""
+        """βqᵀk/√d_h + log n of queries [batch, heads, queries, head] on keys of n tokens: [batch, heads, queries, N]."""
         scores = queries @ projected.placing.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
-        return scores if projected.real is None else scores.masked_fill(~projected.real[:, None, None], -math.inf)
+        return scores if projected.log_tokens is None else scores + projected.log_tokens[:, None, None]
 
     def density(self, scores: Tensor) -> Density:
         """Where it is looked, by scores.

@@ -37,7 +37,7 @@ class LongTermMemoryConfig(MemoryConfig):
     levels: int = 8
     """For the dyadic contraction: N/levels slots hold the newest tokens, as many each those before them, in pairs, in
     fours …: with 6 levels 768 slots reach back 8,064 tokens. Exact if the segment is a multiple of 2 to the levels − 1;
-    if not, slots at the borders share tokens."""
+    if not, slots at the borders share tokens. A slot that stands for n tokens weighs as n of them."""
     contraction_rate: float = 0.5
     """τ, the part of the memory that the past keeps, for the constant contraction."""
     training_rates: list[float] = field(default_factory=list)

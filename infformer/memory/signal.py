@@ -130,8 +130,12 @@ class ContinuousSignal(DerivedBuffers):
         """
         return operators.past.mT @ self.basis.evaluate(positions)
 
-    def real(self, segments: Tensor) -> Tensor | None:
-        """Which keys are looked at in rows that have written so many segments, bool [batch, keys]; None for all."""
+    def log_tokens(self, segments: Tensor) -> Tensor | None:
+        """The logarithm of how many tokens each key stands for in rows that have written so many segments.
+
+        Returns:
+            [batch, keys], −∞ where a key stands for nothing; None if all stand for as many.
+        """
         return None
 
     def heights(self, places: Tensor) -> Tensor:

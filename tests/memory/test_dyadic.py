@@ -84,7 +84,9 @@ class TestRead:
         """After a segment of 16 tokens 6 + 5 slots hold something, after two 6 + 6 + 4."""
         memory = build(read=read)
         state, written = write(memory, segments)
-        real = memory.signal.real(state.segments)
+        held = memory.signal.log_tokens(state.segments).exp()
+        real = held > 0
+        assert held.sum(-1).tolist() == pytest.approx([min(segments * LENGTH, 90)] * 2)
         assert real.sum(-1).tolist() == [{1: 11, 2: 16, 6: 24}[segments]] * 2
         assert (naive.dyadic_slots(written, SLOTS, LEVELS).abs().sum(-1) > 0).equal(real)
         attention = memory.read(random(2, 5, 6, seed=9), state).attention
@@ -93,15 +95,17 @@ class TestRead:
             torch.testing.assert_close(attention.weights.sum(-1), torch.ones(2, 2, 5, dtype=torch.float64))
 
     @pytest.mark.parametrize("read", ["slots", "gibbs"])
-    def test_what_is_read_is_attention_on_slots(self, read):
+    def test_what_is_read_is_attention_on_all_tokens_each_as_its_slot_is(self, read):
         memory = build(read=read)
         state, written = write(memory, 6)
         hidden, slots = random(2, 5, 6, seed=9), naive.dyadic_slots(written, SLOTS, LEVELS)
+        of_token = torch.arange(SLOTS).repeat_interleave(2 ** torch.arange(LEVELS).repeat_interleave(6).flip(0))
+        tokens = slots[:, of_token]
         weights = naive.Weights(*(getattr(memory, name).weight for name in naive.Weights._fields))
-        scores = naive.scores(hidden, slots, weights.query, weights.key, 2)
+        scores = naive.scores(hidden, tokens, weights.query, weights.key, 2)
         if read == "gibbs":  # both ends count half
-            scores[..., [0, -1]] -= math.log(2)
-        expected = naive.context(scores.softmax(-1), slots, weights)
+            scores[..., (of_token == 0) | (of_token == SLOTS - 1)] -= math.log(2)
+        expected = naive.context(scores.softmax(-1), tokens, weights)
         torch.testing.assert_close(memory.read(hidden, state).context, expected, rtol=1e-10, atol=1e-10)
 
     def test_an_empty_row_reads_exactly_nothing(self):
