@@ -246,7 +246,7 @@ class LongTermMemory(Memory):
             return self.density(self.scores(queries, projected))
 
     def scores(self, queries: Tensor, projected: Projected) -> Tensor:
-        """βqᵀk/√d_h + log n, [batch, heads, queries, N], of queries [batch, heads, queries, head] on keys of n tokens."""
+        """βqᵀk/√d_h + log n of queries [batch, heads, queries, head], keys of n tokens: [batch, heads, queries, N]."""
         scores = queries @ projected.placing.mT / (math.sqrt(queries.shape[-1]) / self.config.sharpness)
         return scores if projected.log_tokens is None else scores + projected.log_tokens[:, None, None]
 
