@@ -1,6 +1,7 @@
 """A model of a few thousand weights and a few short documents: enough for everything to happen, in a blink."""
 
 import json
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -220,20 +221,23 @@ def seeds_for_no_gpu_are_not_kept() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def composed_quickly() -> Iterator[None]:
-    """What the chosen groups make is composed once; Hydra applies the single options to a copy of that."""
+    """What the chosen groups make is composed once; Hydra applies the single options to a copy of that.
+
+    Such a tree is pickled and read again in a sixth of the time in which it is copied.
+    """
     compose = command_line._compose
 
     @cache
-    def composed_of(name: str, conf: Path, chosen: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
-        return compose(name, conf, chosen), HydraConfig.instance().cfg
+    def composed_of(name: str, conf: Path, chosen: tuple[str, ...]) -> tuple[bytes, DictConfig]:
+        return pickle.dumps(compose(name, conf, chosen)), HydraConfig.instance().cfg
 
     def compose_quickly(name: str, conf: Path, options: Sequence[str]) -> DictConfig:
         typed = OverridesParser.create().parse_overrides(list(options))
         if any(one.key_or_group.startswith("hydra.") or one.is_sweep_override() for one in typed):
             return compose(name, conf, options)
         chosen = tuple(str(one.input_line) for one in typed if command_line.choices_of(one.key_or_group, CONF))
-        composed, own = composed_of(name, conf, chosen)
-        composed = composed.copy()
+        pickled, own = composed_of(name, conf, chosen)
+        composed = pickle.loads(pickled)
         HydraConfig.instance().cfg = own
         single = [one for one in typed if str(one.input_line) not in chosen]
         ConfigLoaderImpl._apply_overrides_to_config(single, composed)
