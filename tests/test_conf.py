@@ -107,17 +107,12 @@ def choosing(model: str) -> str:
     return f"experiment={EXPERIMENTS_WITHOUT_TEXT[model]}" if model in EXPERIMENTS_WITHOUT_TEXT else f"model={model}"
 
 
-@cache
-def is_a_decoder(*chosen: str) -> bool:
-    return run_config(*chosen).model.is_decoder
-
-
 @pytest.mark.parametrize(("model", "memory"), PAIRS)
 def test_every_kind_of_model_can_have_every_memory_that_goes_with_it(model, memory):
     """A decoder can have them all, a Hugging Face model none for which its attention would have to be another."""
     chosen = [choosing(model), *NEEDED.get(model, [])]
     options = [*chosen, f"model/memory={memory}", "training.segment_length=64"]
-    is_decoder = is_a_decoder(*chosen)
+    is_decoder = run_config(*chosen).model.is_decoder
     if memory == "compressive" and not is_decoder:
         with pytest.raises(ValueError, match="model/memory=compressive: only model=decoder"):
             run_config(*options)
