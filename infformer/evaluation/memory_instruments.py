@@ -124,19 +124,18 @@ def inspect_document(
                 without = losses_without(model, segment, every)
                 turn = len(rows) % len(chosen)
                 one = None if model.layers_see_alike else float(losses_without(model, segment, [chosen[turn]]).mean())
-                rows.append(
-                    {
-                        "segment": segment.number,
-                        "tokens": segment.input_ids.shape[1],
-                        "nats": float(segment.token_losses.mean()),
-                        "nats_without_layer": [one if turn == each else None for each in range(len(chosen))],
-                        "nats_without_memory": float(without.mean()),
-                    }
-                )
+                row: dict[str, Any] = {
+                    "segment": segment.number,
+                    "tokens": segment.input_ids.shape[1],
+                    "nats": float(segment.token_losses.mean()),
+                    "nats_without_layer": [one if turn == each else None for each in range(len(chosen))],
+                    "nats_without_memory": float(without.mean()),
+                }
                 if all(read.memory.context is not None for read in reads):
-                    rows[-1]["contribution"] = [contribution(read) for read in reads]
+                    row["contribution"] = [contribution(read) for read in reads]
                 if signals is not None:
-                    rows[-1] |= signals.look(reads)
+                    row |= signals.look(reads)
+                rows.append(row)
                 if stretches is not None:
                     stretches.look(segment, without - segment.token_losses, reads)
             if signals is not None:

@@ -64,7 +64,7 @@ class DyadicSignal(ContinuousSignal):
 
     def shuffle(self, coefficients: Tensor, segments: Tensor, shuffle: Tensor | None) -> Tensor:
         """Those slots that hold something change places, and weigh what those there weighed."""
-        filled = torch.where(segments > 0, self.log_tokens(segments).isfinite().sum(-1), 0)
+        filled = (self.ages < (segments * self.segment_length).unsqueeze(-1)).sum(-1)
         order = shuffled_entries(filled, coefficients.shape[1])
         return torch.take_along_dim(coefficients, order.unsqueeze(-1), dim=1)
 

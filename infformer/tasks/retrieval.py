@@ -228,7 +228,8 @@ class Retrieval(Evaluation[RetrievalResults]):
             ("test", config.lengths, config.test_questions),
         ):
             for length in lengths if split in source.splits else ():
-                source.draw(split, np.arange(texts), HELD_OUT_SEED, length, np.zeros((texts, source.answers)))
+                for number in range(texts):  # one by one: together, long ones would fill the memory
+                    source.draw(split, [number], HELD_OUT_SEED, length, np.zeros((1, source.answers)))
 
     def _spell(self, tokens: Integers) -> str:
         return " ".join(map(str, tokens)) if self._tokenizer is None else repr(self._tokenizer.decode(tokens))
